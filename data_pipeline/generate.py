@@ -1,0 +1,49 @@
+"""The model's own clips for a prompt: the losers of a preference group."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train.backbones.base import Backbone, Conditioning
+from train.clips import VideoConfig, to_pixels, write_clip
+from train.sampling import SamplerConfig, sample_clips
+
+
+def loser_seed(seed: int, key: str, loser: int) -> int:
+    """63-bit noise seed of a group's loser: a function of the recipe's seed and the group, not of order or ranks."""
+    digest = hashlib.sha256(f"{seed}\0{key}\0{loser}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generate_losers(
+    backbone: Backbone,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    seeds: Sequence[int],
+    video: VideoConfig,
+    sampler: SamplerConfig,
+    *,
+    batch_size: int,
+) -> Tensor:
+    """Latents (M, C, F, H, W) bfloat16 on the CPU, one clip a seed, `batch_size` clips at a time."""
+    batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
+    latents = [
+        sample_clips(backbone, conditioning, batch, video, sampler, negative=negative, progress=False).cpu()
+        for batch in batches
+    ]
+    return torch.cat(latents).to(torch.bfloat16)
+
+
+def loser_path(folder: str | Path, key: str, loser: int) -> Path:
+    return Path(folder) / f"{key}-{loser}.mp4"
+
+
+@torch.no_grad()
+def save_losers(backbone: Backbone, losers: Tensor, folder: str | Path, key: str, fps: float) -> None:
+    """Decode losers (M, C, F, H, W) and write each as <folder>/<key>-<loser>.mp4."""
+    for loser, latents in enumerate(losers):
+        pixels = to_pixels(backbone.decode_latents(latents[None].float()))[0]
+        write_clip(loser_path(folder, key, loser), pixels, fps)

@@ -1,0 +1,149 @@
+"""Recipes: one YAML file holds one experiment, from data to report, in sections; each entry point reads the sections its `Config` names.
+
+    config = load(Config, ["recipe=wan14b", "optim.steps=100", "--dry-run"])
+
+Layers, later over earlier: dataclass defaults, the recipe, its preset (`objective.preset`), `key=value` arguments. `--some-flag` is short for
+`some_flag=true`. A section that no entry point knows, and a key that its dataclass does not have, are errors with a suggestion.
+"""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+FOLDER = Path(__file__).parent
+PRESETS = FOLDER / "presets"
+DEFAULT_PRESET = "paper"  # the recipe as it stands
+
+# Every section a recipe may hold. An entry point's Config names those that it reads.
+SECTIONS = {
+    "backbone": "which Wan, from where, in which precision",
+    "video": "size, length and frame rate of every clip",
+    "lora": "the adapters",
+    "objective": "the preference loss",
+    "optim": "optimizer, schedule, batch, steps",
+    "train": "checkpoints, memory, logging",
+    "sampler": "how clips are sampled",
+    "validation": "fixed-seed clips during training",
+    "pipeline": "from raw clips to preference groups",
+    "generate": "from prompts to clips and comparisons",
+}
+
+C = TypeVar("C")
+
+
+def load(config_class: type[C], argv: list[str] | None = None) -> C:
+    """Build `config_class` from defaults, the recipe named by `recipe=`, and the command line (default: sys.argv).
+
+    Raises ValueError naming the key, the value and the remedy: unknown recipe, section or key, a value of the wrong type, a missing value.
+    """
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    name = arguments.get("recipe", "")
+    layers = [("the command line", arguments)]
+    if name:
+        path = _find(str(name))
+        layers.insert(0, (str(path), _read(path)))
+    preset = next((s["preset"] for _, layer in reversed(layers) if "preset" in (s := layer.get("objective") or {})), DEFAULT_PRESET)
+    if preset != DEFAULT_PRESET and "objective" in _fields(config_class):
+        path = PRESETS / f"{preset}.yaml"
+        if not path.exists():
+            known = [DEFAULT_PRESET, *sorted(p.stem for p in PRESETS.glob("*.yaml"))]
+            raise ValueError(f"objective.preset={preset!r} is not known{_suggest(preset, known)}")
+        layers.insert(len(layers) - 1, (str(path), _read(path)))
+
+    fields = _fields(config_class)
+    merged = OmegaConf.structured(config_class)
+    for source, layer in layers:
+        kept = {}
+        for key, value in layer.items():
+            if key in fields:
+                _check_keys(fields[key], key, value, source)
+                kept[key] = value
+            elif key not in SECTIONS and key not in ("recipe", "output", "seed", "dry_run"):
+                raise ValueError(f"{source}: unknown section {key!r}{_suggest(key, [*SECTIONS, *fields])}")
+            elif source == "the command line" and key != "recipe":
+                print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
+        try:
+            merged = OmegaConf.merge(merged, kept)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+    try:
+        return OmegaConf.to_object(merged)  # resolves ${...} and makes the dataclasses
+    except OmegaConfBaseException as error:
+        raise ValueError(f"recipe {name!r}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the resolved config as YAML, so that a run's folder says how it was made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def available() -> list[str]:
+    """Names of the recipes that come with the project."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def _parse(argv: list[str]) -> dict[str, Any]:
+    pairs = []
+    for argument in argv:
+        if argument.startswith("--") and "=" not in argument:
+            pairs.append(argument[2:].replace("-", "_") + "=true")
+        elif "=" in argument:
+            pairs.append(argument.removeprefix("--"))
+        else:
+            raise ValueError(f"argument {argument!r} is not of the form key=value (or --flag)")
+    return _plain(OmegaConf.from_dotlist(pairs))
+
+
+def _find(name: str) -> Path:
+    path = FOLDER / f"{name}.yaml"
+    if path.exists():
+        return path
+    if name.endswith((".yaml", ".yml")) and Path(name).exists():
+        return Path(name)
+    raise ValueError(
+        f"recipe={name!r} is neither a recipe ({', '.join(available())}) nor a YAML file{_suggest(name, available())}"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # yaml's errors carry line and column
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(layer, DictConfig):
+        raise ValueError(f"{path} must hold sections (name: {{key: value}}), found {type(layer).__name__}")
+    return _plain(layer)
+
+
+def _plain(layer: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(layer, resolve=False)
+
+
+def _fields(config_class: type) -> dict[str, Any]:
+    """Field names and their types."""
+    types = typing.get_type_hints(config_class)
+    return {field.name: types[field.name] for field in dataclasses.fields(config_class)}
+
+
+def _check_keys(section_class: Any, section: str, value: Any, source: str) -> None:
+    if not dataclasses.is_dataclass(section_class):
+        return
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: section {section!r} must hold keys, found {value!r}")
+    known = _fields(section_class)
+    for key, inner in value.items():
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {section}.{key}{_suggest(key, list(known))}")
+        _check_keys(known[key], f"{section}.{key}", inner, source)
+
+
+def _suggest(name: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

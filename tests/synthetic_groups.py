@@ -1,0 +1,116 @@
+"""Random preference groups, written with the real writer: inputs for tests and for speed runs.
+
+    python tests/synthetic_groups.py --folder groups --num-groups 16 --latent 16,21,60,104 --text 512,4096 \\
+        --fingerprint wan21-random-14B
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.groups import Group, Loser, ShardWriter, write_index
+
+
+def synthetic_group(
+    number: int,
+    *,
+    num_losers: int,
+    latent_shape: Sequence[int],
+    text_shape: Sequence[int],
+    fingerprint: str,
+    seed: int,
+) -> Group:
+    """Group `number` of the stream of `seed`: standard normal latents (C, F, H, W) and text (L', D), uniform scores."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    scores = torch.rand(num_losers, 2, generator=generator).tolist()
+    return Group(
+        key=f"group-{number:06d}",
+        prompt=f"a ball number {number} falls",
+        action="falling",
+        physics_richness=float(torch.rand((), generator=generator)),
+        source=f"synthetic {number} at 0.0 s",
+        losers_info=[Loser(index, semantic, physical) for index, (semantic, physical) in enumerate(scores)],
+        fingerprint=fingerprint,
+        winner=normal(*latent_shape),
+        losers=normal(num_losers, *latent_shape),
+        text=normal(*text_shape),
+    )
+
+
+def write_synthetic_groups(
+    folder: str | Path,
+    *,
+    num_groups: int,
+    num_losers: int | Sequence[int] = 2,
+    latent_shape: Sequence[int] = (4, 2, 4, 4),
+    text_shape: Sequence[int] = (5, 8),
+    fingerprint: str = "tiny-random",
+    seed: int = 0,
+    samples_per_shard: int = 4,
+    spatial_scale: int = 8,
+) -> dict[str, Any]:
+    """Writes `num_groups` groups and their index, which it returns.
+
+    num_losers: of every group, or one number for each. latent_shape: (C, F, H, W). text_shape: (L', D).
+    spatial_scale: pixels per latent cell, only for the video size that the index names.
+    """
+    losers = [num_losers] * num_groups if isinstance(num_losers, int) else list(num_losers)
+
+    def groups(numbers: range) -> Iterator[Group]:
+        for number in numbers:
+            yield synthetic_group(
+                number,
+                num_losers=losers[number],
+                latent_shape=latent_shape,
+                text_shape=text_shape,
+                fingerprint=fingerprint,
+                seed=seed,
+            )
+
+    for shard, first in enumerate(range(0, num_groups, samples_per_shard)):
+        with ShardWriter(folder, f"shard-{shard:05d}") as writer:
+            for group in groups(range(first, min(first + samples_per_shard, num_groups))):
+                writer.write(group)
+    _, frames, rows, columns = latent_shape
+    size = {"height": rows * spatial_scale, "width": columns * spatial_scale, "num_frames": 4 * (frames - 1) + 1}
+    return write_index(folder, fingerprint=fingerprint, video={**size, "fps": 16.0})
+
+
+def main() -> None:
+    def shape(text: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in text.split(","))
+
+    parser = argparse.ArgumentParser(description="Writes random preference groups for speed runs.")
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--num-groups", type=int, default=8)
+    parser.add_argument("--num-losers", type=int, default=1)
+    parser.add_argument("--latent", type=shape, required=True, metavar="C,F,H,W")
+    parser.add_argument("--text", type=shape, required=True, metavar="L,D")
+    parser.add_argument("--fingerprint", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples-per-shard", type=int, default=8)
+    parser.add_argument("--spatial-scale", type=int, default=8, help="pixels per latent cell (TI2V-5B: 16)")
+    options = parser.parse_args()
+    index = write_synthetic_groups(
+        options.folder,
+        num_groups=options.num_groups,
+        num_losers=options.num_losers,
+        latent_shape=options.latent,
+        text_shape=options.text,
+        fingerprint=options.fingerprint,
+        seed=options.seed,
+        samples_per_shard=options.samples_per_shard,
+        spatial_scale=options.spatial_scale,
+    )
+    print(f"{index['num_groups']} groups, {index['total_bytes'] / 1e6:.1f} MB in {options.folder}")
+
+
+if __name__ == "__main__":
+    main()

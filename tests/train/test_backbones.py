@@ -1,0 +1,373 @@
+"""The backbone contract against diffusers' own Wan pipelines, on tiny random pipelines of every family."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+
+from train.backbones import ARCHITECTURES, BACKBONES, load_backbone
+from train.backbones.architecture import latent_shape, num_tokens
+from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
+from train.backbones.tiny import write_tiny_pipeline
+
+LENGTH = 24  # text tokens
+PROMPTS = ["a red ball falls", "a cube &amp; a  ramp\n (fünf 球)"]
+SIZE = {"height": 64, "width": 96, "num_frames": 9}
+TWO_EXPERTS = ("wan22_t2v", "wan22_i2v")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    return functools.cache(lambda family: write_tiny_pipeline(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(scope="module")
+def backbone_of(folder_of):
+    def load(family, **changes):
+        config = BackboneConfig(family=family, path=str(folder_of(family)), text_length=LENGTH)
+        return load_backbone(BackboneConfig(**{**vars(config), "dtype": "float32", **changes}), "cpu")
+
+    return functools.cache(load)
+
+
+def random_inputs(backbone, batch=2, seed=0, image=False):
+    """latents (B,C,F,H,W), t (B,) and a conditioning with an image where the family or the caller wants one."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = backbone.latent_shape(**SIZE)
+    latents = torch.randn(batch, *shape, generator=generator)
+    text = torch.randn(batch, LENGTH, 64, generator=generator)
+    frames = 1 if image == "first" else shape[1]
+    picture = torch.randn(batch, shape[0], frames, *shape[2:], generator=generator) if image else None
+    return latents, torch.linspace(0.3, 0.9, batch), Conditioning(text, picture)
+
+
+class UnshiftedGrid(FlowMatchEulerDiscreteScheduler):
+    """diffusers' scheduler on the intended grid: its shift, applied to linspace(1, 0)."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()
+        super().set_timesteps(sigmas=sigmas, device=device)
+
+
+def diffusers_pipeline(folder, pipeline_class=DiffusionPipeline):
+    pipeline = pipeline_class.from_pretrained(folder)
+    pipeline.scheduler = UnshiftedGrid(shift=3.0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("family", "with_image"),
+    [("wan21", False), ("wan22_ti2v", False), ("wan22_ti2v", True), ("wan22_t2v", False), ("wan22_i2v", True)],
+)
+def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_image):
+    backbone = backbone_of(family)
+    image_class = WanImageToVideoPipeline if with_image else DiffusionPipeline
+    pipeline = diffusers_pipeline(folder_of(family), image_class)
+    noise = torch.randn(2, *backbone.latent_shape(**SIZE), generator=torch.Generator().manual_seed(3))
+    picture = torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=torch.Generator().manual_seed(4))
+    low = 2.0 if family in TWO_EXPERTS else None
+
+    ours = backbone.sample(
+        PROMPTS,
+        None,
+        **SIZE,
+        steps=4,  # t = 1, .9, .75, .5: both experts, and with wan22_i2v the boundary itself
+        guidance=4.0,
+        guidance_low=low,
+        negative="blurry",
+        first_frame=picture.expand(2, -1, -1, -1) * 2 - 1 if with_image else None,
+        latents=noise,
+        progress=False,
+    )
+    call = functools.partial(
+        pipeline,
+        prompt=PROMPTS,
+        negative_prompt=["blurry", "blurry"],
+        **SIZE,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        guidance_scale_2=low,
+        latents=noise,
+        max_sequence_length=LENGTH,
+        **({"image": picture} if with_image else {}),
+    )
+    theirs = call(output_type="latent").frames
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert (ours - noise).abs().mean() > 0.1  # it went somewhere
+
+    video = call(output_type="pt").frames.transpose(1, 2) * 2 - 1  # (B,3,T,H,W)
+    torch.testing.assert_close(backbone.decode_latents(ours), video, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["wan21", "wan22_ti2v"])
+def test_encode_text_equals_diffusers(folder_of, backbone_of, family):
+    pipeline = diffusers_pipeline(folder_of(family))
+    prompts = [*PROMPTS, "", "   ", "a very long prompt about a ball " * 20]
+    expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
+    text = backbone_of(family).encode_text(prompts)
+    torch.testing.assert_close(text, expected)
+    assert text.shape == (5, LENGTH, 64)
+    assert text[0, 5:].count_nonzero() == 0 and text[0, :5].abs().sum(-1).min() > 0  # four words and the end token
+    assert text[2, 1:].count_nonzero() == 0 and torch.equal(text[2], text[3])  # an empty prompt is its end token
+    with pytest.raises(ValueError, match="give a list"):
+        backbone_of(family).encode_text("a ball")
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_encode_video_is_the_normalised_mode(backbone_of, family):
+    backbone = backbone_of(family)
+    frames = torch.rand(2, 3, 9, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = backbone.encode_video(frames)
+    assert latents.shape == (2, *backbone.latent_shape(64, 96, 9)) and latents.dtype == torch.float32
+    config = backbone.vae.config
+    mode = backbone.vae.encode(frames[1:]).latent_dist.mode()
+    for channel in range(config.z_dim):
+        expected = (mode[0, channel] - config.latents_mean[channel]) / config.latents_std[channel]
+        torch.testing.assert_close(latents[1, channel], expected, atol=1e-4, rtol=1e-4)
+    decoded = backbone.decode_latents(latents.bfloat16())
+    assert decoded.shape == frames.shape and decoded.dtype == torch.float32 and decoded.abs().max() <= 1
+    with pytest.raises(ValueError, match="num_frames=8 .* use 9"):
+        backbone.encode_video(frames[:, :, :8])
+
+
+def test_gradients_reach_latents_through_the_decoder(backbone_of):
+    backbone = backbone_of("wan21")
+    latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (0.1 * backbone.decode_latents(latents)).sum().backward()
+    assert latents.grad.abs().sum(dim=(0, 1, 3, 4)).min() > 0  # every latent frame
+    assert not backbone.decode_latents(latents.detach()).requires_grad
+
+
+def test_first_frame_latents(backbone_of):
+    picture = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert backbone_of("wan21").encode_first_frame(picture, 9) is None
+    ti2v, i2v = backbone_of("wan22_ti2v"), backbone_of("wan22_i2v")
+    torch.testing.assert_close(ti2v.encode_first_frame(picture, 9), ti2v.encode_video(picture[:, :, None]))
+    padded = torch.cat([picture[:, :, None], torch.zeros(2, 3, 8, 64, 96)], dim=2)
+    torch.testing.assert_close(i2v.encode_first_frame(picture, 9), i2v.encode_video(padded))
+
+    conditioning = i2v.condition(PROMPTS, picture, num_frames=9)
+    assert len(conditioning) == 2 and conditioning.image.shape == (2, *i2v.latent_shape(**SIZE))
+    with pytest.raises(ValueError, match="generates from text alone"):
+        backbone_of("wan21").condition(PROMPTS, picture, num_frames=9)
+    with pytest.raises(ValueError, match="2 first frames for 1 prompts"):
+        i2v.condition(PROMPTS[:1], picture, num_frames=9)
+    with pytest.raises(ValueError, match="needs num_frames"):
+        i2v.condition(PROMPTS, picture)
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_velocity_feeds_the_network(backbone_of, family, dtype):
+    backbone = backbone_of(family, dtype=dtype)
+    latents, t, conditioning = random_inputs(backbone, image=family == "wan22_i2v")
+    latents.requires_grad_()
+    seen = {}
+    handle = backbone.transformer.register_forward_pre_hook(lambda m, a, kw: seen.update(kw), with_kwargs=True)
+    velocity = backbone.velocity(latents, t, conditioning)
+    handle.remove()
+    assert velocity.shape == latents.shape and velocity.dtype == torch.float32
+    assert 0.1 < velocity.std() < 10
+    assert seen["timestep"].dtype == torch.float32
+    torch.testing.assert_close(seen["timestep"], torch.tensor([300.0, 900.0]))
+    assert seen["hidden_states"].dtype == getattr(torch, dtype)
+    velocity.sum().backward()
+    assert latents.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in backbone.transformer.parameters())
+
+
+def test_velocity_refuses_what_does_not_fit(backbone_of):
+    backbone = backbone_of("wan21")
+    latents, t, conditioning = random_inputs(backbone)
+    with pytest.raises(ValueError, match=f"23 tokens but backbone.text_length={LENGTH}"):
+        backbone.velocity(latents, t, Conditioning(conditioning.text[:, 1:]))
+    with pytest.raises(ValueError, match="2 latents with t of shape"):
+        backbone.velocity(latents, t[:1], conditioning)
+    with pytest.raises(ValueError, match="2 latents .* 1 conditionings"):
+        backbone.velocity(latents, t, conditioning[:1])
+    i2v = backbone_of("wan22_i2v")
+    with pytest.raises(ValueError, match="needs image latents"):
+        i2v.velocity(*random_inputs(i2v))
+
+
+def test_ti2v_holds_the_first_frame(backbone_of):
+    backbone = backbone_of("wan22_ti2v")
+    latents, t, conditioning = random_inputs(backbone, image="first")
+    seen = {}
+    handle = backbone.transformer.register_forward_pre_hook(lambda m, a, kw: seen.update(kw), with_kwargs=True)
+    velocity = backbone.velocity(latents, t, conditioning)
+    handle.remove()
+    tokens_a_frame = backbone.num_tokens(64, 96, 1)
+    assert seen["timestep"].shape == (2, backbone.num_tokens(**SIZE))
+    assert seen["timestep"][:, :tokens_a_frame].count_nonzero() == 0
+    torch.testing.assert_close(seen["timestep"][:, tokens_a_frame:].unique(dim=1), 1000 * t[:, None])
+    torch.testing.assert_close(seen["hidden_states"][:, :, :1], conditioning.image)
+    assert velocity[:, :, 0].count_nonzero() == 0 and velocity[:, :, 1:].abs().min() >= 0
+    other = torch.cat([latents[:, :, :1] + 1, latents[:, :, 1:]], dim=2)
+    torch.testing.assert_close(backbone.velocity(other, t, conditioning), velocity)  # the caller's first frame is ignored
+
+    clip = backbone.sample(conditioning, torch.Generator().manual_seed(0), **SIZE, steps=2, guidance=1, progress=False)
+    torch.testing.assert_close(clip[:, :, :1], conditioning.image)
+
+
+def test_ti2v_without_image_is_the_per_token_function(backbone_of):
+    backbone = backbone_of("wan22_ti2v")
+    latents, t, conditioning = random_inputs(backbone)
+    per_token = (1000 * t)[:, None].expand(-1, backbone.num_tokens(**SIZE))
+    expected = backbone.transformer(latents, per_token, conditioning.text, return_dict=False)[0]
+    torch.testing.assert_close(backbone.velocity(latents, t, conditioning), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["wan21", "wan22_ti2v"])
+def test_features_come_from_the_same_pass(backbone_of, family):
+    backbone = backbone_of(family)
+    latents, t, conditioning = random_inputs(backbone)
+    outputs = []
+    handle = backbone.blocks[1].register_forward_hook(lambda block, inputs, output: outputs.append(output))
+    plain = backbone.velocity(latents, t, conditioning)
+    handle.remove()
+
+    gradients = []
+    for checkpointing in (False, True):
+        backbone.transformer.enable_gradient_checkpointing() if checkpointing else None
+        moving = latents.clone().requires_grad_()
+        velocity, features = backbone.velocity(moving, t, conditioning, features_at=1)
+        assert not backbone.blocks[1]._forward_hooks  # gone before backward runs the block again
+        torch.testing.assert_close(velocity, plain)
+        _, _, frames, rows, columns = latents.shape
+        assert features.shape == (2, 128, frames, rows // 2, columns // 2)
+        token = (1 * (rows // 2) + 1) * (columns // 2) + 2  # frame 1, row 1, column 2
+        torch.testing.assert_close(features[:, :, 1, 1, 2], outputs[0][:, token])
+        (velocity.square().mean() + features.square().mean()).backward()
+        gradients.append(moving.grad)
+    backbone.transformer.disable_gradient_checkpointing()
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+    with pytest.raises(ValueError, match="features_at=3 .* 0 to 2"):
+        backbone.velocity(latents, t, conditioning, features_at=3)
+    with pytest.raises(ValueError, match="tokens but"):
+        backbone.velocity(latents, t, Conditioning(conditioning.text[:, 1:]), features_at=1)
+    assert not any(block._forward_hooks for block in backbone.blocks)
+
+
+def test_features_of_compiled_blocks(folder_of):
+    config = BackboneConfig(path=str(folder_of("wan21")), dtype="float32", text_length=LENGTH)
+    backbone = load_backbone(config, "cpu", parts=("transformer",))
+    latents, t, conditioning = random_inputs(backbone)
+    expected = backbone.velocity(latents, t, conditioning, features_at=1)
+    for block in backbone.blocks:
+        block.compile(backend="eager")
+    backbone.velocity(latents, t, conditioning)  # compiled without a hook
+    for shift in (0.0, 0.1):
+        velocity, features = backbone.velocity(latents + shift, t, conditioning, features_at=1)
+        assert torch.allclose(features, expected[1], atol=1e-4) == (shift == 0)  # this call's features, not an old one's
+    torch.testing.assert_close(backbone.velocity(latents, t, conditioning), expected[0])
+
+
+@pytest.mark.parametrize("family", TWO_EXPERTS)
+def test_two_experts_switch_at_the_boundary(backbone_of, monkeypatch, family):
+    backbone = backbone_of(family)
+    _, _, conditioning = random_inputs(backbone, image=family == "wan22_i2v")
+    calls = []
+    network = type(backbone)._network
+
+    def spy(self, expert, latents, t, conditioning):
+        calls.append((next(name for name, module in self.experts.items() if module is expert), round(t[0].item(), 4)))
+        return network(self, expert, latents, t, conditioning)
+
+    monkeypatch.setattr(type(backbone), "_network", spy)
+    settings = {**SIZE, "steps": 4, "negative": conditioning[:1], "progress": False}
+    backbone.sample(conditioning, torch.Generator().manual_seed(0), guidance=1.0, guidance_low=3.0, **settings)
+    names = [name for name, _ in calls]
+    # t = 1, .9, .75, .5: .9 is the image family's boundary and belongs to high_noise; only low_noise has a negative pass.
+    assert names == ["high_noise"] * 2 + ["low_noise"] * 4
+    assert [t for _, t in calls] == [1.0, 0.9, 0.75, 0.75, 0.5, 0.5]
+
+
+def test_one_expert_alone(folder_of):
+    config = BackboneConfig("wan22_t2v", str(folder_of("wan22_t2v")), text_length=LENGTH, expert="low_noise")
+    backbone = load_backbone(config, "cpu", parts=("expert",))
+    assert list(backbone.experts) == ["low_noise"] and backbone.transformer is backbone.experts["low_noise"]
+    assert backbone.vae is None and backbone.text_encoder is None and backbone.tokenizer is None
+    latents, t, conditioning = random_inputs(backbone)
+    both = load_backbone(config, "cpu", parts=("transformer",))
+    torch.testing.assert_close(backbone.velocity(latents, t, conditioning), both.velocity(latents, t, conditioning))
+    assert not torch.equal(both.experts["high_noise"].proj_out.weight, both.experts["low_noise"].proj_out.weight)
+    with pytest.raises(ValueError, match="t=1.000 needs the high_noise expert"):
+        backbone.sample(conditioning, torch.Generator(), **SIZE, steps=2, guidance=1.0, progress=False)
+
+
+def test_sample_noise_belongs_to_each_clip(backbone_of):
+    backbone = backbone_of("wan21")
+    _, _, conditioning = random_inputs(backbone)
+    settings = {**SIZE, "steps": 2, "guidance": 1.0, "progress": False}
+
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    clips = backbone.sample(conditioning, generators(5, 6), **settings)
+    alone = backbone.sample(conditioning[1:], generators(6), **settings)
+    torch.testing.assert_close(clips[1:], alone, atol=1e-5, rtol=1e-4)
+    again = backbone.sample(conditioning[1:], generators(6)[0], **settings)
+    assert torch.equal(alone, again)
+    assert not torch.equal(alone, backbone.sample(conditioning[1:], generators(7), **settings))
+    with pytest.raises(ValueError, match="2 clips need"):
+        backbone.sample(conditioning, generators(5), **settings)
+    with pytest.raises(ValueError, match="the initial latents have shape"):
+        backbone.sample(conditioning, None, **settings, latents=clips[:1])
+    with pytest.raises(ValueError, match="first_frame goes with prompts"):
+        backbone.sample(conditioning, generators(5, 6), **settings, first_frame=torch.zeros(2, 3, 64, 96))
+
+
+def test_sample_needs_no_text_encoder_for_conditionings(folder_of):
+    config = BackboneConfig(path=str(folder_of("wan21")), dtype="float32", text_length=LENGTH)
+    backbone = load_backbone(config, "cpu", parts=("transformer",))
+    _, _, conditioning = random_inputs(backbone)
+    settings = {**SIZE, "steps": 2, "guidance": 3.0, "progress": False}
+    clips = backbone.sample(conditioning, torch.Generator(), negative=Conditioning(torch.zeros(1, LENGTH, 64)), **settings)
+    assert clips.isfinite().all()
+    with pytest.raises(ValueError, match="text encoder is not loaded"):
+        backbone.sample(conditioning, torch.Generator(), **settings)
+    with pytest.raises(ValueError, match="a conditioning of 3 clips cannot serve 2"):
+        backbone.sample(conditioning, torch.Generator(), negative=Conditioning(torch.zeros(3, LENGTH, 64)), **settings)
+    with pytest.raises(ValueError, match="the VAE is not loaded"):
+        backbone.decode_latents(clips)
+
+
+def test_sigma_grid_is_shifted_once():
+    torch.testing.assert_close(sigma_grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+    torch.testing.assert_close(sigma_grid(2, 1.0), torch.tensor([1, 0.5, 0]))
+    with pytest.raises(ValueError, match="steps=0"):
+        sigma_grid(0, 3.0)
+
+
+def test_latent_shape_names_the_nearest_legal_value(backbone_of):
+    wan21, ti2v = ARCHITECTURES["wan21"]["14B"], ARCHITECTURES["wan22_ti2v"]["5B"]
+    assert latent_shape(wan21, 480, 832, 81) == (16, 21, 60, 104) and num_tokens(wan21, 480, 832, 81) == 32760
+    assert latent_shape(ti2v, 704, 1280, 121) == (48, 31, 44, 80) and num_tokens(ti2v, 704, 1280, 121) == 27280
+    assert backbone_of("wan22_ti2v").latent_shape(64, 96, 9) == (12, 3, 4, 6)
+    with pytest.raises(ValueError, match="height=470 is no multiple of 16 .* use 464"):
+        latent_shape(wan21, 470, 832, 81)
+    with pytest.raises(ValueError, match="width=1270 is no multiple of 32 .* use 1280"):
+        latent_shape(ti2v, 704, 1270, 121)
+    with pytest.raises(ValueError, match="height=3 .* use 16"):
+        latent_shape(wan21, 3, 832, 81)
+    with pytest.raises(ValueError, match="num_frames=80 .* use 81"):
+        num_tokens(wan21, 480, 832, 80)
+    with pytest.raises(ValueError, match="num_frames=0 .* use 1"):
+        latent_shape(wan21, 480, 832, 0)
+
+
+def test_conditioning_is_sliced_joined_and_moved():
+    text, image = torch.randn(3, 4, 5), torch.randn(3, 2, 1, 2, 2)
+    whole = Conditioning(text, image)
+    parts = Conditioning.cat([whole[:1], whole[1:]])
+    assert len(parts) == 3 and torch.equal(parts.text, text) and torch.equal(parts.image, image)
+    half = whole.to(dtype=torch.bfloat16)
+    assert half.text.dtype == half.image.dtype == torch.bfloat16 and whole.text.dtype == torch.float32
+    assert Conditioning.cat([Conditioning(text)] * 2).image is None
+    with pytest.raises(ValueError, match="1 of 2 conditionings have an image"):
+        Conditioning.cat([whole, Conditioning(text)])

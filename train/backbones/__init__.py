@@ -1,0 +1,95 @@
+"""Backbones by family. A new one is a file with a `Backbone` subclass and a line in BACKBONES."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from train.backbones import loading
+from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.wan21 import Wan21
+from train.backbones.wan22_a14b import Wan22I2V, Wan22T2V
+from train.backbones.wan22_ti2v import Wan22TI2V
+
+BACKBONES: dict[str, type[Backbone]] = {
+    "wan21": Wan21,
+    "wan22_ti2v": Wan22TI2V,
+    "wan22_t2v": Wan22T2V,
+    "wan22_i2v": Wan22I2V,
+}
+ARCHITECTURES = {family: backbone.architectures for family, backbone in BACKBONES.items()}
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PARTS = ("text", "vae", "transformer", "expert")
+
+
+def find_architecture(config: BackboneConfig) -> dict[str, Any]:
+    """The entry of ARCHITECTURES that `config` names, for shapes and sizes without weights; ValueError if unknown."""
+    _check("family", config.family, ARCHITECTURES)
+    _check("architecture", config.architecture, ARCHITECTURES[config.family])
+    return ARCHITECTURES[config.family][config.architecture]
+
+
+def load_backbone(
+    config: BackboneConfig, device: torch.device | str, *, parts: Sequence[str] = ("text", "vae", "transformer")
+) -> Backbone:
+    """A backbone with the named parts on the device, in eval mode and frozen.
+
+    Parts: "text" (encoder and tokenizer), "vae", "transformer" (all experts), "expert" (only `config.expert` of a
+    two-expert family). Raises ValueError for an unknown key, a path that is no Wan pipeline or lacks a component, and a
+    pipeline of another family than `config.family`.
+    """
+    _check("family", config.family, BACKBONES)
+    _check("dtype", config.dtype, DTYPES)
+    for part in parts:
+        _check("parts", part, PARTS)
+    family, dtype, device = BACKBONES[config.family], DTYPES[config.dtype], torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    expert = family.training_expert(config)
+    wanted = list(family.expert_folders) if "transformer" in parts else [expert] if "expert" in parts else []
+
+    if config.random_weights:
+        if not set(parts) <= {"transformer", "expert"}:
+            raise ValueError(
+                "backbone.random_weights=true builds only the transformer: leave 'text' and 'vae' out of parts, or "
+                "give as backbone.path a small pipeline that train.backbones.tiny.write_tiny_pipeline wrote"
+            )
+        architecture = find_architecture(config)
+        experts = {
+            name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed)
+            for seed, name in enumerate(family.expert_folders)
+            if name in wanted
+        }
+        name = f"{config.family}-random-{config.architecture}"
+        return family(config, architecture, device, name, experts=experts, boundary=family.default_boundary)
+
+    folder = loading.resolve_folder(config.path)
+    model_index, architecture = loading.read_pipeline(folder)
+    if problem := family.mismatch(model_index, architecture):
+        fitting = [name for name, other in BACKBONES.items() if not other.mismatch(model_index, architecture)]
+        remedy = f"set backbone.family={fitting[0]}" if fitting else "give a pipeline of that family"
+        raise ValueError(
+            f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
+        )
+    text_encoder = tokenizer = None
+    if "text" in parts:
+        text_encoder, tokenizer = loading.load_text(folder, device, dtype, architecture["transformer"]["text_dim"])
+    return family(
+        config,
+        architecture,
+        device,
+        loading.fingerprint(config.family, folder),
+        experts={name: loading.load_transformer(folder, family.expert_folders[name], device, dtype) for name in wanted},
+        boundary=model_index.get("boundary_ratio"),
+        vae=loading.load_vae(folder, device) if "vae" in parts else None,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def _check(key: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"backbone.{key}={value!r} is unknown: use one of {', '.join(known)}")

@@ -1,0 +1,388 @@
+"""The backbone contract: one video generator, hidden behind seven calls, whatever its family.
+
+A family is one file with a subclass of `Backbone`; `train.backbones.BACKBONES` names them. Weights are read by
+`train.backbones.loading`, never here, so everything about shapes also works without any (`--dry-run`).
+
+Shapes: B batch, C latent channels, F latent frames, H W latent rows and columns, T video frames, L text tokens,
+D width.
+Time t is in [0, 1] and 1 is noise; the network is fed 1000 t. The network predicts the velocity noise - clean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from train.backbones.architecture import latent_shape, num_tokens
+
+TRAIN_TIMESTEPS = 1000.0  # the network's clock runs from 0 to 1000
+
+
+@dataclass
+class BackboneConfig:
+    family: str = "wan21"  # key of train.backbones.BACKBONES: wan21 | wan22_ti2v | wan22_t2v | wan22_i2v
+    path: str = ""  # hub id or local folder of a diffusers Wan pipeline
+    architecture: str = "14B"  # key of the family's ARCHITECTURES; used for --dry-run and random weights
+    random_weights: bool = False  # build the architecture with seeded random weights (no path): speed and memory runs
+    dtype: str = "bfloat16"  # of the frozen weights: bfloat16 | float32 (the VAE is always float32)
+    expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise
+    text_length: int = 512  # text tokens after zero padding; Wan was trained with 512
+
+
+@dataclass
+class Conditioning:
+    """What the network is told beside the noisy latents.
+
+    `text` (B, L, D) is zero-padded to the backbone's text_length. `image` holds image latents: for wan22_ti2v the
+    first latent frame (B, C, 1, H, W); for wan22_i2v the VAE latents (B, C, F, H, W) of [first frame, zeros ...];
+    None elsewhere.
+    """
+
+    text: Tensor
+    image: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.text.shape[0]
+
+    def __getitem__(self, index: slice) -> Conditioning:
+        return Conditioning(self.text[index], None if self.image is None else self.image[index])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Both tensors moved and/or cast."""
+        image = None if self.image is None else self.image.to(device=device, dtype=dtype)
+        return Conditioning(self.text.to(device=device, dtype=dtype), image)
+
+    def expand(self, batch: int) -> Conditioning:
+        """One conditioning repeated for a batch, without a copy; a batch of `batch` is returned as it is."""
+        if len(self) == batch:
+            return self
+        if len(self) != 1:
+            raise ValueError(f"a conditioning of {len(self)} clips cannot serve {batch}: give 1 or {batch}")
+        image = None if self.image is None else self.image.expand(batch, -1, -1, -1, -1)
+        return Conditioning(self.text.expand(batch, -1, -1), image)
+
+    @staticmethod
+    def cat(items: Sequence[Conditioning]) -> Conditioning:
+        """Joined along the batch; either all items have an image or none has."""
+        with_image = [item.image for item in items if item.image is not None]
+        if with_image and len(with_image) != len(items):
+            raise ValueError(f"{len(with_image)} of {len(items)} conditionings have an image: give all one, or none")
+        return Conditioning(torch.cat([item.text for item in items]), torch.cat(with_image) if with_image else None)
+
+
+def sigma_grid(steps: int, shift: float) -> Tensor:
+    """Times of the Euler steps, (steps + 1,) float32 from 1 to 0: s u / (1 + (s - 1) u) over u = linspace(1, 0).
+
+    The shift is applied once. diffusers' FlowMatchEuler applies it to an already shifted range, so its last step is
+    nearly empty (4 steps, shift 3: 1, .858, .602, .009, 0 instead of 1, .9, .75, .5, 0).
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"steps={steps} and shift={shift} make no sigma grid: use steps >= 1 and shift > 0")
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return (shift * u / (1 + (shift - 1) * u)).float()
+
+
+class Backbone:
+    """A loaded (or partly loaded) generator; subclasses say what their network is fed.
+
+    Everything is in eval mode and frozen. `expert` names the expert that trains and `transformer` is it; one-expert
+    families have one, named "transformer". A part that was not loaded is None, or absent from `experts`.
+    """
+
+    architectures: ClassVar[dict[str, dict[str, Any]]]
+    expert_folders: ClassVar[dict[str, str]] = {"transformer": "transformer"}  # expert name -> folder in the pipeline
+    expand_timesteps: ClassVar[bool] = False  # the pipeline's own flag: timesteps per token
+    default_boundary: ClassVar[float | None] = None  # two experts: high_noise where t >= boundary
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        architecture: dict[str, Any],
+        device: torch.device,
+        fingerprint: str,
+        *,
+        experts: dict[str, nn.Module],
+        boundary: float | None = None,
+        vae: AutoencoderKLWan | None = None,
+        text_encoder: UMT5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.architecture = architecture
+        self.device = device
+        self.fingerprint = fingerprint
+        self.text_length = config.text_length
+        self.expert = self.training_expert(config)
+        self.experts = experts
+        self.boundary = boundary
+        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+
+    # What a family is
+
+    @classmethod
+    def training_expert(cls, config: BackboneConfig) -> str:
+        """Name of the expert that trains; ValueError when a two-expert family is given an unknown one."""
+        if len(cls.expert_folders) == 1:
+            return next(iter(cls.expert_folders))
+        if config.expert not in cls.expert_folders:
+            known = ", ".join(cls.expert_folders)
+            raise ValueError(f"backbone.expert={config.expert!r} is unknown: use one of {known}")
+        return config.expert
+
+    @classmethod
+    def input_channels(cls, architecture: dict[str, Any]) -> int:
+        """Channels of the network's input; more than the latents' where image latents are stacked on them."""
+        return architecture["z_dim"]
+
+    @classmethod
+    def mismatch(cls, model_index: dict[str, Any], architecture: dict[str, Any]) -> str:
+        """Why a pipeline (its model_index.json and what its configs say) is not of this family; empty when it is."""
+        transformer, z_dim, problems = architecture["transformer"], architecture["z_dim"], []
+        wanted = cls.input_channels(architecture)
+        num_experts = 2 if (model_index.get("transformer_2") or [None])[0] else 1
+        if num_experts != len(cls.expert_folders):
+            problems.append(f"model_index.json lists {num_experts} expert(s), not {len(cls.expert_folders)}")
+        if bool(model_index.get("expand_timesteps")) != cls.expand_timesteps:
+            problems.append(f"model_index.json has expand_timesteps={bool(model_index.get('expand_timesteps'))}")
+        if transformer["in_channels"] != wanted:
+            found = transformer["in_channels"]
+            problems.append(
+                f"the transformer has in_channels={found}, but beside a VAE of z_dim={z_dim} needs {wanted}"
+            )
+        if transformer["out_channels"] != z_dim:
+            problems.append(
+                f"the transformer has out_channels={transformer['out_channels']}, but the VAE z_dim={z_dim}"
+            )
+        if transformer.get("image_dim") is not None:
+            problems.append("the transformer needs a CLIP image encoder (Wan2.1 I2V), which no family here has")
+        if cls.default_boundary is not None and model_index.get("boundary_ratio") is None:
+            problems.append("model_index.json has no boundary_ratio")
+        return "; ".join(problems)
+
+    # Parts
+
+    @property
+    def transformer(self) -> nn.Module:
+        if self.expert not in self.experts:
+            raise ValueError(f"the {self.expert} transformer is not loaded: name 'transformer' or 'expert' in parts")
+        return self.experts[self.expert]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.blocks
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W), see `train.backbones.architecture.latent_shape`."""
+        return latent_shape(self.architecture, height, width, num_frames)
+
+    def num_tokens(self, height: int, width: int, num_frames: int) -> int:
+        """Transformer sequence length, see `train.backbones.architecture.num_tokens`."""
+        return num_tokens(self.architecture, height, width, num_frames)
+
+    # Conditioning
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Prompts -> (B, text_length, D) in the text encoder's dtype, zero beyond each prompt's tokens.
+
+        Cleaned, tokenised and encoded as diffusers' Wan pipelines do; an empty prompt is its end token alone.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("the text encoder is not loaded: name 'text' in parts, or pass a Conditioning")
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r} is one string: give a list of prompts")
+        tokens = self.tokenizer(
+            [prompt_clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.text_length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        embeddings = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state  # (B, L, D)
+        return embeddings.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
+
+    def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor | None:
+        """First frame (B, 3, H, W) in [-1, 1] -> the image latents of `Conditioning`, or None: text-only families."""
+        return None
+
+    def condition(
+        self, prompts: list[str], first_frame: Tensor | None = None, *, num_frames: int | None = None
+    ) -> Conditioning:
+        """Text, and with a first frame (B, 3, H, W) in [-1, 1] also image latents for a video of `num_frames` frames.
+
+        Raises ValueError when the family takes no first frame, or when frame and prompts do not number the same.
+        """
+        text = self.encode_text(prompts)
+        if first_frame is None:
+            return Conditioning(text)
+        if len(first_frame) != len(prompts):
+            raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one a prompt")
+        if num_frames is None:
+            raise ValueError("a first frame needs num_frames, the length of the video that it begins")
+        image = self.encode_first_frame(first_frame, num_frames)
+        if image is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} generates from text alone: leave out first_frame, or use wan22_ti2v or wan22_i2v")
+        return Conditioning(text, image)
+
+    # Latents. Neither call disables gradients (guidance needs them); frozen weights build no graph by themselves.
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """Frames (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, C, F, H, W) float32: (mode - mean) / std.
+
+        The posterior's mode, not a sample. The VAE runs in float32, as diffusers advises for Wan, one clip at a time.
+        """
+        vae, mean, std = self._vae()
+        self.latent_shape(frames.shape[3], frames.shape[4], frames.shape[2])
+        frames = frames.to(self.device, torch.float32)
+        latents = torch.cat([vae.encode(clip).latent_dist.mode() for clip in frames.split(1)])
+        return (latents - mean) / std
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, C, F, H, W) -> frames (B, 3, T, H, W) float32 in [-1, 1], one clip at a time."""
+        vae, mean, std = self._vae()
+        latents = latents.to(self.device, torch.float32) * std + mean
+        return torch.cat([vae.decode(clip).sample for clip in latents.split(1)]).clamp(-1, 1)
+
+    def _vae(self) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
+        """The VAE and its latents' mean and standard deviation, (1, C, 1, 1, 1) each."""
+        if self.vae is None:
+            raise ValueError("the VAE is not loaded: name 'vae' in parts")
+        mean, std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
+            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
+        return self.vae, mean, std
+
+    # The network
+
+    def velocity(
+        self, latents: Tensor, t: Tensor, conditioning: Conditioning, *, features_at: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Velocity (B, C, F, H, W) float32 of the training expert at latents (B, C, F, H, W) and t (B,) in [0, 1].
+
+        With `features_at` also that block's output as a grid (B, D, F', H', W') in the block's dtype, from the same
+        pass. Differentiable in the latents and in anything inside; inputs are cast to the transformer's dtype, no
+        autocast.
+        """
+        if features_at is None:
+            return self._network(self.transformer, latents, t, conditioning)
+        if not 0 <= features_at < len(self.blocks):
+            raise ValueError(f"features_at={features_at} is no block: use 0 to {len(self.blocks) - 1}")
+        captured: list[Tensor] = []
+        # Only for this call: with activation checkpointing the block runs again during backward, unobserved.
+        handle = self.blocks[features_at].register_forward_hook(lambda block, inputs, output: captured.append(output))
+        try:
+            velocity = self._network(self.transformer, latents, t, conditioning)
+        finally:
+            handle.remove()
+        (tokens,) = captured  # (B, N, D)
+        grid = [n // p for n, p in zip(latents.shape[2:], self.architecture["transformer"]["patch_size"], strict=True)]
+        return velocity, tokens.transpose(1, 2).unflatten(2, grid)
+
+    def _network(self, expert: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """One pass of any expert, shared by `velocity` and `sample`."""
+        batch, text = latents.shape[0], conditioning.text
+        if t.shape != (batch,) or len(conditioning) != batch:
+            raise ValueError(f"{batch} latents with t of shape {tuple(t.shape)} and {len(conditioning)} conditionings")
+        if text.shape[1] != self.text_length:
+            raise ValueError(
+                f"the text has {text.shape[1]} tokens but backbone.text_length={self.text_length}: zero-pad it to "
+                "that, for the network attends to the padding too"
+            )
+        hidden_states, timestep = self._network_input(latents, TRAIN_TIMESTEPS * t.float(), conditioning)
+        velocity = expert(
+            hidden_states=hidden_states.to(expert.dtype),
+            timestep=timestep,
+            encoder_hidden_states=text.to(latents.device, expert.dtype),
+            return_dict=False,
+        )[0]
+        return velocity.float()
+
+    def _network_input(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Latents, timestep (B,) in [0, 1000] -> the network's input (B, C', F, H, W), timestep (B,) or (B, tokens)."""
+        return latents, timestep
+
+    # Generation
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[str] | Conditioning,
+        generator: torch.Generator | list[torch.Generator] | None,
+        *,
+        height: int,
+        width: int,
+        num_frames: int,
+        steps: int = 50,
+        guidance: float = 5.0,
+        guidance_low: float | None = None,
+        shift: float = 3.0,
+        negative: str | Conditioning = "",
+        first_frame: Tensor | None = None,
+        latents: Tensor | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Latents (B, C, F, H, W) float32 of generated clips: Euler steps over `sigma_grid`, classifier-free guidance.
+
+        v = v_negative + guidance (v - v_negative); the negative pass is left out where guidance is 1. Two experts:
+        high_noise where t >= boundary, and below it low_noise with `guidance_low` (None: the same guidance).
+        `generator` is one CPU generator or one a clip, so that the noise does not depend on the device; `latents` is
+        the initial noise, given instead. A `Conditioning` brings its own image; `first_frame` (B, 3, H, W) goes with
+        prompts only.
+        """
+        if isinstance(prompts, Conditioning):
+            if first_frame is not None:
+                raise ValueError(
+                    "first_frame goes with prompts: a Conditioning takes encode_first_frame's latents as image"
+                )
+            conditioning = prompts.to(self.device)
+        else:
+            conditioning = self.condition(prompts, first_frame, num_frames=num_frames)
+        batch = len(conditioning)
+        shape = (batch, *self.latent_shape(height, width, num_frames))
+        if latents is None:
+            if generator is None or isinstance(generator, list) and len(generator) != batch:
+                raise ValueError(f"{batch} clips need one generator, {batch} generators or initial latents")
+            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"the initial latents have shape {tuple(latents.shape)}, the video needs {shape}")
+        latents = self._start(latents.to(self.device, torch.float32), conditioning)
+
+        scales = dict.fromkeys(self.expert_folders, guidance)
+        if guidance_low is not None:
+            scales["low_noise"] = guidance_low
+        without = None
+        if any(scale != 1 for scale in scales.values()):
+            if isinstance(negative, str):
+                negative = Conditioning(self.encode_text([negative]))
+            without = Conditioning(negative.to(self.device).expand(batch).text, conditioning.image)
+        sigmas = sigma_grid(steps, shift)
+        for step in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
+            name = self._expert_at(sigmas[step])
+            if name not in self.experts:
+                raise ValueError(f"t={sigmas[step]:.3f} needs the {name} expert: load the part 'transformer'")
+            t = sigmas[step].expand(batch).to(self.device)
+            velocity = self._network(self.experts[name], latents, t, conditioning)
+            if scales[name] != 1:
+                negative_velocity = self._network(self.experts[name], latents, t, without)
+                velocity = negative_velocity + scales[name] * (velocity - negative_velocity)
+            latents = latents + (sigmas[step + 1] - sigmas[step]).to(self.device) * velocity
+        return latents
+
+    def _start(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """The initial noise, with whatever the family holds fixed put in its place."""
+        return latents
+
+    def _expert_at(self, t: Tensor) -> str:
+        """Name of the expert that serves time t, a scalar in [0, 1]."""
+        return self.expert

@@ -1,0 +1,123 @@
+"""Tiny random pipelines: whole diffusers folders of each family, a few MB each, made in a second without a download.
+
+Every part is the real class (Wan DiT, AutoencoderKLWan, UMT5, a fast tokenizer), only small: for tests and as the
+start of the sandbox.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from train.backbones import BACKBONES
+from train.backbones.loading import random_transformer
+
+# Words that are one token each, so that a small model need not spell; any other text falls back to bytes.
+WORDS = (
+    "a an the one two three four five of on in to from and then with at off into onto against over under its it "
+    "is by up down left right red green blue yellow white black orange purple gray pink brown small large big "
+    "heavy light fast slow slowly quickly soft hard ball balls cube box block disk ring pendulum ramp floor wall "
+    "table ground water glass rope spring stack tower object objects scene falls fall drops drop rolls roll "
+    "slides slide bounces bounce hits hit collides collide swings swing tips topples pushes pushed thrown flies "
+    "spins rises rests moves moving stops gravity"
+)
+
+
+def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Path:
+    """Writes a tiny pipeline of `family` to `folder` and returns it; the same seed gives the same weights.
+
+    Loads through `load_backbone` and through diffusers' own pipelines. Global random generators are left alone.
+    """
+    if family not in BACKBONES:
+        raise ValueError(f"family={family!r} is unknown: use one of {', '.join(BACKBONES)}")
+    backbone = BACKBONES[family]
+    architecture = backbone.architectures["tiny"]
+    transformers = {
+        name: random_transformer(architecture, device="cpu", dtype=torch.float32, seed=seed + index)
+        for index, name in enumerate(backbone.expert_folders.values())
+    }
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+        vae = _tiny_vae(architecture)
+        text_encoder = _tiny_text_encoder(len(tokenizer), architecture["transformer"]["text_dim"])
+    pipeline_class = WanImageToVideoPipeline if family == "wan22_i2v" else WanPipeline
+    pipeline = pipeline_class(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **transformers,
+        boundary_ratio=backbone.default_boundary,
+        expand_timesteps=backbone.expand_timesteps,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer for any text: <pad> is 0, </s> is 1 and appended, and each of WORDS is one token.
+
+    The merges spell the words letter by letter from the left, so every prefix of a word is a token too.
+    """
+    vocabulary = {"<pad>": 0, "</s>": 1}
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[byte] = len(vocabulary)
+    merges = []
+    for word in WORDS.split():
+        prefix = "\u0120"  # how the byte level writes the space before a word
+        for letter in word:
+            if prefix + letter not in vocabulary:
+                vocabulary[prefix + letter] = len(vocabulary)
+                merges.append((prefix, letter))
+            prefix += letter
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="right", model_max_length=512
+    )
+
+
+def _tiny_vae(architecture: dict[str, Any]) -> AutoencoderKLWan:
+    """A VAE of the Wan2.1 kind (8x) or of the Wan2.2 kind (16x: residual, 2x2 pixel patches); global generator."""
+    patch = architecture["vae_scale"] // 8
+    kind = {"is_residual": True, "patch_size": patch, "in_channels": 12, "out_channels": 12} if patch == 2 else {}
+    z_dim = architecture["z_dim"]
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=z_dim,
+        num_res_blocks=1,
+        latents_mean=[0.0] * z_dim,
+        latents_std=[1.0] * z_dim,
+        scale_factor_spatial=architecture["vae_scale"],
+        **kind,
+    ).eval()
+    # Latents of a trained VAE are normalised by their statistics over videos; here over a few smooth random ones.
+    coarse = torch.rand(4, 3, 3, 4, 4) * 2 - 1
+    with torch.no_grad():
+        videos = torch.nn.functional.interpolate(coarse, size=(9, 64, 64), mode="trilinear", align_corners=True)
+        latents = vae.encode(videos).latent_dist.mode()
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    return vae
+
+
+def _tiny_text_encoder(vocabulary: int, width: int) -> UMT5EncoderModel:
+    """A UMT5 encoder of two layers, drawn from the global generator."""
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=16,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=width // 16,
+        feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config).eval()

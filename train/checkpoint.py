@@ -1,0 +1,190 @@
+"""Checkpoints: only what training changes, whole or not at all, and the LoRA file format.
+
+    <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets and fingerprint as metadata
+                              optimizer.safetensors   AdamW moments by adapter name
+                              state.json   step, samples seen, counters, and the size and sha256 of the other files
+
+A checkpoint is written into a sibling folder, synced to disk and renamed: a process killed at any moment leaves the earlier ones as they
+were. There is no generator or sampler state beyond `seed` and `samples_seen`: every draw is a function of those two. Nothing is pickled,
+and no base weight is stored.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.lora_switch import LoraSwitch
+
+LORA_FILE = "lora.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+
+def save(
+    folder: Path, step: int, *, switch: LoraSwitch, optimizer: torch.optim.AdamW, state: dict[str, Any], metadata: dict[str, str], keep: int
+) -> Path:
+    """Write checkpoint `step` under `folder`, then delete all but the newest `keep`. Returns its path. Call on one rank.
+
+    Raises ValueError with the path and the size needed when the disk is full; earlier checkpoints stay intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{step:08d}"
+    aside = folder / f".{final.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    tensors = {LORA_FILE: (switch.state_dict(), metadata), OPTIMIZER_FILE: (_optimizer_tensors(switch, optimizer), None)}
+    try:
+        aside.mkdir()
+        for name, (content, header) in tensors.items():
+            save_file(content, aside / name, metadata=header)
+        files = {name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in tensors}
+        (aside / STATE_FILE).write_text(json.dumps({**state, "step": step, "files": files}, indent=1), encoding="utf-8")
+        for path in aside.iterdir():
+            _sync(path)
+        _sync(aside)
+        if final.exists():  # left by a run that went back to an earlier step
+            shutil.rmtree(final)
+        os.rename(aside, final)
+        _sync(folder)
+    except Exception as error:  # safetensors raises its own type for a failed write
+        shutil.rmtree(aside, ignore_errors=True)
+        needed = sum(t.numel() * t.element_size() for content, _ in tensors.values() for t in content.values())
+        free = shutil.disk_usage(folder).free
+        raise ValueError(
+            f"checkpoint {final} could not be written ({error}): it needs {needed / 2**20:.1f} MiB and the disk has"
+            f" {free / 2**20:.1f} MiB free. Free space or point `output` elsewhere, then start again: it resumes from the last whole"
+            f" checkpoint ({(latest(folder) or Path('none')).name})."
+        ) from error
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint under `folder` whose files are whole; damaged ones are passed over with a warning. None where there is none."""
+    for path in reversed(_steps(folder)):
+        problem = _problem(path)
+        if problem is None:
+            return path
+        warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
+    return None
+
+
+def load(path: Path, *, switch: LoraSwitch, optimizer: torch.optim.AdamW, fingerprint: str) -> dict[str, Any]:
+    """Restore adapters and optimizer from checkpoint `path`; returns its state. Call on every rank.
+
+    Raises ValueError when the checkpoint belongs to another backbone or adapter shape, naming both.
+    """
+    load_lora(path / LORA_FILE, switch, fingerprint=fingerprint)
+    moments = load_file(path / OPTIMIZER_FILE)
+    for name, weight in switch.weights.items():
+        if f"{name}.step" in moments:
+            optimizer.state[weight] = {
+                "step": moments[f"{name}.step"].clone().to(weight.device if weight.is_cuda else "cpu"),
+                "exp_avg": moments[f"{name}.exp_avg"].to(weight.device),
+                "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(weight.device),
+            }
+    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def lora_metadata(switch: LoraSwitch, *, fingerprint: str, expert: str) -> dict[str, str]:
+    """What a LoRA file says of itself. `expert` is transformer | high_noise | low_noise."""
+    config = switch.config
+    return {
+        "format": "physalign-lora-1",
+        "rank": str(config.rank),
+        "alpha": str(config.alpha),
+        "targets": json.dumps(list(config.targets)),
+        "fingerprint": fingerprint,
+        "expert": expert,
+    }
+
+
+def read_lora_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a LoRA file, or of the LoRA in a checkpoint folder. ValueError when it is missing or not one of ours."""
+    path = lora_path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:  # safetensors raises its own type
+        raise ValueError(f"LoRA {path} cannot be read ({error}): the file is damaged or not safetensors") from error
+    if metadata.get("format") != "physalign-lora-1":
+        raise ValueError(f"LoRA {path} carries no physalign metadata: give a checkpoint folder or its {LORA_FILE}")
+    return metadata
+
+
+def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str) -> None:
+    """Load adapters into `switch`. ValueError when file and switch differ in backbone, rank, alpha or layers, naming both sides."""
+    path = lora_path(path)
+    metadata = read_lora_metadata(path)
+    if metadata["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"LoRA {path} was trained on backbone {metadata['fingerprint']}, this backbone is {fingerprint}."
+            " Use the backbone it was trained on."
+        )
+    for key, ours in (("rank", switch.config.rank), ("alpha", switch.config.alpha)):
+        if float(metadata[key]) != float(ours):
+            raise ValueError(
+                f"LoRA {path} has {key} {metadata[key]}, the recipe says lora.{key}={ours}."
+                f" Set lora.{key}={metadata[key]}, or choose another output folder to train anew."
+            )
+    switch.load_state_dict(load_file(path), source=str(path))
+
+
+def lora_path(path: Path | str) -> Path:
+    """The LoRA file that `path` names: itself, or the one in a checkpoint folder, or in the newest checkpoint of a run's folder."""
+    path = Path(path)
+    if path.is_dir():
+        newest = path if (path / LORA_FILE).exists() else latest(path) or latest(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"no checkpoint in {path}: give a LoRA file, a checkpoint folder, or a training output folder")
+        path = newest / LORA_FILE
+    if not path.exists():
+        raise ValueError(f"LoRA {path} does not exist: give a LoRA file, a checkpoint folder, or a training output folder")
+    return path
+
+
+def _optimizer_tensors(switch: LoraSwitch, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    tensors = {}
+    for name, weight in switch.weights.items():
+        for key, value in optimizer.state.get(weight, {}).items():
+            tensors[f"{name}.{key}"] = value.detach().cpu().clone()
+    return tensors
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        files = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{STATE_FILE} cannot be read ({error})"
+    for name, expected in files.items():
+        if not (path / name).exists():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
+            return f"{name} is damaged"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

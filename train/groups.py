@@ -1,0 +1,548 @@
+"""Preference groups on disk and in training: the shard contract between `data_pipeline` and `train`.
+
+A group is one real (winning) clip, the losing clips that the model generated for the same prompt, and what training
+needs to know of them. On disk it is one webdataset sample of two tar members, `<key>.json` (prompt, judge scores,
+origin) and `<key>.safetensors` (latents, text embedding, optional physics targets); nothing is pickled. A folder holds
+
+    <shard>.tar     the samples, byte-equal for equal groups; `webdataset.WebDataset` reads it
+    <shard>.json    its marker, written after the tar: sizes, offsets and checksums. A shard with a marker is done
+    index.json      all markers collected, written last: a folder without it is an unfinished build
+
+and no other JSON or tar file.
+
+The index gives random access to every sample, so training draws from a stream that is a pure function of one integer,
+the global sample position (`assignment`): it is the same on any number of ranks and workers, and resuming needs only
+that integer.
+"""
+
+import errno
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import webdataset
+from torch import Tensor
+
+SCHEMA = 1
+INDEX = "index.json"
+
+
+@dataclass
+class Loser:
+    seed: int  # of the noise it was generated from
+    semantic: float  # judge's semantic adherence in [0, 1], 0.5 neutral
+    physical: float  # judge's physical plausibility in [0, 1], 0.5 neutral
+
+
+@dataclass(eq=False)
+class Group:
+    key: str  # unique in the folder; letters, digits, _ and -
+    prompt: str
+    action: str  # action cluster, used for balancing
+    physics_richness: float | None  # difficulty that the filter gave the clip; None if not filtered
+    source: str  # the winner's origin: path and start time
+    losers_info: list[Loser]  # one for each of `losers`
+    fingerprint: str  # of the backbone that encoded and generated it
+    winner: Tensor  # (C, F, H, W) normalised latent
+    losers: Tensor  # (M, C, F, H, W), the winner's dtype
+    text: Tensor  # (L', D) text embedding without padding
+    condition: Tensor | None = None  # image condition latents of I2V families
+    extra: dict[str, Tensor] = field(default_factory=dict)  # of the winner: tracks, visibility, keep, ...
+
+
+@dataclass(eq=False)
+class Sample:
+    position: int  # in the global stream
+    group: Group
+    loser_index: int  # the loser of this pair, in range(len(group.losers))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def check_group(group: Group) -> None:
+    """ValueError, naming the group and the value, if training could not use `group`."""
+
+    def refuse(reason: str) -> None:
+        raise ValueError(f"group {group.key!r}: {reason}")
+
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", group.key):  # with ".safetensors" within a tar header's 100 characters
+        refuse("a key has 1 to 80 characters out of A-Z a-z 0-9 _ -")
+    if not group.prompt.strip():
+        refuse("the prompt is empty")
+    if not group.fingerprint:
+        refuse("the backbone fingerprint is empty")
+    if group.physics_richness is not None and not math.isfinite(group.physics_richness):
+        refuse(f"physics_richness is {group.physics_richness}, not a finite number or None")
+    if group.winner.ndim != 4 or not group.winner.is_floating_point():
+        refuse(f"the winner must be a float latent (C, F, H, W), not {_describe(group.winner)}")
+    if len(group.losers) == 0:
+        refuse("it has no losers; a preference group needs at least one")
+    if group.losers.shape[1:] != group.winner.shape or group.losers.dtype != group.winner.dtype:
+        refuse(f"the losers {_describe(group.losers)} must be a stack of the winner's {_describe(group.winner)}")
+    if len(group.losers_info) != len(group.losers):
+        refuse(f"{len(group.losers_info)} loser records for {len(group.losers)} loser latents")
+    for number, loser in enumerate(group.losers_info):
+        for name in ("semantic", "physical"):
+            score = getattr(loser, name)
+            if not 0 <= score <= 1:  # false for NaN too
+                refuse(f"loser {number} has {name} score {score}; judge scores lie in [0, 1]")
+    if group.text.ndim != 2 or len(group.text) == 0:
+        refuse(f"the text embedding must be (L', D) with L' > 0, not {_describe(group.text)}")
+    for name, tensor in _tensors(group).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            refuse(f"tensor {name!r} has values that are not finite")
+
+
+class ShardWriter:
+    """Writes one shard; it appears, complete, when the `with` block ends without an error, and not at all otherwise.
+
+        with ShardWriter(folder, "shard-00003") as writer:
+            for group in groups: writer.write(group)
+        writer.record  # what the marker holds
+
+    An existing shard of that name is replaced. A shard may stay empty: its unit of work is then done and gave no group.
+    Finishing a shard removes index.json, which does not describe the folder any more.
+
+    Raises ValueError for a group that `check_group` refuses, a second group with the same key, or of another
+    fingerprint or latent shape than the first; OSError (ENOSPC) with path, needed and free bytes when the disk is full.
+    """
+
+    def __init__(self, folder: str | Path, name: str):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or f"{name}.json" == INDEX:
+            raise ValueError(f"shard name {name!r}: use letters, digits, _ and -, and not 'index'")
+        self.folder, self.name = Path(folder), name
+        self.path = self.folder / f"{name}.tar"
+        self.record: dict[str, Any] = {}
+        self._common: dict[str, Any] = {}  # what every group of the shard shares, set by the first
+        self._samples: dict[str, dict[str, Any]] = {}
+        self._num_bytes, self._digest = 0, hashlib.sha256()
+
+    def __enter__(self) -> "ShardWriter":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._partial = _partial_path(self.path)
+        self._file = open(self._partial, "wb")
+        return self
+
+    def write(self, group: Group) -> None:
+        check_group(group)
+        if group.key in self._samples:
+            raise ValueError(f"group {group.key!r}: {self.path} already holds a group with this key")
+        dtype = str(group.winner.dtype).removeprefix("torch.")
+        common = {"fingerprint": group.fingerprint, "latent_shape": list(group.winner.shape), "latent_dtype": dtype}
+        self._common = self._common or common
+        for name, value in common.items():
+            if value != self._common[name]:
+                raise ValueError(f"group {group.key!r} has {name} {value}, but {self.path} holds {self._common[name]}")
+        data = _sample_bytes(group)
+        self._samples[group.key] = {
+            "key": group.key,
+            "offset": self._num_bytes,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "num_losers": len(group.losers),
+        }
+        self._append(data)
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self._finish()
+        finally:
+            with suppress(OSError):  # on a full disk closing flushes, and fails, once more; the file goes anyway
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._num_bytes += len(data)
+        self._digest.update(data)
+        with _explain_full_disk(self.path, self._num_bytes):
+            self._file.write(data)
+
+    def _finish(self) -> None:
+        self._append(bytes(2 * tarfile.BLOCKSIZE))  # end of archive
+        with _explain_full_disk(self.path, self._num_bytes):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.record = {
+            "schema": SCHEMA,
+            "file": self.path.name,
+            "bytes": self._num_bytes,
+            "sha256": self._digest.hexdigest(),
+            **self._common,
+            "samples": list(self._samples.values()),
+        }
+        marker = self.folder / f"{self.name}.json"
+        for outdated in (self.folder / INDEX, marker):  # first, so that neither ever describes another tar
+            outdated.unlink(missing_ok=True)
+        os.replace(self._partial, self.path)
+        _write_json(marker, self.record)
+
+
+def shard_record(folder: str | Path, name: str) -> dict[str, Any] | None:
+    """The marker of shard `name`, or None if it is still to be built: no marker, no tar, or a tar of another size.
+
+    Raises ValueError for a marker that is no JSON or of another schema.
+    """
+    marker, tar = Path(folder) / f"{name}.json", Path(folder) / f"{name}.tar"
+    if not marker.exists() or not tar.exists():
+        return None
+    record = _read_json(marker, remedy="delete it and run the build again")
+    return record if tar.stat().st_size == record["bytes"] else None
+
+
+def write_index(folder: str | Path, *, fingerprint: str, video: Any) -> dict[str, Any]:
+    """Collects the shard markers, sorted by name, into index.json and returns it.
+
+    fingerprint: of the backbone, which every shard must have. video: the clips' VideoConfig or a mapping.
+
+    Raises ValueError for a shard without marker or a marker without its whole tar, a shard of another schema,
+    fingerprint, latent shape or dtype, a key that two shards share, or no group at all.
+    """
+    folder = Path(folder)
+    common, shards, shard_of_key = {"fingerprint": fingerprint}, [], {}
+    names = {path.stem for pattern in ("*.tar", "*.json") for path in folder.glob(pattern)} - {Path(INDEX).stem}
+    for name in sorted(names):
+        record, rebuild = shard_record(folder, name), _rebuild(folder / f"{name}.tar")
+        if record is None:
+            raise ValueError(f"shard {name!r} in {folder} is not finished; {rebuild}")
+        for field_name in ("fingerprint", "latent_shape", "latent_dtype") if record["samples"] else ():
+            expected = common.setdefault(field_name, record[field_name])
+            if record[field_name] != expected:
+                found = f"{field_name} {record[field_name]}, not {expected}"
+                raise ValueError(f"shard {name!r} in {folder} has {found} as the others; {rebuild}")
+        for key in (sample["key"] for sample in record["samples"]):
+            if key in shard_of_key:
+                raise ValueError(f"group {key!r} is in shard {shard_of_key[key]!r} and in {name!r}; {rebuild}")
+            shard_of_key[key] = name
+        shards.append({entry: record[entry] for entry in ("file", "bytes", "sha256", "samples")})
+    if not shard_of_key:
+        raise ValueError(f"no preference group in {folder}: the build made no shard, or only empty ones")
+    index = {
+        "schema": SCHEMA,
+        **common,
+        "video": asdict(video) if is_dataclass(video) else dict(video),
+        "num_groups": len(shard_of_key),
+        "total_bytes": sum(shard["bytes"] for shard in shards),
+        "shards": shards,
+    }
+    _write_json(folder / INDEX, index)
+    return index
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class GroupSet(torch.utils.data.Dataset):
+    """Random access to the groups of a folder. It keeps no file open: forked and spawned DataLoader workers may use it.
+
+    fingerprint: of the backbone that will train on the groups; None skips that check.
+
+    Attributes: fingerprint, video (dict), latent_shape (C, F, H, W), latent_dtype, total_bytes.
+
+    Raises ValueError on opening for a missing or unreadable index, another schema, another fingerprint, a missing shard
+    or one whose size is not the index's; on reading for a sample whose checksum is not the index's.
+    """
+
+    def __init__(self, folder: str | Path, *, fingerprint: str | None = None):
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        self.fingerprint: str = index["fingerprint"]
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the groups in {self.folder} were built with backbone {self.fingerprint}, but training uses "
+                f"{fingerprint}; train that backbone or build the groups again with this one"
+            )
+        for shard in index["shards"]:
+            if problem := _size_problem(self.folder, shard):
+                raise ValueError(problem)
+        self.video: dict[str, Any] = index["video"]
+        self.latent_shape: tuple[int, ...] = tuple(index["latent_shape"])
+        self.latent_dtype: torch.dtype = getattr(torch, index["latent_dtype"])
+        self.total_bytes: int = index["total_bytes"]
+        self._samples = [(shard["file"], sample) for shard in index["shards"] for sample in shard["samples"]]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def num_losers(self, index: int) -> int:
+        return self._samples[index][1]["num_losers"]
+
+    def __getitem__(self, index: int) -> Group:
+        file, sample = self._samples[index]
+        path = self.folder / file
+        with open(path, "rb") as shard:
+            shard.seek(sample["offset"])
+            data = shard.read(sample["bytes"])
+        if problem := _checksum_problem(path, sample, data):
+            raise ValueError(problem)
+        return _parse_sample(data)
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Checks every byte of every shard against the index; returns one line, with the remedy, for each problem."""
+    folder = Path(folder)
+    try:
+        index = _read_index(folder)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for entry in index["shards"]:
+        if problem := _size_problem(folder, entry):
+            problems.append(problem)
+            continue
+        path, digest, damaged = folder / entry["file"], hashlib.sha256(), []
+        with open(path, "rb") as shard:
+            for sample in entry["samples"]:  # samples follow each other without a gap
+                data = shard.read(sample["bytes"])
+                digest.update(data)
+                damaged += filter(None, [_checksum_problem(path, sample, data)])
+            digest.update(shard.read())  # end of archive
+        if not damaged and digest.hexdigest() != entry["sha256"]:
+            damaged = [f"{path} differs from its checksum outside its samples; {_rebuild(path)}"]
+        problems += damaged
+    return problems
+
+
+# ---- the training stream ---------------------------------------------------------------------------------------------
+
+
+def assignment(position: int, num_losers: Sequence[int], seed: int) -> tuple[int, int]:
+    """(group index, loser index) that the global sample `position` trains on. A pure function.
+
+    num_losers: M of every group, all > 0. Epoch e = position // N visits the N groups in an order of its own, and gives
+    group g the loser at place e % M_g of a permutation drawn anew every M_g epochs (a cycle): g meets every loser once
+    a cycle.
+    """
+    epoch, place = divmod(position, len(num_losers))
+    group = int(_epoch_order(len(num_losers), seed, epoch)[place])
+    cycle, turn = divmod(epoch, num_losers[group])
+    return group, int(_permutation(num_losers[group], f"losers {seed} {group} {cycle}")[turn])
+
+
+@lru_cache(maxsize=4)  # a stream stays in one epoch for N positions
+def _epoch_order(num_groups: int, seed: int, epoch: int) -> np.ndarray:
+    return _permutation(num_groups, f"groups {seed} {epoch}")
+
+
+def _permutation(length: int, name: str) -> np.ndarray:
+    """A permutation of range(length) that `name` alone decides. It sorts raw PCG64 output, which numpy promises to
+    keep, unlike `Generator.permutation`: a run resumed under another numpy continues the same stream."""
+    seed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest(), "big")
+    return np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable")
+
+
+def positions(start: int, rank: int, world: int) -> Iterator[int]:
+    """The endless global positions of one rank: start + rank, start + rank + world, ...
+
+    start: samples already consumed by all ranks together (0 in a new run); the only state that resuming needs.
+    """
+    if start < 0 or not 0 <= rank < world:
+        raise ValueError(f"positions need start >= 0 and 0 <= rank < world, not {start=}, {rank=}, {world=}")
+    return itertools.count(start + rank, world)
+
+
+class GroupStream(torch.utils.data.Dataset):
+    """The endless stream of training samples, indexed by global position:
+
+        DataLoader(GroupStream(groups, seed), sampler=positions(start, rank, world), batch_size=None, num_workers=k)
+
+    yields `Sample`s in order for any k (collation is the caller's). It has no length.
+
+    seed: of the order. winner: "real", or "generated" for the baseline of `generated_winner`, for which every group
+    needs two losers (ValueError naming the first that has not).
+    """
+
+    def __init__(self, groups: GroupSet, seed: int, *, winner: str = "real"):
+        if winner not in ("real", "generated"):
+            raise ValueError(f"winner is {winner!r}; use 'real' or 'generated'")
+        self.groups, self.seed, self.winner = groups, seed, winner
+        taken = 1 if winner == "generated" else 0
+        self._num_losers = [groups.num_losers(index) - taken for index in range(len(groups))]
+        if 0 in self._num_losers:
+            key = groups[self._num_losers.index(0)].key
+            raise ValueError(
+                f"winner 'generated' needs at least 2 losers a group, but group {key!r} in {groups.folder} has 1; "
+                "generate more losers or use winner 'real'"
+            )
+
+    def __getitem__(self, position: int) -> Sample:
+        group_index, loser_index = assignment(position, self._num_losers, self.seed)
+        group = self.groups[group_index]
+        return Sample(position, generated_winner(group) if self.winner == "generated" else group, loser_index)
+
+
+def generated_winner(group: Group) -> Group:
+    """The group with its best loser (mean of both scores, the first on ties) as the winner, no longer among the losers.
+
+    This is VideoDPO's setting: all clips come from the model. `extra` is dropped, for it describes the real winner.
+    Raises ValueError if there are fewer than two losers.
+    """
+    if len(group.losers) < 2:
+        raise ValueError(f"group {group.key!r}: a generated winner needs at least 2 losers, it has {len(group.losers)}")
+    infos = group.losers_info
+    best = max(range(len(infos)), key=lambda number: infos[number].semantic + infos[number].physical)
+    rest = [number for number in range(len(infos)) if number != best]
+    return replace(
+        group,
+        source=f"generated, seed {infos[best].seed}",
+        winner=group.losers[best],
+        losers=group.losers[rest],
+        losers_info=[infos[number] for number in rest],
+        extra={},
+    )
+
+
+def pad_text(text: Tensor, length: int) -> Tensor:
+    """text (L', D) -> (length, D), zeros behind the L' tokens. Raises ValueError if L' > length."""
+    if len(text) > length:
+        raise ValueError(
+            f"a text embedding of {len(text)} tokens does not fit into {length}; raise backbone.text_length or build "
+            "the groups again with the shorter one"
+        )
+    return torch.nn.functional.pad(text, (0, 0, 0, length - len(text)))
+
+
+# ---- one sample in bytes ---------------------------------------------------------------------------------------------
+
+
+def _tensors(group: Group) -> dict[str, Tensor]:
+    condition = {} if group.condition is None else {"condition": group.condition}
+    extra = {f"extra.{name}": tensor for name, tensor in group.extra.items()}
+    return {"winner": group.winner, "losers": group.losers, "text": group.text, **condition, **extra}
+
+
+def _sample_bytes(group: Group) -> memoryview:
+    """Both tar members with their headers, without the end-of-archive blocks."""
+    description = {
+        "schema": SCHEMA,
+        "key": group.key,
+        "prompt": group.prompt,
+        "action": group.action,
+        "physics_richness": None if group.physics_richness is None else float(group.physics_richness),
+        "source": group.source,
+        "losers": [
+            {"seed": int(loser.seed), "semantic": float(loser.semantic), "physical": float(loser.physical)}
+            for loser in group.losers_info
+        ],
+        "fingerprint": group.fingerprint,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(group).items()}
+    buffer = io.BytesIO()
+    with webdataset.TarWriter(buffer, mtime=0, user="", group="", encoder=False) as tar:
+        members = {"json": _json_bytes(description), "safetensors": safetensors.torch.save(tensors)}
+        tar.write({"__key__": group.key, **members})
+        end = tar.tarstream.offset
+    return buffer.getbuffer()[:end]
+
+
+def _parse_sample(data: bytes) -> Group:
+    """The group in the bytes of its tar members, whose checksum has been verified."""
+    members = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar:
+            members[member.name.partition(".")[2]] = tar.extractfile(member).read()
+    description = json.loads(members["json"])
+    tensors = safetensors.torch.load(members["safetensors"])
+    plain = ("key", "prompt", "action", "physics_richness", "source", "fingerprint")
+    return Group(
+        **{name: description[name] for name in plain},
+        losers_info=[Loser(**loser) for loser in description["losers"]],
+        **{name: tensors[name] for name in ("winner", "losers", "text")},
+        condition=tensors.get("condition"),
+        extra={name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")},
+    )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not (folder / INDEX).exists():
+        raise ValueError(f"no {INDEX} in {folder}: the groups are not built or the build did not finish; run the build")
+    return _read_json(folder / INDEX, remedy="run the build again")
+
+
+def _size_problem(folder: Path, shard: Mapping[str, Any]) -> str | None:
+    path = folder / shard["file"]
+    if not path.exists():
+        return f"{path} is missing; {_rebuild(path)}"
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        return f"{path} is {size} bytes long, not {shard['bytes']}: truncated or replaced; {_rebuild(path)}"
+    return None
+
+
+def _checksum_problem(path: Path, sample: Mapping[str, Any], data: bytes) -> str | None:
+    if hashlib.sha256(data).hexdigest() == sample["sha256"]:
+        return None
+    where = f"group {sample['key']!r} at offset {sample['offset']}"
+    return f"{path} is damaged: {where} does not match its checksum; {_rebuild(path)}"
+
+
+def _rebuild(path: Path) -> str:
+    return f"delete {path.name} and {path.stem}.json and run the build again"
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, sort_keys=True).encode("utf-8")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    data, partial = _json_bytes(content), _partial_path(path)
+    try:
+        with _explain_full_disk(path, len(data)), open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); {remedy}") from error
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {content.get('schema')}, this version reads schema {SCHEMA}; {remedy}")
+    return content
+
+
+@contextmanager
+def _explain_full_disk(path: Path, num_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        message = (
+            f"the disk or quota is full: {path} needs at least {num_bytes} bytes, {free} more are free. "
+            "Finished shards are intact; make room and run the build again"
+        )
+        raise OSError(error.errno, message) from error

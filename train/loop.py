@@ -1,0 +1,310 @@
+"""The loop that every trainer shares: load, attach, resume, then step, log, save.
+
+    for each step:  gradients = mean over the step's groups, over all ranks, of `step(config, policy, batch)`
+                    skip it if anything is not finite, else clip, AdamW, log, and now and then a checkpoint and clips
+
+What a method adds is two functions: `prepare(sample) -> tensors` (run in the loader's workers, draws noise and time) and
+`step(config, policy, batch) -> gradients, metrics`. Groups are read by their position in one global stream and every draw is seeded by
+(seed, position), so a run is the same on any number of ranks, and resuming needs only the number of samples seen.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import recipes
+from train import checkpoint, export, parallel
+from train.backbones import load_backbone
+from train.backbones.base import Backbone
+from train.groups import GroupSet, GroupStream, Sample, positions
+from train.lora_switch import LoraSwitch
+from train.optimizer import build_optimizer, learning_rate
+from train.tracking import Tracker, device_peak_tflops, peak_memory_gib, transformer_flops
+from train.validation import Validation
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class TrainConfig:
+    groups: str = "${output}/groups"  # folder of preference groups with their index.json
+    folder: str = "${output}/train"  # checkpoints, metrics, validation clips and the exported LoRA go here
+    pairs_per_pass: int = 1  # groups in one network pass, per GPU; 1 keeps one sample's activations at a time
+    activation_checkpointing: bool = True  # keep only each block's input, recompute the rest in backward
+    compile: bool = False  # torch.compile the transformer block, once for all layers
+    attention: str = "auto"  # a diffusers attention backend; auto: cuDNN on Hopper and newer, else PyTorch's choice
+    num_workers: int = 2  # loader processes per GPU
+    checkpoint_every: int = 200  # steps
+    keep_checkpoints: int = 3  # newest checkpoints kept
+    resume: bool = True  # continue from the newest checkpoint in `folder`; false: refuse a folder that has one
+    max_nonfinite: int = 10  # steps in a row that may be skipped for a non-finite loss before the run stops
+    trackers: list[str] = field(default_factory=list)  # accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio
+
+
+@dataclass
+class Policy:
+    """What a step acts on: the backbone, whose transformer is the policy, or inside `switch.reference()` the reference."""
+
+    backbone: Backbone
+    switch: LoraSwitch
+
+
+Step = Callable[[Any, Policy, Tensors], tuple[list[Tensor], dict[str, Tensor]]]
+
+
+def fit(
+    config: Any,
+    *,
+    step: Step,
+    prepare: Callable[[Any, Sample], Tensors],
+    check_groups: Callable[[Any, GroupSet], None],
+    shown: tuple[str, ...],
+) -> Path:
+    """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, optim, sampler, validation
+    and train; `check_groups` may refuse a group set; `shown` names the metrics of the progress bar.
+
+    Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the ranks, a checkpoint of
+    another rank, a full disk, a run whose losses stay non-finite.
+    """
+    trackers = [name for name in config.train.trackers if name]
+    folder = Path(config.train.folder)
+    accelerator = parallel.build_accelerator(log_with=trackers or None, project_dir=str(folder))
+    device = accelerator.device
+    accumulation = accumulation_steps(config, accelerator.num_processes)
+    if accelerator.is_main_process:
+        recipes.save(config, folder / "recipe.yaml")
+
+    validation = Validation(config, accelerator, folder / "validation")
+    parts = ("transformer", "vae") if validation.enabled else ("expert",)
+    backbone = load_backbone(config.backbone, device, parts=parts)
+    groups = open_groups(config, backbone)
+    check_groups(config, groups)
+    policy = Policy(backbone, LoraSwitch(backbone.transformer, config.lora, seed=config.seed))
+    engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
+    prepare_network(backbone.transformer, policy.switch, config.train, device)
+    optimizer = build_optimizer(config.optim, policy.switch.parameters())
+
+    checkpoints = folder / "checkpoints"
+    expert = next(name for name, network in backbone.experts.items() if network is backbone.transformer)
+    metadata = checkpoint.lora_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=expert)
+    state = {"samples_seen": 0, "skipped": 0, "seed": config.seed}
+    start = 0
+    newest = checkpoint.latest(checkpoints)
+    if newest is not None and not config.train.resume:
+        raise ValueError(f"{checkpoints} already holds {newest.name} and train.resume is false: choose another output folder")
+    if newest is not None:
+        loaded = checkpoint.load(newest, switch=policy.switch, optimizer=optimizer, fingerprint=backbone.fingerprint)
+        if loaded["seed"] != config.seed:
+            raise ValueError(f"{newest} was trained with seed={loaded['seed']}, the recipe says seed={config.seed}: restore the seed")
+        state = {key: loaded[key] for key in state}
+        start = loaded["step"]
+        accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
+
+    stopping = _StopSignal()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = iter(build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world))
+    tracker = Tracker(accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config))
+    pace = _Pace(config, backbone, groups, device)
+
+    def save(step_number: int) -> None:
+        problem = None
+        if accelerator.is_main_process:
+            try:
+                checkpoint.save(
+                    checkpoints,
+                    step_number,
+                    switch=policy.switch,
+                    optimizer=optimizer,
+                    state=state,
+                    metadata=metadata,
+                    keep=config.train.keep_checkpoints,
+                )
+            except ValueError as error:
+                problem = error
+        if parallel.any_rank(problem is not None, device):  # all ranks stop together
+            raise problem or ValueError("the main process could not write a checkpoint: see its message")
+
+    if start == 0:
+        validation.run(0, policy)
+    bad_in_a_row = 0
+    for number in range(start, config.optim.steps):
+        optimizer.zero_grad(set_to_none=True)
+        gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
+        for engine in engines:
+            parallel.release(engine)
+        asked_to_stop = torch.tensor([float(stopping.asked)], device=device)
+        parallel.average_([*gradients, *metrics.values(), asked_to_stop])
+        for weight, gradient in zip(policy.switch.parameters(), gradients, strict=True):
+            weight.grad = gradient
+        norm = nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, number)
+        finite = math.isfinite(norm.item()) and math.isfinite(metrics["loss"].item())
+        if finite:  # the same on all ranks: both numbers are averages over them
+            optimizer.step()
+        bad_in_a_row = 0 if finite else bad_in_a_row + 1
+        state["skipped"] += not finite
+        state["samples_seen"] += config.optim.batch_size
+
+        values = {name: value.item() for name, value in metrics.items()}
+        values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
+        tracker.log(number, values | pace.measure(), shown=shown)
+        if bad_in_a_row > config.train.max_nonfinite:
+            raise ValueError(
+                f"the loss or its gradient was not finite for {bad_in_a_row} steps in a row (train.max_nonfinite="
+                f"{config.train.max_nonfinite}), last at step {number}. The last good checkpoint is"
+                f" {checkpoint.latest(checkpoints)}. Lower optim.lr or objective.beta, and check the groups with train.groups.verify."
+            )
+        done, stop = number + 1 == config.optim.steps, asked_to_stop.item() > 0
+        if done or stop or (number + 1) % config.train.checkpoint_every == 0:
+            save(number + 1)
+        if stop and not done:
+            accelerator.print(f"stopped by signal after step {number + 1}; run the same command to continue")
+            tracker.close()
+            raise SystemExit(0)
+        if done or validation.due(number + 1):
+            validation.run(number + 1, policy)
+        pace.restart()  # checkpoints and clips are not training time
+    tracker.close()
+
+    exported = folder / "lora" / export.DIFFUSERS_FILE
+    if accelerator.is_main_process:
+        export.to_diffusers(checkpoints, exported)
+    accelerator.wait_for_everyone()
+    return exported
+
+
+def accumulation_steps(config: Any, world: int) -> int:
+    """Network passes over `pairs_per_pass` groups that one rank makes a step. ValueError where the batch does not divide."""
+    per_round = world * config.train.pairs_per_pass
+    if config.optim.batch_size % per_round:
+        lower = config.optim.batch_size // per_round * per_round
+        raise ValueError(
+            f"optim.batch_size={config.optim.batch_size} does not divide over {world} ranks x train.pairs_per_pass="
+            f"{config.train.pairs_per_pass}: use {lower or per_round} or {lower + per_round}"
+        )
+    return config.optim.batch_size // per_round
+
+
+def open_groups(config: Any, backbone: Backbone) -> GroupSet:
+    """The recipe's groups, checked against the backbone and the recipe's video size."""
+    groups = GroupSet(config.train.groups, fingerprint=backbone.fingerprint)
+    video = config.video
+    expected = backbone.latent_shape(video.height, video.width, video.num_frames)
+    if groups.latent_shape != tuple(expected):
+        raise ValueError(
+            f"the groups in {config.train.groups} hold latents of shape {groups.latent_shape}, the recipe's video section gives"
+            f" {tuple(expected)}: set video.height, video.width, video.num_frames to what they were built with, or build them again"
+        )
+    return groups
+
+
+def prepare_network(network: nn.Module, switch: LoraSwitch, config: TrainConfig, device: torch.device) -> None:
+    """Switch on activation checkpointing, the attention backend and compilation, as configured."""
+    if config.activation_checkpointing:
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if config.attention != "auto":
+        network.set_attention_backend(config.attention)
+    elif hopper:
+        network.set_attention_backend("_native_cudnn")
+    if config.compile:
+        # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph per mode.
+        for block in network.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
+class _Prepared(Dataset):
+    def __init__(self, config: Any, stream: GroupStream, prepare: Callable[[Any, Sample], Tensors]):
+        self.config, self.stream, self.prepare = config, stream, prepare
+
+    def __getitem__(self, position: int) -> Tensors:
+        return self.prepare(self.config, self.stream[position])
+
+
+def build_loader(
+    config: Any, groups: GroupSet, prepare: Callable[[Any, Sample], Tensors], *, start: int, rank: int, world: int
+) -> DataLoader:
+    """Endless loader of this rank's prepared groups from global position `start` on, in order."""
+    stream = GroupStream(groups, config.seed, winner=config.objective.winner)
+    return DataLoader(
+        _Prepared(config, stream, prepare),
+        sampler=positions(start, rank, world),
+        batch_size=config.train.pairs_per_pass,
+        num_workers=config.train.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=config.train.num_workers > 0,
+        worker_init_fn=_ignore_stop_signal,
+    )
+
+
+def _accumulate(config, policy, batches, accumulation: int, step: Step, device) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Mean gradients and metrics of this rank's share of one step."""
+    total: list[Tensor] | None = None
+    sums: dict[str, Tensor] = {}
+    for _ in range(accumulation):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        gradients, metrics = step(config, policy, batch)
+        if total is None:
+            total = gradients
+        else:
+            for sum_, gradient in zip(total, gradients, strict=True):
+                sum_ += gradient
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0) + value.detach().float()
+    for gradient in total:
+        gradient /= accumulation
+    return total, {name: value / accumulation for name, value in sums.items()}
+
+
+def _ignore_stop_signal(_worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler signals the whole group; the loader ends with its trainer
+
+
+class _StopSignal:
+    """SIGTERM (preemption) only sets a flag; the loop saves and leaves at the end of its step."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+
+class _Pace:
+    """Tokens a second, arithmetic rate and its share of the device's peak, memory."""
+
+    def __init__(self, config: Any, backbone: Backbone, groups: GroupSet, device: torch.device):
+        video, network = config.video, backbone.transformer.config
+        self.device = device
+        tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
+        width = network.num_attention_heads * network.attention_head_dim
+        matrix, attention = transformer_flops(tokens, config.backbone.text_length, width, network.ffn_dim, network.num_layers)
+        clips = config.optim.batch_size * config.objective.clips_per_group(groups)
+        passes = config.objective.reference_passes
+        self.tokens = tokens * clips
+        self.flops = clips * ((2 + passes) * matrix + (1 + passes + 2.5) * attention)  # forward, reference forward, backward
+        self.restart()
+
+    def restart(self) -> None:
+        self.clock = time.perf_counter()
+
+    def measure(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self.clock
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        tflops = self.flops / seconds / world / 1e12
+        peak = device_peak_tflops(self.device)
+        measured = {"seconds": seconds, "tokens_per_second": self.tokens / seconds, "tflops_per_device": tflops, "memory_gib": peak_memory_gib(self.device)}
+        return measured | ({"share_of_peak": tflops / peak} if peak else {})
+

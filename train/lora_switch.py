@@ -1,0 +1,151 @@
+"""LoRA-switch reference: one frozen network that is both policy and reference (PhyGDPO, arXiv 2512.24551, eq. 14).
+
+    policy:     y = W x + b + (alpha / rank) B A x
+    reference:  y = W x + b                                   inside `with switch.reference():`
+
+Three properties are designed in, and tested:
+
+- The low-rank weights live outside the network's module tree. Its state-dict keys, its DeepSpeed ZeRO-3 partitions and its compiled blocks
+  stay those of the plain network; the adapters, a few megabytes, stay whole on every rank.
+- Activation checkpointing recomputes a block during backward, when the switch may stand elsewhere. `switch.checkpoint` remembers how it stood
+  in the forward pass and restores that for the recompute, so a gradient may also flow through a pass of the reference.
+- Switching only changes one Python boolean: no `requires_grad` is touched, no weight is copied or merged.
+
+Deviation from eq. 14: none. A starts Kaiming-uniform and B zero, so that an untrained policy equals its reference bit for bit.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 48  # r of eq. 14
+    alpha: float = 48.0  # scale is alpha / rank
+    # Suffixes of the linear layers that get an adapter; the paper's: query, key, value and output of every self-attention.
+    targets: list[str] = field(default_factory=lambda: ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
+
+
+class SwitchState:
+    """Whether the adapters act. A bare object, so that all layers share it and a compiled block guards on one boolean."""
+
+    def __init__(self):
+        self.active = True
+
+
+class SwitchedLinear(nn.Linear):
+    """A frozen linear layer plus a low-rank update that can be switched off. Made by `LoraSwitch`, by changing a layer's class in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.lora_state.active:
+            return y
+        down = F.linear(x, self.lora_down.to(x.dtype))  # (..., rank)
+        return y + F.linear(down, self.lora_up.to(x.dtype)) * self.lora_scale
+
+
+class LoraSwitch:
+    """The adapters of one network and the switch between policy and reference.
+
+    `weights` maps `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank), the key names of peft and diffusers, to float32
+    parameters on the network's device. The network's own parameters are frozen.
+
+    Raises ValueError when a target suffix matches no linear layer, or the rank is not positive.
+    """
+
+    def __init__(self, network: nn.Module, config: LoraConfig, *, seed: int = 0):
+        if config.rank < 1:
+            raise ValueError(f"lora.rank is {config.rank}: it must be at least 1")
+        self.config = config
+        self.state = SwitchState()
+        self.weights: dict[str, nn.Parameter] = {}
+        network.requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        for name, layer in targeted_layers(network, config.targets):
+            bound = 1 / math.sqrt(layer.in_features)  # Kaiming-uniform with a = sqrt(5)
+            down = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+            up = torch.zeros(layer.out_features, config.rank)
+            device = layer.weight.device
+            layer.__class__ = SwitchedLinear
+            # Past nn.Module's __setattr__: these must not become parameters of the network.
+            layer.__dict__["lora_down"] = self.weights[f"{name}.lora_A.weight"] = nn.Parameter(down.to(device))
+            layer.__dict__["lora_up"] = self.weights[f"{name}.lora_B.weight"] = nn.Parameter(up.to(device))
+            layer.__dict__["lora_scale"] = config.alpha / config.rank
+            layer.__dict__["lora_state"] = self.state
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.weights.values())
+
+    def num_parameters(self) -> int:
+        return sum(weight.numel() for weight in self.weights.values())
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Every pass inside runs the frozen network alone. Nests; leaves gradients to the caller (use torch.no_grad where none is wanted)."""
+        with self._as(active=False):
+            yield
+
+    @contextmanager
+    def _as(self, *, active: bool) -> Iterator[None]:
+        before, self.state.active = self.state.active, active
+        try:
+            yield
+        finally:
+            self.state.active = before
+
+    def checkpoint(self, function: Callable, *args):
+        """`torch.utils.checkpoint` (non-reentrant) whose recompute sees the switch as it stands now, not as it stands during backward."""
+        active = self.state.active
+
+        def run(*inputs):
+            with self._as(active=active):
+                return function(*inputs)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the adapter weights on the CPU, float32."""
+        return {name: weight.detach().cpu().clone() for name, weight in self.weights.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], *, source: str = "the LoRA file") -> None:
+        """Load weights made by `state_dict`. ValueError naming `source` where layers, ranks or shapes differ."""
+        missing, unexpected = sorted(self.weights.keys() - state.keys()), sorted(state.keys() - self.weights.keys())
+        if missing or unexpected:
+            raise ValueError(
+                f"{source} holds adapters for other layers: {len(missing)} of this recipe's are missing"
+                f" (first: {missing[:1]}), {len(unexpected)} are unknown (first: {unexpected[:1]})."
+                " Set lora.targets to what it was trained with."
+            )
+        for name, weight in self.weights.items():
+            if weight.shape != state[name].shape:
+                raise ValueError(
+                    f"{source}: {name} has shape {tuple(state[name].shape)}, this recipe (lora.rank={self.config.rank}) needs"
+                    f" {tuple(weight.shape)}. Set lora.rank to the file's rank, or train anew."
+                )
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(state[name])
+
+
+def targeted_layers(network: nn.Module, targets: list[str]) -> list[tuple[str, nn.Linear]]:
+    """Names and layers that `targets` (suffixes) choose; ValueError for a suffix that matches no linear layer."""
+    linears = {name: module for name, module in network.named_modules() if type(module) is nn.Linear}
+    for target in targets:
+        if not any(_matches(name, target) for name in linears):
+            suffixes = sorted({".".join(name.split(".")[2:]) for name in linears if name.startswith("blocks.")})
+            near = difflib.get_close_matches(target, suffixes, n=1)
+            hint = f" Did you mean {near[0]}?" if near else f" Layers of a block: {', '.join(suffixes)}."
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer.{hint}")
+    return [(name, layer) for name, layer in linears.items() if any(_matches(name, target) for target in targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

@@ -1,0 +1,79 @@
+"""One process or many: the accelerator, the ZeRO-3 partition of the frozen network, and averages over ranks.
+
+What is trained, the adapters, is a few megabytes and stays whole on every rank; what is frozen, the network, is what ZeRO-3 shards. So
+gradients are averaged here, once a step and in one message, the optimizer is plain PyTorch, and a checkpoint has the same files on one
+CPU, under data parallelism and under ZeRO-3. Every rank must run the same number of network passes.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(hours=1)  # one rank may write a checkpoint or clips while the others wait
+
+
+def build_accelerator(**options) -> Accelerator:
+    """An Accelerator for this launch; its processes talk over gloo where there is no GPU. ValueError for a ZeRO stage other than 3."""
+    launched = "LOCAL_RANK" in os.environ  # by accelerate launch or torchrun; a bare process has no group to set up
+    handlers = [InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)]
+    accelerator = Accelerator(kwargs_handlers=handlers if launched else [], **options)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
+
+        deepspeed.logger.setLevel("WARNING")
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage != 3:
+            raise ValueError(
+                f"DeepSpeed zero stage {stage}: only stage 3 shards the frozen network, and nothing else is large here."
+                " Launch with launch/zero3.yaml, or launch/ddp.yaml for plain data parallelism."
+            )
+    return accelerator
+
+
+def partition(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
+    """Shard `network` over the ranks when launched with DeepSpeed ZeRO-3, else do nothing.
+
+    Returns the DeepSpeed engine, which must outlive training; the network itself is called as before, its hooks gather a whole transformer
+    block when it runs. Parameters keep their dtypes.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(network, [type(network.blocks[0])])
+    engine = accelerator.prepare(network)
+    assert is_partitioned(network), "ZeRO-3 left parameters whole"
+    return engine
+
+
+def release(engine: nn.Module | None) -> None:
+    """Free what ZeRO-3 gathered for modules whose input carried no gradient: their own release never comes."""
+    if engine is not None:
+        engine.optimizer.release_backward_leftovers()
+
+
+def is_partitioned(network: nn.Module) -> bool:
+    """Whether each rank holds only its part of every parameter."""
+    return all(getattr(p, "ds_tensor", None) is not None and p.numel() == 0 for p in network.parameters())
+
+
+def average_(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over the ranks, in place, with one all-reduce. All on one device and of one dtype."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on at least one rank; the same answer on all."""
+    value = torch.tensor([float(flag)], device=device)
+    average_([value])
+    return bool(value.item() > 0)

@@ -1,0 +1,82 @@
+"""`--dry-run`: the numbers that follow from a recipe, printed without loading any weights."""
+
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from train.backbones import find_architecture
+from train.backbones.architecture import latent_shape, num_tokens, parameter_count
+from train.groups import GroupSet
+from train.loop import accumulation_steps
+from train.lora_switch import targeted_layers
+from train.parallel import build_accelerator
+
+GIB = 2**30
+
+
+def print_plan(config: Any) -> None:
+    """Print parameters, tokens, steps, samples and an estimate of memory per device; ValueError for what cannot work."""
+    accelerator = build_accelerator()
+    for line in plan(config, world=accelerator.num_processes, sharded=accelerator.distributed_type.value == "DEEPSPEED"):
+        accelerator.print(line)
+
+
+def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
+    """The lines of `print_plan` for `world` ranks; `sharded` says whether ZeRO-3 splits the frozen network."""
+    architecture = find_architecture(config.backbone)
+    network, video = architecture["transformer"], config.video
+    shape = latent_shape(architecture, video.height, video.width, video.num_frames)
+    tokens = num_tokens(architecture, video.height, video.width, video.num_frames)
+    accumulation = accumulation_steps(config, world)
+    width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
+    parameters = parameter_count(architecture)
+    adapters = lora_parameters(architecture, config.lora)
+    memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=world if sharded else 1)
+    samples = config.optim.steps * config.optim.batch_size
+    lines = [
+        f"backbone        {config.backbone.family} {config.backbone.architecture}: {parameters / 1e9:.2f} B parameters, {layers} blocks of width {width}",
+        f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained",
+        f"clip            {video.height}x{video.width}, {video.num_frames} frames at {video.fps:g} fps -> latents {shape}, {tokens} tokens",
+        f"step            {config.optim.batch_size} groups = {world} ranks x {config.train.pairs_per_pass} a pass x {accumulation} accumulation",
+        f"run             {config.optim.steps} steps, {samples} groups drawn",
+        f"learning rate   {config.optim.lr:g}, {config.optim.schedule}"
+        + (f" to {config.optim.lr_end:g}" if config.optim.schedule == "cosine" else ""),
+        "memory a device " + " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
+        + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
+    ]
+    try:
+        groups = GroupSet(config.train.groups)
+        lines.append(
+            f"groups          {len(groups)} in {config.train.groups} ({groups.total_bytes / GIB:.2f} GiB), backbone"
+            f" {groups.fingerprint}: {samples / len(groups):.2f} epochs"
+        )
+    except ValueError as error:
+        lines.append(f"groups          none yet: {error}")
+    return lines
+
+
+def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:
+    """Trained parameters, counted by attaching the adapters' shapes to a network without storage."""
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**architecture["transformer"])
+    layers = targeted_layers(network, lora.targets)
+    return sum(lora.rank * (layer.in_features + layer.out_features) for _, layer in layers)
+
+
+def memory_estimate(
+    config: Any, architecture: dict[str, Any], tokens: int, parameters: int, adapters: int, *, world: int
+) -> dict[str, float]:
+    """Bytes per device by part: frozen weights (over `world` shards), adapters (weights, two moments, gradients), activations.
+
+    Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token while one block is
+    recomputed; without checkpointing the latter for every block.
+    """
+    network = architecture["transformer"]
+    width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
+    size = 4 if config.backbone.dtype == "float32" else 2
+    pairs = config.train.pairs_per_pass
+    clips = 1 if pairs == 1 else 2 * pairs
+    block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
+    kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
+    return {"weights": parameters * size / world, "adapters": adapters * 4 * 6, "activations": clips * kept}

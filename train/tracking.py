@@ -1,0 +1,122 @@
+"""What a run says of itself: metrics.jsonl, trackers, a progress bar, tokens a second, share of the device's peak, memory.
+
+`metrics.jsonl` is always written, one object a line; after a resume, lines of steps that are trained again are dropped, so that a step
+stands in it once.
+"""
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+# Dense bf16 peak of a device by name, TFLOP/s, from the vendors' datasheets.
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
+
+
+def transformer_flops(tokens: int, text_tokens: int, width: int, ffn: int, layers: int) -> tuple[float, float]:
+    """Floating-point operations of one forward pass of one sample: (matrix products, attention).
+
+        matrix = 2 L n (6 d^2 + 2 d ffn),  attention = 4 L (L + text) d n
+
+    L tokens, n layers, width d; the text's own key and value products are left out as small. A backward pass with frozen weights costs the
+    matrix part once (input gradients only) and 2.5 times the attention.
+
+    By hand: L = 2, text 1, d = 3, ffn = 4, n = 1: 2*2*(6*9 + 2*3*4) = 312 and 4*2*(2 + 1)*3 = 72.
+    """
+    matrix = 2.0 * tokens * layers * (6 * width**2 + 2 * width * ffn)
+    attention = 4.0 * tokens * (tokens + text_tokens) * width * layers
+    return matrix, attention
+
+
+def device_peak_tflops(device: torch.device) -> float | None:
+    """Dense bf16 peak of `device`, or None when it is not in the table (a CPU, say)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak allocated device memory since the last reset, or the process's peak resident memory on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Tracker:
+    """Writes one step's metrics everywhere they go. Only the main process writes; call on all.
+
+    Metrics are plain numbers. A number that is not finite is written as null, so that every line stays JSON.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, *, start: int, total: int, trackers: list[str], config: dict[str, Any]
+    ):
+        self.accelerator = accelerator
+        self.path = folder / "metrics.jsonl"
+        self.bar = None
+        if trackers:
+            accelerator.init_trackers("physalign", config=_flatten(config))
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_lines_from(self.path, start)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True, smoothing=0.1)
+
+    def log(self, step: int, metrics: dict[str, float], *, shown: tuple[str, ...]) -> None:
+        """Record step `step` (0-based) with its `seconds`; `shown` names the metrics that stand in the progress bar."""
+        if self.bar is None:
+            return
+        metrics = metrics | {"eta_seconds": (self.bar.total - step - 1) * metrics["seconds"]}
+        line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self.accelerator.log(metrics, step=step)
+        self.bar.set_postfix({key: f"{metrics[key]:.4g}" for key in shown if key in metrics}, refresh=False)
+        self.bar.update(1)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.file.close()
+        self.accelerator.end_training()
+
+
+def _drop_lines_from(path: Path, start: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < start:
+                kept.append(line)
+        except ValueError:
+            continue  # the half-written last line of a killed run
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

@@ -1,0 +1,114 @@
+"""Clips during training: the same prompts and seeds every time, reference beside policy.
+
+    <folder>/step_00000500/00-<seed>.mp4     base | tuned, side by side
+    <folder>/step_00000500/sheet.png         both, frame by frame, for every prompt and seed
+
+The reference's clips are made once, at the first call of a process, and kept in memory. Prompts are encoded once, by the main process.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from train.backbones import load_backbone
+from train.backbones.base import Conditioning
+from train.clips import contact_sheet, from_pixels, read_clip, side_by_side, to_pixels, write_clip
+from train.sampling import sample_clips
+
+
+@dataclass
+class ValidationConfig:
+    prompts: list[str] = field(default_factory=list)  # none: no validation clips
+    images: list[str] = field(default_factory=list)  # image-to-video families: a clip or picture per prompt, its first frame is used
+    seeds: list[int] = field(default_factory=lambda: [0])  # clips per prompt
+    every: int = 500  # steps; also before the first and after the last
+
+
+class Validation:
+    """Makes the clips of `config.validation`. Every rank runs equally many passes, as ZeRO-3 needs: the last ones are repeated."""
+
+    def __init__(self, config: Any, accelerator: Accelerator, folder: Path):
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.enabled = bool(config.validation.prompts)
+        if self.enabled:
+            self.conditioning, self.negative = self._encode()
+        jobs = [(p, s) for p in range(len(config.validation.prompts)) for s in config.validation.seeds]
+        rank, world = accelerator.process_index, accelerator.num_processes
+        rounds = -(-len(jobs) // world)
+        self.jobs = [jobs[min(i * world + rank, len(jobs) - 1)] for i in range(rounds)] if jobs else []
+        self.own = [i * world + rank < len(jobs) for i in range(rounds)]
+        self.base: list[torch.Tensor] = []
+
+    def due(self, step: int) -> bool:
+        return self.enabled and step % self.config.validation.every == 0
+
+    def run(self, step: int, policy: Any) -> None:
+        """Make the clips of `step` and, on the main process, the contact sheet of all ranks' clips."""
+        if not self.enabled:
+            return
+        folder = self.folder / f"step_{step:08d}"
+        backbone = policy.backbone
+        backbone.vae.to(self.accelerator.device)
+        if not self.base:
+            with policy.switch.reference():
+                self.base = [self._clip(backbone, *job) for job in self.jobs]
+        tuned = [self._clip(backbone, *job) for job in self.jobs]
+        backbone.vae.to("cpu")
+        for (prompt, seed), own, base, clip in zip(self.jobs, self.own, self.base, tuned, strict=True):
+            if own:
+                both = side_by_side([base, clip], ["base", f"step {step}"])
+                write_clip(folder / f"{prompt:02d}-{seed}.mp4", both, self.config.video.fps)
+        rows = [
+            (f"{label} {self.config.validation.prompts[prompt][:60]} (seed {seed})", clip)
+            for (prompt, seed), own, base, tuned_clip in zip(self.jobs, self.own, self.base, tuned, strict=True)
+            if own
+            for label, clip in (("base:", base), ("tuned:", tuned_clip))
+        ]
+        if rows:
+            name = "sheet.png" if self.accelerator.num_processes == 1 else f"sheet-{self.accelerator.process_index}.png"
+            contact_sheet(folder / name, rows)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _clip(self, backbone: Any, prompt: int, seed: int) -> torch.Tensor:
+        latents = sample_clips(
+            backbone,
+            self.conditioning[prompt : prompt + 1].to(self.accelerator.device),
+            [seed],
+            self.config.video,
+            self.config.sampler,
+            negative=self.negative,
+            progress=False,
+        )
+        return to_pixels(backbone.decode_latents(latents))[0].cpu()
+
+    def _encode(self) -> tuple[Conditioning, Conditioning]:
+        """Embeddings of the prompts and the negative prompt, encoded by the main process into a file that all read."""
+        path = self.folder / "prompts.safetensors"
+        config = self.config.validation
+        if self.accelerator.is_main_process:
+            parts = ("text", "vae") if config.images else ("text",)
+            backbone = load_backbone(self.config.backbone, self.accelerator.device, parts=parts)
+            first = None
+            if config.images:
+                if len(config.images) != len(config.prompts):
+                    raise ValueError(
+                        f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts: give one a prompt"
+                    )
+                still = replace(self.config.video, num_frames=1)
+                first = torch.stack([from_pixels(read_clip(path, still))[:, 0] for path in config.images])  # (P,3,H,W)
+            conditioning = backbone.condition(list(config.prompts), first, num_frames=self.config.video.num_frames)
+            negative = backbone.condition([self.config.sampler.negative_prompt])
+            tensors = {"text": conditioning.text, "negative": negative.text}
+            if conditioning.image is not None:
+                tensors["image"] = conditioning.image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+            del backbone
+        self.accelerator.wait_for_everyone()
+        tensors = load_file(path)
+        return Conditioning(tensors["text"], tensors.get("image")), Conditioning(tensors["negative"])

@@ -42,8 +42,7 @@ def loser_path(folder: str | Path, key: str, loser: int) -> Path:
 
 
 @torch.no_grad()
-def save_losers(backbone: Backbone, losers: Tensor, folder: str | Path, key: str, fps: float) -> None:
-    """Decode losers (M, C, F, H, W) and write each as <folder>/<key>-<loser>.mp4."""
-    for loser, latents in enumerate(losers):
-        pixels = to_pixels(backbone.decode_latents(latents[None].float()))[0]
-        write_clip(loser_path(folder, key, loser), pixels, fps)
+def save_losers(backbone: Backbone, losers: Tensor, paths: Sequence[Path], fps: float) -> None:
+    """Decode losers (M, C, F, H, W) and write each as an mp4."""
+    for latents, path in zip(losers, paths, strict=True):
+        write_clip(path, to_pixels(backbone.decode_latents(latents[None].float()))[0], fps)

@@ -6,11 +6,11 @@ A judge that runs elsewhere gets the loser clips and a table of them (`write_tab
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data_pipeline.sources import Row, check_scores
+from data_pipeline.units import write_text
 
 NEUTRAL = (0.5, 0.5)  # semantic, physical: of a loser that nobody judged
 Scores = dict[tuple[str, int], tuple[float, float]]  # (group key, loser) -> (semantic, physical)
@@ -19,8 +19,8 @@ Scores = dict[tuple[str, int], tuple[float, float]]  # (group key, loser) -> (se
 def read_scores(path: str | Path) -> Scores:
     """A CSV with the columns key, loser (from 0), semantic, physical; other columns are not read.
 
-    Raises ValueError, before any work, for a missing file or column and for lines that hold no scores in [0, 1], which it
-    lists: a lost score must not pass for a neutral one.
+    Raises ValueError, before any work, for a missing file or column and for lines that hold no scores in [0, 1], which
+    it lists: a lost score must not pass for a neutral one.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,7 +47,7 @@ def read_scores(path: str | Path) -> Scores:
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise ValueError(
-            f"{path} has {len(problems)} bad lines ({shown}); correct them, or remove them: those losers count as neutral"
+            f"{path} has {len(problems)} bad lines ({shown}); correct them, or remove them to leave the losers neutral"
         )
     return scores
 
@@ -66,10 +66,4 @@ def write_table(path: str | Path, losers: Iterable[tuple[str, int, Path, str]]) 
     writer.writerow(["key", "loser", "clip", "prompt"])
     for key, loser, clip, prompt in losers:
         writer.writerow([key, loser, clip.relative_to(path.parent), prompt])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, buffer.getvalue())

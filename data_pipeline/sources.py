@@ -1,8 +1,8 @@
 """The manifest of raw clips: a CSV or JSONL file in, checked rows out.
 
-Columns: `clip` (path, absolute or relative to the manifest's folder) and `prompt`; optional `key`, `start` (seconds into
-the clip), `action`, `physics_richness`, `semantic` and `physical` (one pair of judge scores in [0, 1] for all losers of
-the row); in JSONL also `scores` ([[semantic, physical], ...], one pair a loser).
+Columns: `clip` (path, absolute or relative to the manifest's folder) and `prompt`; optional `key`, `start` (seconds
+into the clip), `action`, `physics_richness`, `semantic` and `physical` (one pair of judge scores in [0, 1] for all
+losers of the row); in JSONL also `scores` ([[semantic, physical], ...], one pair a loser).
 
 A bad column stops everything before any work, with a ValueError. A bad row stops nothing: it comes out as a
 `Quarantined`, at its place, with its reason.
@@ -64,12 +64,12 @@ class _BadRow(Exception):
 def read_manifest(path: str | Path, *, num_losers: int) -> Manifest:
     """Read and check a manifest; `num_losers` is the number of pairs that a row's `scores` must have.
 
-    Raises ValueError for a missing file, another suffix than .csv or .jsonl, a missing or doubled column, broken quoting,
-    and a file without rows.
+    Raises ValueError for a missing file, another suffix than .csv or .jsonl, a missing or doubled column, broken
+    quoting, and a file without rows.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"pipeline.manifest={path}: no such file; give a .csv or .jsonl with the columns clip and prompt")
+        raise ValueError(f"pipeline.manifest={path}: no such file; give a .csv or .jsonl with columns clip and prompt")
     # Bytes that are not UTF-8 become surrogates, so that they spoil their own row only.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     readers = {".csv": _csv_records, ".jsonl": _jsonl_records}
@@ -77,7 +77,7 @@ def read_manifest(path: str | Path, *, num_losers: int) -> Manifest:
         raise ValueError(f"pipeline.manifest={path}: unknown format {path.suffix!r}; use a .csv or a .jsonl file")
     columns, records = readers[path.suffix.lower()](path, text)
     missing = [name for name in REQUIRED if name not in columns]
-    if missing and records:
+    if missing and columns:
         hints = [f"did you mean {near[0]!r}?" for name in missing if (near := difflib.get_close_matches(name, columns))]
         raise ValueError(
             f"{path} has no column {' and no column '.join(map(repr, missing))}; found: {', '.join(columns) or 'none'};"
@@ -106,14 +106,15 @@ def safe_key(text: str) -> str:
     if safe == text and 0 < len(text) <= MAX_KEY:
         return text
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
-    return f"{safe[: MAX_KEY - 13].strip('-')}-{digest}".lstrip("-")
+    stem = safe[: MAX_KEY - 13].strip("-")
+    return f"{stem}-{digest}" if stem else digest
 
 
 def _csv_records(path: Path, text: str) -> tuple[list[str], list[Any]]:
     """(column names, one dict a row, or a _BadRow for a row of another number of fields than the header)."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        columns = [name.strip() for name in next(reader, [])]
+        columns = [_printable(name).strip() for name in next(reader, [])]
         lines = [line for line in reader if line]  # a blank line is no row
     except csv.Error as error:
         raise ValueError(f"{path} is not valid CSV near line {reader.line_num}: {error}; check the quotes") from error
@@ -141,7 +142,7 @@ def _jsonl_records(path: Path, text: str) -> tuple[list[str], list[Any]]:
         except (ValueError, RecursionError) as error:
             record = _BadRow("malformed row", f"not a JSON object: {error}")
         else:
-            columns |= dict.fromkeys(record)
+            columns |= dict.fromkeys(map(_printable, record))
         records.append(record)
     return list(columns), records
 
@@ -210,15 +211,15 @@ def _scores(record: dict[str, Any], num_losers: int) -> Iterator[tuple[float, fl
     for pair in pairs:
         try:
             yield check_scores(*pair)
-        except (TypeError, ValueError) as error:
-            raise _BadRow("bad score", f"{pair!r}: {error}") from None
+        except (TypeError, ValueError):
+            raise _BadRow("bad score", f"{pair!r} is no pair of scores, semantic and physical, in [0, 1]") from None
 
 
 def check_scores(semantic: Any, physical: Any) -> tuple[float, float]:
     """Both as floats; ValueError or TypeError unless they are numbers in [0, 1]."""
     values = float(semantic), float(physical)
     if not all(0 <= value <= 1 for value in values):  # false for NaN too
-        raise ValueError("judge scores are semantic and physical, both in [0, 1]")
+        raise ValueError(f"semantic={semantic}, physical={physical}: scores lie in [0, 1]")
     return values
 
 

@@ -1,13 +1,17 @@
-"""Recipes: one YAML file holds one experiment, from data to report, in sections; each entry point reads the sections its `Config` names.
+"""Recipes: one YAML file holds one experiment, from data to report, in sections.
+
+Each entry point reads the sections that its `Config` names:
 
     config = load(Config, ["recipe=wan14b", "optim.steps=100", "--dry-run"])
 
-Layers, later over earlier: dataclass defaults, the recipe, its preset (`objective.preset`), `key=value` arguments. `--some-flag` is short for
-`some_flag=true`. A section that no entry point knows, and a key that its dataclass does not have, are errors with a suggestion.
+Layers, later over earlier: dataclass defaults, the recipe, its preset (`objective.preset`), `key=value` arguments.
+`--some-flag` is short for `some_flag=true`. A section that no entry point knows, and a key that its dataclass does not
+have, are errors with a suggestion.
 """
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 from pathlib import Path
@@ -32,6 +36,7 @@ SECTIONS = {
     "validation": "fixed-seed clips during training",
     "pipeline": "from raw clips to preference groups",
     "generate": "from prompts to clips and comparisons",
+    "benchmark": "what train.benchmark measures",
 }
 
 C = TypeVar("C")
@@ -40,7 +45,8 @@ C = TypeVar("C")
 def load(config_class: type[C], argv: list[str] | None = None) -> C:
     """Build `config_class` from defaults, the recipe named by `recipe=`, and the command line (default: sys.argv).
 
-    Raises ValueError naming the key, the value and the remedy: unknown recipe, section or key, a value of the wrong type, a missing value.
+    Raises ValueError naming the key, the value and the remedy: unknown recipe, section or key, a value of the wrong
+    type, a missing value.
     """
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     name = arguments.get("recipe", "")
@@ -48,7 +54,8 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
     if name:
         path = _find(str(name))
         layers.insert(0, (str(path), _read(path)))
-    preset = next((s["preset"] for _, layer in reversed(layers) if "preset" in (s := layer.get("objective") or {})), DEFAULT_PRESET)
+    objectives = [layer["objective"] for _, layer in reversed(layers) if isinstance(layer.get("objective"), dict)]
+    preset = next((objective["preset"] for objective in objectives if "preset" in objective), DEFAULT_PRESET)
     if preset != DEFAULT_PRESET and "objective" in _fields(config_class):
         path = PRESETS / f"{preset}.yaml"
         if not path.exists():
@@ -75,13 +82,23 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
     try:
         return OmegaConf.to_object(merged)  # resolves ${...} and makes the dataclasses
     except OmegaConfBaseException as error:
-        raise ValueError(f"recipe {name!r}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+        origin = f"recipe {name!r}" if name else "the command line"
+        raise ValueError(f"{origin}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
 
 
 def save(config: Any, path: Path) -> None:
-    """Write the resolved config as YAML, so that a run's folder says how it was made."""
+    """Write the resolved config as a recipe that gives the same config, so that a run's folder says how it was made.
+
+    A preset stands in it only as a comment: its values are there, and it would be laid over what the command line set.
+    """
+    tree, comment = OmegaConf.to_container(OmegaConf.structured(config)), ""
+    preset = tree.get("objective", {}).get("preset", DEFAULT_PRESET)
+    if preset != DEFAULT_PRESET:
+        tree["objective"]["preset"], comment = DEFAULT_PRESET, f"# Made with objective.preset={preset}.\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(tree)), encoding="utf-8")
+    os.replace(aside, path)
 
 
 def available() -> list[str]:
@@ -141,6 +158,8 @@ def _check_keys(section_class: Any, section: str, value: Any, source: str) -> No
     for key, inner in value.items():
         if key not in known:
             raise ValueError(f"{source}: unknown key {section}.{key}{_suggest(key, list(known))}")
+        if typing.get_origin(known[key]) is list and not isinstance(inner, list) and not str(inner).startswith("${"):
+            raise ValueError(f"{source}: {section}.{key}={inner!r} must be a list: {section}.{key}=[{inner}]")
         _check_keys(known[key], f"{section}.{key}", inner, source)
 
 

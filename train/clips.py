@@ -78,7 +78,7 @@ def _read(path: Path, video: VideoConfig, start: float, *, seek: bool) -> Tensor
         raise ClipError(path, "unreadable", f"no video file, or cut short ({error.strerror})") from error
     with container:
         if not container.streams.video:
-            raise ClipError(path, "no video stream", "the file holds other streams only")
+            raise ClipError(path, "no video stream", "none of its streams is video; it may be cut short")
         stream = container.streams.video[0]
         width, height = stream.codec_context.width, stream.codec_context.height
         if max(width, height) > MAX_SIDE:

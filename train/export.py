@@ -1,11 +1,12 @@
 """From a checkpoint to files that other programs load.
 
-    python -m train.export runs/wan14b/train out/                               # diffusers: pipe.load_lora_weights("out")
+    python -m train.export runs/wan14b/train out/                               # for pipe.load_lora_weights("out")
     python -m train.export runs/wan14b/train out/lora.safetensors --to comfyui  # ComfyUI's key names
     python -m train.export runs/wan14b/train out/ --to merged --base Wan-AI/Wan2.1-T2V-14B-Diffusers   # full weights
 
-The first argument is a LoRA file, a checkpoint folder, or a training folder (its newest checkpoint). The two experts of A14B are trained and
-exported one by one; load a low-noise one with `load_lora_weights(..., load_into_transformer_2=True)`.
+The first argument is a LoRA file, a checkpoint folder, or a training folder (its newest checkpoint). The two experts of
+A14B are trained and exported one by one; load a low-noise one with `load_lora_weights(...,
+load_into_transformer_2=True)`.
 """
 
 import argparse
@@ -15,11 +16,11 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train.backbones.loading import resolve_folder
+from train.backbones.loading import fingerprint, load_transformer, resolve_folder
 from train.checkpoint import lora_path, read_lora_metadata
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -60,15 +61,18 @@ def to_diffusers(source: Path, target: Path) -> Path:
 
 
 def to_comfyui(source: Path, target: Path) -> Path:
-    """Write the LoRA with ComfyUI's names (`diffusion_model.` and Wan's own layer names, lora_down, lora_up, alpha) to `target`."""
+    """Write the LoRA with ComfyUI's names (`diffusion_model.`, Wan's own layer names, lora_down, lora_up, alpha).
+
+    ValueError for a layer that has no name there.
+    """
     metadata = read_lora_metadata(source)
     tensors: dict[str, Tensor] = {}
     for name, weight in load_file(lora_path(source)).items():
         layer, matrix = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
-        block, inner = re.fullmatch(r"(blocks\.\d+)\.(.+)", layer).groups()
-        if inner not in ORIGINAL_NAMES:
-            raise ValueError(f"layer {layer} has no ComfyUI name: known are {', '.join(ORIGINAL_NAMES)}")
-        key = f"diffusion_model.{block}.{ORIGINAL_NAMES[inner]}"
+        in_block = re.fullmatch(r"(blocks\.\d+)\.(.+)", layer)
+        if in_block is None or in_block[2] not in ORIGINAL_NAMES:
+            raise ValueError(f"layer {layer} has no ComfyUI name: known are {', '.join(ORIGINAL_NAMES)} of each block")
+        key = f"diffusion_model.{in_block[1]}.{ORIGINAL_NAMES[in_block[2]]}"
         tensors[f"{key}.lora_{'down' if matrix == 'A' else 'up'}.weight"] = weight.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(metadata["alpha"]))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,14 +83,22 @@ def to_comfyui(source: Path, target: Path) -> Path:
 
 
 def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the transformer of pipeline `base` with W + (alpha / rank) B A merged in, as a diffusers model folder `target`.
+    """Write the transformer of pipeline `base` with W + (alpha / rank) B A merged in, as a diffusers model folder.
 
-    The sum is made in float32 and then rounded to `dtype`.
+    The sum is made in float32 and then rounded to `dtype`. ValueError when `base` is not the backbone that the LoRA was
+    trained on.
     """
     metadata = read_lora_metadata(source)
     scale = float(metadata["alpha"]) / float(metadata["rank"])
-    folder = {"transformer": "transformer", "high_noise": "transformer", "low_noise": "transformer_2"}[metadata["expert"]]
-    network = WanTransformer3DModel.from_pretrained(resolve_folder(base) / folder, torch_dtype=dtype)
+    pipeline = resolve_folder(base)
+    found = fingerprint(metadata["fingerprint"].partition("-")[0], pipeline)
+    if found != metadata["fingerprint"]:
+        raise ValueError(
+            f"LoRA {lora_path(source)} was trained on backbone {metadata['fingerprint']}, {base} is {found}."
+            " Merge into the pipeline that it was trained on."
+        )
+    name = {"transformer": "transformer", "high_noise": "transformer", "low_noise": "transformer_2"}[metadata["expert"]]
+    network = load_transformer(pipeline, name, torch.device("cpu"), dtype)
     adapters = load_file(lora_path(source))
     with torch.no_grad():
         for name in sorted(adapters):
@@ -94,7 +106,11 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
                 layer = network.get_submodule(name.removesuffix(".lora_A.weight"))
                 update = adapters[name.replace("lora_A", "lora_B")] @ adapters[name]
                 layer.weight.copy_(layer.weight.float() + scale * update)
-    network.save_pretrained(target)
+    aside = target / ".merged.tmp"
+    network.save_pretrained(aside)
+    for file in sorted(aside.iterdir()):  # the index of the shards comes after them
+        os.replace(file, target / file.name)
+    aside.rmdir()
     return target
 
 

@@ -182,8 +182,8 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
         return clips[:, j], batch["noise"][:, j]
 
     if groups == 1:
-        with torch.no_grad(), policy.switch.reference():
-            reference = torch.stack([errors(*member(j)) for j in range(members)], dim=1)  # (1,1+M')
+        with policy.switch.frozen_reference():
+            reference = torch.stack([errors(*member(j)).detach() for j in range(members)], dim=1)  # (1,1+M')
         values, gradients = [], []
         for j in range(members):
             error = errors(*member(j))
@@ -195,8 +195,8 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
         combined = combine(gradients, coefficients[0])
     else:
         flat_clips, flat_noise = clips.flatten(0, 1), batch["noise"].flatten(0, 1)
-        with torch.no_grad(), policy.switch.reference():
-            reference = errors(flat_clips, flat_noise).view(groups, members)
+        with policy.switch.frozen_reference():
+            reference = errors(flat_clips, flat_noise).detach().view(groups, members)
         policy_errors = errors(flat_clips, flat_noise).view(groups, members)
         loss, extra = preference_loss(config, policy_errors, reference, batch)
         combined = list(torch.autograd.grad(loss.mean(), weights))
@@ -264,8 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(config)
         return
     shown = ("loss", "accuracy", "margin", "grad_norm", "tokens_per_second")
-    exported = fit(config, step=step, prepare=prepare, check_groups=check_groups, shown=shown)
-    print(f"LoRA: {exported}")
+    fit(config, step=step, prepare=prepare, check_groups=check_groups, shown=shown)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ What a method adds is two functions: `prepare(sample) -> tensors` (run in the lo
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,12 @@ def fit(
     check_groups(config, groups)
     policy = Policy(backbone, LoraSwitch(backbone.transformer, config.lora, seed=config.seed))
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
+    whole = "sharded over the ranks" if engines[0] else "whole on every rank"
+    accelerator.print(f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}")
     prepare_network(backbone.transformer, policy.switch, config.train, device)
     optimizer = build_optimizer(config.optim, policy.switch.parameters())
 
-    checkpoints = folder / "checkpoints"
+    checkpoints, exported = folder / "checkpoints", folder / "lora" / export.DIFFUSERS_FILE
     expert = next(name for name, network in backbone.experts.items() if network is backbone.transformer)
     metadata = checkpoint.lora_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=expert)
     state = {"samples_seen": 0, "skipped": 0, "seed": config.seed}
@@ -108,36 +111,34 @@ def fit(
         start = loaded["step"]
         accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
 
-    stopping = _StopSignal()
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = iter(build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world))
     tracker = Tracker(accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config))
     pace = _Pace(config, backbone, groups, device)
 
-    def save(step_number: int) -> None:
-        problem = None
-        if accelerator.is_main_process:
-            try:
-                checkpoint.save(
-                    checkpoints,
-                    step_number,
-                    switch=policy.switch,
-                    optimizer=optimizer,
-                    state=state,
-                    metadata=metadata,
-                    keep=config.train.keep_checkpoints,
-                )
-            except ValueError as error:
-                problem = error
-        if parallel.any_rank(problem is not None, device):  # all ranks stop together
-            raise problem or ValueError("the main process could not write a checkpoint: see its message")
+    saved = start
 
+    def save(step_number: int) -> None:  # on the main process alone
+        nonlocal saved
+        if accelerator.is_main_process and step_number > saved:
+            keep = config.train.keep_checkpoints
+            options = {"switch": policy.switch, "optimizer": optimizer, "state": state, "metadata": metadata, "keep": keep}
+            checkpoint.save(checkpoints, step_number, **options)
+            saved = step_number
+
+    completed = start
+    stopping = _StopSignal(lambda: save(completed))
     if start == 0:
         validation.run(0, policy)
     bad_in_a_row = 0
     for number in range(start, config.optim.steps):
         optimizer.zero_grad(set_to_none=True)
-        gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
+        try:
+            gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
+        except RuntimeError:
+            if stopping.asked:  # the signal went to the loader's workers as well; the state is saved
+                raise SystemExit(0) from None
+            raise
         for engine in engines:
             parallel.release(engine)
         asked_to_stop = torch.tensor([float(stopping.asked)], device=device)
@@ -148,11 +149,13 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, number)
         finite = math.isfinite(norm.item()) and math.isfinite(metrics["loss"].item())
-        if finite:  # the same on all ranks: both numbers are averages over them
-            optimizer.step()
+        with stopping.held():  # weights, moments and counters change together
+            if finite:  # the same on all ranks: both numbers are averages over them
+                optimizer.step()
+            state["skipped"] += not finite
+            state["samples_seen"] += config.optim.batch_size
+            completed = number + 1
         bad_in_a_row = 0 if finite else bad_in_a_row + 1
-        state["skipped"] += not finite
-        state["samples_seen"] += config.optim.batch_size
 
         values = {name: value.item() for name, value in metrics.items()}
         values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
@@ -163,22 +166,32 @@ def fit(
                 f"{config.train.max_nonfinite}), last at step {number}. The last good checkpoint is"
                 f" {checkpoint.latest(checkpoints)}. Lower optim.lr or objective.beta, and check the groups with train.groups.verify."
             )
-        done, stop = number + 1 == config.optim.steps, asked_to_stop.item() > 0
-        if done or stop or (number + 1) % config.train.checkpoint_every == 0:
-            save(number + 1)
+        done, stop = completed == config.optim.steps, asked_to_stop.item() > 0
+        if done or stop or completed % config.train.checkpoint_every == 0:
+            problem = None
+            with stopping.held():
+                try:
+                    save(completed)
+                except ValueError as error:
+                    problem = error
+            if parallel.any_rank(problem is not None, device):  # all ranks stop together
+                raise problem or ValueError("the main process could not write a checkpoint: see its message")
         if stop and not done:
-            accelerator.print(f"stopped by signal after step {number + 1}; run the same command to continue")
-            tracker.close()
-            raise SystemExit(0)
-        if done or validation.due(number + 1):
-            validation.run(number + 1, policy)
+            accelerator.print(f"stopped by signal after step {completed}; run the same command to continue")
+            break
+        if done or validation.due(completed):
+            validation.run(completed, policy)
         pace.restart()  # checkpoints and clips are not training time
-    tracker.close()
-
-    exported = folder / "lora" / export.DIFFUSERS_FILE
-    if accelerator.is_main_process:
-        export.to_diffusers(checkpoints, exported)
+    else:
+        if accelerator.is_main_process:
+            export.to_diffusers(checkpoints, exported)
     accelerator.wait_for_everyone()
+    tracker.close()  # ends the process group
+    if completed < config.optim.steps:
+        raise SystemExit(0)
+    accelerator.print(f"LoRA     {exported}\nmetrics  {tracker.path}")
+    if validation.enabled:
+        accelerator.print(f"clips    {validation.folder}")
     return exported
 
 
@@ -217,6 +230,7 @@ def prepare_network(network: nn.Module, switch: LoraSwitch, config: TrainConfig,
     elif hopper:
         network.set_attention_backend("_native_cudnn")
     if config.compile:
+        switch.share_graph()
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph per mode.
         for block in network.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
@@ -242,7 +256,6 @@ def build_loader(
         num_workers=config.train.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.train.num_workers > 0,
-        worker_init_fn=_ignore_stop_signal,
     )
 
 
@@ -265,19 +278,29 @@ def _accumulate(config, policy, batches, accumulation: int, step: Step, device) 
     return total, {name: value / accumulation for name, value in sums.items()}
 
 
-def _ignore_stop_signal(_worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler signals the whole group; the loader ends with its trainer
-
-
 class _StopSignal:
-    """SIGTERM (preemption) only sets a flag; the loop saves and leaves at the end of its step."""
+    """SIGTERM (preemption): the main process saves the last completed step at once, since a launcher may kill in seconds; then the run
+    ends at the end of the step under way, on all ranks alike. Inside `held()` the save waits for the end of the block."""
 
-    def __init__(self):
+    def __init__(self, save: Callable[[], None]):
         self.asked = False
+        self._save, self._holding = save, False
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_) -> None:
-        self.asked = True
+        first, self.asked = not self.asked, True
+        if first and not self._holding:
+            self._save()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        asked, self._holding = self.asked, True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self.asked and not asked:
+            self._save()
 
 
 class _Pace:

@@ -3,13 +3,14 @@
     policy:     y = W x + b + (alpha / rank) B A x
     reference:  y = W x + b                                   inside `with switch.reference():`
 
-Three properties are designed in, and tested:
+Four properties are designed in, and tested:
 
 - The low-rank weights live outside the network's module tree. Its state-dict keys, its DeepSpeed ZeRO-3 partitions and its compiled blocks
   stay those of the plain network; the adapters, a few megabytes, stay whole on every rank.
 - Activation checkpointing recomputes a block during backward, when the switch may stand elsewhere. `switch.checkpoint` remembers how it stood
   in the forward pass and restores that for the recompute, so a gradient may also flow through a pass of the reference.
-- Switching only changes one Python boolean: no `requires_grad` is touched, no weight is copied or merged.
+- Switching turns one shared state: no `requires_grad` is touched, no weight is copied or merged.
+- A compiled network runs one graph for both, so that their difference is the adapters' and not the compiler's rounding.
 
 Deviation from eq. 14: none. A starts Kaiming-uniform and B zero, so that an untrained policy equals its reference bit for bit.
 """
@@ -35,10 +36,20 @@ class LoraConfig:
 
 
 class SwitchState:
-    """Whether the adapters act. A bare object, so that all layers share it and a compiled block guards on one boolean."""
+    """How the switch stands; one object that all layers share.
 
-    def __init__(self):
-        self.active = True
+    Eager layers branch on `active`. Compiled ones must not: two branches are two graphs, and their bfloat16 roundings differ by
+    more than what a preference step measures. With `one_graph` every pass computes the low-rank update and multiplies it by `gate`, which
+    is alpha / rank or 0.
+    """
+
+    def __init__(self, scale: float, device: torch.device):
+        self.gates = {True: torch.tensor(scale, device=device), False: torch.tensor(0.0, device=device)}
+        self.one_graph = False
+        self.turn(active=True)
+
+    def turn(self, *, active: bool) -> None:
+        self.active, self.gate = active, self.gates[active]
 
 
 class SwitchedLinear(nn.Linear):
@@ -46,10 +57,11 @@ class SwitchedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if not self.lora_state.active:
+        state = self.lora_state
+        if not (state.one_graph or state.active):
             return y
         down = F.linear(x, self.lora_down.to(x.dtype))  # (..., rank)
-        return y + F.linear(down, self.lora_up.to(x.dtype)) * self.lora_scale
+        return y + F.linear(down, self.lora_up.to(x.dtype)) * state.gate
 
 
 class LoraSwitch:
@@ -65,7 +77,7 @@ class LoraSwitch:
         if config.rank < 1:
             raise ValueError(f"lora.rank is {config.rank}: it must be at least 1")
         self.config = config
-        self.state = SwitchState()
+        self.state = SwitchState(config.alpha / config.rank, next(network.parameters()).device)
         self.weights: dict[str, nn.Parameter] = {}
         network.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +90,6 @@ class LoraSwitch:
             # Past nn.Module's __setattr__: these must not become parameters of the network.
             layer.__dict__["lora_down"] = self.weights[f"{name}.lora_A.weight"] = nn.Parameter(down.to(device))
             layer.__dict__["lora_up"] = self.weights[f"{name}.lora_B.weight"] = nn.Parameter(up.to(device))
-            layer.__dict__["lora_scale"] = config.alpha / config.rank
             layer.__dict__["lora_state"] = self.state
 
     def parameters(self) -> list[nn.Parameter]:
@@ -87,19 +98,33 @@ class LoraSwitch:
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.weights.values())
 
+    def share_graph(self) -> None:
+        """Make policy and reference run the same compiled graph. Call before the network is compiled."""
+        self.state.one_graph = True
+
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Every pass inside runs the frozen network alone. Nests; leaves gradients to the caller (use torch.no_grad where none is wanted)."""
+        """Every pass inside runs the frozen network alone. Nests, and lets gradients flow to the pass's inputs."""
         with self._as(active=False):
             yield
 
     @contextmanager
+    def frozen_reference(self) -> Iterator[None]:
+        """`reference()` for passes whose gradient nobody wants; detach what they give.
+
+        Eager passes run without a graph. Compiled ones stay in grad mode, or they would run another graph than the policy does.
+        """
+        with self.reference(), torch.set_grad_enabled(self.state.one_graph and torch.is_grad_enabled()):
+            yield
+
+    @contextmanager
     def _as(self, *, active: bool) -> Iterator[None]:
-        before, self.state.active = self.state.active, active
+        before = self.state.active
+        self.state.turn(active=active)
         try:
             yield
         finally:
-            self.state.active = before
+            self.state.turn(active=before)
 
     def checkpoint(self, function: Callable, *args):
         """`torch.utils.checkpoint` (non-reentrant) whose recompute sees the switch as it stands now, not as it stands during backward."""

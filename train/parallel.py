@@ -23,7 +23,9 @@ def build_accelerator(**options) -> Accelerator:
     accelerator = Accelerator(kwargs_handlers=handlers if launched else [], **options)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         import deepspeed
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+        unset_hf_deepspeed_config()  # else transformers shards whatever it loads; only the trained network is to be
         deepspeed.logger.setLevel("WARNING")
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage != 3:

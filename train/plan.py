@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from train.backbones import find_architecture
+from train.backbones import BACKBONES, find_architecture
 from train.backbones.architecture import latent_shape, num_tokens, parameter_count
 from train.groups import GroupSet
 from train.loop import accumulation_steps
@@ -16,9 +16,10 @@ GIB = 2**30
 
 
 def print_plan(config: Any) -> None:
-    """Print parameters, tokens, steps, samples and an estimate of memory per device; ValueError for what cannot work."""
+    """Print parameters, tokens, steps, samples and an estimate of memory per device; ValueError if it cannot work."""
     accelerator = build_accelerator()
-    for line in plan(config, world=accelerator.num_processes, sharded=accelerator.distributed_type.value == "DEEPSPEED"):
+    sharded = accelerator.distributed_type.value == "DEEPSPEED"
+    for line in plan(config, world=accelerator.num_processes, sharded=sharded):
         accelerator.print(line)
 
 
@@ -35,14 +36,18 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=world if sharded else 1)
     samples = config.optim.steps * config.optim.batch_size
     lines = [
-        f"backbone        {config.backbone.family} {config.backbone.architecture}: {parameters / 1e9:.2f} B parameters, {layers} blocks of width {width}",
+        f"backbone        {config.backbone.family} {config.backbone.architecture}:"
+        f" {parameters / 1e6:,.2f} M parameters, {layers} blocks of width {width}",
         f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained",
-        f"clip            {video.height}x{video.width}, {video.num_frames} frames at {video.fps:g} fps -> latents {shape}, {tokens} tokens",
-        f"step            {config.optim.batch_size} groups = {world} ranks x {config.train.pairs_per_pass} a pass x {accumulation} accumulation",
+        f"clip            {video.height}x{video.width}, {video.num_frames} frames at {video.fps:g} fps ->"
+        f" latents {shape}, {tokens} tokens",
+        f"step            {config.optim.batch_size} groups = {world} ranks x {config.train.pairs_per_pass} a pass"
+        f" x {accumulation} accumulation",
         f"run             {config.optim.steps} steps, {samples} groups drawn",
         f"learning rate   {config.optim.lr:g}, {config.optim.schedule}"
         + (f" to {config.optim.lr_end:g}" if config.optim.schedule == "cosine" else ""),
-        "memory a device " + " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
+        "memory a device "
+        + " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
     ]
     try:
@@ -67,10 +72,12 @@ def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:
 def memory_estimate(
     config: Any, architecture: dict[str, Any], tokens: int, parameters: int, adapters: int, *, world: int
 ) -> dict[str, float]:
-    """Bytes per device by part: frozen weights (over `world` shards), adapters (weights, two moments, gradients), activations.
+    """Bytes per device by part: weights, adapters, activations.
 
-    Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token while one block is
-    recomputed; without checkpointing the latter for every block.
+    Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips.
+    Adapters: weights, two moments and gradients, in float32.
+    Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
+    while one block is recomputed; without checkpointing the latter for every block.
     """
     network = architecture["transformer"]
     width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
@@ -79,4 +86,5 @@ def memory_estimate(
     clips = 1 if pairs == 1 else 2 * pairs
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
-    return {"weights": parameters * size / world, "adapters": adapters * 4 * 6, "activations": clips * kept}
+    experts = len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1
+    return {"weights": experts * parameters * size / world, "adapters": adapters * 4 * 6, "activations": clips * kept}

@@ -66,8 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(config)
         return
     shown = ("loss", "grad_norm", "tokens_per_second")
-    exported = fit(config, step=step, prepare=prepare, check_groups=lambda *_: None, shown=shown)
-    print(f"LoRA: {exported}")
+    fit(config, step=step, prepare=prepare, check_groups=lambda *_: None, shown=shown)
 
 
 if __name__ == "__main__":

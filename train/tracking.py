@@ -1,7 +1,7 @@
-"""What a run says of itself: metrics.jsonl, trackers, a progress bar, tokens a second, share of the device's peak, memory.
+"""What a run says of itself: metrics.jsonl, trackers, a progress bar, tokens a second, share of the peak, memory.
 
-`metrics.jsonl` is always written, one object a line; after a resume, lines of steps that are trained again are dropped, so that a step
-stands in it once.
+`metrics.jsonl` is always written, one object a line; after a resume, lines of steps that are trained again are dropped,
+so that a step stands in it once.
 """
 
 import json
@@ -33,8 +33,8 @@ def transformer_flops(tokens: int, text_tokens: int, width: int, ffn: int, layer
 
         matrix = 2 L n (6 d^2 + 2 d ffn),  attention = 4 L (L + text) d n
 
-    L tokens, n layers, width d; the text's own key and value products are left out as small. A backward pass with frozen weights costs the
-    matrix part once (input gradients only) and 2.5 times the attention.
+    L tokens, n layers, width d; the text's own key and value products are left out as small. A backward pass with
+    frozen weights costs the matrix part once (input gradients only) and 2.5 times the attention.
 
     By hand: L = 2, text 1, d = 3, ffn = 4, n = 1: 2*2*(6*9 + 2*3*4) = 312 and 4*2*(2 + 1)*3 = 72.
     """
@@ -65,7 +65,14 @@ class Tracker:
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, *, start: int, total: int, trackers: list[str], config: dict[str, Any]
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        trackers: list[str],
+        config: dict[str, Any],
     ):
         self.accelerator = accelerator
         self.path = folder / "metrics.jsonl"
@@ -101,12 +108,12 @@ def _drop_lines_from(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] < start:
                 kept.append(line)
         except ValueError:
-            continue  # the half-written last line of a killed run
+            continue  # the half-written last line of a killed run, or what a power cut left in its place
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(aside, path)

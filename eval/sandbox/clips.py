@@ -1,8 +1,9 @@
 """Simulated clips: pixels with the truth that made them.
 
 `simulate` draws parameters until the scene's event (bounce, collision, passing the panel ...) really happens inside
-the clip, moves the objects, optionally plants a violation in the DYNAMICS (for vanish and colour, in what is drawn), and
-renders. A clip with a violation has the parameters, colours and prompt of the true clip with the same generator state.
+the clip, moves the objects, optionally plants a violation in the DYNAMICS (for vanish and colour, in what is drawn),
+and renders. A clip with a violation has the parameters, colours and prompt of the true clip with the same generator
+state (in "mixed", only if all scenes know the violation).
 """
 
 from collections.abc import Sequence

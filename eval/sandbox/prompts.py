@@ -80,6 +80,8 @@ def parse_prompt(prompt: str) -> Request:
             f"write it like {TEMPLATES['projectile'][0]!r}"
         )
     colours = [word for word in re.findall(r"[a-z]+", text) if word in COLOUR_NAMES]
+    if scene == "collision" and len(set(colours)) < 2 and re.search(_SCENE_WORDS[-1][1], text):
+        scene = "projectile"  # one ball that hits the floor
     direction = re.search(r"\b(?:to|toward|towards) (?:the )?(left|right)\b|\b(left|right)wards?\b", text)
     if direction is None:
         direction = re.search(r"(?<!from )(?<!from the )\b(left|right)\b()", text)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.sandbox.world import CHROMA, COLOUR_NAMES
+from eval.sandbox.world import BACKDROP_GREY, CHROMA, COLOUR_NAMES, PIVOT_HEIGHT, ROD_GREY
 
-NOISE_COVERAGE = 0.06  # coverage below which a pixel counts as noise ...
-SURE_COVERAGE = 0.18  # ... and from which on it counts in full
-GREY_COVERAGE = 0.12  # largest chroma (as a coverage) of a pixel that counts as background
+NOISE_COVERAGE = 0.12  # coverage below which a pixel counts as noise ...
+SURE_COVERAGE = 0.25  # ... and from which on it counts in full
+GREY_COVERAGE = 0.15  # largest chroma (as a coverage) of a pixel that counts as background
 SMALLEST_AREA = 0.004  # u^2, an object below that is not seen (a true one has 0.016 at least)
 
 
@@ -30,13 +30,14 @@ class Seen:
     stray: Tensor  # (N, T) u^2 of chroma that belongs to none of the K objects
     still: Tensor  # (N, H, W) grey level of the background, averaged over the frames in which it shows
     flicker: Tensor  # (N,) mean absolute deviation of background pixels from `still`, grey levels
+    rod: Tensor  # (N,) how dark the line from the pivot to the first object is: 0 as the backdrop, 1 as a rod
     palette: Tensor  # (N, 6) share of each palette colour in all the chroma of the clip, before K colours were chosen
     pixel: float  # u, side of a pixel
     aspect: float  # width / height
 
     def pick(self, index: Tensor) -> "Seen":
         """The clips `index`."""
-        fields = ("area", "centres", "found", "spread", "stray", "still", "flicker", "palette")
+        fields = ("area", "centres", "found", "spread", "stray", "still", "flicker", "rod", "palette")
         return Seen(**{name: getattr(self, name)[index] for name in fields}, pixel=self.pixel, aspect=self.aspect)
 
 
@@ -52,8 +53,8 @@ def chroma_planes(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def hue_coverage(first: Tensor, second: Tensor, hue: Tensor, partner_side: Tensor) -> Tensor:
     """Coverage (n, T, H, W) of the palette colour `hue` (n,): 1 on it, 0 at the neighbouring hues (60 degrees away).
 
-    partner_side (n,) is +1 (-1) when a second object has the hue 120 degrees further (back): between the two, a mixture of
-    both colours at their contact is then split exactly, instead of being read as the hue that lies between.
+    partner_side (n,) is +1 (-1) when a second object has the hue 120 degrees further (back): between the two, a mixture
+    of both colours at their contact is then split exactly, instead of being read as the hue that lies between.
     """
     angle = hue.float() * (torch.pi / 3)
     cos, sin = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
@@ -73,8 +74,8 @@ def choose_hues(first: Tensor, second: Tensor, requested: Tensor) -> tuple[Tenso
     """Which palette colours the objects have.
 
     Args: chroma planes (n, T, H, W); requested (n, K) hues of the prompt, -1 where it names none.
-    Returns: hues (n, K): the requested ones when they hold at least half as much chroma as the K strongest, otherwise the
-    strongest, a requested one among them keeping its place; and the palette shares (n, 6).
+    Returns: hues (n, K): the requested ones when they hold at least half as much chroma as the K strongest, otherwise
+    the strongest, a requested one among them keeping its place; and the palette shares (n, 6).
     """
     every = slice(None, None, 4)
     first, second = first[:, every], second[:, every]
@@ -133,22 +134,37 @@ def observe(frames: Tensor, requested: Tensor) -> Seen:
     found = area > SMALLEST_AREA
     stray = _drop_noise((chroma - explained).clamp_(min=0)).sum(dim=(2, 3)) * pixel**2
 
+    held = _hold(torch.stack(centres, dim=2), found)
+    rod = _rod_darkness(grey, held[:, :, 0], width / height / 2)
     background = (chroma < GREY_COVERAGE).float()
     shown = background.sum(dim=1)  # (n, H, W) number of frames
     still = (background * grey).sum(dim=1) / shown.clamp(min=1)
     deviation = (grey.sub_(still[:, None]).abs_().mul_(background)).sum(dim=(1, 2, 3))
     return Seen(
         area=area,
-        centres=_hold(torch.stack(centres, dim=2), found),
+        centres=held,
         found=found,
         spread=torch.stack(spreads, dim=-1),
         stray=stray,
         still=still,
         flicker=deviation / background.sum(dim=(1, 2, 3)).clamp(min=1),
+        rod=rod,
         palette=palette,
         pixel=pixel,
         aspect=width / height,
     )
+
+
+def _rod_darkness(grey: Tensor, bob: Tensor, pivot_x: float) -> Tensor:
+    """Mean darkness (n,) of five points between pivot and bob (n, T, 2), over all frames of grey (n, T, H, W)."""
+    height, width = grey.shape[2:]
+    pivot = torch.tensor([pivot_x, PIVOT_HEIGHT], device=grey.device)
+    share = torch.linspace(0.2, 0.65, 5, device=grey.device)[:, None]
+    points = pivot + (bob[:, :, None] - pivot) * share  # (n, T, 5, 2)
+    column = (points[..., 0] * height).long().clamp(0, width - 1)
+    row = (points[..., 1] * height).long().clamp(0, height - 1)
+    samples = grey.flatten(2).gather(2, row * width + column)
+    return ((BACKDROP_GREY - samples) / (BACKDROP_GREY - ROD_GREY)).mean(dim=(1, 2))
 
 
 def _hold(centres: Tensor, found: Tensor) -> Tensor:

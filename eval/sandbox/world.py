@@ -48,8 +48,8 @@ LAYER_DEPTH = (4.0, 3.0, 2.5, 1.0, 2.0, 2.0)  # backdrop, ground, rod, panel, fi
 # What can be planted, and what severity 1 means. Severity s in (0, 1] scales it linearly.
 VIOLATIONS: dict[str, str] = {
     "gravity": "gravity is (1 + s) times too strong or (1 - 0.8 s) times too weak, by a coin",
-    "tilt": "gravity is turned by 60 s degrees to the left or right",
-    "teleport": "at a random moment an object jumps by 0.15 s (2.4 s to 1.1 s of the ball's diameters)",
+    "tilt": "gravity is turned by 30 s degrees to the left or right",
+    "teleport": "at a random moment an object jumps by 0.15 s of the frame's height, along its path",
     "vanish": "from a random moment on, an object has lost the fraction s of its area",
     "colour": "from a random moment on, an object has turned by the fraction s into the colour opposite on the wheel",
     "sink": "the floor holds only 0.3 s below its surface: objects pass through it",
@@ -97,7 +97,7 @@ class Planted:
         """(N, 2) gravity vector, u/s^2."""
         strength = self.strength("gravity")
         size = GRAVITY * torch.where(self.sign > 0, 1 + strength, 1 - 0.8 * strength)
-        angle = self.sign * torch.pi / 3 * self.strength("tilt")
+        angle = self.sign * torch.pi / 6 * self.strength("tilt")
         return torch.stack([size * angle.sin(), size * angle.cos()], dim=-1)
 
     def drop(self, times: Tensor) -> Tensor:

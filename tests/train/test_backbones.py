@@ -205,9 +205,11 @@ def test_ti2v_holds_the_first_frame(backbone_of):
     assert seen["timestep"][:, :tokens_a_frame].count_nonzero() == 0
     torch.testing.assert_close(seen["timestep"][:, tokens_a_frame:].unique(dim=1), 1000 * t[:, None])
     torch.testing.assert_close(seen["hidden_states"][:, :, :1], conditioning.image)
-    assert velocity[:, :, 0].count_nonzero() == 0 and velocity[:, :, 1:].abs().min() >= 0
+    assert velocity[:, :, 0].count_nonzero() == 0 and velocity[:, :, 1:].abs().mean() > 0.1
     other = torch.cat([latents[:, :, :1] + 1, latents[:, :, 1:]], dim=2)
-    torch.testing.assert_close(backbone.velocity(other, t, conditioning), velocity)  # the caller's first frame is ignored
+    torch.testing.assert_close(
+        backbone.velocity(other, t, conditioning), velocity
+    )  # the caller's first frame is ignored
 
     clip = backbone.sample(conditioning, torch.Generator().manual_seed(0), **SIZE, steps=2, guidance=1, progress=False)
     torch.testing.assert_close(clip[:, :, :1], conditioning.image)
@@ -263,7 +265,9 @@ def test_features_of_compiled_blocks(folder_of):
     backbone.velocity(latents, t, conditioning)  # compiled without a hook
     for shift in (0.0, 0.1):
         velocity, features = backbone.velocity(latents + shift, t, conditioning, features_at=1)
-        assert torch.allclose(features, expected[1], atol=1e-4) == (shift == 0)  # this call's features, not an old one's
+        assert torch.allclose(features, expected[1], atol=1e-4) == (
+            shift == 0
+        )  # this call's features, not an old one's
     torch.testing.assert_close(backbone.velocity(latents, t, conditioning), expected[0])
 
 
@@ -282,7 +286,7 @@ def test_two_experts_switch_at_the_boundary(backbone_of, monkeypatch, family):
     settings = {**SIZE, "steps": 4, "negative": conditioning[:1], "progress": False}
     backbone.sample(conditioning, torch.Generator().manual_seed(0), guidance=1.0, guidance_low=3.0, **settings)
     names = [name for name, _ in calls]
-    # t = 1, .9, .75, .5: .9 is the image family's boundary and belongs to high_noise; only low_noise has a negative pass.
+    # t = .9 is the image family's boundary and belongs to high_noise; only low_noise has a negative pass here.
     assert names == ["high_noise"] * 2 + ["low_noise"] * 4
     assert [t for _, t in calls] == [1.0, 0.9, 0.75, 0.75, 0.5, 0.5]
 
@@ -327,10 +331,14 @@ def test_sample_needs_no_text_encoder_for_conditionings(folder_of):
     backbone = load_backbone(config, "cpu", parts=("transformer",))
     _, _, conditioning = random_inputs(backbone)
     settings = {**SIZE, "steps": 2, "guidance": 3.0, "progress": False}
-    clips = backbone.sample(conditioning, torch.Generator(), negative=Conditioning(torch.zeros(1, LENGTH, 64)), **settings)
+    clips = backbone.sample(
+        conditioning, torch.Generator(), negative=Conditioning(torch.zeros(1, LENGTH, 64)), **settings
+    )
     assert clips.isfinite().all()
     with pytest.raises(ValueError, match="text encoder is not loaded"):
         backbone.sample(conditioning, torch.Generator(), **settings)
+    # Without guidance no negative is needed, and one expert has no use for guidance_low.
+    backbone.sample(conditioning, torch.Generator(), **{**settings, "guidance": 1.0}, guidance_low=3.0)
     with pytest.raises(ValueError, match="a conditioning of 3 clips cannot serve 2"):
         backbone.sample(conditioning, torch.Generator(), negative=Conditioning(torch.zeros(3, LENGTH, 64)), **settings)
     with pytest.raises(ValueError, match="the VAE is not loaded"):

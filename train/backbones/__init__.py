@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -57,6 +58,8 @@ def load_backbone(
                 "backbone.random_weights=true builds only the transformer: leave 'text' and 'vae' out of parts, or "
                 "give as backbone.path a small pipeline that train.backbones.tiny.write_tiny_pipeline wrote"
             )
+        if config.path:
+            warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
         architecture = find_architecture(config)
         experts = {
             name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed)

@@ -359,7 +359,7 @@ class Backbone:
         latents = self._start(latents.to(self.device, torch.float32), conditioning)
 
         scales = dict.fromkeys(self.expert_folders, guidance)
-        if guidance_low is not None:
+        if guidance_low is not None and "low_noise" in scales:
             scales["low_noise"] = guidance_low
         without = None
         if any(scale != 1 for scale in scales.values()):

@@ -1,0 +1,587 @@
+"""Prompts to clips: the base model's beside the tuned model's, from the same noise.
+
+    accelerate launch eval/generate.py recipe=wan14b generate.lora=runs/wan14b/train
+    python -m eval.generate recipe=wan14b generate.lora=runs/wan14b/train --dry-run      # print the numbers and stop
+
+    <folder>/base/<key>-<seed>.mp4           and a sidecar, <key>-<seed>.json, with the settings it was made with
+    <folder>/tuned/<key>-<seed>.mp4          likewise; the folder's name is generate.name
+    <folder>/side_by_side/<key>-<seed>.mp4   base | tuned, labelled
+    <folder>/sheet.png                       a row of frames for every clip
+    <folder>/manifest.jsonl                  written last, a line for every base and tuned clip
+
+A clip whose sidecar shows the same settings is kept, so a run that was stopped continues when run again, and several
+LoRAs compared in one folder, each with a generate.name of its own, share the base clips (under another name than
+"tuned" it is side_by_side-<name>, sheet-<name>.png and manifest-<name>.jsonl). Each rank holds a whole model and makes
+its share of what is missing. A clip depends on its own prompt and seed; which clips are sampled together
+(generate.batch_size) changes it by rounding at most.
+"""
+
+import csv
+import difflib
+import gc
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import unicodedata
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+import recipes
+from train.backbones import BACKBONES, load_backbone
+from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
+from train.checkpoint import load_lora, lora_path, read_lora_metadata
+from train.clips import (
+    THUMBNAIL,
+    VideoConfig,
+    contact_sheet,
+    from_pixels,
+    read_clip,
+    side_by_side,
+    to_pixels,
+    write_clip,
+)
+from train.lora_switch import LoraConfig, LoraSwitch
+from train.parallel import build_accelerator
+from train.sampling import SamplerConfig, sample_clips
+
+BASE, TUNED, COMPARISON = "base", "tuned", "side_by_side"
+COLUMNS = ("prompt", "image", "key")  # of a prompts file
+MAX_KEY = 40  # characters
+SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
+
+
+@dataclass
+class GenerateConfig:
+    prompts: list[str] = field(default_factory=list)  # one or more clips each, see `seeds`
+    prompts_file: str = ""  # instead of prompts: .txt, a prompt a line; .csv or .jsonl, columns prompt [image] [key]
+    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture a prompt, first frame is used
+    seeds: list[int] = field(default_factory=list)  # of the initial noise, one clip a prompt each; none: `seed` alone
+    lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: base clips only
+    name: str = TUNED  # of the LoRA's clips: their folder and label
+    base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips
+    folder: str = "${output}/clips"  # everything goes here
+    batch_size: int = 1  # clips sampled together, per GPU
+
+
+@dataclass
+class Config:
+    recipe: str = ""  # name or path of a recipe
+    output: str = "runs/default"  # everything goes below this folder
+    seed: int = 0  # of the initial noise where generate.seeds is empty
+    dry_run: bool = False  # print the derived numbers and stop
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    key: str  # of [a-z0-9-]: names files
+    text: str
+    image: Path | None
+
+
+@dataclass(frozen=True)
+class Lora:
+    path: Path  # of the file
+    sha256: str
+    expert: str  # the network that it was trained on
+    config: LoraConfig
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file that this run asks for. `settings` is all that its frames depend on, as plain JSON values."""
+
+    which: str  # the folder's name
+    path: Path
+    settings: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode("utf-8")).hexdigest()
+
+    def record(self) -> dict[str, Any] | None:
+        """The sidecar of the clip that lies at `path`, made with whatever settings; None where either is not whole."""
+        try:
+            record = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
+            return record if record["bytes"] == self.path.stat().st_size else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def is_finished(self) -> bool:
+        return (record := self.record()) is not None and record["digest"] == self.digest
+
+    def write(self, frames: Tensor, fps: float, facts: dict[str, Any]) -> None:
+        """Write frames (T, H, W, 3) uint8, then the sidecar: `settings` and `facts`."""
+        sidecar = self.path.with_suffix(".json")
+        sidecar.unlink(missing_ok=True)  # a kill between clip and sidecar must not leave new frames under old settings
+        write_clip(self.path, frames, fps)
+        place = f"{self.which}/{self.path.name}"
+        record = {"which": self.which, "path": place} | facts | self.settings
+        record |= {"bytes": self.path.stat().st_size, "digest": self.digest}
+        _write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt with one seed."""
+
+    prompt: Prompt
+    seed: int
+    clips: list[Clip]  # base, tuned, or both in this order
+    comparison: Clip | None  # both side by side
+    todo: list[str]  # `which` of those clips that have to be sampled
+
+
+@dataclass(frozen=True)
+class Work:
+    jobs: list[Job]  # all, finished or not
+    fingerprint: str  # of the backbone
+    lora: Lora | None
+
+    def unfinished(self) -> list[Job]:
+        """Those with anything to do, the longest first, so that dealing them in turn gives ranks equal shares."""
+        jobs = [job for job in self.jobs if job.todo or not (job.comparison is None or job.comparison.is_finished())]
+        return sorted(jobs, key=lambda job: -len(job.todo))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = recipes.load(Config, argv)
+    accelerator = build_accelerator()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("generation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
+    if config.dry_run:
+        if accelerator.is_main_process:
+            print(plan(config, prepare(config), world=accelerator.num_processes))
+    else:
+        generate(config, accelerator)
+    accelerator.end_training()  # closes the process group
+
+
+def generate(config: Config, accelerator: Accelerator) -> None:
+    """Make on all ranks what is missing, then write contact sheet and manifest. Raises ValueError as `prepare` does."""
+    work = prepare(config) if accelerator.is_main_process else None
+    todo = work.unfinished() if work else None
+    shared = [todo, work.lora if work else None]
+    broadcast_object_list(shared)  # the main process decides for all: the files change as soon as one rank begins
+    todo, lora = shared
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    make_clips(config, mine, lora, accelerator.device, progress=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    if work:
+        conclude(config, work, made=sum(len(job.todo) for job in todo))
+
+
+# What there is to do
+
+
+def prepare(config: Config) -> Work:
+    """Check the settings and find out what is finished; loads no weights.
+
+    Raises ValueError for everything that a user can have got wrong, so that nothing fails after hours of sampling:
+    prompts, images, seeds, the video's size, the LoRA and its backbone.
+    """
+    settings, video = config.generate, config.video
+    check(config)
+    prompts = read_prompts(settings)
+    shell = _shell(config)
+    shell.latent_shape(video.height, video.width, video.num_frames)
+    _check_images(config, prompts, shell)
+    lora = read_lora(settings.lora, "" if _is_placeholder(config) else shell.fingerprint) if settings.lora else None
+    common = {
+        "backbone": shell.fingerprint,
+        "dtype": config.backbone.dtype,
+        "text_length": config.backbone.text_length,
+        "sampler": asdict(config.sampler),
+        "video": asdict(video),
+    }
+    images = {prompt.key: _sha256(prompt.image) if prompt.image else None for prompt in prompts}
+    folder = Path(settings.folder)
+    jobs = []
+    for prompt in prompts:
+        for seed in settings.seeds or [config.seed]:
+            file = f"{prompt.key}-{seed}.mp4"
+            own = {"prompt": prompt.text, "seed": seed, "image_sha256": images[prompt.key], "lora_sha256": None}
+            clips = [Clip(BASE, folder / BASE / file, own | common)] if settings.base else []
+            if lora:
+                tuned = own | common | {"lora_sha256": lora.sha256}
+                clips.append(Clip(settings.name, folder / settings.name / file, tuned))
+            comparison = None
+            if len(clips) == 2:
+                which = COMPARISON + _suffix(settings)
+                comparison = Clip(which, folder / which / file, {"clips": {clip.which: clip.digest for clip in clips}})
+            todo = [clip.which for clip in clips if not clip.is_finished()]
+            jobs.append(Job(prompt, seed, clips, comparison, todo))
+    outdated = [
+        (clip, record) for job in jobs for clip in job.clips if clip.which in job.todo and (record := clip.record())
+    ]
+    if outdated:
+        clip, record = outdated[0]
+        changed = ", ".join(name for name, value in clip.settings.items() if record.get(name) != value)
+        print(
+            f"{len(outdated)} clips in {folder} were made with other settings and are made again, the first is"
+            f" {clip.path} (other: {changed})"
+        )
+    return Work(jobs, shell.fingerprint, lora)
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot work, naming key, value and remedy."""
+    settings = config.generate
+    if config.backbone.random_weights and not config.dry_run:
+        raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
+    if not (settings.base or settings.lora):
+        raise ValueError("generate.base=false and no generate.lora: there is nothing to make; set one of them")
+    if settings.batch_size < 1:
+        raise ValueError(f"generate.batch_size={settings.batch_size}: use 1 or more")
+    name = settings.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name.lower() == BASE or name.startswith(COMPARISON):
+        raise ValueError(
+            f"generate.name={name!r} cannot name a folder of clips: use letters, digits, _ and -, and neither"
+            f" {BASE} nor {COMPARISON}"
+        )
+    seeds = settings.seeds or [config.seed]
+    if bad := [seed for seed in seeds if not 0 <= seed < 2**63] + [s for s in set(seeds) if seeds.count(s) > 1]:
+        raise ValueError(f"generate.seeds={seeds}: {bad[0]} is negative, too large or there twice; give distinct seeds")
+    sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
+
+
+def read_prompts(settings: GenerateConfig) -> list[Prompt]:
+    """The prompts with their keys and images.
+
+    Raises ValueError where there are none, for an unreadable file, a missing column, an empty prompt, doubled keys, and
+    images for some prompts only. Images in a file are relative to its folder.
+    """
+    source, folder = "generate.prompts", Path()
+    records: list[dict[str, Any]] = [{"prompt": text} for text in settings.prompts]
+    if settings.prompts_file:
+        if records:
+            print(f"generate.prompts_file is given: the {len(records)} prompts of generate.prompts are not used")
+        path = Path(settings.prompts_file)
+        source, folder, records = str(path), path.parent, _read_records(path)
+    if not records:
+        raise ValueError(f"{source} holds no prompts: list some in generate.prompts, or name a generate.prompts_file")
+    if settings.images:
+        if any(record.get("image") for record in records):
+            raise ValueError(f"generate.images is given and {source} has an image column: use one of the two")
+        if len(settings.images) != len(records):
+            raise ValueError(
+                f"generate.images names {len(settings.images)} files for {len(records)} prompts: give one a prompt"
+            )
+        folder = Path()
+        records = [record | {"image": image} for record, image in zip(records, settings.images, strict=True)]
+    prompts: dict[str, Prompt] = {}
+    for index, record in enumerate(records):
+        place = f"{source}, prompt {index + 1}"
+        text, image, own_key = (_read_text(record, column, place) for column in COLUMNS)
+        if not text:
+            raise ValueError(f"{place} is empty: describe the clip, or remove it")
+        key = slug(own_key)[:MAX_KEY].strip("-") if own_key else make_key(index, text)
+        if not key or key in prompts:
+            raise ValueError(
+                f"{place}: key {own_key or key!r} has no letter or digit or, as {key!r}, is there twice: give keys that"
+                f" differ in the letters a-z and digits of their first {MAX_KEY} characters"
+            )
+        prompts[key] = Prompt(key, text, folder / image if image else None)
+    without = [prompt.key for prompt in prompts.values() if prompt.image is None]
+    if 0 < len(without) < len(prompts):
+        raise ValueError(f"{source}: {len(without)} prompts have no image, the first is {without[0]}: give all or none")
+    return list(prompts.values())
+
+
+def make_key(index: int, prompt: str) -> str:
+    """A prompt's name in file names: its index and its first words, of [a-z0-9-], at most 40 characters."""
+    return f"{index:03d}-{slug(prompt)}"[:MAX_KEY].strip("-")
+
+
+def slug(text: str) -> str:
+    """`text` in a-z, 0-9 and single hyphens; accents are dropped, as are letters of other scripts."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a prompts file as dicts; ValueError where it cannot be read or has no column prompt."""
+    remedy = "give a UTF-8 .txt with a prompt a line, or a .csv or .jsonl with the columns prompt [image] [key]"
+    if path.suffix.lower() not in (".txt", ".csv", ".jsonl"):
+        raise ValueError(f"generate.prompts_file={path} has an unknown format {path.suffix!r}: {remedy}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"generate.prompts_file={path} cannot be read ({error}): {remedy}") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if path.suffix.lower() == ".txt":
+        return [{"prompt": line} for _, line in lines]
+    columns: dict[str, None] = {}
+    records: list[dict[str, Any]] = []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            columns = dict.fromkeys(reader.fieldnames or [])
+            for record in reader:
+                if None in record:
+                    raise csv.Error("more fields than columns, quote those that hold a comma")
+                records.append(record)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}, is not valid CSV ({error}): {remedy}") from error
+    else:
+        for number, line in lines:
+            try:
+                record = json.loads(line)
+                columns |= dict.fromkeys(record.keys())
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}, is no JSON object ({error}): {remedy}") from error
+            records.append(record)
+    if columns and "prompt" not in columns:
+        near = difflib.get_close_matches("prompt", list(columns), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{path} has no column 'prompt', found: {', '.join(columns)}{hint}")
+    if unused := [name for name in columns if name not in COLUMNS]:
+        print(f"warning: columns of {path} that are not read: {', '.join(unused)}")
+    return records
+
+
+def _read_text(record: dict[str, Any], column: str, place: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, (str, int, type(None))):
+        raise ValueError(f"{place}: {column} must be text, not {value!r}")
+    text = "" if value is None else str(value).strip()
+    if re.search(r"[\0\ud800-\udfff]", text):
+        raise ValueError(f"{place}: {column} {text!r} is not valid UTF-8 text: correct it")
+    return text
+
+
+def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) -> None:
+    """Whether the family takes images, or needs them, and whether they can be read."""
+    family, name = BACKBONES[config.backbone.family], config.backbone.family
+    given = [prompt for prompt in prompts if prompt.image]
+    if given and family.encode_first_frame is Backbone.encode_first_frame:
+        raise ValueError(
+            f"{given[0].key} has an image, but backbone.family={name} generates from text alone: leave images out, or"
+            " use wan22_ti2v or wan22_i2v"
+        )
+    if not given and family.input_channels(shell.architecture) > shell.architecture["z_dim"]:
+        raise ValueError(
+            f"backbone.family={name} needs an image for each prompt: name them in generate.images, or in the column"
+            " image of generate.prompts_file"
+        )
+    for prompt in given:
+        _first_frame(prompt, config.video)
+
+
+def _first_frame(prompt: Prompt, video: VideoConfig) -> Tensor:
+    """(1, 3, H, W) in [-1, 1] of the prompt's clip or picture; ClipError, a ValueError, where it cannot be read."""
+    return from_pixels(read_clip(prompt.image, replace(video, num_frames=1)))[None, :, 0]
+
+
+def read_lora(path: str, fingerprint: str) -> Lora:
+    """What a LoRA says of itself. ValueError where there is none, or it belongs to another backbone ("": unchecked)."""
+    file = lora_path(path)
+    metadata = read_lora_metadata(file)
+    if fingerprint and metadata["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"generate.lora={path} was trained on backbone {metadata['fingerprint']}, but backbone.path is"
+            f" {fingerprint}: use the backbone it was trained on"
+        )
+    config = LoraConfig(int(metadata["rank"]), float(metadata["alpha"]), json.loads(metadata["targets"]))
+    return Lora(file, _sha256(file), metadata["expert"], config)
+
+
+def _shell(config: Config) -> Backbone:
+    """The backbone without any weights: its shapes and its fingerprint."""
+    backbone = config.backbone
+    if _is_placeholder(config):
+        backbone = replace(backbone, path="", random_weights=True)
+    return load_backbone(backbone, "cpu", parts=())
+
+
+def _is_placeholder(config: Config) -> bool:
+    """Whether this is a dry run without the backbone's folder: it downloads nothing and takes the family's table."""
+    return config.dry_run and not (config.backbone.path and Path(config.backbone.path).expanduser().is_dir())
+
+
+def _suffix(settings: GenerateConfig) -> str:
+    return "" if settings.name == TUNED else f"-{settings.name}"
+
+
+def plan(config: Config, work: Work, *, world: int) -> str:
+    """The lines of a dry run for `world` ranks."""
+    shell, video, sampler, lora = _shell(config), config.video, config.sampler, work.lora
+    clips, todo = sum(len(job.clips) for job in work.jobs), sum(len(job.todo) for job in work.jobs)
+    scales = [sampler.guidance]
+    if sampler.guidance_low is not None and len(shell.expert_folders) > 1:
+        scales.append(sampler.guidance_low)
+    passes = sampler.steps * (1 if all(scale == 1 for scale in scales) else 2)
+    at_most = "at most " if 1 in scales and any(scale != 1 for scale in scales) else ""
+    size = (video.height, video.width, video.num_frames)
+    rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}, for {lora.expert}" if lora else ""
+    lines = {
+        "backbone": "not here yet" if _is_placeholder(config) else work.fingerprint,
+        "LoRA": f"{lora.path} ({rank})" if lora else "none: base clips only",
+        "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
+        "tokens": f"{shell.num_tokens(*size)} a network pass",
+        "jobs": f"{len(work.jobs)} = {len({job.prompt.key for job in work.jobs})} prompts x"
+        f" {len({job.seed for job in work.jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
+        "clips": f"{clips}: {clips - todo} done, {todo} to do",
+        "network passes": f"{at_most}{todo * passes}, {passes} a clip ({sampler.steps} steps)",
+        "folder": config.generate.folder,
+    }
+    return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
+
+
+# Making it
+
+
+def make_clips(config: Config, jobs: Sequence[Job], lora: Lora | None, device: torch.device, *, progress: bool) -> None:
+    """Make what is missing of `jobs`, on this rank alone. Weights are loaded only where something has to be sampled."""
+    sampled = [job for job in jobs if job.todo]
+    total = sum(len(job.todo) for job in sampled)
+    generator = None
+    if sampled:
+        if progress:
+            print(f"encoding prompts and loading the network for {total} clips on this rank")
+        conditionings, negative = encode(config, {job.prompt.key: job.prompt for job in sampled}, device)
+        generator = Generator(config, lora, conditionings, negative, device)
+    size = config.generate.batch_size
+    with tqdm(total=total, desc="clips", unit="clip", smoothing=0, disable=not (progress and total)) as bar:
+        for first in range(0, len(jobs), size):
+            batch = jobs[first : first + size]
+            for which in (BASE, config.generate.name):
+                if missing := [job for job in batch if which in job.todo]:
+                    generator.make(which, missing)
+                    bar.update(len(missing))
+            for job in batch:
+                if job.comparison is not None and not job.comparison.is_finished():
+                    compare(job, config.video)
+
+
+def encode(
+    config: Config, prompts: dict[str, Prompt], device: torch.device
+) -> tuple[dict[str, Conditioning], Conditioning]:
+    """Conditionings of one clip each by the prompts' keys, and of the negative prompt, on the CPU.
+
+    Text encoder and VAE are gone afterwards. One prompt at a time, so that its embedding does not depend on the others.
+    """
+    images = any(prompt.image for prompt in prompts.values())
+    backbone = load_backbone(config.backbone, device, parts=("text", "vae") if images else ("text",))
+    conditionings = {}
+    for key, prompt in prompts.items():
+        first_frame = _first_frame(prompt, config.video) if prompt.image else None
+        conditioning = backbone.condition([prompt.text], first_frame, num_frames=config.video.num_frames)
+        conditionings[key] = conditioning.to("cpu")
+    negative = backbone.condition([config.sampler.negative_prompt]).to("cpu")
+    del backbone
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return conditionings, negative
+
+
+class Generator:
+    """Networks and VAE on one device, the LoRA attached to the expert that it was trained on."""
+
+    def __init__(
+        self,
+        config: Config,
+        lora: Lora | None,
+        conditionings: dict[str, Conditioning],
+        negative: Conditioning,
+        device: torch.device,
+    ):
+        self.config, self.lora = config, lora
+        self.conditionings, self.negative = conditionings, negative
+        self.backbone = load_backbone(config.backbone, device, parts=("vae", "transformer"))
+        self.switch = None
+        if lora:
+            if lora.expert not in self.backbone.experts:
+                known = ", ".join(self.backbone.experts)
+                raise ValueError(f"LoRA {lora.path} is for the network {lora.expert!r}, this backbone has: {known}")
+            self.switch = LoraSwitch(self.backbone.experts[lora.expert], lora.config)
+            load_lora(lora.path, self.switch, fingerprint=self.backbone.fingerprint)
+
+    @torch.no_grad()
+    def make(self, which: str, jobs: Sequence[Job]) -> None:
+        """Sample the jobs' clips `which` together and write them."""
+        config, started = self.config, time.perf_counter()
+        conditioning = Conditioning.cat([self.conditionings[job.prompt.key] for job in jobs])
+        seeds = [job.seed for job in jobs]
+        with self.switch.reference() if self.switch and which == BASE else nullcontext():
+            latents = sample_clips(
+                self.backbone, conditioning, seeds, config.video, config.sampler, negative=self.negative, progress=False
+            )
+        decoded = [to_pixels(self.backbone.decode_latents(latent[None]))[0].cpu() for latent in latents]  # (T,H,W,3)
+        seconds = round((time.perf_counter() - started) / len(jobs), 3)
+        for job, frames in zip(jobs, decoded, strict=True):
+            (clip,) = [clip for clip in job.clips if clip.which == which]
+            facts = {"key": job.prompt.key, "seconds": seconds}
+            facts |= {"image": str(job.prompt.image)} if job.prompt.image else {}
+            facts |= {"lora": str(self.lora.path)} if which != BASE else {}
+            clip.write(frames, config.video.fps, facts)
+
+
+def compare(job: Job, video: VideoConfig) -> None:
+    """The job's side-by-side clip, from the files: the same whether they were made just now or in an earlier run."""
+    clips = [read_clip(clip.path, video) for clip in job.clips]
+    both = side_by_side(clips, [clip.which for clip in job.clips])
+    job.comparison.write(both, video.fps, {"key": job.prompt.key, "prompt": job.prompt.text, "seed": job.seed})
+
+
+def conclude(config: Config, work: Work, *, made: int) -> None:
+    """Contact sheet and manifest of all clips, from the files; on the main process, when all ranks are done."""
+    settings, video = config.generate, config.video
+    folder, suffix = Path(settings.folder), _suffix(settings)
+    # The sheet's frames alone, at its size: a long list of clips must not have to fit into memory.
+    width = min(video.width, THUMBNAIL)
+    small = VideoConfig(round(video.height * width / video.width), width, num_frames=1, fps=video.fps)
+    if video.num_frames > 1:
+        rate = video.fps * (SHEET_COLUMNS - 1) / (video.num_frames - 1)  # from the first frame to the last
+        small = replace(small, num_frames=SHEET_COLUMNS, fps=rate)
+    rows, records = [], []
+    for job in work.jobs:
+        for clip in job.clips:
+            record = clip.record()
+            assert record is not None and record["digest"] == clip.digest, clip.path
+            records.append(record)
+            rows.append((f"{clip.which}: {job.prompt.text[:60]} (seed {job.seed})", read_clip(clip.path, small)))
+    sheet, manifest = folder / f"sheet{suffix}.png", folder / f"manifest{suffix}.jsonl"
+    recipes.save(config, folder / f"recipe{suffix}.yaml")
+    contact_sheet(sheet, rows, columns=SHEET_COLUMNS)
+    _write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    seconds = sum(record["seconds"] for record in records) / len(records)
+    example = work.jobs[0].comparison or work.jobs[0].clips[0]
+    print(f"clips     {len(records)}, of which {made} made now; {seconds:.1f} s a clip")
+    print(f"sheet     {sheet}\nmanifest  {manifest}")
+    print(f"{'compare' if example is work.jobs[0].comparison else 'clip':<10}{example.path}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Fixtures of the training tests: one tiny Wan pipeline and its preference groups a session, and short runs on them."""
+
+import json
+import multiprocessing
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import recipes
+from tests.synthetic_groups import write_synthetic_groups
+from train import checkpoint, gdpo
+from train.backbones.loading import fingerprint
+from train.backbones.tiny import write_tiny_pipeline
+
+LATENT_SHAPE = (16, 5, 8, 8)  # (C, F, H, W) of the tiny recipe: 64x64 pixels, 17 frames
+TEXT_SHAPE = (12, 64)  # (L', D)
+CLOCK = {"seconds", "tokens_per_second", "tflops_per_device", "memory_gib", "eta_seconds"}  # differ from run to run
+
+
+@dataclass
+class Tiny:
+    """The tiny recipe on a pipeline `model` and a folder of `groups`: two groups a step, no clips, no loader processes."""
+
+    model: Path
+    groups: Path
+    fingerprint: str
+
+    def arguments(self, folder: Path, *more: str) -> list[str]:
+        """Command line of a run below `folder`; later arguments win."""
+        return [
+            "recipe=tiny",
+            f"output={folder}",
+            f"backbone.path={self.model}",
+            f"train.groups={self.groups}",
+            "train.num_workers=0",
+            "optim.batch_size=2",
+            "validation.prompts=[]",
+            *more,
+        ]
+
+    def config(self, folder: Path, *more: str, entry: ModuleType = gdpo):
+        return recipes.load(entry.Config, self.arguments(folder, *more))
+
+    def train(self, folder: Path, *more: str, entry: ModuleType = gdpo) -> Path:
+        """Train in this process; returns the run's folder of checkpoints."""
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            entry.main(self.arguments(folder, *more))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return folder / "train" / "checkpoints"
+
+    def process(self, folder: Path, *more: str, entry: ModuleType = gdpo) -> multiprocessing.Process:
+        """A process of its own that trains, already started. A fork server that has imported the trainer spares the seconds of imports."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train.gdpo", "train.sft"])
+        process = context.Process(target=entry.main, args=(self.arguments(folder, *more),))
+        process.start()
+        return process
+
+    def metrics(self, folder: Path) -> list[dict[str, float]]:
+        """Lines of metrics.jsonl of the run below `folder`, without what a clock gave."""
+        lines = (folder / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
+
+    def weights(self, path: Path) -> dict[str, torch.Tensor]:
+        """Adapters and optimizer moments of checkpoint folder `path`."""
+        return load_file(path / checkpoint.LORA_FILE) | load_file(path / checkpoint.OPTIMIZER_FILE)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> Path:
+    return write_tiny_pipeline("wan21", tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_pipeline, tmp_path_factory) -> Tiny:
+    """8 groups of 4 losers each, of the tiny pipeline."""
+    groups, name = tmp_path_factory.mktemp("groups"), fingerprint("wan21", tiny_pipeline)
+    write_synthetic_groups(
+        groups, num_groups=8, num_losers=4, latent_shape=LATENT_SHAPE, text_shape=TEXT_SHAPE, fingerprint=name
+    )
+    return Tiny(tiny_pipeline, groups, name)

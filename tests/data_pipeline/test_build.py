@@ -1,0 +1,388 @@
+"""The first data pipeline end to end, on a tiny random Wan: build, quarantine, continue, change, two processes."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline import build
+from data_pipeline.generate import loser_seed
+from train.backbones import load_backbone
+from train.backbones.base import BackboneConfig
+from train.backbones.tiny import write_tiny_pipeline
+from train.clips import VideoConfig, from_pixels, read_clip, write_clip
+from train.groups import GroupSet, verify
+
+ROOT = Path(__file__).parents[2]
+GOOD = ("red", "green", "blue", "grey", "pink")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_pipeline("wan21", tmp_path_factory.mktemp("wan21"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Five good clips of 9 frames at 8 fps, and files that are none."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number, name in enumerate(GOOD):
+        generator = torch.Generator().manual_seed(number)
+        write_clip(folder / f"{name}.mp4", torch.randint(0, 255, (9, 64, 64, 3), generator=generator).byte(), 8)
+    write_clip(folder / "short.mp4", torch.zeros(3, 64, 64, 3, dtype=torch.uint8), 8)
+    whole = (folder / "red.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.mp4").write_text("not a clip", encoding="utf-8")
+    return folder
+
+
+def write_manifest(path: Path, clips: Path, rows: list[dict]) -> Path:
+    columns = ["clip", "prompt", "key", "action", "semantic", "physical"]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({"prompt": f"a {row['clip']} ball falls", **row, "clip": str(clips / f"{row['clip']}.mp4")})
+    return path
+
+
+def good_rows(**changes) -> list[dict]:
+    return [{"clip": name, "key": name, "action": "fall", **changes.get(name, {})} for name in GOOD]
+
+
+def arguments(model: Path, manifest: Path, output: Path, *more: str) -> list[str]:
+    return [
+        f"output={output}",
+        f"backbone.path={model}",
+        "backbone.architecture=tiny",
+        "backbone.dtype=float32",
+        "backbone.text_length=32",
+        "video.height=64",
+        "video.width=64",
+        "video.num_frames=9",
+        "video.fps=8",
+        "sampler.steps=2",
+        "sampler.guidance=2",
+        "pipeline.num_losers=2",
+        "pipeline.unit_size=2",
+        f"pipeline.manifest={manifest}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def built(model, clips, tmp_path_factory):
+    """A finished build of the five good clips: three shards. Tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("built")
+    manifest = write_manifest(folder / "clips.csv", clips, good_rows())
+    build.main(arguments(model, manifest, folder / "out"))
+    return folder
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    shutil.copytree(built, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test when any weights are loaded."""
+    real = build.load_backbone
+
+    def shell_only(config, device, *, parts=("all",)):
+        assert not parts, "weights were loaded"
+        return real(config, device, parts=())
+
+    monkeypatch.setattr(build, "load_backbone", shell_only)
+
+
+def shards(output: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (output / "groups").glob("*.tar")}
+
+
+def by_key(output: Path) -> dict:
+    groups = GroupSet(output / "groups")
+    return {group.key: group for group in (groups[index] for index in range(len(groups)))}
+
+
+def report(output: Path) -> dict:
+    return json.loads((output / "groups" / "build" / "report.json").read_text(encoding="utf-8"))
+
+
+def quarantine(output: Path) -> list[dict]:
+    text = (output / "groups" / "build" / "quarantine.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_groups_hold_what_training_needs(built, model, clips):
+    output = built / "out"
+    assert verify(output / "groups") == []
+    groups = by_key(output)
+    assert list(groups) == list(GOOD)
+    assert sorted(shards(output)) == ["unit-00000.tar", "unit-00001.tar", "unit-00002.tar"]
+    group = groups["blue"]
+    assert (group.prompt, group.action) == ("a blue ball falls", "fall")
+    assert group.source == f"{clips / 'blue.mp4'} at 0 s"
+    assert group.winner.shape == (16, 3, 8, 8) and group.losers.shape == (2, 16, 3, 8, 8)
+    assert group.winner.dtype == group.losers.dtype == group.text.dtype == torch.bfloat16
+    assert group.text.shape == (5, 64) and group.condition is None  # four words and the end token
+    assert [(loser.semantic, loser.physical) for loser in group.losers_info] == [(0.5, 0.5)] * 2
+    assert [loser.seed for loser in group.losers_info] == [loser_seed(0, "blue", j) for j in range(2)]
+    assert not torch.equal(group.losers[0], group.losers[1])
+    assert not torch.equal(group.losers, groups["red"].losers)
+
+
+def test_winner_and_losers_are_what_the_backbone_makes(built, model, clips):
+    config = BackboneConfig(path=str(model), architecture="tiny", dtype="float32", text_length=32)
+    backbone = load_backbone(config, "cpu")
+    group = by_key(built / "out")["green"]
+    assert group.fingerprint == backbone.fingerprint == GroupSet(built / "out" / "groups").fingerprint
+    frames = read_clip(clips / "green.mp4", VideoConfig(64, 64, 9, 8.0))
+    torch.testing.assert_close(group.winner, backbone.encode_video(from_pixels(frames)[None])[0].bfloat16())
+    generator = torch.Generator().manual_seed(group.losers_info[1].seed)
+    size = {"height": 64, "width": 64, "num_frames": 9}
+    loser = backbone.sample(["a green ball falls"], generator, **size, steps=2, guidance=2.0, progress=False)
+    torch.testing.assert_close(group.losers[1], loser[0].bfloat16())
+
+
+def test_bad_rows_are_quarantined_and_the_good_ones_kept(model, clips, tmp_path, capsys):
+    rows = [
+        {"clip": "red", "key": "a"},
+        {"clip": "none", "key": "b"},
+        {"clip": "cut", "key": "c"},
+        {"clip": "short", "key": "d"},
+        {"clip": "text", "key": "../e"},
+        {"clip": "red", "key": "f", "prompt": ""},
+        {"clip": "red", "key": "g", "semantic": "nan", "physical": ".5"},
+        {"clip": "red", "key": "a"},
+        {"clip": "green", "key": "../../h i", "semantic": ".25", "physical": "1"},
+    ]
+    manifest = write_manifest(tmp_path / "clips.csv", clips, rows)
+    build.main(arguments(model, manifest, tmp_path / "out"))
+    bad = quarantine(tmp_path / "out")
+    reasons = ["missing", "truncated", "too short", "unreadable", "empty prompt", "bad score", "duplicate key"]
+    assert [(row["row"], row["reason"]) for row in bad] == list(enumerate(reasons, start=2))
+    assert bad[2]["key"] == "d" and "9 frames at 8 fps" in bad[2]["detail"]
+    counts = report(tmp_path / "out")
+    assert (counts["rows"], counts["kept"]) == (9, 2)
+    assert counts["quarantined"] == dict.fromkeys(reasons, 1)
+    groups = by_key(tmp_path / "out")
+    first, last = groups.values()
+    assert first.key == "a" and last.key.startswith("h-i-")
+    assert [(loser.semantic, loser.physical) for loser in last.losers_info] == [(0.25, 1.0)] * 2
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[-1].startswith(f"groups: {tmp_path / 'out' / 'groups'}, 2 groups, ")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_second_run_does_nothing(copied, model, no_weights):
+    before = shards(copied / "out")
+    index = (copied / "out" / "groups" / "index.json").read_bytes()
+    build.main(arguments(model, copied / "clips.csv", copied / "out"))
+    assert shards(copied / "out") == before
+    assert (copied / "out" / "groups" / "index.json").read_bytes() == index
+
+
+def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(copied, model):
+    before = shards(copied / "out")
+    (copied / "out" / "groups" / "unit-00001.tar").unlink()
+    build.main(arguments(model, copied / "clips.csv", copied / "out"))
+    after = shards(copied / "out")
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    assert {name for name in before if after[name][1] != before[name][1]} == {"unit-00001.tar"}
+    assert verify(copied / "out" / "groups") == []
+
+
+def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
+    real, calls = build.generate_losers, []
+
+    def failing(*args, **options):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(build, "generate_losers", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
+    assert list(shards(tmp_path / "out")) == ["unit-00000.tar"]
+    with pytest.raises(ValueError, match="did not finish"):
+        GroupSet(tmp_path / "out" / "groups")
+    build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
+    assert len(calls) == 4 + 3  # blue once more, grey and pink
+    index = tmp_path / "out" / "groups" / "index.json"
+    assert index.read_bytes() == (built / "out" / "groups" / "index.json").read_bytes()
+
+
+def test_new_scores_rewrite_the_shard_from_its_own_tensors(copied, model, clips, no_weights):
+    output, old = copied / "out", by_key(copied / "out")
+    before = shards(output)
+    table = copied / "scores.csv"
+    table.write_text("key,loser,semantic,physical\ngreen,1,0.9,0.125\nnobody,0,1,1\n", encoding="utf-8")
+    build.main(arguments(model, copied / "clips.csv", output, f"pipeline.scores={table}"))
+    changed = {name for name, state in shards(output).items() if state != before[name]}
+    assert changed == {"unit-00000.tar"}
+    new = by_key(output)
+    assert [(j.semantic, j.physical) for j in new["green"].losers_info] == [(0.5, 0.5), (0.9, 0.125)]
+    assert [(j.semantic, j.physical) for j in new["red"].losers_info] == [(0.5, 0.5)] * 2
+    for key in GOOD:
+        assert torch.equal(new[key].losers, old[key].losers) and torch.equal(new[key].text, old[key].text)
+    assert verify(output / "groups") == [] and not list(output.rglob("retired/*"))
+
+
+def test_moved_rows_and_other_units_generate_nothing_again(copied, model, clips, no_weights):
+    old = by_key(copied / "out")
+    manifest = write_manifest(copied / "clips.csv", clips, list(reversed(good_rows(red={"action": "roll"}))))
+    build.main(arguments(model, manifest, copied / "out", "pipeline.unit_size=3"))
+    new = by_key(copied / "out")
+    assert list(new) == ["pink", "grey", "blue", "green", "red"]
+    assert sorted(shards(copied / "out")) == ["unit-00000.tar", "unit-00001.tar"]
+    assert all(torch.equal(new[key].losers, old[key].losers) for key in GOOD)
+    assert new["red"].action == "roll"
+
+
+def test_changed_inputs_rebuild_only_the_groups_they_touch(copied, model, clips, monkeypatch, capsys):
+    old, keys = by_key(copied / "out"), []
+    real = build.encode_clip
+    monkeypatch.setattr(build, "encode_clip", lambda *args: keys.append(args[2]) or real(*args))
+    rows = good_rows(blue={"prompt": "a blue cube falls"}, grey={"clip": "none"})
+    build.main(arguments(model, write_manifest(copied / "clips.csv", clips, rows), copied / "out"))
+    assert keys == ["a blue cube falls"]
+    new = by_key(copied / "out")
+    assert list(new) == ["red", "green", "blue", "pink"]
+    assert not torch.equal(new["blue"].losers, old["blue"].losers)
+    assert "earlier shards changed: unit-00001" in (printed := capsys.readouterr().out)
+    assert "not used any more: delete" in printed  # the old blue and grey are kept
+    build.main(arguments(model, write_manifest(copied / "clips.csv", clips, good_rows()), copied / "out"))
+    assert keys == ["a blue cube falls"]  # and serve again
+    assert torch.equal(by_key(copied / "out")["blue"].losers, old["blue"].losers)
+
+
+def test_other_settings_generate_everything_again(copied, model):
+    old = by_key(copied / "out")
+    build.main(arguments(model, copied / "clips.csv", copied / "out", "seed=1"))
+    new = by_key(copied / "out")
+    assert all(torch.equal(new[key].winner, old[key].winner) for key in GOOD)
+    assert not any(torch.equal(new[key].losers, old[key].losers) for key in GOOD)
+
+
+def test_loser_clips_for_a_judge(copied, model, clips):
+    before = shards(copied / "out")
+    build.main(arguments(model, copied / "clips.csv", copied / "out", "pipeline.save_losers=true"))
+    folder = copied / "out" / "losers"
+    with (folder / "losers.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["key"], row["loser"]) for row in table] == [(key, str(j)) for key in GOOD for j in range(2)]
+    assert table[0]["prompt"] == "a red ball falls"
+    for row in table:
+        assert read_clip(folder / row["clip"], VideoConfig(64, 64, 9, 8.0)).shape == (9, 64, 64, 3)
+    assert {name: data for name, (data, _) in shards(copied / "out").items()} == {
+        name: data for name, (data, _) in before.items()
+    }
+
+
+def test_jsonl_with_scores_for_each_loser(model, clips, tmp_path):
+    row = {"clip": "red.mp4", "prompt": "a red ball falls", "key": "red", "scores": [[0, 1], [0.5, 0.25]]}
+    shutil.copy(clips / "red.mp4", tmp_path)  # relative to the manifest
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text(json.dumps({**row, "physics_richness": 0.7}) + "\n", encoding="utf-8")
+    build.main(arguments(model, manifest, tmp_path / "out"))
+    group = by_key(tmp_path / "out")["red"]
+    assert [(j.semantic, j.physical) for j in group.losers_info] == [(0.0, 1.0), (0.5, 0.25)]
+    assert group.physics_richness == 0.7 and group.source == "red.mp4 at 0 s"
+
+
+@pytest.mark.parametrize("family", ["wan22_ti2v", "wan22_i2v"])
+def test_image_families_keep_the_first_frames_latents(family, clips, tmp_path, capsys):
+    model = write_tiny_pipeline(family, tmp_path / "model")
+    manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:1])
+    more = (f"backbone.family={family}", "pipeline.num_losers=1")
+    build.main(arguments(model, manifest, tmp_path / "out", *more, "--dry-run"))
+    planned = capsys.readouterr().out
+    build.main(arguments(model, manifest, tmp_path / "out", *more))
+    group = by_key(tmp_path / "out")["red"]
+    channels, frames, rows, columns = group.winner.shape
+    kept = frames if family == "wan22_i2v" else 1
+    assert group.condition.shape == (channels, kept, rows, columns)
+    if family == "wan22_ti2v":  # the first latent frame is the image's
+        assert torch.equal(group.losers[0, :, :1], group.condition)
+    stored = 2 * (group.winner.numel() + group.losers.numel() + group.condition.numel())
+    assert f"bytes a group       {stored} and" in planned
+
+
+def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path):
+    manifest = write_manifest(tmp_path / "clips.csv", clips, [{"clip": "none"}, {"clip": "text"}])
+    with pytest.raises(ValueError, match="no row of .* is usable: .*'missing': 1.*quarantine.jsonl"):
+        build.main(arguments(model, manifest, tmp_path / "out"))
+    assert report(tmp_path / "out")["kept"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("video.height=60", "height=60 is no multiple of 16.*64"),
+        ("video.num_frames=10", "num_frames=10"),
+        ("pipeline.num_losers=0", "pipeline.num_losers=0: use 1 or more"),
+        ("pipeline.manifest=''", "pipeline.manifest is empty"),
+        ("pipeline.manifest=none.csv", "pipeline.manifest=none.csv: no such file"),
+        ("pipeline.scores=none.csv", "pipeline.scores=none.csv: no such file"),
+        ("pipeline.num_loosers=3", "did you mean 'num_losers'"),
+    ],
+)
+def test_wrong_settings_stop_before_any_work(built, model, tmp_path, no_weights, change, message):
+    with pytest.raises(ValueError, match=message):
+        build.main(arguments(model, built / "clips.csv", tmp_path / "out", change))
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_missing_column_stops_before_any_work(model, tmp_path, no_weights):
+    (tmp_path / "clips.csv").write_text("clip,caption\na.mp4,A\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"clips\.csv has no column 'prompt'; found: clip, caption"):
+        build.main(arguments(model, tmp_path / "clips.csv", tmp_path / "out"))
+
+
+def test_dry_run_prints_the_numbers_and_writes_nothing(built, model, tmp_path, no_weights, capsys):
+    build.main(arguments(model, built / "clips.csv", tmp_path / "out", "--dry-run"))
+    printed = capsys.readouterr().out
+    for line in (
+        "rows                5, of which 5 usable",
+        "units               3 of 2 rows",
+        "losers to generate  10 clips, 2 a group, 2 steps each",
+        "latent shape        (16, 3, 8, 8)",
+        "tokens              48 a clip",
+        "bytes a group       18432 and at most 4096 of text",
+    ):
+        assert line in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_needs_no_model_at_all(built, capsys):
+    build.main([f"pipeline.manifest={built / 'clips.csv'}", "backbone.path=owner/model", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "latent shape        (16, 21, 60, 104)" in printed and "tokens              32760" in printed
+
+
+def test_two_processes_write_what_one_writes(built, model, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "data_pipeline.build", *arguments(model, built / "clips.csv", tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    try:
+        printed, errors = run.communicate(timeout=120)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)  # the ranks too
+    assert run.returncode == 0, errors
+    assert "3/3" in errors and "5/5" not in errors  # the main process made the first and the third unit
+    assert printed.count("groups: ") == 1
+    index = tmp_path / "out" / "groups" / "index.json"
+    assert index.read_bytes() == (built / "out" / "groups" / "index.json").read_bytes()

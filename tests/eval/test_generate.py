@@ -1,0 +1,481 @@
+"""Prompts to clips on a tiny random Wan: base and tuned, resume, two ranks, image-to-video, and what is refused."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType
+from PIL import Image
+from safetensors.torch import save_file
+
+from eval import generate
+from eval.generate import make_key, read_prompts, slug
+from train import checkpoint
+from train.backbones import load_backbone
+from train.backbones.base import BackboneConfig
+from train.backbones.tiny import write_tiny_pipeline
+from train.clips import VideoConfig, read_clip, to_pixels, write_clip
+from train.lora_switch import LoraConfig, LoraSwitch
+
+ROOT = Path(__file__).parents[2]
+VIDEO = VideoConfig(64, 64, 5, 8.0)
+PROMPTS = ["A red ball falls, and it bounces!", "A blue block slides"]
+FILES = [
+    f"{key}-{seed}" for key in ("000-a-red-ball-falls-and-it-bounces", "001-a-blue-block-slides") for seed in (0, 7)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_pipeline("wan21", tmp_path_factory.mktemp("wan21"))
+
+
+@pytest.fixture(scope="module")
+def lora(model, tmp_path_factory):
+    return write_lora(tmp_path_factory.mktemp("lora"), model, scale=0.3)
+
+
+def backbone_config(model: Path, family: str = "wan21", **more) -> BackboneConfig:
+    return BackboneConfig(family, str(model), architecture="tiny", dtype="float32", text_length=32, **more)
+
+
+def write_lora(folder: Path, model: Path, *, scale: float, family: str = "wan21", expert: str = "high_noise") -> Path:
+    """A training folder with one checkpoint, whose rank, alpha and targets are no recipe's."""
+    backbone = load_backbone(backbone_config(model, family, expert=expert), "cpu", parts=("expert",))
+    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=3, alpha=6.0, targets=["attn1.to_q", "attn2.to_v"]))
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in switch.weights.items():
+        if "lora_B" in name:
+            weight.data.normal_(std=scale, generator=generator) if scale else weight.data.zero_()
+    metadata = checkpoint.lora_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
+    optimizer = torch.optim.AdamW(switch.parameters())
+    step = folder / "checkpoints"
+    checkpoint.save(step, 4, switch=switch, optimizer=optimizer, state={}, metadata=metadata, keep=1)
+    return folder
+
+
+def arguments(model: Path, output: Path, *more: str, prompts: list[str] | None = PROMPTS) -> list[str]:
+    return [
+        f"output={output}",
+        f"backbone.path={model}",
+        "backbone.architecture=tiny",
+        "backbone.dtype=float32",
+        "backbone.text_length=32",
+        "video.height=64",
+        "video.width=64",
+        "video.num_frames=5",
+        "video.fps=8",
+        "sampler.steps=2",
+        "sampler.guidance=2",
+        *([f"generate.prompts={json.dumps(prompts)}", "generate.seeds=[0,7]"] if prompts is not None else []),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(model, lora, tmp_path_factory):
+    """A finished run of two prompts and two seeds. Tests copy it before they change it."""
+    output = tmp_path_factory.mktemp("made")
+    generate.main(arguments(model, output, f"generate.lora={lora}"))
+    return output
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test when any weights are loaded."""
+    real = generate.load_backbone
+
+    def shell_only(config, device, *, parts=("all",)):
+        assert not parts, "weights were loaded"
+        return real(config, device, parts=())
+
+    monkeypatch.setattr(generate, "load_backbone", shell_only)
+
+
+def files(output: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of every clip."""
+    folder = output / "clips"
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*.mp4"))
+    }
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {name: data for name, (data, _) in files(output).items()}
+
+
+def remade(before: dict, after: dict) -> set[str]:
+    return {name for name in after if name not in before or after[name][1] != before[name][1]}
+
+
+def manifest(output: Path, name: str = "manifest.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (output / "clips" / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_clip_is_there_and_decodes(made):
+    names = [f"{which}/{file}.mp4" for which in ("base", "side_by_side", "tuned") for file in FILES]
+    assert sorted(files(made)) == sorted(names)
+    folder = made / "clips"
+    for file in FILES:
+        base, tuned = (read_clip(folder / which / f"{file}.mp4", VIDEO) for which in ("base", "tuned"))
+        assert base.shape == (5, 64, 64, 3)
+        assert (base.float() - tuned.float()).abs().mean() > 2
+        both = read_clip(folder / "side_by_side" / f"{file}.mp4", VideoConfig(78, 128, 5, 8.0))  # caption of 14 pixels
+        assert both[:, :14].float().std() > 10  # white on black
+        assert (both[:, 14:, :64].float() - base.float()).abs().mean() < 6  # encoded twice
+        assert (both[:, 14:, 64:].float() - tuned.float()).abs().mean() < 6
+        with pytest.raises(ValueError, match="too short"):
+            read_clip(folder / "base" / f"{file}.mp4", VideoConfig(64, 64, 6, 8.0))
+    with Image.open(folder / "sheet.png") as sheet:
+        assert sheet.size == (6 * 64, 8 * (64 + 18))
+    assert len(set(contents(made).values())) == len(names)
+    assert not list(made.rglob("*.tmp"))
+
+
+def test_the_manifest_says_how_each_clip_was_made(made, model, lora):
+    records = manifest(made)
+    assert [(r["path"], r["which"], r["seed"]) for r in records] == [
+        (f"{which}/{file}.mp4", which, int(file.split("-")[-1])) for file in FILES for which in ("base", "tuned")
+    ]
+    file = checkpoint.lora_path(lora)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    for record in records:
+        tuned = record["which"] == "tuned"
+        assert record["prompt"] == PROMPTS[int(record["key"][:3])]
+        assert record["lora_sha256"] == (sha256 if tuned else None) and record.get("lora") == (
+            str(file) if tuned else None
+        )
+        assert record["backbone"] == checkpoint.read_lora_metadata(lora)["fingerprint"]
+        assert (record["sampler"]["steps"], record["sampler"]["guidance"], record["seconds"] > 0) == (2, 2.0, True)
+        assert record["bytes"] == (made / "clips" / record["path"]).stat().st_size
+        sidecar = (made / "clips" / record["path"]).with_suffix(".json")
+        assert json.loads(sidecar.read_text(encoding="utf-8")) == record
+
+
+def test_a_clip_is_what_the_backbone_samples_from_its_seed(made, model):
+    backbone = load_backbone(backbone_config(model), "cpu")
+    size = {"height": 64, "width": 64, "num_frames": 5}
+    noise = torch.Generator().manual_seed(7)
+    latents = backbone.sample([PROMPTS[1]], noise, **size, steps=2, guidance=2.0, progress=False)
+    write_clip(made.parent / "expected.mp4", to_pixels(backbone.decode_latents(latents))[0], 8)
+    assert (made.parent / "expected.mp4").read_bytes() == contents(made)[f"base/{FILES[3]}.mp4"]
+
+
+def test_a_zero_lora_changes_nothing(model, tmp_path):
+    zero = write_lora(tmp_path / "zero", model, scale=0)
+    generate.main(arguments(model, tmp_path, f"generate.lora={checkpoint.lora_path(zero)}", prompts=PROMPTS[:1]))
+    clips = contents(tmp_path)
+    assert len(clips) == 6
+    for file in FILES[:2]:
+        assert clips[f"tuned/{file}.mp4"] == clips[f"base/{file}.mp4"]
+
+
+def test_base_alone_and_batches_give_the_same_bytes(made, model, tmp_path, capsys):
+    generate.main(arguments(model, tmp_path, "generate.batch_size=3"))
+    base = {name: data for name, data in contents(made).items() if name.startswith("base/")}
+    frames = {name: read_clip(tmp_path / "clips" / name, VIDEO).float() for name in contents(tmp_path)}
+    assert set(frames) == set(base)
+    for name, clip in frames.items():  # another batch rounds otherwise
+        assert (clip - read_clip(made / "clips" / name, VIDEO).float()).abs().mean() < 0.1
+    assert [record["which"] for record in manifest(tmp_path)] == ["base"] * 4
+    assert capsys.readouterr().out.splitlines()[-1] == f"clip      {tmp_path / 'clips' / 'base' / FILES[0]}.mp4"
+
+
+def test_a_second_run_makes_nothing(copied, model, lora, no_weights, capsys):
+    before, records = files(copied), manifest(copied)
+    generate.main(arguments(model, copied, f"generate.lora={lora}"))
+    assert files(copied) == before and manifest(copied) == records
+    folder = copied / "clips"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("clips     8, of which 0 made now; ") and printed[0].endswith(" s a clip")
+    assert printed[1:] == [
+        f"sheet     {folder / 'sheet.png'}",
+        f"manifest  {folder / 'manifest.jsonl'}",
+        f"compare   {folder / 'side_by_side' / FILES[0]}.mp4",
+    ]
+
+
+def test_only_what_is_missing_or_not_whole_is_made_again(copied, model, lora):
+    before, folder = files(copied), copied / "clips"
+    (folder / "tuned" / f"{FILES[1]}.mp4").unlink()
+    (folder / "base" / f"{FILES[2]}.json").unlink()  # as a kill between clip and sidecar leaves it
+    cut = folder / "base" / f"{FILES[3]}.mp4"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    (folder / "side_by_side" / f"{FILES[0]}.json").write_text("{", encoding="utf-8")
+    generate.main(arguments(model, copied, f"generate.lora={lora}"))
+    after = files(copied)
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    places = {f"tuned/{FILES[1]}", f"base/{FILES[2]}", f"base/{FILES[3]}", f"side_by_side/{FILES[0]}"}
+    assert remade(before, after) == {f"{place}.mp4" for place in places}
+
+
+def test_a_run_killed_between_clip_and_sidecar_leaves_no_lie(copied, model, monkeypatch):
+    """New frames must not stand beside the sidecar of the old settings."""
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    before = contents(copied)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "_write_text", killed)
+        generate.main(arguments(model, copied, "sampler.steps=3"))
+    first = f"base/{FILES[0]}.mp4"
+    assert contents(copied)[first] != before[first]
+    generate.main(arguments(model, copied))  # the old settings again
+    assert contents(copied) == before
+
+
+def test_another_sampler_makes_all_again_and_says_so(copied, model, lora, capsys):
+    before = files(copied)
+    generate.main(arguments(model, copied, f"generate.lora={lora}", "sampler.steps=3"))
+    after = files(copied)
+    assert remade(before, after) == set(before)
+    assert all(after[name][0] != before[name][0] for name in before)
+    printed = capsys.readouterr().out
+    assert "8 clips in" in printed and "made again" in printed and "(other: sampler)" in printed
+    assert {record["sampler"]["steps"] for record in manifest(copied)} == {3}
+
+
+def test_another_lora_under_its_own_name_shares_the_base_clips(copied, model, tmp_path):
+    before = files(copied)
+    other = write_lora(tmp_path / "other", model, scale=0.1)
+    generate.main(arguments(model, copied, f"generate.lora={other}", "generate.name=weak"))
+    after = files(copied)
+    assert remade(before, after) == {f"{which}/{file}.mp4" for which in ("weak", "side_by_side-weak") for file in FILES}
+    assert [record["which"] for record in manifest(copied, "manifest-weak.jsonl")] == ["base", "weak"] * 4
+    assert (copied / "clips" / "sheet-weak.png").exists()
+    assert all(after[f"weak/{file}.mp4"][0] != after[f"tuned/{file}.mp4"][0] for file in FILES)
+
+
+def test_the_tuned_clips_alone(made, model, lora, tmp_path):
+    generate.main(arguments(model, tmp_path, f"generate.lora={lora}", "generate.base=false"))
+    assert contents(tmp_path) == {name: data for name, data in contents(made).items() if name.startswith("tuned/")}
+
+
+def test_a_dry_run_counts_and_loads_nothing(copied, model, lora, no_weights, capsys):
+    (copied / "clips" / "tuned" / f"{FILES[1]}.mp4").unlink()
+    before = files(copied)
+    generate.main(arguments(model, copied, f"generate.lora={lora}", "sampler.guidance=2", "--dry-run"))
+    assert files(copied) == before
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["jobs"] == "4 = 2 prompts x 2 seeds, on 1 rank"
+    assert lines["clips"] == "8: 7 done, 1 to do"
+    assert lines["network"] == "passes  4, 4 a clip (2 steps)"
+    assert lines["LoRA"].endswith("(rank 3, alpha 6, for transformer)")
+    assert lines["tokens"] == "32 a network pass"  # 2 latent frames of 4 x 4 patches
+
+
+def test_a_dry_run_without_the_model(tmp_path, capsys):
+    """The recipe's model need not be here: shapes come from the family's table, and nothing is downloaded."""
+    generate.main(["recipe=wan14b", f"output={tmp_path}", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "8: 0 done, 8 to do" in printed and "32760 a network pass" in printed and "not here yet" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_the_lora_goes_to_the_expert_it_was_trained_on(expert, tmp_path):
+    """With boundary .9 a step at t = 1 is the high-noise expert's, the later ones the low-noise one's: either counts.
+
+    The recipe's backbone.expert says which one trains next, and must not matter here.
+    """
+    model = write_tiny_pipeline("wan22_i2v", tmp_path / "model")
+    lora = write_lora(tmp_path / "lora", model, scale=0.3, family="wan22_i2v", expert=expert)
+    picture = tmp_path / "first.png"
+    Image.new("RGB", (100, 80), (200, 40, 40)).save(picture)
+    args = ["backbone.family=wan22_i2v", f"generate.lora={lora}", f"generate.images=['{picture}']"]
+    generate.main(arguments(model, tmp_path, *args, "sampler.guidance=1", prompts=PROMPTS[:1]))
+    base, tuned = (contents(tmp_path)[f"{which}/{FILES[0]}.mp4"] for which in ("base", "tuned"))
+    assert base != tuned
+    records = manifest(tmp_path)
+    assert {record["image"] for record in records} == {str(picture)}
+    before = files(tmp_path)
+    Image.new("RGB", (100, 80), (20, 40, 200)).save(picture)
+    generate.main(arguments(model, tmp_path, *args, "sampler.guidance=1", prompts=PROMPTS[:1]))
+    assert remade(before, files(tmp_path)) == set(before)  # the picture's content counts, not its name
+
+
+def test_image_and_text_to_video_begins_with_its_image(tmp_path):
+    model = write_tiny_pipeline("wan22_ti2v", tmp_path / "model")
+    for number, colour in enumerate(((250, 10, 10), (10, 10, 250))):
+        still = torch.tensor(colour, dtype=torch.uint8).expand(9, 80, 96, 3)
+        write_clip(tmp_path / "list" / f"{number}.mp4", still, 8)
+    listing = tmp_path / "list" / "prompts.csv"
+    listing.write_text("prompt,image,key\na ball,0.mp4,Red One\na ball,1.mp4,\n", encoding="utf-8")
+    args = ["backbone.family=wan22_ti2v", f"generate.prompts_file={listing}", "seed=3", "generate.batch_size=2"]
+    generate.main(arguments(model, tmp_path, *args, prompts=None))
+    assert sorted(files(tmp_path)) == ["base/001-a-ball-3.mp4", "base/red-one-3.mp4"]
+    red, blue = (
+        read_clip(tmp_path / "clips" / name, VIDEO) for name in ("base/red-one-3.mp4", "base/001-a-ball-3.mp4")
+    )
+    assert not torch.equal(red, blue)  # same prompt and noise, another image
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "a.txt",
+            "\ufeffa ball falls \r\n\n  a cube, too\n",
+            [("000-a-ball-falls", "a ball falls"), ("001-a-cube-too", "a cube, too")],
+        ),
+        ("a.csv", 'prompt,image\n"one, two",\n', [("000-one-two", "one, two")]),
+        ("a.jsonl", '{"prompt": "x", "key": "K_1"}\n\n{"prompt": "球"}\n', [("k-1", "x"), ("001", "球")]),
+    ],
+)
+def test_prompt_files(name, text, expected, tmp_path):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", newline="")
+    prompts = read_prompts(generate.GenerateConfig(prompts_file=str(path)))
+    assert [(prompt.key, prompt.text) for prompt in prompts] == expected
+    assert all(prompt.image is None for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "promt,image\na,b\n", r"no column 'prompt'.*did you mean 'promt'"),
+        ("a.csv", 'prompt\n"a\n', "line 2, is not valid CSV"),
+        ("a.csv", "prompt,key\na,b,c\n", "more fields than columns"),
+        ("a.csv", "prompt,key\nx,a b\ny,A-B\n", "there twice"),
+        ("a.csv", "prompt,key\nx,球\n", "no letter or digit"),
+        ("a.csv", "prompt,key\nx,a\n  ,b\n", "prompt 2 is empty"),
+        ("a.csv", "prompt,image\nx,\ny,b.png\n", "1 prompts have no image, the first is 000-x"),
+        ("a.csv", "", "holds no prompts"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "line 2, is no JSON object"),
+        ("a.jsonl", '["x"]\n', "line 1, is no JSON object"),
+        ("a.jsonl", '{"prompt": ["x"]}\n', "must be text"),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', "not valid UTF-8"),
+        ("a.jsonl", '{"text": "x"}\n', "no column 'prompt'"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.txt", None, "cannot be read"),
+        ("a.txt", b"\xff\xfe\xfa", "cannot be read"),
+        ("a.yaml", "x", "unknown format"),
+    ],
+)
+def test_bad_prompt_files(name, text, message, tmp_path):
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_prompts(generate.GenerateConfig(prompts_file=str(path)))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["generate.prompts=[]"], "holds no prompts"),
+        (["generate.prompts=['a', ' ']"], "prompt 2 is empty"),
+        (["generate.images=['a.png']"], "1 files for 2 prompts"),
+        (["generate.images=['a.png', 'b.png']"], "backbone.family=wan21 generates from text alone"),
+        (["generate.seeds=[1,1]"], r"generate.seeds=\[1, 1\]: 1 is"),
+        (["generate.seeds=[-1]"], "-1 is negative"),
+        (["generate.batch_size=0"], "generate.batch_size=0"),
+        (["generate.lora=nowhere"], "LoRA nowhere does not exist"),
+        (["generate.name=../x"], "generate.name='../x'"),
+        (["generate.name=base"], "generate.name='base'"),
+        (["generate.base=false"], "nothing to make"),
+        (["video.height=72"], "height=72 is no multiple of 16"),
+        (["video.num_frames=6"], "num_frames=6 .* use 5"),
+        (["sampler.steps=0"], "steps=0"),
+        (["backbone.random_weights=true"], "no text encoder and no VAE"),
+        (["backbone.family=wan22_i2v"], "backbone.family=wan22_i2v does not fit"),
+        (["generate.prompt=['a']"], "did you mean 'prompts'"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_weights_are_loaded(change, message, model, tmp_path, no_weights):
+    with pytest.raises(ValueError, match=message):
+        generate.main(arguments(model, tmp_path, *change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_are_checked_before_any_weights_are_loaded(tmp_path, no_weights):
+    model = write_tiny_pipeline("wan22_i2v", tmp_path / "model")
+    args = arguments(model, tmp_path, "backbone.family=wan22_i2v")
+    with pytest.raises(ValueError, match="needs an image for each prompt"):
+        generate.main(args)
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    with pytest.raises(ValueError, match="none.png: missing"):
+        generate.main([*args, f"generate.images=['{tmp_path}/none.png','{tmp_path}/text.png']"])
+    with pytest.raises(ValueError, match="text.png: unreadable"):
+        generate.main([*args, f"generate.images=['{tmp_path}/text.png','{tmp_path}/none.png']"])
+
+
+def test_a_lora_of_another_backbone_or_none_of_ours_is_refused(lora, tmp_path, no_weights):
+    other = write_tiny_pipeline("wan21", tmp_path / "other", seed=1)
+    trained_on = checkpoint.read_lora_metadata(lora)["fingerprint"]
+    with pytest.raises(ValueError, match=f"trained on backbone {trained_on}.* is wan21-"):
+        generate.main(arguments(other, tmp_path, f"generate.lora={lora}"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="no physalign metadata"):
+        generate.main(arguments(other, tmp_path, f"generate.lora={tmp_path / 'foreign.safetensors'}"))
+
+
+def test_deepspeed_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        generate, "build_accelerator", lambda: SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    )
+    with pytest.raises(ValueError, match="launch/ddp.yaml"):
+        generate.main(arguments(model, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "key"),
+    [
+        ("A red ball", "003-a-red-ball"),
+        ("../../etc/passwd; rm -rf ~", "003-etc-passwd-rm-rf"),
+        ("Ça tombe à l'eau", "003-ca-tombe-a-l-eau"),
+        ("一个球落下", "003"),
+        ("\0\n\\..\\C:", "003-c"),
+        ("word " * 30, "003-word-word-word-word-word-word-word-w"),
+        ("abcdefghij" * 3 + "abcde -z", "003-" + "abcdefghij" * 3 + "abcde"),  # no hyphen at the end
+    ],
+)
+def test_keys_are_safe_file_names(prompt, key):
+    assert make_key(3, prompt) == key and len(key) <= 40
+    assert slug(key) == key
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_two_ranks_make_what_one_makes(made, model, lora, tmp_path):
+    (tmp_path / "clips").mkdir()
+    shutil.copytree(made / "clips" / "base", tmp_path / "clips" / "base")
+    (tmp_path / "clips" / "base" / f"{FILES[0]}.mp4").unlink()  # uneven shares
+    launcher = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / "cpu.yaml"),
+        "--num_processes",
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "eval.generate", *arguments(model, tmp_path, f"generate.lora={lora}")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "8, of which 5 made now" in finished.stdout and finished.stdout.count("manifest  ") == 1
+    assert "clips:" in finished.stderr and "3/3" in finished.stderr  # the main process's share, with a progress bar
+    assert contents(tmp_path) == contents(made)
+    timeless = [[{**r, "seconds": 0} for r in manifest(output)] for output in (tmp_path, made)]
+    assert timeless[0] == timeless[1]
+    assert (tmp_path / "clips" / "sheet.png").read_bytes() == (made / "clips" / "sheet.png").read_bytes()

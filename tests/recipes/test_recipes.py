@@ -1,0 +1,313 @@
+"""Recipes: every shipped one under every entry point, the order of the layers, and what a mistake is answered with."""
+
+import importlib
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import recipes
+from train import gdpo, sft
+from train.backbones import find_architecture
+
+ROOT = Path(recipes.__file__).parent.parent
+ENTRY_POINTS = ["train.gdpo", "train.sft", "train.benchmark", "data_pipeline.build", "eval.generate"]
+
+
+def config_class(entry):
+    if not (ROOT / f"{entry.replace('.', '/')}.py").exists():
+        pytest.skip(f"{entry} is not there yet")
+    return importlib.import_module(entry).Config
+
+
+def load(*arguments):
+    return recipes.load(gdpo.Config, list(arguments))
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# What ships
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("name", recipes.available())
+def test_every_recipe_loads_under_every_entry_point(name, entry, capsys):
+    config = recipes.load(config_class(entry), [f"recipe={name}"])
+    assert config.recipe == name and config.output == f"runs/{name}" and config.seed == 0 and config.dry_run is False
+    assert capsys.readouterr().err == ""  # a section for another entry point is not worth a word
+    shipped = OmegaConf.to_container(OmegaConf.load(recipes.FOLDER / f"{name}.yaml"), resolve=True)
+    found = asdict(config)
+    for section in shipped.keys() & found.keys():
+        if isinstance(shipped[section], dict):
+            assert {key: found[section][key] for key in shipped[section]} == shipped[section]
+
+
+@pytest.mark.parametrize("name", recipes.available())
+def test_every_section_and_key_of_a_recipe_is_read_by_an_entry_point(name):
+    """The loader checks a section's keys only where it is read: none may be read nowhere."""
+    if not all((ROOT / f"{entry.replace('.', '/')}.py").exists() for entry in ENTRY_POINTS):
+        pytest.skip("an entry point is not there yet")
+    read = {}
+    for entry in ENTRY_POINTS:
+        for section, value in asdict(recipes.load(config_class(entry), [])).items():
+            if isinstance(value, dict):
+                read.setdefault(section, set()).update(value)
+    sections = OmegaConf.to_container(OmegaConf.load(recipes.FOLDER / f"{name}.yaml"))
+    for section, value in sections.items():
+        if section not in ("output", "seed"):
+            assert set(value) <= read[section]
+    assert set(recipes.SECTIONS) == set(read)
+
+
+@pytest.mark.parametrize("name", recipes.available())
+def test_every_recipe_names_a_known_backbone_and_trains_where_its_expert_serves(name):
+    config = load(f"recipe={name}")
+    find_architecture(config.backbone)
+    gdpo.check(config)
+    boundary = {"wan22_t2v": 0.875, "wan22_i2v": 0.9}.get(config.backbone.family)
+    expected = (0.0, 1.0) if boundary is None else (boundary, 1.0)
+    assert (config.objective.t_min, config.objective.t_max) == expected
+    assert config.backbone.expert == "high_noise"
+
+
+def test_wan14b_holds_the_papers_values():
+    config = load("recipe=wan14b")
+    paper = {
+        "video": {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0},
+        "lora": {
+            "rank": 48,
+            "alpha": 48.0,
+            "targets": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"],
+        },
+        "objective": {
+            "preset": "paper",
+            "loss": "bound",
+            "beta": 1000.0,
+            "physics_guided": True,
+            "alpha_min": 0.5,
+            "k_alpha": 5.0,
+            "b_alpha": 0.5,
+            "k_gamma": 2.0,
+            "b_gamma": 0.4,
+            "lam": 0.6,
+            "gamma_per_loser": False,
+            "winner": "real",
+            "noise": "shared",
+            "timesteps": "uniform",
+            "timestep_shift": 1.0,
+            "t_min": 0.0,
+            "t_max": 1.0,
+        },
+        "optim": {
+            "steps": 10_000,
+            "batch_size": 8,
+            "lr": 1e-5,
+            "lr_end": 1e-6,
+            "schedule": "cosine",
+            "warmup_steps": 0,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.01,
+        },
+    }
+    found = asdict(config)
+    for section, values in paper.items():
+        assert {key: found[section][key] for key in values} == values
+    assert (config.backbone.family, config.backbone.architecture) == ("wan21", "14B")
+    assert config.backbone.path == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+def test_the_papers_values_are_the_defaults_too():
+    """So that a recipe that leaves a key out gets the paper's."""
+    defaults, recipe = load(), load("recipe=wan14b")
+    assert (defaults.lora, defaults.objective, defaults.optim) == (recipe.lora, recipe.objective, recipe.optim)
+
+
+# Layers
+
+
+def test_the_released_preset_lies_over_the_recipe_and_under_the_command_line():
+    config = load("recipe=wan14b", "objective.preset=released")
+    objective = config.objective
+    assert (objective.k_gamma, objective.b_gamma, objective.lam) == (3.0, 0.5, 0.5)
+    assert objective.gamma_per_loser
+    assert (config.optim.schedule, config.optim.steps) == ("constant", 3000)
+    assert len(config.lora.targets) == 10 and "ffn.net.2" in config.lora.targets
+    assert (objective.alpha_min, objective.k_alpha, objective.beta) == (0.5, 5.0, 1000.0)  # the recipe's, untouched
+    assert objective.preset == "released"
+
+    config = load("recipe=wan14b", "objective.preset=released", "optim.steps=7", "objective.lam=0.25")
+    assert (config.optim.steps, config.optim.schedule) == (7, "constant")
+    assert (config.objective.lam, config.objective.b_gamma) == (0.25, 0.5)
+
+
+def test_a_preset_named_in_a_recipe_is_applied_and_the_command_line_can_undo_it(tmp_path):
+    mine = write(tmp_path / "mine.yaml", "objective: {preset: released, lam: 0.1}\noptim: {steps: 5}\n")
+    assert load(f"recipe={mine}").objective.lam == 0.5
+    assert load(f"recipe={mine}").optim.steps == 3000
+    undone = load(f"recipe={mine}", "objective.preset=paper")
+    assert undone.objective.lam == 0.1 and undone.optim.steps == 5
+
+
+def test_the_preset_reaches_every_trainer_but_no_other_command():
+    assert recipes.load(sft.Config, ["recipe=wan14b", "objective.preset=released"]).optim.schedule == "constant"
+    build = recipes.load(config_class("data_pipeline.build"), ["recipe=wan14b", "objective.preset=released"])
+    assert not hasattr(build, "objective")
+
+
+def test_the_command_line_goes_over_the_recipe():
+    arguments = ["recipe=tiny", "seed=7", "video.fps=12", "lora.targets=[attn1.to_q]", "optim.betas=[0.8,0.9]"]
+    config = load(*arguments, "--optim.lr=0.5", "train.compile=true", "sampler.guidance_low=2")
+    assert config.seed == 7 and config.video.fps == 12.0 and isinstance(config.video.fps, float)
+    assert config.lora.targets == ["attn1.to_q"] and config.lora.rank == 8
+    assert config.optim.betas == [0.8, 0.9] and config.optim.lr == 0.5
+    assert config.train.compile is True and config.sampler.guidance_low == 2.0
+    assert load("recipe=tiny", "sampler.guidance_low=null").sampler.guidance_low is None
+
+
+def test_dry_run_and_other_flags():
+    assert load("recipe=tiny", "--dry-run").dry_run is True
+    assert load("--dry_run").dry_run is True
+    assert load("--train.compile").train.compile is True
+
+
+def test_no_arguments_means_the_command_lines(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gdpo.py", "recipe=tiny", "seed=5"])
+    assert recipes.load(gdpo.Config).seed == 5
+
+
+def test_paths_follow_the_output_folder():
+    config = load("recipe=tiny")
+    assert (config.train.groups, config.train.folder) == ("runs/tiny/groups", "runs/tiny/train")
+    assert config.backbone.path == "runs/tiny/model"
+    moved = load("recipe=tiny", "output=/data/run", "train.groups=${output}/other")
+    assert (moved.train.groups, moved.train.folder) == ("/data/run/other", "/data/run/train")
+    assert moved.backbone.path == "/data/run/model"
+
+
+def test_a_list_may_refer_to_another_key():
+    config = load("validation.prompts=[a ball]", "sampler.negative_prompt=rain", "lora.targets=${validation.prompts}")
+    assert config.lora.targets == ["a ball"]
+
+
+def test_a_recipe_may_be_a_file(tmp_path, monkeypatch):
+    write(tmp_path / "mine.yml", "lora: {rank: 3}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load("recipe=mine.yml").lora.rank == 3
+
+
+# Saving
+
+
+@pytest.mark.parametrize("name", recipes.available())
+def test_the_saved_recipe_gives_the_same_config(name, tmp_path):
+    config = load(f"recipe={name}", "optim.lr=3e-5", "sampler.guidance_low=2", 'validation.prompts=["a: b # c", "née"]')
+    recipes.save(config, tmp_path / "run" / "recipe.yaml")
+    saved = tmp_path / "run" / "recipe.yaml"
+    assert replace(load(f"recipe={saved}"), recipe=name) == config
+    assert "${" not in saved.read_text(encoding="utf-8")
+    assert [path.name for path in saved.parent.iterdir()] == ["recipe.yaml"]
+
+
+def test_the_saved_recipe_keeps_what_was_set_over_a_preset(tmp_path):
+    config = load("recipe=wan14b", "objective.preset=released", "optim.steps=7", "lora.targets=[attn1.to_q]")
+    recipes.save(config, tmp_path / "recipe.yaml")
+    again = load(f"recipe={tmp_path / 'recipe.yaml'}")
+    assert (again.lora, again.optim) == (config.lora, config.optim)
+    assert replace(again.objective, preset="released") == config.objective
+    assert "released" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")  # the file says where it came from
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe=wan14"], r"recipe='wan14' is neither a recipe \(.*tiny.*\) nor a YAML file; did you mean 'wan14b'\?"),
+        (["recipe=gone/mine.yaml"], "recipe='gone/mine.yaml' is neither a recipe"),
+        (["optimm.lr=1"], r"the command line: unknown section 'optimm'; did you mean 'optim'\?"),
+        (["sed=1"], r"the command line: unknown section 'sed'; did you mean 'seed'\?"),
+        (["--dryrun"], r"unknown section 'dryrun'; did you mean 'dry_run'\?"),
+        (["--dry-run=true"], r"unknown section 'dry-run'; did you mean 'dry_run'\?"),
+        (["optim.learning=1"], "the command line: unknown key optim.learning"),
+        (["lora.target=[a]"], r"the command line: unknown key lora.target; did you mean 'targets'\?"),
+        (["zzz.q=1"], "unknown section 'zzz'; known: .*backbone.*optim"),
+        (["lora.zzz=1"], "unknown key lora.zzz; known: rank, alpha, targets"),
+        (["recipe=wan14b", "objective.preset=relaesed"], r"objective.preset='relaesed' .* did you mean 'released'\?"),
+        (["optim.steps=many"], "the command line: optim.steps: .*'many'.*[Ii]nteger"),
+        (["optim.steps=1.5"], "the command line: optim.steps: "),
+        (["seed=x"], "the command line: seed: "),
+        (["video.fps=fast"], "the command line: video.fps: .*'fast'.*[Ff]loat"),
+        (["train.compile=perhaps"], "the command line: train.compile: .*'perhaps'"),
+        (["optim.betas=[0.9,x]"], r"the command line: optim.betas.*: "),
+        (["lora.targets=attn1.to_q"], r"lora.targets='attn1.to_q' must be a list: lora.targets=\[attn1.to_q\]"),
+        (["validation.prompts=A ball"], r"validation.prompts='A ball' must be a list: validation.prompts=\[A ball\]"),
+        (["optim.lr=null"], "the command line: optim.lr: "),
+        (["optim=fast"], "the command line: section 'optim' must hold keys, found 'fast'"),
+        (["objective=preset"], "the command line: section 'objective' must hold keys, found 'preset'"),
+        (["train.groups=${outptu}/g"], "the command line: train.groups: .*outptu"),
+        (["optim.lr"], r"argument 'optim.lr' is not of the form key=value \(or --flag\)"),
+        (["-v"], "argument '-v' is not of the form key=value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_names_key_and_remedy(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optmi: {lr: 1}\n", r"mine\.yaml: unknown section 'optmi'; did you mean 'optim'\?"),
+        ("optim: {stesp: 1}\n", r"mine\.yaml: unknown key optim.stesp; did you mean 'steps'\?"),
+        ("optim: {steps: many}\n", r"mine\.yaml: optim.steps: .*'many'"),
+        ("optim:\n", r"mine\.yaml: section 'optim' must hold keys, found None"),
+        ("optim: 3\n", r"mine\.yaml: section 'optim' must hold keys, found 3"),
+        ("lora: {targets: ffn.net.2}\n", r"mine\.yaml: lora.targets='ffn.net.2' must be a list"),
+        ("- optim\n", r"mine\.yaml must hold sections"),
+        ("optim: {lr: 1\nseed: 2\n", r"mine\.yaml is not valid YAML: .*line"),
+        ("backbone: {path: '${nowhere}/x'}\n", r"recipe '.*mine\.yaml': backbone.path: .*nowhere"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_file(text, message, tmp_path):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load(f"recipe={write(tmp_path / 'mine.yaml', text)}")
+
+
+@dataclass
+class Section:
+    lr: float = 0.1
+
+
+@dataclass
+class Small:
+    """An entry point that reads little."""
+
+    recipe: str = ""
+    seed: int = 0
+    optim: Section = field(default_factory=Section)
+
+
+def test_a_section_that_the_command_does_not_read_warns_on_the_command_line_only(capsys):
+    config = recipes.load(Small, ["lora.rank=4", "output=x", "seed=1"])
+    assert config == Small(seed=1)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [
+        "warning: lora is not read by this command: ignored",
+        "warning: output is not read by this command: ignored",
+    ]
+
+
+def test_a_key_of_another_commands_dataclass_is_an_error():
+    with pytest.raises(ValueError, match=r"unknown key optim.steps; known: lr"):
+        recipes.load(Small, ["recipe=tiny"])
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_sections_are_dataclasses_that_the_loader_knows(entry):
+    for name, value in vars(config_class(entry)()).items():
+        assert is_dataclass(value) == (name in recipes.SECTIONS)

@@ -1,0 +1,313 @@
+"""Measured speed and memory of one preference step, beside what it could be at best and what plain code makes of it.
+
+    python -m train.benchmark recipe=wan14b                                # random weights of the recipe's architecture, one GPU
+    python -m train.benchmark recipe=wan1_3b benchmark.parts=[ceilings,ours,copy]
+
+In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as diffusers and peft give it
+(`plain`), `train.gdpo.step` (`ours`), the same with the exact eq. 6 over four losers (`groupwise`), and full fine-tuning against a copied
+reference, which is what the LoRA switch replaces (`copy`). The arithmetic limit is counted, without recomputation, at the ceilings' rates:
+
+    pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward = W / matrix + 2.5 A / backward
+
+Results go to `<output>/benchmark.json`. Seconds are medians over `benchmark.repeats` steps after a first one, optimizer included.
+"""
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig as PeftLoraConfig
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import recipes
+from losses.flow_matching import flow_error, interpolate
+from losses.preference import pairwise_bound
+from train import gdpo
+from train.backbones import load_backbone
+from train.backbones.base import Backbone
+from train.loop import Policy, prepare_network
+from train.lora_switch import LoraSwitch
+from train.optimizer import build_optimizer
+from train.tracking import peak_memory_gib, transformer_flops
+
+PARTS = ("ceilings", "plain", "ours", "groupwise", "copy")
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+
+
+@dataclass
+class BenchmarkConfig:
+    parts: list[str] = field(default_factory=lambda: ["ceilings", "plain", "ours", "groupwise"])  # of PARTS
+    repeats: int = 3  # timed steps, after one that compiles and allocates
+    losers: int = 4  # of `groupwise`
+
+
+@dataclass
+class Config(gdpo.Config):
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+
+
+class CopiedReference:
+    """Full fine-tuning against a frozen copy: what stands in a LoRA switch's place without it. Same interface for `gdpo.step`."""
+
+    def __init__(self, backbone: Backbone, copy: nn.Module):
+        self.backbone, self.copy = backbone, copy
+        backbone.transformer.requires_grad_(True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.backbone.transformer.parameters())
+
+    @contextmanager
+    def frozen_reference(self):
+        experts, name = self.backbone.experts, self.backbone.expert
+        policy, experts[name] = experts[name], self.copy
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            experts[name] = policy
+
+    def share_graph(self) -> None:
+        """Nothing to share: the two networks are two."""
+
+    @staticmethod
+    def checkpoint(function: Callable, *args):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
+    """TFLOP/s of a matrix product and of attention, forward and backward, at the recipe's shapes; the best attention kernel counts."""
+    network, video = backbone.architecture["transformer"], config.video
+    tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
+    heads, size = network["num_attention_heads"], network["attention_head_dim"]
+    width, ffn = heads * size, network["ffn_dim"]
+    generator = torch.Generator(backbone.device).manual_seed(0)
+    dtype = next(backbone.blocks[0].ffn.parameters()).dtype
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=backbone.device, dtype=dtype, generator=generator)
+
+    left, right = random(tokens, width), random(width, ffn)
+    rates = {"matrix": 2 * tokens * width * ffn / seconds(lambda: left @ right, backbone.device, 10) / 1e12}
+    query, key, value = (random(1, heads, tokens, size).requires_grad_() for _ in range(3))
+    flops = 4 * tokens**2 * width
+    for name, backend in BACKENDS.items():
+        if (name == "math") == (backbone.device.type == "cuda"):
+            continue  # the math kernel would need the whole attention matrix; the others do not run on a CPU
+        try:
+            with sdpa_kernel(backend):
+                with torch.no_grad():
+                    forward = seconds(lambda: F.scaled_dot_product_attention(query, key, value), backbone.device, 5)
+                out = F.scaled_dot_product_attention(query, key, value)
+                grad = torch.randn_like(out)
+                backward = seconds(
+                    lambda out=out, grad=grad: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True),
+                    backbone.device,
+                    5,
+                )
+        except RuntimeError as error:
+            print(f"attention kernel {name} does not run here: {str(error).splitlines()[0]}")
+            continue
+        rates[f"attention_{name}"] = flops / forward / 1e12
+        rates[f"attention_{name}_backward"] = 2.5 * flops / backward / 1e12
+    names = [name for name in BACKENDS if f"attention_{name}" in rates]
+    rates["attention"] = max(rates[f"attention_{name}"] for name in names)
+    rates["attention_backward"] = max(rates[f"attention_{name}_backward"] for name in names)
+    return rates
+
+
+def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips: int) -> float:
+    """Seconds of a step over `clips` clips at the measured rates, nothing recomputed, nothing but matrix products and attention."""
+    network, video = backbone.architecture["transformer"], config.video
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
+    matrix, attention = transformer_flops(
+        tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"]
+    )
+    forward = matrix / rates["matrix"] + attention / rates["attention"]
+    backward = matrix / rates["matrix"] + 2.5 * attention / rates["attention_backward"]
+    return clips * (2 * forward + backward) / 1e12
+
+
+def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, Tensor]:
+    """One group of random latents in the shapes that `gdpo.prepare` gives, on the device."""
+    video, device = config.video, backbone.device
+    shape = backbone.latent_shape(video.height, video.width, video.num_frames)
+    generator = torch.Generator().manual_seed(config.seed)
+    clips = torch.randn(1, 1 + losers, *shape, generator=generator).to(device, torch.bfloat16)
+    text = torch.randn(1, config.backbone.text_length, backbone.architecture["transformer"]["text_dim"], generator=generator)
+    batch = {
+        "winner": clips[:, 0],
+        "losers": clips[:, 1:],
+        "text": text.to(device, torch.bfloat16),
+        "t": torch.full((1,), 0.6, device=device),
+        "noise": torch.randn(1, 1, *shape, generator=generator).to(device).expand(1, 1 + losers, *shape),
+        "semantic": torch.full((1, losers), 0.5, device=device),
+        "physical": torch.full((1, losers), 0.5, device=device),
+        "group_size": torch.full((1,), float(losers), device=device),
+    }
+    if config.backbone.family == "wan22_i2v":
+        batch["condition"] = torch.randn(1, *shape, generator=generator).to(device, torch.bfloat16)
+    return batch
+
+
+def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, float]:
+    """First-step seconds, median seconds of the next ones, and their peak memory."""
+    first = seconds(run, device, 1, warmup=0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "seconds": seconds(run, device, config.benchmark.repeats, warmup=0),
+        "first_seconds": first,
+        "memory_gib": peak_memory_gib(device),
+    }
+
+
+def ours(config: Config, backbone: Backbone, *, losers: int = 1, loss: str = "bound") -> dict[str, float]:
+    """`gdpo.step`, optimizer included."""
+    config.objective.loss = loss
+    switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
+    prepare_network(backbone.transformer, switch, config.train, backbone.device)
+    return _preference_step(config, Policy(backbone, switch), losers)
+
+
+def copied(config: Config, backbone: Backbone) -> dict[str, float]:
+    """Full fine-tuning with a copied reference: the same step and losses."""
+    reference = load_backbone(config.backbone, backbone.device, parts=("expert",)).transformer
+    switch = CopiedReference(backbone, reference)
+    for network in (reference, backbone.transformer):
+        prepare_network(network, switch, config.train, backbone.device)
+    return _preference_step(config, Policy(backbone, switch), 1)
+
+
+def _preference_step(config: Config, policy: Policy, losers: int) -> dict[str, float]:
+    batch = random_batch(config, policy.backbone, losers)
+    optimizer = build_optimizer(config.optim, policy.switch.parameters())
+    gaps = []
+
+    def run() -> None:
+        gradients, metrics = gdpo.step(config, policy, batch)
+        gaps.append(abs(metrics["policy_winner"] - metrics["reference_winner"]).item())
+        for weight, gradient in zip(policy.switch.parameters(), gradients, strict=True):
+            weight.grad = gradient
+        nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert torch.isfinite(metrics["loss"]).item()
+
+    measured = time_step(run, config, policy.backbone.device)
+    return measured | {"untrained_gap": gaps[0]}  # before the first update policy and reference are equal, so this should be 0
+
+
+def plain(config: Config, backbone: Backbone) -> dict[str, float]:
+    """What diffusers and peft give without this project: add_adapter, gradient checkpointing, winner and loser as one batch."""
+    network = backbone.transformer
+    targets = "|".join(target.replace(".", r"\.") for target in config.lora.targets)
+    network.add_adapter(
+        PeftLoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=rf".*\.({targets})", init_lora_weights="gaussian")
+    )
+    weights = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
+    for weight in weights:
+        weight.data = weight.data.float()
+    network.train()
+    network.enable_gradient_checkpointing()
+    batch = random_batch(config, backbone, 1)
+    clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[0]  # (2,C,F,H,W)
+    noise, t, text = batch["noise"][0], batch["t"].expand(2), batch["text"].expand(2, -1, -1)
+    noisy = interpolate(clips, noise, t).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(weights, lr=config.optim.lr)
+
+    def errors() -> Tensor:
+        with torch.autocast(backbone.device.type, torch.bfloat16):
+            velocity = network(noisy, 1000 * t, text, return_dict=False)[0]
+        return flow_error(velocity, clips, noise)  # (2,)
+
+    def run() -> None:
+        with torch.no_grad():
+            network.disable_adapters()
+            reference = errors()
+            network.enable_adapters()
+        policy = errors()
+        loss = pairwise_bound(
+            policy[:1], reference[:1], policy[1:], reference[1:], alpha=0.75, gamma=2.66, beta=config.objective.beta, group_size=1
+        )
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return time_step(run, config, backbone.device)
+
+
+def seconds(run: Callable[[], Any], device: torch.device, repeats: int, *, warmup: int = 2) -> float:
+    """Median wall seconds of `run`, the device's work included."""
+    times = []
+    for index in range(warmup + repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        if index >= warmup:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    config = recipes.load(Config, argv)
+    unknown = set(config.benchmark.parts) - set(PARTS)
+    if unknown:
+        raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    config.backbone.random_weights = True  # speed and memory do not depend on what the weights are
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    video = config.video
+    results: dict[str, Any] = {
+        "device": name,
+        "torch": torch.__version__,
+        "architecture": config.backbone.architecture,
+        "video": [video.height, video.width, video.num_frames],
+    }
+    print(f"{config.backbone.family} {config.backbone.architecture}, {video.height}x{video.width}x{video.num_frames}, on {name}")
+    measures = {
+        "plain": plain,
+        "ours": ours,
+        "groupwise": lambda c, b: ours(c, b, losers=c.benchmark.losers, loss="plackett_luce"),
+        "copy": copied,
+    }
+    path = Path(config.output) / "benchmark.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for part in config.benchmark.parts:
+        backbone = load_backbone(config.backbone, device, parts=("expert",))
+        if part == "ceilings":
+            rates = measure_ceilings(config, backbone)
+            results[part] = rates | {"pair_limit_seconds": limit(config, backbone, rates, clips=2)}
+        else:
+            results[part] = measures[part](config, backbone)
+            if "ceilings" in results:
+                clips = 1 + config.benchmark.losers if part == "groupwise" else 2
+                results[part]["limit_seconds"] = limit(config, backbone, results["ceilings"], clips=clips)
+        print(part, "  ".join(f"{key} {value:.4g}" for key, value in results[part].items()), flush=True)
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        del backbone
+        gc.collect()
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(f"wrote {path}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,7 +53,7 @@ from train.clips import (
     write_clip,
 )
 from train.lora_switch import LoraConfig, LoraSwitch
-from train.parallel import build_accelerator
+from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig, sample_clips
 
 BASE, TUNED, COMPARISON = "base", "tuned", "side_by_side"
@@ -177,11 +177,12 @@ def generate(config: Config, accelerator: Accelerator) -> None:
     work = prepare(config) if accelerator.is_main_process else None
     todo = work.unfinished() if work else None
     shared = [todo, work.lora if work else None]
-    broadcast_object_list(shared)  # the main process decides for all: the files change as soon as one rank begins
+    if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins
+        dist.broadcast_object_list(shared)
     todo, lora = shared
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     make_clips(config, mine, lora, accelerator.device, progress=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
+    any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
     if work:
         conclude(config, work, made=sum(len(job.todo) for job in todo))
 
@@ -337,7 +338,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
                     raise csv.Error("more fields than columns, quote those that hold a comma")
                 records.append(record)
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}, is not valid CSV ({error}): {remedy}") from error
+            raise ValueError(f"{path} is not valid CSV near line {reader.line_num} ({error}): {remedy}") from error
     else:
         for number, line in lines:
             try:

@@ -1,7 +1,8 @@
 """Groupwise preference objectives over flow errors (PhyGDPO, arXiv 2512.24551, eqs. 6, 7, 9 and 13).
 
-Every input error l is a flow error (`losses.flow_matching.flow_error`): a MEAN of squares, so `beta` multiplies a difference of
-means and absorbs the paper's T and h^2 / 2 epsilon. With w the real winner and l_j the j-th generated loser of a group,
+Every input error l is a flow error (`losses.flow_matching.flow_error`): a MEAN of squares, so `beta` multiplies a
+difference of means and absorbs the paper's T and h^2 / 2 epsilon. With w the real winner and l_j the j-th generated
+loser of a group,
 
     x_j = beta [(policy_w - reference_w) - (policy_l_j - reference_l_j)]
 
@@ -32,8 +33,8 @@ def physics_guided_weights(
         alpha = alpha_min + (1 - alpha_min) sigmoid(k_alpha (v - b_alpha))
         gamma = (1 + lam sigmoid(k_gamma (v - b_gamma))) / alpha_min
 
-    `semantic` and `physical` are scores in [0, 1] of any shape; returns alpha in (alpha_min, 1) and gamma >= 1 / alpha_min, float32
-    and of that shape. gamma >= 1 / alpha always, which is what inequality (7) asks for.
+    `semantic` and `physical` are scores in [0, 1] of any shape; returns alpha in (alpha_min, 1) and gamma >= 1 /
+    alpha_min, float32 and of that shape. gamma >= 1 / alpha always, which is what inequality (7) asks for.
 
     By hand: scores 0.5 and 0.5 give v = 0.5, alpha = 0.5 + 0.5 * sigmoid(0) = 0.75 and
     gamma = (1 + 0.6 * sigmoid(0.2)) / 0.5 = 2 * (1 + 0.6 * 0.549834) = 2.659801.
@@ -71,11 +72,11 @@ def pairwise_bound(
 
         -group_size gamma log sigmoid(-alpha beta [(policy_w - reference_w) - (policy_l - reference_l)])
 
-    Its mean over the group's losers bounds eq. 6 from above by inequality (7) while 0 < alpha <= 1 and gamma >= 1 / alpha.
-    alpha = gamma = 1 is Flow-DPO. T is absorbed into `beta`.
+    Its mean over the group's losers bounds eq. 6 from above by inequality (7) while 0 < alpha <= 1 and gamma >= 1 /
+    alpha. alpha = gamma = 1 is Flow-DPO. T is absorbed into `beta`.
 
-    By hand: errors w 1.0 (reference 1.1), l 1.3 (reference 1.2): bracket = -0.1 - 0.1 = -0.2; alpha 0.5, beta 10, gamma 2,
-    group_size 4: -8 log sigmoid(1) = 8 * 0.313262 = 2.506093.
+    By hand: errors w 1.0 (reference 1.1), l 1.3 (reference 1.2): bracket = -0.1 - 0.1 = -0.2; alpha 0.5, beta 10,
+    gamma 2, group_size 4: -8 log sigmoid(1) = 8 * 0.313262 = 2.506093.
     """
     bracket = relative_error(policy_winner, reference_winner, policy_loser, reference_loser)
     return -group_size * gamma * F.logsigmoid(-alpha * beta * bracket)

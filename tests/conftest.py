@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import recipes
 from tests.synthetic_groups import write_synthetic_groups
+from tests.train.two_process_worker import train
 from train import checkpoint, gdpo
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
@@ -59,7 +60,7 @@ class Tiny:
         """A process of its own that trains, already started. A fork server that has imported the trainer spares the seconds of imports."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train.gdpo", "train.sft"])
-        process = context.Process(target=entry.main, args=(self.arguments(folder, *more),))
+        process = context.Process(target=train, args=(entry.__name__, self.arguments(folder, *more)))
         process.start()
         return process
 

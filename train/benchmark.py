@@ -1,15 +1,18 @@
 """Measured speed and memory of one preference step, beside what it could be at best and what plain code makes of it.
 
-    python -m train.benchmark recipe=wan14b                                # random weights of the recipe's architecture, one GPU
-    python -m train.benchmark recipe=wan1_3b benchmark.parts=[ceilings,ours,copy]
+    python -m train.benchmark recipe=wan14b                                # random weights of the recipe's
+    architecture, one GPU python -m train.benchmark recipe=wan1_3b benchmark.parts=[ceilings,ours,copy]
 
-In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as diffusers and peft give it
-(`plain`), `train.gdpo.step` (`ours`), the same with the exact eq. 6 over four losers (`groupwise`), and full fine-tuning against a copied
-reference, which is what the LoRA switch replaces (`copy`). The arithmetic limit is counted, without recomputation, at the ceilings' rates:
+In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
+diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same with the exact eq. 6 over four losers
+(`groupwise`), and full fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`). The
+arithmetic limit is counted, without recomputation, at the ceilings' rates:
 
-    pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward = W / matrix + 2.5 A / backward
+    pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =
+    W / matrix + 2.5 A / backward
 
-Results go to `<output>/benchmark.json`. Seconds are medians over `benchmark.repeats` steps after a first one, optimizer included.
+Results go to `<output>/benchmark.json`. Seconds are medians over `benchmark.repeats` steps after a first one,
+optimizer included.
 """
 
 import gc
@@ -56,7 +59,8 @@ class Config(gdpo.Config):
 
 
 class CopiedReference:
-    """Full fine-tuning against a frozen copy: what stands in a LoRA switch's place without it. Same interface for `gdpo.step`."""
+    """Full fine-tuning against a frozen copy: what stands in a LoRA switch's place without it. Same interface for
+    `gdpo.step`."""
 
     def __init__(self, backbone: Backbone, copy: nn.Module):
         self.backbone, self.copy = backbone, copy
@@ -84,7 +88,8 @@ class CopiedReference:
 
 
 def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
-    """TFLOP/s of a matrix product and of attention, forward and backward, at the recipe's shapes; the best attention kernel counts."""
+    """TFLOP/s of a matrix product and of attention, forward and backward, at the recipe's shapes; the best attention
+    kernel counts."""
     network, video = backbone.architecture["transformer"], config.video
     tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
     heads, size = network["num_attention_heads"], network["attention_head_dim"]
@@ -125,7 +130,8 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
 
 
 def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips: int) -> float:
-    """Seconds of a step over `clips` clips at the measured rates, nothing recomputed, nothing but matrix products and attention."""
+    """Seconds of a step over `clips` clips at the measured rates, nothing recomputed, nothing but matrix products and
+    attention."""
     network, video = backbone.architecture["transformer"], config.video
     width = network["num_attention_heads"] * network["attention_head_dim"]
     tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
@@ -143,7 +149,9 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
     shape = backbone.latent_shape(video.height, video.width, video.num_frames)
     generator = torch.Generator().manual_seed(config.seed)
     clips = torch.randn(1, 1 + losers, *shape, generator=generator).to(device, torch.bfloat16)
-    text = torch.randn(1, config.backbone.text_length, backbone.architecture["transformer"]["text_dim"], generator=generator)
+    text = torch.randn(
+        1, config.backbone.text_length, backbone.architecture["transformer"]["text_dim"], generator=generator
+    )
     batch = {
         "winner": clips[:, 0],
         "losers": clips[:, 1:],
@@ -204,15 +212,23 @@ def _preference_step(config: Config, policy: Policy, losers: int) -> dict[str, f
         assert torch.isfinite(metrics["loss"]).item()
 
     measured = time_step(run, config, policy.backbone.device)
-    return measured | {"untrained_gap": gaps[0]}  # before the first update policy and reference are equal, so this should be 0
+    return measured | {
+        "untrained_gap": gaps[0]
+    }  # before the first update policy and reference are equal, so this should be 0
 
 
 def plain(config: Config, backbone: Backbone) -> dict[str, float]:
-    """What diffusers and peft give without this project: add_adapter, gradient checkpointing, winner and loser as one batch."""
+    """What diffusers and peft give without this project: add_adapter, gradient checkpointing, winner and loser as one
+    batch."""
     network = backbone.transformer
     targets = "|".join(target.replace(".", r"\.") for target in config.lora.targets)
     network.add_adapter(
-        PeftLoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=rf".*\.({targets})", init_lora_weights="gaussian")
+        PeftLoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            target_modules=rf".*\.({targets})",
+            init_lora_weights="gaussian",
+        )
     )
     weights = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
     for weight in weights:
@@ -237,7 +253,14 @@ def plain(config: Config, backbone: Backbone) -> dict[str, float]:
             network.enable_adapters()
         policy = errors()
         loss = pairwise_bound(
-            policy[:1], reference[:1], policy[1:], reference[1:], alpha=0.75, gamma=2.66, beta=config.objective.beta, group_size=1
+            policy[:1],
+            reference[:1],
+            policy[1:],
+            reference[1:],
+            alpha=0.75,
+            gamma=2.66,
+            beta=config.objective.beta,
+            group_size=1,
         )
         loss.mean().backward()
         optimizer.step()
@@ -279,7 +302,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "architecture": config.backbone.architecture,
         "video": [video.height, video.width, video.num_frames],
     }
-    print(f"{config.backbone.family} {config.backbone.architecture}, {video.height}x{video.width}x{video.num_frames}, on {name}")
+    print(
+        f"{config.backbone.family} {config.backbone.architecture},"
+        f" {video.height}x{video.width}x{video.num_frames}, on {name}"
+    )
     measures = {
         "plain": plain,
         "ours": ours,

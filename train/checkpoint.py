@@ -1,12 +1,13 @@
 """Checkpoints: only what training changes, whole or not at all, and the LoRA file format.
 
-    <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets and fingerprint as metadata
+    <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets and fingerprint
+    as metadata
                               optimizer.safetensors   AdamW moments by adapter name
                               state.json   step, samples seen, counters, and the size and sha256 of the other files
 
-A checkpoint is written into a sibling folder, synced to disk and renamed: a process killed at any moment leaves the earlier ones as they
-were. There is no generator or sampler state beyond `seed` and `samples_seen`: every draw is a function of those two. Nothing is pickled,
-and no base weight is stored.
+A checkpoint is written into a sibling folder, synced to disk and renamed: a process killed at any moment leaves the
+earlier ones as they were. There is no generator or sampler state beyond `seed` and `samples_seen`: every draw is a
+function of those two. Nothing is pickled, and no base weight is stored.
 """
 
 import hashlib
@@ -30,9 +31,17 @@ STATE_FILE = "state.json"
 
 
 def save(
-    folder: Path, step: int, *, switch: LoraSwitch, optimizer: torch.optim.AdamW, state: dict[str, Any], metadata: dict[str, str], keep: int
+    folder: Path,
+    step: int,
+    *,
+    switch: LoraSwitch,
+    optimizer: torch.optim.AdamW,
+    state: dict[str, Any],
+    metadata: dict[str, str],
+    keep: int,
 ) -> Path:
-    """Write checkpoint `step` under `folder`, then delete all but the newest `keep`. Returns its path. Call on one rank.
+    """Write checkpoint `step` under `folder`, then delete all but the newest `keep`. Returns its path. Call on one
+    rank.
 
     Raises ValueError with the path and the size needed when the disk is full; earlier checkpoints stay intact.
     """
@@ -40,7 +49,10 @@ def save(
     final = folder / f"step_{step:08d}"
     aside = folder / f".{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    tensors = {LORA_FILE: (switch.state_dict(), metadata), OPTIMIZER_FILE: (_optimizer_tensors(switch, optimizer), None)}
+    tensors = {
+        LORA_FILE: (switch.state_dict(), metadata),
+        OPTIMIZER_FILE: (_optimizer_tensors(switch, optimizer), None),
+    }
     try:
         aside.mkdir()
         for name, (content, header) in tensors.items():
@@ -60,8 +72,8 @@ def save(
         free = shutil.disk_usage(folder).free
         raise ValueError(
             f"checkpoint {final} could not be written ({error}): it needs {needed / 2**20:.1f} MiB and the disk has"
-            f" {free / 2**20:.1f} MiB free. Free space or point `output` elsewhere, then start again: it resumes from the last whole"
-            f" checkpoint ({(latest(folder) or Path('none')).name})."
+            f" {free / 2**20:.1f} MiB free. Free space or point `output` elsewhere, then start again:"
+            f" it resumes from the last whole checkpoint ({(latest(folder) or Path('none')).name})."
         ) from error
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(old)
@@ -69,7 +81,8 @@ def save(
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint under `folder` whose files are whole; damaged ones are passed over with a warning. None where there is none."""
+    """The newest checkpoint under `folder` whose files are whole; damaged ones are passed over with a warning. None
+    where there is none."""
     for path in reversed(_steps(folder)):
         problem = _problem(path)
         if problem is None:
@@ -109,7 +122,8 @@ def lora_metadata(switch: LoraSwitch, *, fingerprint: str, expert: str) -> dict[
 
 
 def read_lora_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a LoRA file, or of the LoRA in a checkpoint folder. ValueError when it is missing or not one of ours."""
+    """Metadata of a LoRA file, or of the LoRA in a checkpoint folder. ValueError when it is missing or not one of
+    ours."""
     path = lora_path(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -122,7 +136,8 @@ def read_lora_metadata(path: Path) -> dict[str, str]:
 
 
 def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str) -> None:
-    """Load adapters into `switch`. ValueError when file and switch differ in backbone, rank, alpha or layers, naming both sides."""
+    """Load adapters into `switch`. ValueError when file and switch differ in backbone, rank, alpha or layers, naming
+    both sides."""
     path = lora_path(path)
     metadata = read_lora_metadata(path)
     if metadata["fingerprint"] != fingerprint:
@@ -140,15 +155,20 @@ def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str) -> None:
 
 
 def lora_path(path: Path | str) -> Path:
-    """The LoRA file that `path` names: itself, or the one in a checkpoint folder, or in the newest checkpoint of a run's folder."""
+    """The LoRA file that `path` names: itself, or the one in a checkpoint folder, or in the newest checkpoint of a
+    run's folder."""
     path = Path(path)
     if path.is_dir():
         newest = path if (path / LORA_FILE).exists() else latest(path) or latest(path / "checkpoints")
         if newest is None:
-            raise ValueError(f"no checkpoint in {path}: give a LoRA file, a checkpoint folder, or a training output folder")
+            raise ValueError(
+                f"no checkpoint in {path}: give a LoRA file, a checkpoint folder, or a training output folder"
+            )
         path = newest / LORA_FILE
     if not path.exists():
-        raise ValueError(f"LoRA {path} does not exist: give a LoRA file, a checkpoint folder, or a training output folder")
+        raise ValueError(
+            f"LoRA {path} does not exist: give a LoRA file, a checkpoint folder, or a training output folder"
+        )
     return path
 
 

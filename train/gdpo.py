@@ -4,20 +4,21 @@
     accelerate launch --config_file launch/zero3.yaml train/gdpo.py recipe=wan14b
     python -m train.gdpo recipe=wan14b --dry-run                      # print the derived numbers and stop
 
-A group is a real clip w and M generated losers l_j of one prompt. With l the flow error at one drawn time t, theta the policy and psi the
-reference (the same network with its adapters switched off):
+A group is a real clip w and M generated losers l_j of one prompt. With l the flow error at one drawn time t, theta
+the policy and psi the reference (the same network with its adapters switched off):
 
     x_j  = beta [(l_theta(w) - l_psi(w)) - (l_theta(l_j) - l_psi(l_j))]
     loss = -M gamma_j log sigmoid(-alpha_j x_j)   for one sampled j    (eq. 13, objective.loss=bound)
          = log(1 + sum_j exp(x_j))                over all losers      (eq. 6,  objective.loss=plackett_luce)
 
-Either is a function of few flow errors, so its gradient is a sum of the errors' own gradients with scalar coefficients that are known once
-all passes are done. With `train.pairs_per_pass=1` each error is back-propagated alone, with unit weight, right after its pass, and the
-adapters' gradients, a few hundred megabytes, are combined afterwards: only one sample's activations live at a time, whatever M.
+Either is a function of few flow errors, so its gradient is a sum of the errors' own gradients with scalar
+coefficients that are known once all passes are done. With `train.pairs_per_pass=1` each error is back-propagated
+alone, with unit weight, right after its pass, and the adapters' gradients, a few hundred megabytes, are combined
+afterwards: only one sample's activations live at a time, whatever M.
 
-Baselines from the same losses: objective.physics_guided=false is Flow-DPO, with objective.winner=generated VideoDPO-style; train/sft.py is
-LoRA-SFT. Deviations: `losses.flow_matching` (a mean for the paper's sum), and the shared noise of winner and losers, which the paper leaves
-open (objective.noise=independent draws them apart).
+Baselines from the same losses: objective.physics_guided=false is Flow-DPO, with objective.winner=generated
+VideoDPO-style; train/sft.py is LoRA-SFT. Deviations: `losses.flow_matching` (a mean for the paper's sum), and the
+shared noise of winner and losers, which the paper leaves open (objective.noise=independent draws them apart).
 """
 
 import hashlib
@@ -54,7 +55,7 @@ class ObjectiveConfig:
     k_gamma: float = 2.0
     b_gamma: float = 0.4
     lam: float = 0.6
-    gamma_per_loser: bool = False  # divide gamma's numerator by the loser's own alpha instead of alpha_min (released code)
+    gamma_per_loser: bool = False  # divide gamma's numerator by the loser's own alpha, not alpha_min (released code)
     winner: str = "real"  # real | generated: the best-scored loser (VideoDPO-style)
     noise: str = "shared"  # shared: winner and losers meet the same noise | independent
     timesteps: str = "uniform"  # uniform | logit_normal
@@ -90,8 +91,9 @@ class Config:
 def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
     """Tensors of one training sample (M' = 1 loser, or all of them): latents, text, scores, and the drawn t and noise.
 
-    winner (C,F,H,W), losers (M',C,F,H,W), text (L,D), t (), noise (1+M',C,F,H,W) float32 (winner's first), semantic and physical (M',),
-    group_size (), condition (optional). Drawn on the CPU from a generator seeded by (seed, position): the same on any device and rank.
+    winner (C,F,H,W), losers (M',C,F,H,W), text (L,D), t (), noise (1+M',C,F,H,W) float32 (winner's first), semantic
+    and physical (M',), group_size (), condition (optional). Drawn on the CPU from a generator seeded by (seed,
+    position): the same on any device and rank.
     """
     group, objective = sample.group, config.objective
     chosen = [sample.loser_index] if objective.loss == "bound" else list(range(len(group.losers)))
@@ -127,7 +129,9 @@ def draw_time(objective: ObjectiveConfig, generator: torch.Generator) -> Tensor:
     return objective.t_min + (objective.t_max - objective.t_min) * t
 
 
-def preference_loss(config: Config, policy: Tensor, reference: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def preference_loss(
+    config: Config, policy: Tensor, reference: Tensor, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (B,) and its weights from flow errors `policy` and `reference`, both (B, 1+M') with the winner's first."""
     objective = config.objective
     if objective.loss == "plackett_luce":
@@ -163,8 +167,8 @@ def preference_loss(config: Config, policy: Tensor, reference: Tensor, batch: di
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Gradients of the batch's mean loss with respect to the adapters, and metrics.
 
-    Every clip goes through the reference once and through the policy once, forward and backward. See the module's docstring for why a batch
-    of one group is back-propagated clip by clip.
+    Every clip goes through the reference once and through the policy once, forward and backward. See the module's
+    docstring for why a batch of one group is back-propagated clip by clip.
     """
     clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)  # (B,1+M',C,F,H,W)
     groups, members = clips.shape[:2]
@@ -211,13 +215,16 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
         "policy_loser": policy_errors[:, 1:].mean(),
         "reference_winner": reference[:, 0].mean(),
         "reference_loser": reference[:, 1:].mean(),
-        "beta": torch.full_like(loss[0].detach(), config.objective.beta),  # multiplies a difference of MEAN squared errors
+        "beta": torch.full_like(loss[0].detach(), config.objective.beta),
     }
     return combined, metrics | extra
 
 
 def combine(gradients: list[tuple[Tensor, ...]], coefficients: Tensor) -> list[Tensor]:
-    """sum_j coefficient_j gradient_j per weight, into the first clip's buffers. `gradients`: one tuple a clip, `coefficients` (1+M',)."""
+    """sum_j coefficient_j gradient_j per weight, into the first clip's buffers.
+
+    `gradients`: one tuple a clip; `coefficients` (1+M',).
+    """
     total = [gradient.mul_(coefficients[0]) for gradient in gradients[0]]
     for others, coefficient in zip(gradients[1:], coefficients[1:], strict=True):
         for sum_, gradient in zip(total, others, strict=True):
@@ -248,12 +255,13 @@ def check(config: Config) -> None:
 
 
 def check_groups(config: Config, groups: GroupSet) -> None:
-    """Under eq. 6 every group must have the same number of losers: ranks must run equally many passes, and a batch stacks them."""
+    """Under eq. 6 every group must have as many losers: ranks run equally many passes, and a batch stacks them."""
     counts = {groups.num_losers(index) for index in range(len(groups))}
     if config.objective.loss == "plackett_luce" and len(counts) > 1:
         raise ValueError(
-            f"objective.loss=plackett_luce needs equally many losers in every group, {groups.folder} has {min(counts)} to {max(counts)}:"
-            " use objective.loss=bound, or build the groups with one pipeline.num_losers"
+            f"objective.loss=plackett_luce needs equally many losers in every group, {groups.folder} has"
+            f" {min(counts)} to {max(counts)}: use objective.loss=bound, or build the groups"
+            " with one pipeline.num_losers"
         )
 
 

@@ -3,17 +3,22 @@
     for each step:  gradients = mean over the step's groups, over all ranks, of `step(config, policy, batch)`
                     skip it if anything is not finite, else clip, AdamW, log, and now and then a checkpoint and clips
 
-What a method adds is two functions: `prepare(sample) -> tensors` (run in the loader's workers, draws noise and time) and
-`step(config, policy, batch) -> gradients, metrics`. Groups are read by their position in one global stream and every draw is seeded by
-(seed, position), so a run is the same on any number of ranks, and resuming needs only the number of samples seen.
+What a method adds is two functions: `prepare(sample) -> tensors` (run in the loader's workers, draws noise and time)
+and `step(config, policy, batch) -> gradients, metrics`. Groups are read by their position in one global stream and
+every draw is seeded by (seed, position), so a run is the same on any number of ranks, and resuming needs only the
+number of samples seen.
 """
 
+import atexit
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +52,14 @@ class TrainConfig:
     keep_checkpoints: int = 3  # newest checkpoints kept
     resume: bool = True  # continue from the newest checkpoint in `folder`; false: refuse a folder that has one
     max_nonfinite: int = 10  # steps in a row that may be skipped for a non-finite loss before the run stops
-    trackers: list[str] = field(default_factory=list)  # accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio
+    trackers: list[str] = field(
+        default_factory=list
+    )  # accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio
 
 
 @dataclass
 class Policy:
-    """What a step acts on: the backbone, whose transformer is the policy, or inside `switch.reference()` the reference."""
+    """What a step acts on: the backbone's transformer is the policy, and inside `switch.reference()` the reference."""
 
     backbone: Backbone
     switch: LoraSwitch
@@ -69,11 +76,12 @@ def fit(
     check_groups: Callable[[Any, GroupSet], None],
     shown: tuple[str, ...],
 ) -> Path:
-    """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, optim, sampler, validation
-    and train; `check_groups` may refuse a group set; `shown` names the metrics of the progress bar.
+    """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, optim,
+    sampler, validation and train; `check_groups` may refuse a group set; `shown` names the metrics of the progress
+    bar.
 
-    Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the ranks, a checkpoint of
-    another rank, a full disk, a run whose losses stay non-finite.
+    Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the
+    ranks, a checkpoint of another rank, a full disk, a run whose losses stay non-finite.
     """
     trackers = [name for name in config.train.trackers if name]
     folder = Path(config.train.folder)
@@ -91,7 +99,9 @@ def fit(
     policy = Policy(backbone, LoraSwitch(backbone.transformer, config.lora, seed=config.seed))
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
     whole = "sharded over the ranks" if engines[0] else "whole on every rank"
-    accelerator.print(f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}")
+    accelerator.print(
+        f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
+    )
     prepare_network(backbone.transformer, policy.switch, config.train, device)
     optimizer = build_optimizer(config.optim, policy.switch.parameters())
 
@@ -102,18 +112,24 @@ def fit(
     start = 0
     newest = checkpoint.latest(checkpoints)
     if newest is not None and not config.train.resume:
-        raise ValueError(f"{checkpoints} already holds {newest.name} and train.resume is false: choose another output folder")
+        raise ValueError(
+            f"{checkpoints} already holds {newest.name} and train.resume is false: choose another output folder"
+        )
     if newest is not None:
         loaded = checkpoint.load(newest, switch=policy.switch, optimizer=optimizer, fingerprint=backbone.fingerprint)
         if loaded["seed"] != config.seed:
-            raise ValueError(f"{newest} was trained with seed={loaded['seed']}, the recipe says seed={config.seed}: restore the seed")
+            raise ValueError(
+                f"{newest} was trained with seed={loaded['seed']}, the recipe says seed={config.seed}: restore the seed"
+            )
         state = {key: loaded[key] for key in state}
         start = loaded["step"]
         accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
 
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = iter(build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world))
-    tracker = Tracker(accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config))
+    tracker = Tracker(
+        accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config)
+    )
     pace = _Pace(config, backbone, groups, device)
 
     saved = start
@@ -122,7 +138,13 @@ def fit(
         nonlocal saved
         if accelerator.is_main_process and step_number > saved:
             keep = config.train.keep_checkpoints
-            options = {"switch": policy.switch, "optimizer": optimizer, "state": state, "metadata": metadata, "keep": keep}
+            options = {
+                "switch": policy.switch,
+                "optimizer": optimizer,
+                "state": state,
+                "metadata": metadata,
+                "keep": keep,
+            }
             checkpoint.save(checkpoints, step_number, **options)
             saved = step_number
 
@@ -133,12 +155,7 @@ def fit(
     bad_in_a_row = 0
     for number in range(start, config.optim.steps):
         optimizer.zero_grad(set_to_none=True)
-        try:
-            gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
-        except RuntimeError:
-            if stopping.asked:  # the signal went to the loader's workers as well; the state is saved
-                raise SystemExit(0) from None
-            raise
+        gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
         for engine in engines:
             parallel.release(engine)
         asked_to_stop = torch.tensor([float(stopping.asked)], device=device)
@@ -164,7 +181,8 @@ def fit(
             raise ValueError(
                 f"the loss or its gradient was not finite for {bad_in_a_row} steps in a row (train.max_nonfinite="
                 f"{config.train.max_nonfinite}), last at step {number}. The last good checkpoint is"
-                f" {checkpoint.latest(checkpoints)}. Lower optim.lr or objective.beta, and check the groups with train.groups.verify."
+                f" {checkpoint.latest(checkpoints)}. Lower optim.lr or objective.beta,"
+                " and check the groups with train.groups.verify."
             )
         done, stop = completed == config.optim.steps, asked_to_stop.item() > 0
         if done or stop or completed % config.train.checkpoint_every == 0:
@@ -196,7 +214,8 @@ def fit(
 
 
 def accumulation_steps(config: Any, world: int) -> int:
-    """Network passes over `pairs_per_pass` groups that one rank makes a step. ValueError where the batch does not divide."""
+    """Network passes over `pairs_per_pass` groups that one rank makes a step. ValueError where the batch does not
+    divide."""
     per_round = world * config.train.pairs_per_pass
     if config.optim.batch_size % per_round:
         lower = config.optim.batch_size // per_round * per_round
@@ -214,8 +233,9 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
     expected = backbone.latent_shape(video.height, video.width, video.num_frames)
     if groups.latent_shape != tuple(expected):
         raise ValueError(
-            f"the groups in {config.train.groups} hold latents of shape {groups.latent_shape}, the recipe's video section gives"
-            f" {tuple(expected)}: set video.height, video.width, video.num_frames to what they were built with, or build them again"
+            f"the groups in {config.train.groups} hold latents of shape {groups.latent_shape}, the recipe's video section"
+            f" gives {tuple(expected)}: set video.height, video.width, video.num_frames to what they were built with,"
+            " or build them again"
         )
     return groups
 
@@ -231,7 +251,8 @@ def prepare_network(network: nn.Module, switch: LoraSwitch, config: TrainConfig,
         network.set_attention_backend("_native_cudnn")
     if config.compile:
         switch.share_graph()
-        # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph per mode.
+        # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
+        # per mode.
         for block in network.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 
@@ -249,6 +270,8 @@ def build_loader(
 ) -> DataLoader:
     """Endless loader of this rank's prepared groups from global position `start` on, in order."""
     stream = GroupStream(groups, config.seed, winner=config.objective.winner)
+    leaving = RawValue("b", 0)  # shared with the loader's processes
+    atexit.register(setattr, leaving, "value", 1)  # before multiprocessing ends them by SIGTERM and waits
     return DataLoader(
         _Prepared(config, stream, prepare),
         sampler=positions(start, rank, world),
@@ -256,10 +279,18 @@ def build_loader(
         num_workers=config.train.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.train.num_workers > 0,
+        worker_init_fn=partial(_outlive_stop_signal, leaving),
     )
 
 
-def _accumulate(config, policy, batches, accumulation: int, step: Step, device) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _outlive_stop_signal(leaving: Any, _worker: int) -> None:
+    """In a loader process: a scheduler signals every process, but the trainer's last step still needs its groups."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
+
+
+def _accumulate(
+    config, policy, batches, accumulation: int, step: Step, device
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Mean gradients and metrics of this rank's share of one step."""
     total: list[Tensor] | None = None
     sums: dict[str, Tensor] = {}
@@ -279,8 +310,9 @@ def _accumulate(config, policy, batches, accumulation: int, step: Step, device) 
 
 
 class _StopSignal:
-    """SIGTERM (preemption): the main process saves the last completed step at once, since a launcher may kill in seconds; then the run
-    ends at the end of the step under way, on all ranks alike. Inside `held()` the save waits for the end of the block."""
+    """SIGTERM (preemption): the main process saves the last completed step at once, since a launcher may kill in
+    seconds; then the run ends at the end of the step under way, on all ranks alike. Inside `held()` the save waits
+    for the end of the block."""
 
     def __init__(self, save: Callable[[], None]):
         self.asked = False
@@ -311,11 +343,15 @@ class _Pace:
         self.device = device
         tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
         width = network.num_attention_heads * network.attention_head_dim
-        matrix, attention = transformer_flops(tokens, config.backbone.text_length, width, network.ffn_dim, network.num_layers)
+        matrix, attention = transformer_flops(
+            tokens, config.backbone.text_length, width, network.ffn_dim, network.num_layers
+        )
         clips = config.optim.batch_size * config.objective.clips_per_group(groups)
         passes = config.objective.reference_passes
         self.tokens = tokens * clips
-        self.flops = clips * ((2 + passes) * matrix + (1 + passes + 2.5) * attention)  # forward, reference forward, backward
+        self.flops = clips * (
+            (2 + passes) * matrix + (1 + passes + 2.5) * attention
+        )  # forward, reference forward, backward
         self.restart()
 
     def restart(self) -> None:
@@ -328,6 +364,10 @@ class _Pace:
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         tflops = self.flops / seconds / world / 1e12
         peak = device_peak_tflops(self.device)
-        measured = {"seconds": seconds, "tokens_per_second": self.tokens / seconds, "tflops_per_device": tflops, "memory_gib": peak_memory_gib(self.device)}
+        measured = {
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "tflops_per_device": tflops,
+            "memory_gib": peak_memory_gib(self.device),
+        }
         return measured | ({"share_of_peak": tflops / peak} if peak else {})
-

@@ -5,14 +5,17 @@
 
 Four properties are designed in, and tested:
 
-- The low-rank weights live outside the network's module tree. Its state-dict keys, its DeepSpeed ZeRO-3 partitions and its compiled blocks
+- The low-rank weights live outside the network's module tree. Its state-dict keys, its DeepSpeed ZeRO-3 partitions
+  and its compiled blocks
   stay those of the plain network; the adapters, a few megabytes, stay whole on every rank.
-- Activation checkpointing recomputes a block during backward, when the switch may stand elsewhere. `switch.checkpoint` remembers how it stood
+- Activation checkpointing recomputes a block during backward, when the switch may stand elsewhere.
+  `switch.checkpoint` remembers how it stood
   in the forward pass and restores that for the recompute, so a gradient may also flow through a pass of the reference.
 - Switching turns one shared state: no `requires_grad` is touched, no weight is copied or merged.
 - A compiled network runs one graph for both, so that their difference is the adapters' and not the compiler's rounding.
 
-Deviation from eq. 14: none. A starts Kaiming-uniform and B zero, so that an untrained policy equals its reference bit for bit.
+Deviation from eq. 14: none. A starts Kaiming-uniform and B zero, so that an untrained policy equals its reference bit
+for bit.
 """
 
 import difflib
@@ -31,16 +34,17 @@ from torch.utils.checkpoint import checkpoint
 class LoraConfig:
     rank: int = 48  # r of eq. 14
     alpha: float = 48.0  # scale is alpha / rank
-    # Suffixes of the linear layers that get an adapter; the paper's: query, key, value and output of every self-attention.
+    # Suffixes of the linear layers that get an adapter; the paper's: query, key, value and output of every self-
+    # attention.
     targets: list[str] = field(default_factory=lambda: ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
 
 
 class SwitchState:
     """How the switch stands; one object that all layers share.
 
-    Eager layers branch on `active`. Compiled ones must not: two branches are two graphs, and their bfloat16 roundings differ by
-    more than what a preference step measures. With `one_graph` every pass computes the low-rank update and multiplies it by `gate`, which
-    is alpha / rank or 0.
+    Eager layers branch on `active`. Compiled ones must not: two branches are two graphs, and their bfloat16 roundings
+    differ by more than what a preference step measures. With `one_graph` every pass computes the low-rank update and
+    multiplies it by `gate`, which is alpha / rank or 0.
     """
 
     def __init__(self, scale: float, device: torch.device):
@@ -53,7 +57,8 @@ class SwitchState:
 
 
 class SwitchedLinear(nn.Linear):
-    """A frozen linear layer plus a low-rank update that can be switched off. Made by `LoraSwitch`, by changing a layer's class in place."""
+    """A frozen linear layer plus a low-rank update that can be switched off. Made by `LoraSwitch`, by changing a
+    layer's class in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -67,8 +72,8 @@ class SwitchedLinear(nn.Linear):
 class LoraSwitch:
     """The adapters of one network and the switch between policy and reference.
 
-    `weights` maps `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank), the key names of peft and diffusers, to float32
-    parameters on the network's device. The network's own parameters are frozen.
+    `weights` maps `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank), the key names of peft
+    and diffusers, to float32 parameters on the network's device. The network's own parameters are frozen.
 
     Raises ValueError when a target suffix matches no linear layer, or the rank is not positive.
     """
@@ -112,7 +117,8 @@ class LoraSwitch:
     def frozen_reference(self) -> Iterator[None]:
         """`reference()` for passes whose gradient nobody wants; detach what they give.
 
-        Eager passes run without a graph. Compiled ones stay in grad mode, or they would run another graph than the policy does.
+        Eager passes run without a graph. Compiled ones stay in grad mode, or they would run another graph than the
+        policy does.
         """
         with self.reference(), torch.set_grad_enabled(self.state.one_graph and torch.is_grad_enabled()):
             yield
@@ -127,7 +133,8 @@ class LoraSwitch:
             self.state.turn(active=before)
 
     def checkpoint(self, function: Callable, *args):
-        """`torch.utils.checkpoint` (non-reentrant) whose recompute sees the switch as it stands now, not as it stands during backward."""
+        """`torch.utils.checkpoint` (non-reentrant) whose recompute sees the switch as it stands now, not as it stands
+        during backward."""
         active = self.state.active
 
         def run(*inputs):
@@ -152,8 +159,9 @@ class LoraSwitch:
         for name, weight in self.weights.items():
             if weight.shape != state[name].shape:
                 raise ValueError(
-                    f"{source}: {name} has shape {tuple(state[name].shape)}, this recipe (lora.rank={self.config.rank}) needs"
-                    f" {tuple(weight.shape)}. Set lora.rank to the file's rank, or train anew."
+                    f"{source}: {name} has shape {tuple(state[name].shape)}, this recipe needs"
+                    f" {tuple(weight.shape)} (lora.rank={self.config.rank}). Set lora.rank to the file's rank,"
+                    " or train anew."
                 )
         with torch.no_grad():
             for name, weight in self.weights.items():

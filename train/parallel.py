@@ -1,8 +1,9 @@
 """One process or many: the accelerator, the ZeRO-3 partition of the frozen network, and averages over ranks.
 
-What is trained, the adapters, is a few megabytes and stays whole on every rank; what is frozen, the network, is what ZeRO-3 shards. So
-gradients are averaged here, once a step and in one message, the optimizer is plain PyTorch, and a checkpoint has the same files on one
-CPU, under data parallelism and under ZeRO-3. Every rank must run the same number of network passes.
+What is trained, the adapters, is a few megabytes and stays whole on every rank; what is frozen, the network, is what
+ZeRO-3 shards. So gradients are averaged here, once a step and in one message, the optimizer is plain PyTorch, and a
+checkpoint has the same files on one CPU, under data parallelism and under ZeRO-3. Every rank must run the same number
+of network passes.
 """
 
 import os
@@ -17,7 +18,8 @@ TIMEOUT = timedelta(hours=1)  # one rank may write a checkpoint or clips while t
 
 
 def build_accelerator(**options) -> Accelerator:
-    """An Accelerator for this launch; its processes talk over gloo where there is no GPU. ValueError for a ZeRO stage other than 3."""
+    """An Accelerator for this launch; its processes talk over gloo where there is no GPU. ValueError for a ZeRO stage
+    other than 3."""
     launched = "LOCAL_RANK" in os.environ  # by accelerate launch or torchrun; a bare process has no group to set up
     handlers = [InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)]
     accelerator = Accelerator(kwargs_handlers=handlers if launched else [], **options)
@@ -39,8 +41,8 @@ def build_accelerator(**options) -> Accelerator:
 def partition(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
     """Shard `network` over the ranks when launched with DeepSpeed ZeRO-3, else do nothing.
 
-    Returns the DeepSpeed engine, which must outlive training; the network itself is called as before, its hooks gather a whole transformer
-    block when it runs. Parameters keep their dtypes.
+    Returns the DeepSpeed engine, which must outlive training; the network itself is called as before, its hooks
+    gather a whole transformer block when it runs. Parameters keep their dtypes.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return None
@@ -64,7 +66,8 @@ def is_partitioned(network: nn.Module) -> bool:
 
 
 def average_(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over the ranks, in place, with one all-reduce. All on one device and of one dtype."""
+    """Replace each tensor by its mean over the ranks, in place, with one all-reduce. All on one device and of one
+    dtype."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -38,7 +38,8 @@ class Config(gdpo.Config):
 
 
 def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
-    """winner (C,F,H,W), text (L,D), t (), noise (C,F,H,W) float32, condition (optional): the draws of `gdpo.prepare`'s winner."""
+    """winner (C,F,H,W), text (L,D), t (), noise (C,F,H,W) float32, condition (optional): the draws of
+    `gdpo.prepare`'s winner."""
     group = sample.group
     generator = torch.Generator().manual_seed(gdpo.draw_seed(config.seed, sample.position))
     t = gdpo.draw_time(config.objective, generator)

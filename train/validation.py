@@ -3,7 +3,8 @@
     <folder>/step_00000500/00-<seed>.mp4     base | tuned, side by side
     <folder>/step_00000500/sheet.png         both, frame by frame, for every prompt and seed
 
-The reference's clips are made once, at the first call of a process, and kept in memory. Prompts are encoded once, by the main process.
+The reference's clips are made once, at the first call of a process, and kept in memory. Prompts are encoded once, by
+the main process.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,16 @@ from train.sampling import sample_clips
 @dataclass
 class ValidationConfig:
     prompts: list[str] = field(default_factory=list)  # none: no validation clips
-    images: list[str] = field(default_factory=list)  # image-to-video families: a clip or picture per prompt, its first frame is used
+    images: list[str] = field(
+        default_factory=list
+    )  # image-to-video families: a clip or picture per prompt, its first frame is used
     seeds: list[int] = field(default_factory=lambda: [0])  # clips per prompt
     every: int = 500  # steps; also before the first and after the last
 
 
 class Validation:
-    """Makes the clips of `config.validation`. Every rank runs equally many passes, as ZeRO-3 needs: the last ones are repeated."""
+    """Makes the clips of `config.validation`. Every rank runs equally many passes, as ZeRO-3 needs: the last ones are
+    repeated."""
 
     def __init__(self, config: Any, accelerator: Accelerator, folder: Path):
         self.config, self.accelerator, self.folder = config, accelerator, folder
@@ -97,7 +101,8 @@ class Validation:
             if config.images:
                 if len(config.images) != len(config.prompts):
                     raise ValueError(
-                        f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts: give one a prompt"
+                        f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts:"
+                        " give one a prompt"
                     )
                 still = replace(self.config.video, num_frames=1)
                 first = torch.stack([from_pixels(read_clip(path, still))[:, 0] for path in config.images])  # (P,3,H,W)

@@ -12,7 +12,9 @@ def sigmoid(x: float) -> float:
 
 def reference_weights(semantic, physical, alpha_min=0.5, k_alpha=5.0, b_alpha=0.5, k_gamma=2.0, b_gamma=0.4, lam=0.6):
     v = 1 - (semantic + physical) / 2
-    return alpha_min + (1 - alpha_min) * sigmoid(k_alpha * (v - b_alpha)), (1 + lam * sigmoid(k_gamma * (v - b_gamma))) / alpha_min
+    return alpha_min + (1 - alpha_min) * sigmoid(k_alpha * (v - b_alpha)), (
+        1 + lam * sigmoid(k_gamma * (v - b_gamma))
+    ) / alpha_min
 
 
 def errors(generator, *shape):
@@ -25,7 +27,9 @@ def test_physics_guided_weights_by_hand():
     assert gamma.item() == pytest.approx(2 * (1 + 0.6 * 0.549834), rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha_min": 0.3, "k_alpha": 4.0, "b_alpha": 0.6, "k_gamma": 3.0, "b_gamma": 0.5, "lam": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha_min": 0.3, "k_alpha": 4.0, "b_alpha": 0.6, "k_gamma": 3.0, "b_gamma": 0.5, "lam": 0.5}]
+)
 def test_physics_guided_weights_equal_reference(options):
     generator = torch.Generator().manual_seed(0)
     semantic, physical = errors(generator, 2, 50)
@@ -45,7 +49,14 @@ def test_worse_losers_weigh_more():
 
 def test_pairwise_bound_by_hand():
     loss = pairwise_bound(
-        torch.tensor([1.0]), torch.tensor([1.1]), torch.tensor([1.3]), torch.tensor([1.2]), alpha=0.5, gamma=2.0, beta=10.0, group_size=4
+        torch.tensor([1.0]),
+        torch.tensor([1.1]),
+        torch.tensor([1.3]),
+        torch.tensor([1.2]),
+        alpha=0.5,
+        gamma=2.0,
+        beta=10.0,
+        group_size=4,
     )
     assert loss.item() == pytest.approx(-8 * math.log(sigmoid(1.0)), rel=1e-5)
     assert loss.item() == pytest.approx(2.506093, rel=1e-5)
@@ -87,7 +98,9 @@ def test_inequality_7_on_random_inputs():
     generator = torch.Generator().manual_seed(4)
     x = 12 * (torch.rand(4000, 5, generator=generator, dtype=torch.float64) - 0.5)
     alpha = torch.rand(4000, 5, generator=generator, dtype=torch.float64).clamp(min=1e-3)
-    slack = 1 + torch.rand(4000, 5, generator=generator, dtype=torch.float64) * (torch.rand(4000, 1, generator=generator) > 0.5)
+    slack = 1 + torch.rand(4000, 5, generator=generator, dtype=torch.float64) * (
+        torch.rand(4000, 1, generator=generator) > 0.5
+    )
     gamma = slack / alpha
     for m in range(1, 6):
         exact = torch.log1p(torch.exp(x[:, :m]).sum(1))
@@ -113,7 +126,8 @@ def test_objective_bounds_the_exact_loss():
     alpha, gamma = physics_guided_weights(semantic, physical)
     exact = plackett_luce(pw, rw, pl, rl, beta=5.0)
     bounds = [
-        pairwise_bound(pw, rw, pl[:, j], rl[:, j], alpha=alpha[:, j], gamma=gamma[:, j], beta=5.0, group_size=4) for j in range(4)
+        pairwise_bound(pw, rw, pl[:, j], rl[:, j], alpha=alpha[:, j], gamma=gamma[:, j], beta=5.0, group_size=4)
+        for j in range(4)
     ]
     assert (torch.stack(bounds).mean(0) >= exact - 1e-5).all()
 
@@ -125,13 +139,17 @@ def test_no_overflow(beta):
     exact = plackett_luce(pw, rw, pl, rl, beta=beta)
     bound = pairwise_bound(pw, rw, pl[:, 0], rl[:, 0], alpha=0.7, gamma=2.0, beta=beta, group_size=3)
     assert torch.isfinite(exact).all() and torch.isfinite(bound).all()
-    assert exact[0].item() == pytest.approx(math.log(math.exp(min(beta, 600)) * 3 + 1) if beta < 600 else beta + math.log(3), rel=1e-5)
+    assert exact[0].item() == pytest.approx(
+        math.log(math.exp(min(beta, 600)) * 3 + 1) if beta < 600 else beta + math.log(3), rel=1e-5
+    )
 
 
 def test_gradient_is_coefficient_times_error_difference():
     """d loss / d pw = -d loss / d pl: what lets each clip be back-propagated alone with unit weight."""
     pw, pl = torch.tensor([1.0], requires_grad=True), torch.tensor([1.2], requires_grad=True)
-    loss = pairwise_bound(pw, torch.tensor([1.1]), pl, torch.tensor([1.1]), alpha=0.8, gamma=2.5, beta=3.0, group_size=4)
+    loss = pairwise_bound(
+        pw, torch.tensor([1.1]), pl, torch.tensor([1.1]), alpha=0.8, gamma=2.5, beta=3.0, group_size=4
+    )
     loss.sum().backward()
     bracket = (1.0 - 1.1) - (1.2 - 1.1)
     expected = 4 * 2.5 * 0.8 * 3.0 * sigmoid(0.8 * 3.0 * bracket)

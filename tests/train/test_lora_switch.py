@@ -250,35 +250,6 @@ def test_plain_checkpointing_unchecked_gives_a_wrong_gradient():
     assert (right - wrong).norm() > 0.05 * right.norm()
 
 
-def test_compiled_blocks_still_switch_and_share_their_graphs():
-    network = make_network(layers=4)
-    switch = make_switch(network)
-    network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
-
-    def run():
-        for weight in switch.parameters():
-            weight.grad = None
-        with torch.no_grad():
-            policy = velocity(network, make_latents())
-            with switch.reference():
-                reference = velocity(network, make_latents())
-        return [policy, reference, *losses_of(network, switch, POLICY_CASES[2])]
-
-    plain = run()
-    torch._dynamo.reset()
-    counters.clear()
-    for block in network.blocks:
-        block.forward = torch.compile(block.forward, backend="aot_eager", dynamic=False)
-    compiled, again = run(), run()
-    assert not torch.allclose(compiled[0], compiled[1], atol=1e-3)
-    for expected, *found in zip(plain, compiled, again, strict=True):
-        for value in found:
-            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-    # A graph per mode and kind of gradient, not per block: 40 blocks would pass dynamo's limit and fall back to eager.
-    assert 2 <= counters["stats"]["unique_graphs"] <= 6
-    torch._dynamo.reset()
-
-
 # Targets, sizes, seeds, precision
 
 
@@ -392,3 +363,100 @@ def test_equals_peft_with_the_same_weights():
     with_peft.disable_adapters()
     with torch.no_grad(), switch.reference():
         assert torch.equal(velocity(network, make_latents()), velocity(with_peft, make_latents()))
+
+
+# One graph for policy and reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_graph_gives_what_branching_gives(dtype):
+    """Uncompiled, so that the arithmetic is the same: the reference is the plain network's, bit for bit."""
+
+    def outputs(shared):
+        network = make_network(dtype=dtype)
+        with torch.no_grad():
+            plain = velocity(network, make_latents())
+        switch = make_switch(network)
+        if shared:
+            switch.share_graph()
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
+        with torch.no_grad(), switch.reference():
+            assert torch.equal(velocity(network, make_latents()), plain)
+        return [velocity(network, make_latents()).detach(), *losses_of(network, switch, POLICY_CASES[2])]
+
+    assert equal(outputs(False), outputs(True))
+
+
+@pytest.mark.parametrize("case", [*POLICY_CASES, "reference"])
+def test_one_graph_recomputes_with_the_gate_of_its_forward_pass(case):
+    def gradients(checkpointed):
+        network = make_network()
+        switch = make_switch(network)
+        switch.share_graph()
+        if checkpointed:
+            network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
+        return losses_of(network, switch, case)
+
+    kept, recomputed = gradients(False), gradients(True)
+    assert equal(kept, recomputed)
+    assert all(gradient.abs().max() > 0 for gradient in kept)
+
+
+def test_with_one_graph_plain_checkpointing_gives_a_wrong_gradient_unnoticed():
+    """Both modes save the same tensors here, so nothing but the captured state stands between this and a wrong step."""
+
+    def gradients(function):
+        network = make_network()
+        switch = make_switch(network)
+        switch.share_graph()
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=function or switch.checkpoint)
+        return losses_of(network, switch, POLICY_CASES[2])
+
+    pairs = zip(gradients(None), gradients(PLAIN), strict=True)
+    assert any((right - wrong).norm() > 0.05 * right.norm() for right, wrong in pairs)
+
+
+def test_compiled_blocks_switch_in_one_graph():
+    network = make_network(layers=4)
+    switch = make_switch(network)
+    switch.share_graph()
+    network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
+
+    def run():
+        for weight in switch.parameters():
+            weight.grad = None
+        gradients = losses_of(network, switch, POLICY_CASES[2])
+        with switch.frozen_reference():
+            reference = velocity(network, make_latents())
+        return [velocity(network, make_latents()).detach(), reference.detach(), *gradients]
+
+    plain = run()
+    torch._dynamo.reset()
+    counters.clear()
+    for block in network.blocks:
+        block.forward = torch.compile(block.forward, backend="aot_eager", dynamic=False)
+    velocity(network, make_latents()).sum().backward()
+    # The first block's input carries no gradient, the others' does. A graph a block would pass dynamo's limit of 8.
+    assert counters["stats"]["unique_graphs"] == 2
+    compiled, again = run(), run()
+    assert counters["stats"]["unique_graphs"] == 2  # the reference has none of its own
+    torch._dynamo.reset()
+    assert not torch.allclose(compiled[0], compiled[1], atol=1e-3)
+    for expected, *found in zip(plain, compiled, again, strict=True):
+        for value in found:
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_reference_builds_no_graph_where_it_need_not():
+    network = make_network(layers=1)
+    switch = make_switch(network)
+    latents = make_latents().requires_grad_()
+    with switch.frozen_reference():
+        assert not velocity(network, latents).requires_grad
+    switch.share_graph()
+    with switch.frozen_reference():
+        assert velocity(network, latents).requires_grad  # as the policy's pass, or it would be another graph
+        assert not switch.state.active
+    with torch.no_grad(), switch.frozen_reference():
+        assert not velocity(network, latents).requires_grad
+    assert switch.state.active and torch.is_grad_enabled()

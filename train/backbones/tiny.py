@@ -1,11 +1,14 @@
 """Tiny random pipelines: whole diffusers folders of each family, a few MB each, made in a second without a download.
 
+    python -m train.backbones.tiny --folder runs/tiny/model --family wan21
+
 Every part is the real class (Wan DiT, AutoencoderKLWan, UMT5, a fast tokenizer), only small: for tests and as the
 start of the sandbox.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,16 @@ def _tiny_text_encoder(vocabulary: int, width: int) -> UMT5EncoderModel:
         feed_forward_proj="gated-gelu",
     )
     return UMT5EncoderModel(config).eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a tiny random pipeline, a diffusers folder.")
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--family", default="wan21", choices=sorted(BACKBONES))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    print(f"wrote {write_tiny_pipeline(arguments.family, arguments.folder, seed=arguments.seed)}")
+
+
+if __name__ == "__main__":
+    main()

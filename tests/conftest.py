@@ -17,6 +17,7 @@ from tests.train.two_process_worker import train
 from train import checkpoint, gdpo
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
+from train.lora_switch import LoraSwitch
 
 LATENT_SHAPE = (16, 5, 8, 8)  # (C, F, H, W) of the tiny recipe: 64x64 pixels, 17 frames
 TEXT_SHAPE = (12, 64)  # (L', D)
@@ -71,7 +72,7 @@ class Tiny:
 
     def weights(self, path: Path) -> dict[str, torch.Tensor]:
         """Adapters and optimizer moments of checkpoint folder `path`."""
-        return load_file(path / checkpoint.LORA_FILE) | load_file(path / checkpoint.OPTIMIZER_FILE)
+        return load_file(path / LoraSwitch.file) | load_file(path / checkpoint.OPTIMIZER_FILE)
 
 
 @pytest.fixture(scope="session")

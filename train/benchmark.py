@@ -183,7 +183,7 @@ def ours(config: Config, backbone: Backbone, *, losers: int = 1, loss: str = "bo
     """`gdpo.step`, optimizer included."""
     config.objective.loss = loss
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
-    prepare_network(backbone.transformer, switch, config.train, backbone.device)
+    prepare_network(backbone.transformer, switch, config.train)
     return _preference_step(config, Policy(backbone, switch), losers)
 
 
@@ -192,7 +192,7 @@ def copied(config: Config, backbone: Backbone) -> dict[str, float]:
     reference = load_backbone(config.backbone, backbone.device, parts=("expert",)).transformer
     switch = CopiedReference(backbone, reference)
     for network in (reference, backbone.transformer):
-        prepare_network(network, switch, config.train, backbone.device)
+        prepare_network(network, switch, config.train)
     return _preference_step(config, Policy(backbone, switch), 1)
 
 
@@ -221,6 +221,7 @@ def plain(config: Config, backbone: Backbone) -> dict[str, float]:
     """What diffusers and peft give without this project: add_adapter, gradient checkpointing, winner and loser as one
     batch."""
     network = backbone.transformer
+    network.reset_attention_backend()
     targets = "|".join(target.replace(".", r"\.") for target in config.lora.targets)
     network.add_adapter(
         PeftLoraConfig(

@@ -2,12 +2,12 @@
 
     <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets and fingerprint
     as metadata
-                              optimizer.safetensors   AdamW moments by adapter name
+                              optimizer.safetensors   AdamW moments by weight name
                               state.json   step, samples seen, counters, and the size and sha256 of the other files
 
 A checkpoint is written into a sibling folder, synced to disk and renamed: a process killed at any moment leaves the
 earlier ones as they were. There is no generator or sampler state beyond `seed` and `samples_seen`: every draw is a
-function of those two. Nothing is pickled, and no base weight is stored.
+function of those two. Nothing is pickled, and no frozen weight is stored.
 """
 
 import hashlib
@@ -23,18 +23,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train.full_parameters import FullParameters
 from train.lora_switch import LoraSwitch
 
-LORA_FILE = "lora.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+
+Trainable = LoraSwitch | FullParameters  # what a checkpoint holds: its `file`, `weights`, `describe()`, state dicts
 
 
 def save(
     folder: Path,
     step: int,
     *,
-    switch: LoraSwitch,
+    switch: Trainable,
     optimizer: torch.optim.AdamW,
     state: dict[str, Any],
     metadata: dict[str, str],
@@ -50,7 +52,7 @@ def save(
     aside = folder / f".{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     tensors = {
-        LORA_FILE: (switch.state_dict(), metadata),
+        switch.file: (switch.state_dict(), metadata),
         OPTIMIZER_FILE: (_optimizer_tensors(switch, optimizer), None),
     }
     try:
@@ -91,12 +93,12 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def load(path: Path, *, switch: LoraSwitch, optimizer: torch.optim.AdamW, fingerprint: str) -> dict[str, Any]:
-    """Restore adapters and optimizer from checkpoint `path`; returns its state. Call on every rank.
+def load(path: Path, *, switch: Trainable, optimizer: torch.optim.AdamW, fingerprint: str) -> dict[str, Any]:
+    """Restore weights and optimizer from checkpoint `path`; returns its state. Call on every rank.
 
     Raises ValueError when the checkpoint belongs to another backbone or adapter shape, naming both.
     """
-    load_lora(path / LORA_FILE, switch, fingerprint=fingerprint)
+    load_weights(path / switch.file, switch, fingerprint=fingerprint)
     moments = load_file(path / OPTIMIZER_FILE)
     for name, weight in switch.weights.items():
         if f"{name}.step" in moments:
@@ -108,47 +110,42 @@ def load(path: Path, *, switch: LoraSwitch, optimizer: torch.optim.AdamW, finger
     return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def lora_metadata(switch: LoraSwitch, *, fingerprint: str, expert: str) -> dict[str, str]:
-    """What a LoRA file says of itself. `expert` is transformer | high_noise | low_noise."""
-    config = switch.config
-    return {
-        "format": "physalign-lora-1",
-        "rank": str(config.rank),
-        "alpha": str(config.alpha),
-        "targets": json.dumps(list(config.targets)),
-        "fingerprint": fingerprint,
-        "expert": expert,
-    }
+def weights_metadata(switch: Trainable, *, fingerprint: str, expert: str) -> dict[str, str]:
+    """What a weight file says of itself. `expert` is transformer | high_noise | low_noise."""
+    return {**switch.describe(), "fingerprint": fingerprint, "expert": expert}
 
 
 def read_lora_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a LoRA file, or of the LoRA in a checkpoint folder. ValueError when it is missing or not one of
-    ours."""
+    """Metadata of the LoRA that `path` names (see `lora_path`); ValueError when it is missing or not one of ours."""
     path = lora_path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:  # safetensors raises its own type
-        raise ValueError(f"LoRA {path} cannot be read ({error}): the file is damaged or not safetensors") from error
+    metadata = _read_metadata(path)
     if metadata.get("format") != "physalign-lora-1":
-        raise ValueError(f"LoRA {path} carries no physalign metadata: give a checkpoint folder or its {LORA_FILE}")
+        raise ValueError(
+            f"LoRA {path} carries no physalign metadata: give a checkpoint folder or its {LoraSwitch.file}"
+        )
     return metadata
 
 
 def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str) -> None:
-    """Load adapters into `switch`. ValueError when file and switch differ in backbone, rank, alpha or layers, naming
-    both sides."""
-    path = lora_path(path)
-    metadata = read_lora_metadata(path)
+    """Load the LoRA that `path` names (see `lora_path`) into `switch`; ValueError as for `load_weights`."""
+    read_lora_metadata(path)
+    load_weights(lora_path(path), switch, fingerprint=fingerprint)
+
+
+def load_weights(path: Path, switch: Trainable, *, fingerprint: str) -> None:
+    """Load a weight file; ValueError when it differs from `switch` in kind, backbone, rank, alpha or layers."""
+    metadata, ours = _read_metadata(path), switch.describe()
+    if metadata.get("format") != ours["format"]:
+        raise ValueError(f"{path} is a {metadata.get('format')} file, this run trains {ours['format']}")
     if metadata["fingerprint"] != fingerprint:
         raise ValueError(
             f"LoRA {path} was trained on backbone {metadata['fingerprint']}, this backbone is {fingerprint}."
             " Use the backbone it was trained on."
         )
-    for key, ours in (("rank", switch.config.rank), ("alpha", switch.config.alpha)):
-        if float(metadata[key]) != float(ours):
+    for key in ("rank", "alpha"):
+        if key in ours and float(metadata[key]) != float(ours[key]):
             raise ValueError(
-                f"LoRA {path} has {key} {metadata[key]}, the recipe says lora.{key}={ours}."
+                f"LoRA {path} has {key} {metadata[key]}, the recipe says lora.{key}={ours[key]}."
                 f" Set lora.{key}={metadata[key]}, or choose another output folder to train anew."
             )
     switch.load_state_dict(load_file(path), source=str(path))
@@ -159,12 +156,12 @@ def lora_path(path: Path | str) -> Path:
     run's folder."""
     path = Path(path)
     if path.is_dir():
-        newest = path if (path / LORA_FILE).exists() else latest(path) or latest(path / "checkpoints")
+        newest = path if (path / LoraSwitch.file).exists() else latest(path) or latest(path / "checkpoints")
         if newest is None:
             raise ValueError(
                 f"no checkpoint in {path}: give a LoRA file, a checkpoint folder, or a training output folder"
             )
-        path = newest / LORA_FILE
+        path = newest / LoraSwitch.file
     if not path.exists():
         raise ValueError(
             f"LoRA {path} does not exist: give a LoRA file, a checkpoint folder, or a training output folder"
@@ -172,12 +169,20 @@ def lora_path(path: Path | str) -> Path:
     return path
 
 
-def _optimizer_tensors(switch: LoraSwitch, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _optimizer_tensors(switch: Trainable, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     tensors = {}
     for name, weight in switch.weights.items():
         for key, value in optimizer.state.get(weight, {}).items():
             tensors[f"{name}.{key}"] = value.detach().cpu().clone()
     return tensors
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except Exception as error:  # safetensors raises its own type
+        raise ValueError(f"LoRA {path} cannot be read ({error}): the file is damaged or not safetensors") from error
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -37,7 +37,7 @@ from train.clips import VideoConfig
 from train.groups import GroupSet, Sample, pad_text
 from train.loop import Policy, TrainConfig, fit
 from train.lora_switch import LoraConfig
-from train.optimizer import OptimConfig
+from train.optimizer import OptimConfig, learning_rate
 from train.plan import print_plan
 from train.sampling import SamplerConfig
 from train.validation import ValidationConfig
@@ -235,6 +235,7 @@ def combine(gradients: list[tuple[Tensor, ...]], coefficients: Tensor) -> list[T
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     objective = config.objective
+    learning_rate(config.optim, 0)
     choices = {
         "loss": ("bound", "plackett_luce"),
         "winner": ("real", "generated"),
@@ -268,6 +269,8 @@ def check_groups(config: Config, groups: GroupSet) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     check(config)
+    if config.train.parameters != "lora":
+        raise ValueError(f"train.parameters={config.train.parameters!r}: preference training needs a LoRA to switch off")
     if config.dry_run:
         print_plan(config)
         return

@@ -1,7 +1,7 @@
 """Preference groups on disk and in training: the shard contract between `data_pipeline` and `train`.
 
 A group is one real (winning) clip, the losing clips that the model generated for the same prompt, and what training
-needs to know of them. On disk it is one webdataset sample of two tar members, `<key>.json` (prompt, judge scores,
+needs to know of them. Groups for supervised training have no losers. On disk it is one webdataset sample of two tar members, `<key>.json` (prompt, judge scores,
 origin) and `<key>.safetensors` (latents, text embedding, optional physics targets); nothing is pickled. A folder holds
 
     <shard>.tar     the samples, byte-equal for equal groups; `webdataset.WebDataset` reads it
@@ -59,7 +59,7 @@ class Group:
     losers_info: list[Loser]  # one for each of `losers`
     fingerprint: str  # of the backbone that encoded and generated it
     winner: Tensor  # (C, F, H, W) normalised latent
-    losers: Tensor  # (M, C, F, H, W), the winner's dtype
+    losers: Tensor  # (M, C, F, H, W), the winner's dtype; M = 0 serves supervised training only
     text: Tensor  # (L', D) text embedding without padding
     condition: Tensor | None = None  # image condition latents of I2V families
     extra: dict[str, Tensor] = field(default_factory=dict)  # of the winner: tracks, visibility, keep, ...
@@ -69,7 +69,7 @@ class Group:
 class Sample:
     position: int  # in the global stream
     group: Group
-    loser_index: int  # the loser of this pair, in range(len(group.losers))
+    loser_index: int  # the loser of this pair, in range(len(group.losers)); -1 in a group without losers
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -91,8 +91,6 @@ def check_group(group: Group) -> None:
         refuse(f"physics_richness is {group.physics_richness}, not a finite number or None")
     if group.winner.ndim != 4 or not group.winner.is_floating_point():
         refuse(f"the winner must be a float latent (C, F, H, W), not {_describe(group.winner)}")
-    if len(group.losers) == 0:
-        refuse("it has no losers; a preference group needs at least one")
     if group.losers.shape[1:] != group.winner.shape or group.losers.dtype != group.winner.dtype:
         refuse(f"the losers {_describe(group.losers)} must be a stack of the winner's {_describe(group.winner)}")
     if len(group.losers_info) != len(group.losers):
@@ -325,12 +323,14 @@ def verify(folder: str | Path) -> list[str]:
 def assignment(position: int, num_losers: Sequence[int], seed: int) -> tuple[int, int]:
     """(group index, loser index) that the global sample `position` trains on. A pure function.
 
-    num_losers: M of every group, all > 0. Epoch e = position // N visits the N groups in an order of its own, and gives
+    num_losers: M of every group; where it is 0 the loser index is -1. Epoch e = position // N visits the N groups in an order of its own, and gives
     group g the loser at place e % M_g of a permutation drawn anew every M_g epochs (a cycle): g meets every loser once
     a cycle.
     """
     epoch, place = divmod(position, len(num_losers))
     group = int(_epoch_order(len(num_losers), seed, epoch)[place])
+    if num_losers[group] == 0:
+        return group, -1
     cycle, turn = divmod(epoch, num_losers[group])
     return group, int(_permutation(num_losers[group], f"losers {seed} {group} {cycle}")[turn])
 
@@ -374,11 +374,11 @@ class GroupStream(torch.utils.data.Dataset):
         self.groups, self.seed, self.winner = groups, seed, winner
         taken = 1 if winner == "generated" else 0
         self._num_losers = [groups.num_losers(index) - taken for index in range(len(groups))]
-        if 0 in self._num_losers:
-            key = groups[self._num_losers.index(0)].key
+        if taken and min(self._num_losers) < 1:
+            index = self._num_losers.index(min(self._num_losers))
             raise ValueError(
-                f"winner 'generated' needs at least 2 losers a group, but group {key!r} in {groups.folder} has 1; "
-                "generate more losers or use winner 'real'"
+                f"winner 'generated' needs at least 2 losers a group, but group {groups[index].key!r} in "
+                f"{groups.folder} has {groups.num_losers(index)}; generate more losers or use winner 'real'"
             )
 
     def __getitem__(self, position: int) -> Sample:

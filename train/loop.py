@@ -9,7 +9,6 @@ every draw is seeded by (seed, position), so a run is the same on any number of 
 number of samples seen.
 """
 
-import atexit
 import math
 import os
 import signal
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ import recipes
 from train import checkpoint, export, parallel
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
+from train.checkpoint import Trainable
+from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream, Sample, positions
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer, learning_rate
@@ -43,10 +45,10 @@ Tensors = dict[str, Tensor]
 class TrainConfig:
     groups: str = "${output}/groups"  # folder of preference groups with their index.json
     folder: str = "${output}/train"  # checkpoints, metrics, validation clips and the exported LoRA go here
+    parameters: str = "lora"  # lora | full: all weights of the network, in float32 (train/sft.py alone)
     pairs_per_pass: int = 1  # groups in one network pass, per GPU; 1 keeps one sample's activations at a time
     activation_checkpointing: bool = True  # keep only each block's input, recompute the rest in backward
     compile: bool = False  # torch.compile the transformer block, once for all layers
-    attention: str = "auto"  # a diffusers attention backend; auto: cuDNN on Hopper and newer, else PyTorch's choice
     num_workers: int = 2  # loader processes per GPU
     checkpoint_every: int = 200  # steps
     keep_checkpoints: int = 3  # newest checkpoints kept
@@ -62,7 +64,7 @@ class Policy:
     """What a step acts on: the backbone's transformer is the policy, and inside `switch.reference()` the reference."""
 
     backbone: Backbone
-    switch: LoraSwitch
+    switch: Trainable
 
 
 Step = Callable[[Any, Policy, Tensors], tuple[list[Tensor], dict[str, Tensor]]]
@@ -75,6 +77,7 @@ def fit(
     prepare: Callable[[Any, Sample], Tensors],
     check_groups: Callable[[Any, GroupSet], None],
     shown: tuple[str, ...],
+    attach: Callable[[Any, nn.Module], Trainable] | None = None,
 ) -> Path:
     """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, optim,
     sampler, validation and train; `check_groups` may refuse a group set; `shown` names the metrics of the progress
@@ -96,18 +99,18 @@ def fit(
     backbone = load_backbone(config.backbone, device, parts=parts)
     groups = open_groups(config, backbone)
     check_groups(config, groups)
-    policy = Policy(backbone, LoraSwitch(backbone.transformer, config.lora, seed=config.seed))
+    policy = Policy(backbone, (attach or attach_lora)(config, backbone.transformer))
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
     whole = "sharded over the ranks" if engines[0] else "whole on every rank"
     accelerator.print(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
     )
-    prepare_network(backbone.transformer, policy.switch, config.train, device)
+    prepare_network(backbone.transformer, policy.switch, config.train)
     optimizer = build_optimizer(config.optim, policy.switch.parameters())
 
-    checkpoints, exported = folder / "checkpoints", folder / "lora" / export.DIFFUSERS_FILE
+    checkpoints = folder / "checkpoints"
     expert = next(name for name, network in backbone.experts.items() if network is backbone.transformer)
-    metadata = checkpoint.lora_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=expert)
+    metadata = checkpoint.weights_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=expert)
     state = {"samples_seen": 0, "skipped": 0, "seed": config.seed}
     start = 0
     newest = checkpoint.latest(checkpoints)
@@ -200,28 +203,44 @@ def fit(
         if done or validation.due(completed):
             validation.run(completed, policy)
         pace.restart()  # checkpoints and clips are not training time
-    else:
-        if accelerator.is_main_process:
+    exported = folder / "lora" / export.DIFFUSERS_FILE
+    if isinstance(policy.switch, FullParameters):
+        exported = folder / "transformer"
+    if accelerator.is_main_process and completed == config.optim.steps:
+        if isinstance(policy.switch, FullParameters):
+            backbone.transformer.save_pretrained(exported)
+        else:
             export.to_diffusers(checkpoints, exported)
     accelerator.wait_for_everyone()
     tracker.close()  # ends the process group
     if completed < config.optim.steps:
         raise SystemExit(0)
-    accelerator.print(f"LoRA     {exported}\nmetrics  {tracker.path}")
+    accelerator.print(f"weights  {exported}\nmetrics  {tracker.path}")
     if validation.enabled:
         accelerator.print(f"clips    {validation.folder}")
     return exported
 
 
+def attach_lora(config: Any, network: nn.Module) -> LoraSwitch:
+    """The default of `fit`: the recipe's adapters on the network."""
+    return LoraSwitch(network, config.lora, seed=config.seed)
+
+
 def accumulation_steps(config: Any, world: int) -> int:
     """Network passes over `pairs_per_pass` groups that one rank makes a step. ValueError where the batch does not
     divide."""
+    if config.train.pairs_per_pass < 1 or config.optim.batch_size < 1:
+        raise ValueError(
+            f"train.pairs_per_pass={config.train.pairs_per_pass} and optim.batch_size={config.optim.batch_size}:"
+            " both must be at least 1"
+        )
     per_round = world * config.train.pairs_per_pass
     if config.optim.batch_size % per_round:
         lower = config.optim.batch_size // per_round * per_round
+        nearest = f"{lower} or {lower + per_round}" if lower else f"{per_round}"
         raise ValueError(
             f"optim.batch_size={config.optim.batch_size} does not divide over {world} ranks x train.pairs_per_pass="
-            f"{config.train.pairs_per_pass}: use {lower or per_round} or {lower + per_round}"
+            f"{config.train.pairs_per_pass}: use optim.batch_size={nearest}"
         )
     return config.optim.batch_size // per_round
 
@@ -233,22 +252,17 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
     expected = backbone.latent_shape(video.height, video.width, video.num_frames)
     if groups.latent_shape != tuple(expected):
         raise ValueError(
-            f"the groups in {config.train.groups} hold latents of shape {groups.latent_shape}, the recipe's video section"
-            f" gives {tuple(expected)}: set video.height, video.width, video.num_frames to what they were built with,"
-            " or build them again"
+            f"the groups in {config.train.groups} hold latents of shape {groups.latent_shape}, the recipe's video"
+            f" section gives {tuple(expected)}: set video.height, video.width, video.num_frames to what they were"
+            " built with, or build them again"
         )
     return groups
 
 
-def prepare_network(network: nn.Module, switch: LoraSwitch, config: TrainConfig, device: torch.device) -> None:
-    """Switch on activation checkpointing, the attention backend and compilation, as configured."""
+def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) -> None:
+    """Switch on activation checkpointing and compilation, as configured."""
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    if config.attention != "auto":
-        network.set_attention_backend(config.attention)
-    elif hopper:
-        network.set_attention_backend("_native_cudnn")
     if config.compile:
         switch.share_graph()
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
@@ -271,7 +285,9 @@ def build_loader(
     """Endless loader of this rank's prepared groups from global position `start` on, in order."""
     stream = GroupStream(groups, config.seed, winner=config.objective.winner)
     leaving = RawValue("b", 0)  # shared with the loader's processes
-    atexit.register(setattr, leaving, "value", 1)  # before multiprocessing ends them by SIGTERM and waits
+    Finalize(
+        None, setattr, args=(leaving, "value", 1), exitpriority=0
+    )  # at exit, before multiprocessing ends them by SIGTERM
     return DataLoader(
         _Prepared(config, stream, prepare),
         sampler=positions(start, rank, world),

@@ -19,6 +19,7 @@ for bit.
 """
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ class SwitchedLinear(nn.Linear):
         if not (state.one_graph or state.active):
             return y
         down = F.linear(x, self.lora_down.to(x.dtype))  # (..., rank)
-        return y + F.linear(down, self.lora_up.to(x.dtype)) * state.gate
+        return y + F.linear(down, (self.lora_up * state.gate).to(x.dtype))  # scaled in float32
 
 
 class LoraSwitch:
@@ -77,6 +78,8 @@ class LoraSwitch:
 
     Raises ValueError when a target suffix matches no linear layer, or the rank is not positive.
     """
+
+    file = "lora.safetensors"  # in a checkpoint
 
     def __init__(self, network: nn.Module, config: LoraConfig, *, seed: int = 0):
         if config.rank < 1:
@@ -99,6 +102,16 @@ class LoraSwitch:
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.weights.values())
+
+    def describe(self) -> dict[str, str]:
+        """What a LoRA file says of itself."""
+        config = self.config
+        return {
+            "format": "physalign-lora-1",
+            "rank": str(config.rank),
+            "alpha": str(config.alpha),
+            "targets": json.dumps(list(config.targets)),
+        }
 
     def num_parameters(self) -> int:
         return sum(weight.numel() for weight in self.weights.values())

@@ -14,15 +14,21 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(hours=1)  # one rank may write a checkpoint or clips while the others wait
+TIMEOUT = timedelta(days=1)  # ranks may wait for one that writes clips or downloads weights
 
 
 def build_accelerator(**options) -> Accelerator:
-    """An Accelerator for this launch; its processes talk over gloo where there is no GPU. ValueError for a ZeRO stage
-    other than 3."""
+    """An Accelerator for this launch; its processes talk over gloo where there is no GPU.
+
+    Raises ValueError for a ZeRO stage other than 3.
+    """
     launched = "LOCAL_RANK" in os.environ  # by accelerate launch or torchrun; a bare process has no group to set up
-    handlers = [InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)]
-    accelerator = Accelerator(kwargs_handlers=handlers if launched else [], **options)
+    gpu = torch.cuda.is_available()
+    handlers = [InitProcessGroupKwargs(backend=None if gpu else "gloo", timeout=TIMEOUT)]
+    # Without cpu=True several ranks on a machine without GPUs pass for one; with it, DeepSpeed is silently left out.
+    sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    cpu = not gpu and not sharded
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers if launched else [], **options)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         import deepspeed
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config

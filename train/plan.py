@@ -13,6 +13,7 @@ from train.lora_switch import targeted_layers
 from train.parallel import build_accelerator
 
 GIB = 2**30
+LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce with several pairs a pass
 
 
 def print_plan(config: Any) -> None:
@@ -83,7 +84,8 @@ def memory_estimate(
     width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
     size = 4 if config.backbone.dtype == "float32" else 2
     pairs = config.train.pairs_per_pass
-    clips = 1 if pairs == 1 else 2 * pairs
+    together = 2 if config.objective.loss == "bound" else 1 + LOSERS
+    clips = 1 if pairs == 1 else together * pairs
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
     experts = len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.sandbox import SCENES, VIOLATIONS, simulate
+from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.laws import LAWS as SCENE_LAWS
 from eval.sandbox.prompts import Request, parse_prompt
 from eval.sandbox.vision import Seen, observe
-from eval.sandbox.world import COLOUR_NAMES
+from eval.sandbox.world import COLOUR_NAMES, VIOLATIONS
 
 CAUGHT_BELOW = 0.5  # physical score below which a clip counts as a violation
 

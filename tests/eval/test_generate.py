@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eval import generate
-from eval.generate import make_key, read_prompts, slug
+from eval.prompts import make_key, read_prompts, slug
 from train import checkpoint
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
@@ -54,7 +54,7 @@ def write_lora(folder: Path, model: Path, *, scale: float, family: str = "wan21"
     for name, weight in switch.weights.items():
         if "lora_B" in name:
             weight.data.normal_(std=scale, generator=generator) if scale else weight.data.zero_()
-    metadata = checkpoint.lora_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
+    metadata = checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
     optimizer = torch.optim.AdamW(switch.parameters())
     step = folder / "checkpoints"
     checkpoint.save(step, 4, switch=switch, optimizer=optimizer, state={}, metadata=metadata, keep=1)
@@ -357,7 +357,7 @@ def test_image_and_text_to_video_begins_with_its_image(tmp_path):
 def test_prompt_files(name, text, expected, tmp_path):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8", newline="")
-    prompts = read_prompts(generate.GenerateConfig(prompts_file=str(path)))
+    prompts = read_prompts([], [], str(path))
     assert [(prompt.key, prompt.text) for prompt in prompts] == expected
     assert all(prompt.image is None for prompt in prompts)
 
@@ -389,7 +389,7 @@ def test_bad_prompt_files(name, text, message, tmp_path):
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     with pytest.raises(ValueError, match=message) as caught:
-        read_prompts(generate.GenerateConfig(prompts_file=str(path)))
+        read_prompts([], [], str(path))
     assert str(path) in str(caught.value)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from eval.judges.sandbox import CAUGHT_BELOW, LAWS, SandboxJudgeConfig, build, calibrate, degrade
-from eval.sandbox import SCENES, VIOLATIONS, simulate
+from eval.sandbox.clips import SCENES, simulate
+from eval.sandbox.world import VIOLATIONS
 from eval.sandbox.prompts import write_prompt
 from eval.sandbox.world import COLOUR_NAMES, GRAVITY
 

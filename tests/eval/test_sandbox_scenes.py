@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from eval.sandbox import SCENES, VIOLATIONS, simulate
+from eval.sandbox.clips import SCENES, simulate
+from eval.sandbox.world import VIOLATIONS
 from eval.sandbox.prompts import TEMPLATES, parse_prompt, write_prompt
 from eval.sandbox.world import COLOUR_NAMES, COLOURS, FLOOR, FRICTION, GRAVITY, PIVOT_HEIGHT, RESTITUTION
 

@@ -28,7 +28,7 @@ class Trained:
     """Adapters as large as trained ones on one expert of a tiny pipeline, and the file they are saved in."""
 
     def __init__(self, pipeline, folder, family="wan21", *, expert="high_noise", alpha=10.0, targets=EVERY_LAYER):
-        self.pipeline, self.file = pipeline, folder / checkpoint.LORA_FILE
+        self.pipeline, self.file = pipeline, folder / LoraSwitch.file
         config = BackboneConfig(family=family, path=str(pipeline), dtype="float32", expert=expert)
         self.backbone = load_backbone(config, "cpu", parts=("expert",))
         self.network = self.backbone.transformer
@@ -38,7 +38,7 @@ class Trained:
             for weight in self.switch.parameters():
                 weight.normal_(std=0.05, generator=generator)
         (self.expert,) = self.backbone.experts
-        self.metadata = checkpoint.lora_metadata(self.switch, fingerprint=self.backbone.fingerprint, expert=self.expert)
+        self.metadata = checkpoint.weights_metadata(self.switch, fingerprint=self.backbone.fingerprint, expert=self.expert)
         save_file(self.switch.state_dict(), self.file, metadata=self.metadata)
 
     def outputs(self):
@@ -211,8 +211,8 @@ def test_main_takes_an_older_checkpoint_and_a_lora_file(trained, tmp_path):
     save_checkpoints(trained, tmp_path / "run")
     older = tmp_path / "run" / "checkpoints" / "step_00000001"
     export.main([str(older), str(tmp_path / "older.safetensors")])
-    export.main([str(older / checkpoint.LORA_FILE), str(tmp_path / "file.safetensors")])
-    expected = load_file(older / checkpoint.LORA_FILE)
+    export.main([str(older / LoraSwitch.file), str(tmp_path / "file.safetensors")])
+    expected = load_file(older / LoraSwitch.file)
     for name in ("older", "file"):
         found = load_file(tmp_path / f"{name}.safetensors")
         assert all(torch.equal(found[f"transformer.{key}"], weight) for key, weight in expected.items())

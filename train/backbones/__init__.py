@@ -66,6 +66,8 @@ def load_backbone(
             for seed, name in enumerate(family.expert_folders)
             if name in wanted
         }
+        for network in experts.values():
+            loading.choose_attention(network, config.attention, device)
         name = f"{config.family}-random-{config.architecture}"
         return family(config, architecture, device, name, experts=experts, boundary=family.default_boundary)
 
@@ -80,12 +82,15 @@ def load_backbone(
     text_encoder = tokenizer = None
     if "text" in parts:
         text_encoder, tokenizer = loading.load_text(folder, device, dtype, architecture["transformer"]["text_dim"])
+    experts = {name: loading.load_transformer(folder, family.expert_folders[name], device, dtype) for name in wanted}
+    for network in experts.values():
+        loading.choose_attention(network, config.attention, device)
     return family(
         config,
         architecture,
         device,
         loading.fingerprint(config.family, folder),
-        experts={name: loading.load_transformer(folder, family.expert_folders[name], device, dtype) for name in wanted},
+        experts=experts,
         boundary=model_index.get("boundary_ratio"),
         vae=loading.load_vae(folder, device) if "vae" in parts else None,
         text_encoder=text_encoder,

@@ -134,6 +134,21 @@ def random_transformer(
     return _frozen(model)
 
 
+def choose_attention(network: WanTransformer3DModel, name: str, device: torch.device) -> None:
+    """Set the attention kernel: a diffusers backend by name, or with "auto" cuDNN on Hopper and newer GPUs.
+
+    Raises ValueError for a name that diffusers does not know or cannot use here.
+    """
+    if name == "auto":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+            return
+        name = "_native_cudnn"
+    try:
+        network.set_attention_backend(name)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"backbone.attention={name!r} cannot be used: {error}; use auto, native or flash") from error
+
+
 def fingerprint(family: str, folder: Path) -> str:
     """A pipeline folder's name, <family>-<12 hex>: its configs and each weight file's name, size and 16 samples.
 

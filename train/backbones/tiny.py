@@ -27,7 +27,9 @@ WORDS = (
     "heavy light fast slow slowly quickly soft hard ball balls cube box block disk ring pendulum ramp floor wall "
     "table ground water glass rope spring stack tower object objects scene falls fall drops drop rolls roll "
     "slides slide bounces bounce hits hit collides collide swings swing tips topples pushes pushed thrown flies "
-    "spins rises rests moves moving stops gravity"
+    "spins rises rests moves moving stops gravity above again back behind bob bouncing bumps collision comes cyan dark "
+    "disappears friction like magenta oncoming out panel passes plain released rest resting rod rolling slope slows "
+    "someone starts that tosses"
 )
 
 

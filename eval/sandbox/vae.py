@@ -1,0 +1,206 @@
+"""Trains the sandbox's VAE: a small AutoencoderKLWan, 8x in space and 4x in time, on simulated clips.
+
+    python -m eval.sandbox.vae --folder runs/sandbox/vae --steps 3000 --batch 64 --seed 0 --device cuda
+
+    loss = |x' - x| + |grad x' - grad x| + KL_WEIGHT KL       both distances L1, weighted towards what moves
+
+A plain backdrop fills most of a clip, so the pixels of objects and rods, and a border around them, weigh OBJECT_WEIGHT
+times the others. Writes the VAE as a diffusers component in float16, its latents' statistics over held-out clips in the
+config, training.json (settings and figures) and reconstructions.png (true and decoded clips, row by row).
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from torch.nn import functional as F
+
+from eval.sandbox.clips import Clips, simulate
+from eval.sandbox.world import FIRST_OBJECT, ROD
+from train.clips import contact_sheet, from_pixels, to_pixels
+
+OBJECT_WEIGHT = 10.0  # of an object's pixel; the others weigh 1
+BORDER = 2  # pixels around an object that weigh as much as it does
+KL_WEIGHT = 3e-4  # on the mean over latent values; the distances are means over pixel values in [-1, 1]
+WARMUP = 100  # steps
+GRADIENT_NORM = 1.0  # gradients are clipped to it
+HELD_OUT = 512  # clips for the statistics and figures, at most as many as train
+LATENT_CHANNELS = 8
+ARCHITECTURE: dict[str, Any] = {
+    # 2x2 pixels are folded into channels, then two halvings of both space and time.
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "base_dim": 32,
+    "dim_mult": [1, 2, 2],
+    "temperal_downsample": [True, True],  # diffusers' spelling
+    "num_res_blocks": 1,
+    "z_dim": LATENT_CHANNELS,
+    "latents_mean": [0.0] * LATENT_CHANNELS,
+    "latents_std": [1.0] * LATENT_CHANNELS,
+    "scale_factor_spatial": 8,
+    "scale_factor_temporal": 4,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 3000
+    batch: int = 64  # clips a step
+    pool: int = 6000  # simulated clips, made before the first step
+    learning_rate: float = 1e-3  # peak; linear warm-up, then cosine to 0
+    seed: int = 0
+
+
+def train_vae(settings: Settings, device: torch.device | str) -> AutoencoderKLWan:
+    """A VAE trained by `settings`, in float32 and eval mode. The same seed and device give the same weights, up to the
+    order in which a GPU adds. Raises ValueError for numbers below 1."""
+    for name in ("steps", "batch", "pool"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)}: use 1 or more")
+    device, started = torch.device(device), time.monotonic()
+    generator = torch.Generator().manual_seed(settings.seed)
+    clips = simulate("mixed", settings.pool, generator, device=device)
+    print(f"{settings.pool} clips simulated in {time.monotonic() - started:.1f} s", flush=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
+        vae = AutoencoderKLWan(**ARCHITECTURE).to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    draws = torch.Generator(device).manual_seed(settings.seed)  # on the device: no step waits for a copy
+
+    started = time.monotonic()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        for step in range(settings.steps):
+            chosen = torch.randint(settings.pool, (settings.batch,), generator=draws, device=device)
+            frames = from_pixels(clips.frames[chosen])  # (B, 3, T, H, W)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                posterior = vae.encode(frames).latent_dist
+                noise = torch.randn(posterior.mean.shape, generator=draws, device=device)
+                decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+            loss = vae_loss(decoded.float(), frames, pixel_weights(clips.layers[chosen]), posterior)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step + 1 in (20, settings.steps) or (step + 1) % 200 == 0:
+                seconds = time.monotonic() - started
+                left = seconds / (step + 1) * (settings.steps - step - 1)
+                print(f"step {step + 1}: loss {loss.item():.4f}, {seconds:.0f} s, {left:.0f} s left", flush=True)
+    return vae.eval().requires_grad_(False)
+
+
+def _rate(step: int, steps: int) -> float:
+    warmup = min(WARMUP, max(1, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def pixel_weights(layers: Tensor) -> Tensor:
+    """layers (B, T, H, W) uint8 -> weights (B, 1, T, H, W) float32: OBJECT_WEIGHT on objects, rods and their border."""
+    shown = ((layers >= FIRST_OBJECT) | (layers == ROD)).float()
+    near = F.max_pool2d(shown, 2 * BORDER + 1, stride=1, padding=BORDER)
+    return (1 + (OBJECT_WEIGHT - 1) * near)[:, None]
+
+
+def vae_loss(decoded: Tensor, frames: Tensor, weights: Tensor, posterior: Any) -> Tensor:
+    """decoded and frames (B, 3, T, H, W), weights (B, 1, T, H, W), diffusers' diagonal Gaussian -> loss ()."""
+    difference = decoded - frames
+    distance = _weighted_mean(difference.abs(), weights)
+    for axis in (3, 4):
+        inner = weights.narrow(axis, 1, weights.shape[axis] - 1)
+        distance = distance + 0.5 * _weighted_mean(difference.diff(dim=axis).abs(), inner)
+    mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+    divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    return distance + KL_WEIGHT * divergence
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).mean() / weights.mean()
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKLWan, clips: Clips, *, batch: int = 32) -> tuple[dict[str, Any], Tensor]:
+    """Figures over clips, and the decoded clips (N, T, H, W, 3) uint8 on the CPU.
+
+    Figures: psnr (dB, all pixels), psnr_objects (dB, objects' pixels), latents_mean and latents_std (each a list of C
+    numbers, of the posterior's mode), posterior_std (mean, in units of latents_std).
+    """
+    squares = torch.zeros(2, dtype=torch.float64)  # of all pixels, of objects' pixels
+    counts = torch.zeros(2, dtype=torch.float64)
+    latents, spreads, decoded = [], [], []
+    for first in range(0, len(clips), batch):
+        part = clips[first : first + batch]
+        frames = from_pixels(part.frames)
+        posterior = vae.encode(frames).latent_dist
+        output = vae.decode(posterior.mode()).sample.clamp(-1, 1)
+        error = ((output - frames) / 2).square().mean(dim=1)  # (B, T, H, W), of values in [0, 1]
+        objects = (part.masks > 0).float()
+        squares += torch.stack([error.sum(), (error * objects).sum()]).double().cpu()
+        counts += torch.tensor([error.numel(), float(objects.sum())], dtype=torch.float64)
+        latents.append(posterior.mode().float().cpu())
+        spreads.append(posterior.std.float().cpu())
+        decoded.append(to_pixels(output).cpu())
+    psnr, psnr_objects = (-10 * (squares / counts.clamp(min=1)).clamp(min=1e-10).log10()).tolist()
+    std, mean = torch.std_mean(torch.cat(latents).double(), dim=(0, 2, 3, 4))
+    spread = (torch.cat(spreads).double().mean(dim=(0, 2, 3, 4)) / std).mean().item()
+    figures = {
+        "psnr": psnr,
+        "psnr_objects": psnr_objects,
+        "latents_mean": mean.tolist(),
+        "latents_std": std.tolist(),
+        "posterior_std": spread,
+    }
+    return figures, torch.cat(decoded)
+
+
+def write_vae(folder: Path, settings: Settings, device: torch.device | str) -> dict[str, Any]:
+    """Train, measure what float16 keeps, write the folder; returns the figures."""
+    started = time.monotonic()
+    vae = train_vae(settings, device)
+    vae = vae.half().float()  # the figures are of what the file holds
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    held_out = simulate("mixed", min(HELD_OUT, settings.pool), generator, device=device)
+    figures, decoded = measure(vae, held_out)
+    vae.register_to_config(latents_mean=figures["latents_mean"], latents_std=figures["latents_std"])
+    vae.half().save_pretrained(folder)
+    figures = figures | {"seconds": time.monotonic() - started, "parameters": sum(p.numel() for p in vae.parameters())}
+    report = {"settings": vars(settings), "device": torch.device(device).type, **figures}
+    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    rows = []
+    for number in range(min(5, len(held_out))):
+        rows += [(held_out.scenes[number], held_out.frames[number].cpu()), ("decoded", decoded[number])]
+    contact_sheet(folder / "reconstructions.png", rows)
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--batch", type=int, default=Settings.batch, help="clips a step")
+    parser.add_argument("--pool", type=int, default=Settings.pool, help="simulated clips to draw from")
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed)
+    figures = write_vae(options.folder, settings, options.device)
+    print(
+        f"{options.folder}: {figures['parameters'] / 1e6:.2f}M parameters, PSNR {figures['psnr']:.1f} dB over all "
+        f"pixels and {figures['psnr_objects']:.1f} dB over objects, posterior std {figures['posterior_std']:.2f} of the "
+        f"latents', {figures['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

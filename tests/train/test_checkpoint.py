@@ -1,0 +1,338 @@
+"""`train/checkpoint.py`: whole or not at all, whatever happens to the process or the disk; and what it refuses to load."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from train import checkpoint
+from train.lora_switch import LoraConfig, LoraSwitch
+from train.optimizer import OptimConfig, build_optimizer
+
+BACKBONE = "wan21-0123456789ab"
+FILES = {checkpoint.LORA_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE}
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.to_q = nn.Linear(width, width)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn1, self.attn2 = Attention(width), Attention(width)
+
+
+class Run:
+    """Adapters of a small network, an optimizer that has made a step, and `save` as the trainer calls it."""
+
+    def __init__(self, folder, *, rank=2, alpha=2.0, target="attn1.to_q", width=16, keep=3):
+        network = nn.Module()
+        network.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.network, self.folder, self.keep = network, Path(folder), keep
+        self.switch = LoraSwitch(network, LoraConfig(rank=rank, alpha=alpha, targets=[target]))
+        self.optimizer = build_optimizer(OptimConfig(), self.switch.parameters())
+        self.metadata = checkpoint.lora_metadata(self.switch, fingerprint=BACKBONE, expert="transformer")
+        self.learn(0)
+
+    def learn(self, seed):
+        """One optimizer step on seeded gradients."""
+        generator = torch.Generator().manual_seed(seed)
+        for weight in self.switch.parameters():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        self.optimizer.step()
+
+    def save(self, step):
+        state = {"samples_seen": 8 * step, "skipped": 0, "seed": 0}
+        return checkpoint.save(
+            self.folder,
+            step,
+            switch=self.switch,
+            optimizer=self.optimizer,
+            state=state,
+            metadata=self.metadata,
+            keep=self.keep,
+        )
+
+    def load(self, path):
+        return checkpoint.load(path, switch=self.switch, optimizer=self.optimizer, fingerprint=BACKBONE)
+
+    def names(self):
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    run, other = Run(tmp_path), Run(tmp_path)
+    run.learn(1)
+    path = run.save(5)
+    assert path == tmp_path / "step_00000005" and {file.name for file in path.iterdir()} == FILES
+    assert other.load(path)["step"] == 5 and other.load(path)["samples_seen"] == 40
+    for one, two in ((run, other), (other, run)):
+        one.learn(2), two.learn(2)  # both go on alike only when weights and both moments and the step count are the same
+        for name, weight in one.switch.state_dict().items():
+            assert torch.equal(weight, two.switch.state_dict()[name])
+
+
+def test_no_base_weights_and_nothing_pickled(tmp_path):
+    run = Run(tmp_path, width=64)
+    path = run.save(1)
+    adapters = run.switch.num_parameters()
+    assert load_file(path / checkpoint.LORA_FILE).keys() == run.switch.weights.keys()
+    moments = load_file(path / checkpoint.OPTIMIZER_FILE)
+    assert {name.rsplit(".", 1)[0] for name in moments} == run.switch.weights.keys()
+    assert {name.rsplit(".", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    total = sum(file.stat().st_size for file in path.iterdir())
+    assert total < 3 * 4 * adapters + 6000  # weights and two moments in float32, and headers
+    assert total < 4 * sum(p.numel() for p in run.network.parameters())
+    metadata = checkpoint.read_lora_metadata(path)
+    assert metadata["rank"] == "2" and metadata["alpha"] == "2.0" and metadata["fingerprint"] == BACKBONE
+    assert json.loads(metadata["targets"]) == ["attn1.to_q"] and metadata["expert"] == "transformer"
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Passes every `except Exception`, so nothing is tidied up: the disk looks as after SIGKILL."""
+
+
+CALLS = ((checkpoint, "save_file"), (checkpoint, "_sync"), (os, "rename"), (Path, "write_text"), (Path, "mkdir"), (shutil, "rmtree"))
+
+
+@contextmanager
+def failing(monkeypatch, at, error):
+    """The `at`-th call that changes the disk fails half done: a file is cut, a folder half deleted, anything else not begun."""
+    count = 0
+
+    def wrap(name, original):
+        def call(*args, **options):
+            nonlocal count
+            count += 1
+            if count != at:
+                return original(*args, **options)
+            if name in ("save_file", "write_text"):
+                original(*args, **options)
+                file = args[1] if name == "save_file" else args[0]
+                os.truncate(file, file.stat().st_size // 2)
+            if name == "rmtree" and (files := sorted(args[0].glob("*"))):
+                files[0].unlink()
+            raise error
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in CALLS:
+            patch.setattr(owner, name, wrap(name, getattr(owner, name)))
+        yield
+
+
+@pytest.mark.parametrize("moment", range(1, 16))
+def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, moment):
+    run = Run(tmp_path, keep=2)
+    run.save(1), run.save(2)
+    kept = {path: path.read_bytes() for path in (tmp_path / "step_00000002").iterdir()}
+    run.learn(3)
+    finished = False
+    try:
+        with failing(monkeypatch, moment, Killed()):
+            run.save(3)
+        finished = True
+    except Killed:
+        pass
+    assert finished == (moment > 13)  # 12 steps, and the deletion of the oldest
+    assert {path: path.read_bytes() for path in kept} == kept
+    visible = sorted(tmp_path.glob("step_*"))
+    assert all(checkpoint._problem(path) is None for path in visible[1:])  # only the oldest may be half deleted
+    newest = checkpoint.latest(tmp_path)
+    assert newest.name in ("step_00000002", "step_00000003")
+    other = Run(tmp_path, keep=2)
+    assert other.load(newest)["step"] == int(newest.name[-8:])
+    other.learn(3), other.save(3), other.save(4)  # the run that goes on tidies up
+    assert other.names() == ["step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize("moment", range(1, 13))
+def test_an_error_in_a_save_names_the_path_and_leaves_nothing(tmp_path, monkeypatch, moment):
+    run = Run(tmp_path)
+    run.save(1)
+    error = OSError(errno.EIO, "Input/output error")
+    if moment in (1, 2):  # what was left aside is removed and its folder made; the rmtree is one that ignores errors
+        pytest.skip("before the first write")
+    with failing(monkeypatch, moment, error), pytest.raises(ValueError, match="step_00000002.*resumes from.*step_00000001"):
+        run.save(2)
+    assert run.names() == ["step_00000001"]
+    run.load(checkpoint.latest(tmp_path))
+
+
+@contextmanager
+def largest_file(size):
+    """No file of this process may grow beyond `size` bytes: a write then fails (EFBIG) as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_the_system_refuses(tmp_path):
+    run = Run(tmp_path, rank=256, width=256)  # 1 MiB of adapters, 2 MiB of moments
+    run.save(1)
+    with largest_file(1_500_000), pytest.raises(ValueError, match=r"step_00000002 could not be written.*File too large.*3\.0 MiB"):
+        run.save(2)
+    assert run.names() == ["step_00000001"] and checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of its own, of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small file system cannot be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_training_on_a_full_disk_stops_and_goes_on_where_there_is_space(tiny, tmp_path, small_disk):
+    """Checkpoints of 0.3 MiB, three kept and one being written, on a disk of 1 MiB; ENOSPC is the kernel's."""
+    run = ("optim.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=3")
+    with pytest.raises(ValueError) as caught:
+        tiny.train(small_disk, *run)
+    message = str(caught.value)
+    folder = small_disk / "train" / "checkpoints"
+    assert f"{folder}/step_00000004 could not be written" in message and "No space left on device" in message
+    assert "resumes from the last whole checkpoint (step_00000003)" in message
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{step:08d}" for step in (1, 2, 3)]
+    assert checkpoint.latest(folder).name == "step_00000003"
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    tiny.train(small_disk, *run)
+    tiny.train(tmp_path / "elsewhere", *run)
+    assert tiny.metrics(small_disk) == tiny.metrics(tmp_path / "elsewhere")
+    one, other = (tiny.weights(at / "train" / "checkpoints" / "step_00000005") for at in (small_disk, tmp_path / "elsewhere"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- which checkpoint ------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept(tmp_path):
+    run = Run(tmp_path, keep=2)
+    for step in (1, 2, 10, 11):
+        run.save(step)
+    assert run.names() == ["step_00000010", "step_00000011"]
+    assert checkpoint.latest(tmp_path).name == "step_00000011"
+    assert checkpoint.latest(tmp_path / "nothing") is None
+
+
+def cut(path):
+    file = path / checkpoint.LORA_FILE
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(path):
+    file = path / checkpoint.OPTIMIZER_FILE
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def spoil_state(path):
+    (path / checkpoint.STATE_FILE).write_text('{"step": 3, "fil', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "lora.safetensors is damaged"),
+        (flip, "optimizer.safetensors is damaged"),
+        (spoil_state, "state.json cannot be read"),
+        (lambda path: (path / checkpoint.STATE_FILE).unlink(), "state.json cannot be read"),
+        (lambda path: (path / checkpoint.LORA_FILE).unlink(), "lora.safetensors is missing"),
+    ],
+)
+def test_a_damaged_newest_is_passed_over(tmp_path, damage, said):
+    run = Run(tmp_path)
+    run.save(2), run.save(3)
+    damage(tmp_path / "step_00000003")
+    with pytest.warns(UserWarning, match=f"step_00000003 is passed over: {said}"):
+        assert checkpoint.latest(tmp_path).name == "step_00000002"
+    damage(tmp_path / "step_00000002") if damage is not spoil_state else spoil_state(tmp_path / "step_00000002")
+    with pytest.warns(UserWarning):
+        assert checkpoint.latest(tmp_path) is None
+
+
+def test_going_back_behind_a_damaged_one_loses_no_new_checkpoint(tmp_path):
+    """Step 9 is damaged, so the run is at 4 again: what it saves then counts as newest, not the ruin."""
+    run = Run(tmp_path, keep=1)
+    run.save(4), run.save(9)
+    cut(tmp_path / "step_00000009")
+    run.save(5)
+    with pytest.warns(UserWarning, match="step_00000009"):
+        assert checkpoint.latest(tmp_path).name == "step_00000005"
+    run.save(9)
+    assert run.names() == ["step_00000009"] and checkpoint.latest(tmp_path).name == "step_00000009"
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"rank": 4}, "has rank 2, the recipe says lora.rank=4.*Set lora.rank=2"),
+        ({"alpha": 8.0}, "has alpha 2.0, the recipe says lora.alpha=8.0.*Set lora.alpha=2.0"),
+        ({"target": "attn2.to_q"}, "adapters for other layers: 4 of this recipe's are missing.*lora.targets"),
+        ({"width": 32}, r"has shape \(2, 16\), this recipe .* needs \(2, 32\)"),
+    ],
+)
+def test_adapters_of_another_shape_are_refused(tmp_path, other, said):
+    path, run = Run(tmp_path).save(1), Run(tmp_path, **other)
+    before = run.switch.state_dict()
+    with pytest.raises(ValueError, match=said):
+        run.load(path)
+    assert all(torch.equal(weight, before[name]) for name, weight in run.switch.state_dict().items())
+
+
+def test_adapters_of_another_backbone_are_refused(tmp_path):
+    run = Run(tmp_path)
+    path = run.save(1)
+    with pytest.raises(ValueError, match=f"trained on backbone {BACKBONE}, this backbone is wan21-random-14B"):
+        checkpoint.load(path, switch=run.switch, optimizer=run.optimizer, fingerprint="wan21-random-14B")
+
+
+def test_what_is_no_lora_of_ours_is_refused(tmp_path):
+    run = Run(tmp_path)
+    garbage, foreign = tmp_path / "garbage.safetensors", tmp_path / "foreign.safetensors"
+    garbage.write_bytes(b"not a safetensors file")
+    save_file({"a": torch.zeros(1)}, foreign)
+    for path, said in (
+        (garbage, "cannot be read"),
+        (foreign, "carries no physalign metadata"),
+        (tmp_path / "missing.safetensors", "does not exist"),
+        (tmp_path, "no checkpoint in"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            checkpoint.load_lora(path, run.switch, fingerprint=BACKBONE)
+
+
+def test_a_lora_is_found_by_file_checkpoint_or_run(tmp_path):
+    run = Run(tmp_path / "checkpoints")
+    run.save(1)
+    file = run.save(2) / checkpoint.LORA_FILE
+    for path in (file, file.parent, tmp_path / "checkpoints", tmp_path, str(tmp_path)):
+        assert checkpoint.lora_path(path) == file

@@ -2,6 +2,7 @@
 
     accelerate launch data_pipeline/build.py recipe=tiny pipeline.manifest=clips.csv
     python -m data_pipeline.build recipe=tiny pipeline.manifest=clips.csv --dry-run      # print the numbers and stop
+    python -m data_pipeline.build recipe=tiny pipeline.manifest=sandbox:mixed:100        # simulated clips, no files
 
 The manifest is cut into units of `pipeline.unit_size` rows, one shard each, shared over the ranks. A unit whose shard
 is complete and whose inputs are unchanged is skipped, so a build that was stopped continues when run again. A changed
@@ -18,7 +19,7 @@ from the old shards, which wait in `retired/` until the new ones are written.
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -28,18 +29,27 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 import recipes
 from data_pipeline import units
-from data_pipeline.encode import encode_clip, unpad
+from data_pipeline.encode import encode_clips, unpad
 from data_pipeline.generate import generate_losers, loser_path, loser_seed, save_losers
 from data_pipeline.judge import loser_scores, read_scores, write_table
-from data_pipeline.sources import Manifest, Quarantined, Row, read_manifest
+from data_pipeline.sources import (
+    FrameReader,
+    Manifest,
+    Quarantined,
+    Row,
+    is_simulated,
+    read_manifest,
+    simulated_manifest,
+)
 from data_pipeline.units import Task, Unit
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, latent_shape, num_tokens
-from train.clips import ClipError, VideoConfig, read_clip
+from train.clips import ClipError, VideoConfig
 from train.groups import Group, GroupSet, Loser, ShardWriter, write_index
 from train.sampling import SamplerConfig
 
@@ -49,11 +59,12 @@ TIMEOUT = timedelta(days=30)
 
 @dataclass
 class PipelineConfig:
-    manifest: str = ""  # CSV or JSONL with the columns clip and prompt, see data_pipeline/sources.py
+    manifest: str = ""  # CSV or JSONL with the columns clip and prompt, or sandbox:<scene>:<count>; see sources.py
     groups: str = "${output}/groups"  # folder of the preference groups
-    num_losers: int = 4  # M, generated clips a group
+    num_losers: int = 4  # M, generated clips a group; 0 for supervised training, which needs no transformer here
     unit_size: int = 16  # manifest rows a unit: one shard, and what an interruption costs at most per GPU
     batch_size: int = 1  # losers sampled together, per GPU
+    encode_batch: int = 1  # clips encoded together, per GPU
     scores: str = ""  # CSV with the columns key, loser, semantic, physical; goes before the manifest's own scores
     save_losers: bool = False  # also write every loser as <output>/losers/<key>-<loser>.mp4
 
@@ -72,15 +83,22 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
-    for name in ("num_losers", "unit_size", "batch_size"):
-        if getattr(config.pipeline, name) < 1:
-            raise ValueError(f"pipeline.{name}={getattr(config.pipeline, name)}: use 1 or more")
+    for name, least in (("num_losers", 0), ("unit_size", 1), ("batch_size", 1), ("encode_batch", 1)):
+        if getattr(config.pipeline, name) < least:
+            raise ValueError(f"pipeline.{name}={getattr(config.pipeline, name)}: use {least} or more")
     if not config.pipeline.manifest:
         raise ValueError("pipeline.manifest is empty: give a .csv or .jsonl with the columns clip and prompt")
     if config.dry_run:
-        print(plan(config, read_manifest(config.pipeline.manifest, num_losers=config.pipeline.num_losers)))
+        print(plan(config, _manifest(config)))
         return
     build(config)
+
+
+def _manifest(config: Config) -> Manifest:
+    path = config.pipeline.manifest
+    if is_simulated(path):
+        return simulated_manifest(path, config.video, seed=config.seed)
+    return read_manifest(path, num_losers=config.pipeline.num_losers)
 
 
 def plan(config: Config, manifest: Manifest) -> str:
@@ -151,7 +169,7 @@ def _prepare(config: Config) -> Work:
     settings = config.pipeline
     shell = load_backbone(config.backbone, "cpu", parts=())
     shell.latent_shape(config.video.height, config.video.width, config.video.num_frames)
-    manifest = read_manifest(settings.manifest, num_losers=settings.num_losers)
+    manifest = _manifest(config)
     if manifest.unused_columns:
         print(f"warning: columns of {manifest.path} that are not read: {', '.join(manifest.unused_columns)}")
     scores = read_scores(settings.scores) if settings.scores else {}
@@ -168,6 +186,9 @@ def _prepare(config: Config) -> Work:
         "seed": config.seed,
         "num_losers": settings.num_losers,
     }
+    if is_simulated(settings.manifest):  # there is no file to tell clips apart; the number of clips does not count
+        _, scene, _, *split = settings.manifest.split(":")
+        depends_on["simulated"] = [scene, *split]
     all_units = units.split(manifest.rows, scores_by_key, unit_size=settings.unit_size, settings=depends_on)
     groups = Path(settings.groups)
     recipes.save(config, groups / "build" / "recipe.yaml")
@@ -199,50 +220,57 @@ def _build_units(config: Config, mine: list[Unit], accelerator: Accelerator) -> 
     for unit in mine:
         digests, quarantined = {}, list(unit.quarantined)
         with ShardWriter(groups, unit.name) as writer:
-            for task in unit.tasks:
-                try:
-                    writer.write(maker.make(task))
-                    digests[task.row.key] = task.digest
-                except ClipError as error:
-                    row = task.row
-                    quarantined.append(Quarantined(row.number, row.key, row.clip, error.reason, str(error)))
-                progress.update()
+            for first in range(0, len(unit.tasks), config.pipeline.encode_batch):
+                tasks = unit.tasks[first : first + config.pipeline.encode_batch]
+                for task, made in zip(tasks, maker.make(tasks), strict=True):
+                    if isinstance(made, ClipError):
+                        row = task.row
+                        quarantined.append(Quarantined(row.number, row.key, row.clip, made.reason, str(made)))
+                    else:
+                        writer.write(made)
+                        digests[task.row.key] = task.digest
+                progress.update(len(tasks))
             units.write_record(groups, unit, digests, sorted(quarantined, key=lambda row: row.row))
     progress.close()
 
 
 class GroupMaker:
-    """Makes one group after another on one device. Weights are loaded once, when first needed."""
+    """Makes groups, some at a time, on one device. Weights are loaded once, when first needed."""
 
     def __init__(self, config: Config, device: torch.device, retired: Mapping[str, tuple[GroupSet, int]]):
         self.config, self.device, self.retired = config, device, retired
+        self.reader = FrameReader(config.video, device)
 
     @cached_property
     def backbone(self) -> Backbone:
-        return load_backbone(self.config.backbone, self.device, parts=("text", "vae", "transformer"))
+        parts = ("text", "vae", "transformer") if self.config.pipeline.num_losers else ("text", "vae")
+        return load_backbone(self.config.backbone, self.device, parts=parts)
 
     @cached_property
     def negative(self) -> Conditioning:
         return self.backbone.condition([self.config.sampler.negative_prompt])
 
-    def make(self, task: Task) -> Group:
-        """The group of a task: a retired group of the same digest with today's scores, or a new one.
+    def make(self, tasks: Sequence[Task]) -> list[Group | ClipError]:
+        """For each task its group: a retired group of the same digest with today's scores, or a new one.
 
-        Raises ClipError where the clip cannot be used.
+        Where a clip cannot be used there is the reason instead.
         """
-        config, row = self.config, task.row
-        seeds = [loser_seed(config.seed, row.key, loser) for loser in range(config.pipeline.num_losers)]
-        group = self._retired(task) or self._generate(row, seeds)
-        paths = _loser_paths(config, row.key)
-        if config.pipeline.save_losers and not all(path.exists() for path in paths):
-            save_losers(self.backbone, group.losers, paths, config.video.fps)
-        return replace(
-            group,
-            action=row.action,
-            physics_richness=row.physics_richness,
-            source=f"{row.clip} at {row.start:g} s",
-            losers_info=[Loser(seed, *scores) for seed, scores in zip(seeds, task.scores, strict=True)],
-        )
+        made: list[Group | ClipError | None] = [self._retired(task) for task in tasks]
+        frames: dict[int, Tensor] = {}  # by place in `tasks`
+        for place, task in enumerate(tasks):
+            if made[place] is None:
+                try:
+                    frames[place] = self.reader.read(task.row)
+                except ClipError as error:
+                    made[place] = error
+        if frames:
+            rows = [tasks[place].row for place in frames]
+            for place, group in zip(frames, self._generate(rows, torch.stack(list(frames.values()))), strict=True):
+                made[place] = group
+        return [
+            group if isinstance(group, ClipError) else self._complete(group, task)
+            for group, task in zip(made, tasks, strict=True)
+        ]
 
     def _retired(self, task: Task) -> Group | None:
         if task.digest not in self.retired:
@@ -254,35 +282,57 @@ class GroupMaker:
             print(f"warning: group {task.row.key} is generated anew: {error}")
             return None
 
-    def _generate(self, row: Row, seeds: list[int]) -> Group:
-        config = self.config
-        frames = read_clip(row.path, config.video, start=row.start)
-        for path in _loser_paths(config, row.key):  # of other settings
-            path.unlink(missing_ok=True)
-        winner, conditioning = encode_clip(self.backbone, frames, row.prompt)
-        losers = generate_losers(
-            self.backbone,
-            conditioning,
-            self.negative,
-            seeds,
-            config.video,
-            config.sampler,
-            batch_size=config.pipeline.batch_size,
-        )
-        image = conditioning.image
-        return Group(
-            key=row.key,
-            prompt=row.prompt,
+    def _seeds(self, row: Row) -> list[int]:
+        return [loser_seed(self.config.seed, row.key, loser) for loser in range(self.config.pipeline.num_losers)]
+
+    def _complete(self, group: Group, task: Task) -> Group:
+        """The group with what its tensors do not depend on; its losers are saved if they are asked for."""
+        config, row = self.config, task.row
+        paths = _loser_paths(config, row.key)
+        if config.pipeline.save_losers and not all(path.exists() for path in paths):
+            save_losers(self.backbone, group.losers, paths, config.video.fps)
+        scored = zip(self._seeds(row), task.scores, strict=True)
+        return replace(
+            group,
             action=row.action,
             physics_richness=row.physics_richness,
-            source="",
-            losers_info=[],
-            fingerprint=self.backbone.fingerprint,
-            winner=winner[0].to(torch.bfloat16).cpu(),
-            losers=losers,
-            text=unpad(conditioning.text[0]).to(torch.bfloat16).cpu(),
-            condition=None if image is None else image[0].to(torch.bfloat16).cpu(),
+            source=f"{row.clip} at {row.start:g} s",
+            losers_info=[Loser(seed, *scores) for seed, scores in scored],
         )
+
+    def _generate(self, rows: Sequence[Row], frames: Tensor) -> Iterator[Group]:
+        """New groups of rows with frames (B, T, H, W, 3); the clips are encoded together."""
+        config = self.config
+        winners, conditioning = encode_clips(self.backbone, frames, [row.prompt for row in rows])
+        stored = conditioning.to("cpu", torch.bfloat16)
+        stored_winners = winners.to(torch.bfloat16).cpu()
+        for number, row in enumerate(rows):
+            for path in _loser_paths(config, row.key):  # of other settings
+                path.unlink(missing_ok=True)
+            winner, losers = stored_winners[number], stored_winners[:0]
+            if config.pipeline.num_losers:
+                losers = generate_losers(
+                    self.backbone,
+                    conditioning[number : number + 1],
+                    self.negative,
+                    self._seeds(row),
+                    config.video,
+                    config.sampler,
+                    batch_size=config.pipeline.batch_size,
+                )
+            yield Group(
+                key=row.key,
+                prompt=row.prompt,
+                action=row.action,
+                physics_richness=row.physics_richness,
+                source="",
+                losers_info=[],
+                fingerprint=self.backbone.fingerprint,
+                winner=winner,
+                losers=losers,
+                text=unpad(stored.text[number]),
+                condition=None if stored.image is None else stored.image[number],
+            )
 
 
 def _conclude(config: Config, work: Work, started: float) -> None:

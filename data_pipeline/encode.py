@@ -1,4 +1,6 @@
-"""From pixels and a prompt to what the network sees: the winner's latents and the conditioning."""
+"""From pixels and prompts to what the network sees: the winners' latents and the conditioning."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,14 +10,21 @@ from train.clips import from_pixels
 
 
 @torch.no_grad()
-def encode_clip(backbone: Backbone, frames: Tensor, prompt: str) -> tuple[Tensor, Conditioning]:
-    """frames (T, H, W, 3) uint8 -> (winner latents (1, C, F, H, W) float32, conditioning of one clip).
+def encode_clips(backbone: Backbone, frames: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Conditioning]:
+    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips), in one pass each.
 
-    The conditioning carries the first frame's image latents in the families that take one.
+    The conditioning carries the first frames' image latents in the families that take one.
     """
-    video = from_pixels(frames)[None].to(backbone.device)  # (1, 3, T, H, W)
+    video = from_pixels(frames.to(backbone.device))  # (B, 3, T, H, W)
     image = backbone.encode_first_frame(video[:, :, 0], num_frames=video.shape[2])
-    return backbone.encode_video(video), Conditioning(backbone.encode_text([prompt]), image)
+    return _encode_together(backbone, video), Conditioning(backbone.encode_text(list(prompts)), image)
+
+
+def _encode_together(backbone: Backbone, video: Tensor) -> Tensor:
+    """As `Backbone.encode_video`, which spares memory by taking one clip after another; small clips need not wait."""
+    vae, mean, std = backbone._vae()
+    backbone.latent_shape(video.shape[3], video.shape[4], video.shape[2])
+    return (vae.encode(video).latent_dist.mode() - mean) / std
 
 
 def unpad(text: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ losers of the row); in JSONL also `scores` ([[semantic, physical], ...], one pai
 
 A bad column stops everything before any work, with a ValueError. A bad row stops nothing: it comes out as a
 `Quarantined`, at its place, with its reason.
+
+Instead of a file there can be `sandbox:<scene>:<count>`, or `sandbox:<scene>:<count>:heldout`: clips that are simulated
+when they are needed, see eval/sandbox/splits.py.
 """
 
 import csv
@@ -19,6 +22,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.sandbox.clips import SCENES, Clips
+from eval.sandbox.splits import Simulated, list_clips, simulate_block
+from train.clips import VideoConfig, read_clip
 
 REQUIRED = ("clip", "prompt")
 OPTIONAL = ("key", "start", "action", "physics_richness", "semantic", "physical", "scores")
@@ -37,6 +47,7 @@ class Row:
     action: str
     physics_richness: float | None
     scores: tuple[tuple[float, float], ...]  # (semantic, physical): one a loser, one for all, or none
+    simulated: Simulated | None = None  # where the clip comes from if it is no file
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,65 @@ class Manifest:
     unused_columns: list[str]
 
 
+class FrameReader:
+    """The frames of rows, from files or from the simulator; the last simulated block is kept, for rows follow it.
+
+    device: where simulated clips are drawn.
+    """
+
+    def __init__(self, video: VideoConfig, device: torch.device | str):
+        self.video, self.device = video, device
+        self._block: tuple[object, Clips | None] = (None, None)
+
+    def read(self, row: Row) -> Tensor:
+        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used."""
+        place = row.simulated
+        if place is None:
+            return read_clip(row.path, self.video, start=row.start)
+        name = (place.scene, place.split, place.seed, place.block)
+        if self._block[0] != name:
+            self._block = name, simulate_block(*name, self.video, device=self.device)
+        return self._block[1].frames[place.index]
+
+
 class _BadRow(Exception):
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
+
+
+def is_simulated(manifest: str) -> bool:
+    return manifest.startswith("sandbox:")
+
+
+def simulated_manifest(manifest: str, video: VideoConfig, *, seed: int) -> Manifest:
+    """The rows of `sandbox:<scene>:<count>[:<split>]`: keys like projectile-000123, the action is the scene.
+
+    Raises ValueError for another form, an unknown scene or split, and a video in which the scenes do not fit.
+    """
+    _, scene, count, split = (*manifest.split(":"), "train")[:4] if manifest.count(":") >= 2 else ("",) * 4
+    if scene not in ("mixed", *SCENES) or not count.isdecimal() or int(count) < 1 or manifest.count(":") > 3:
+        raise ValueError(
+            f"pipeline.manifest={manifest}: use sandbox:<scene>:<count> or sandbox:<scene>:<count>:heldout with a "
+            f"scene out of mixed, {', '.join(SCENES)}"
+        )
+    rows: list[Row | Quarantined] = []
+    for number, clip in enumerate(list_clips(scene, split, seed, int(count), video)):
+        name = f"sandbox:{scene}:{split}:{clip.block}:{clip.index}"
+        row = Row(
+            number=number + 1,
+            key=f"{clip.shown}-{number:06d}",
+            clip=name,
+            path=Path(name),
+            prompt=clip.prompt,
+            start=0.0,
+            action=clip.shown,
+            physics_richness=None,
+            scores=(),
+            simulated=clip,
+        )
+        rows.append(row)
+    return Manifest(Path(manifest), rows, [])
 
 
 def read_manifest(path: str | Path, *, num_losers: int) -> Manifest:

@@ -36,6 +36,7 @@ SECTIONS = {
     "validation": "fixed-seed clips during training",
     "pipeline": "from raw clips to preference groups",
     "generate": "from prompts to clips and comparisons",
+    "run": "what eval.run generates and scores",
     "benchmark": "what train.benchmark measures",
 }
 

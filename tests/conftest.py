@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 import recipes
 from tests.synthetic_groups import write_synthetic_groups
 from tests.train.two_process_worker import train
-from train import checkpoint, gdpo
+from train import gdpo
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
-from train.lora_switch import LoraSwitch
+
+# The networks here are tiny: more threads only wait for each other. Also of the processes that tests start.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 LATENT_SHAPE = (16, 5, 8, 8)  # (C, F, H, W) of the tiny recipe: 64x64 pixels, 17 frames
 TEXT_SHAPE = (12, 64)  # (L', D)
@@ -26,7 +29,7 @@ CLOCK = {"seconds", "tokens_per_second", "tflops_per_device", "memory_gib", "eta
 
 @dataclass
 class Tiny:
-    """The tiny recipe on a pipeline `model` and a folder of `groups`: two groups a step, no clips, no loader processes."""
+    """The tiny recipe on a pipeline `model` and a folder of `groups`: two groups a step, no clips, no loaders."""
 
     model: Path
     groups: Path
@@ -58,7 +61,7 @@ class Tiny:
         return folder / "train" / "checkpoints"
 
     def process(self, folder: Path, *more: str, entry: ModuleType = gdpo) -> multiprocessing.Process:
-        """A process of its own that trains, already started. A fork server that has imported the trainer spares the seconds of imports."""
+        """A process of its own that trains, already started; a fork server spares it the seconds of imports."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train.gdpo", "train.sft"])
         process = context.Process(target=train, args=(entry.__name__, self.arguments(folder, *more)))
@@ -71,8 +74,8 @@ class Tiny:
         return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
 
     def weights(self, path: Path) -> dict[str, torch.Tensor]:
-        """Adapters and optimizer moments of checkpoint folder `path`."""
-        return load_file(path / LoraSwitch.file) | load_file(path / checkpoint.OPTIMIZER_FILE)
+        """What trains and the optimizer's moments, out of checkpoint folder `path`."""
+        return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,8 @@ def save(
             f" {free / 2**20:.1f} MiB free. Free space or point `output` elsewhere, then start again:"
             f" it resumes from the last whole checkpoint ({(latest(folder) or Path('none')).name})."
         ) from error
-    for old in _steps(folder)[:-keep]:
+    upto = [path for path in _steps(folder) if path <= final]  # a later one is damaged: the run went back behind it
+    for old in upto[:-keep]:
         shutil.rmtree(old)
     return final
 

@@ -1,8 +1,9 @@
 """Preference groups on disk and in training: the shard contract between `data_pipeline` and `train`.
 
 A group is one real (winning) clip, the losing clips that the model generated for the same prompt, and what training
-needs to know of them. Groups for supervised training have no losers. On disk it is one webdataset sample of two tar members, `<key>.json` (prompt, judge scores,
-origin) and `<key>.safetensors` (latents, text embedding, optional physics targets); nothing is pickled. A folder holds
+needs to know of them. Groups for supervised training have no losers. On disk it is one webdataset sample of two tar
+members, `<key>.json` (prompt, judge scores, origin) and `<key>.safetensors` (latents, text embedding, optional physics
+targets); nothing is pickled. A folder holds
 
     <shard>.tar     the samples, byte-equal for equal groups; `webdataset.WebDataset` reads it
     <shard>.json    its marker, written after the tar: sizes, offsets and checksums. A shard with a marker is done
@@ -323,9 +324,9 @@ def verify(folder: str | Path) -> list[str]:
 def assignment(position: int, num_losers: Sequence[int], seed: int) -> tuple[int, int]:
     """(group index, loser index) that the global sample `position` trains on. A pure function.
 
-    num_losers: M of every group; where it is 0 the loser index is -1. Epoch e = position // N visits the N groups in an order of its own, and gives
-    group g the loser at place e % M_g of a permutation drawn anew every M_g epochs (a cycle): g meets every loser once
-    a cycle.
+    num_losers: M of every group; where it is 0 the loser index is -1. Epoch e = position // N visits the N groups in an
+    order of its own, and gives group g the loser at place e % M_g of a permutation drawn anew every M_g epochs (a
+    cycle): g meets every loser once a cycle.
     """
     epoch, place = divmod(position, len(num_losers))
     group = int(_epoch_order(len(num_losers), seed, epoch)[place])

@@ -91,8 +91,7 @@ def fit(
     accelerator = parallel.build_accelerator(log_with=trackers or None, project_dir=str(folder))
     device = accelerator.device
     accumulation = accumulation_steps(config, accelerator.num_processes)
-    if accelerator.is_main_process:
-        recipes.save(config, folder / "recipe.yaml")
+    check_intervals(config)
 
     validation = Validation(config, accelerator, folder / "validation")
     parts = ("transformer", "vae") if validation.enabled else ("expert",)
@@ -101,6 +100,10 @@ def fit(
     check_groups(config, groups)
     policy = Policy(backbone, (attach or attach_lora)(config, backbone.transformer))
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
+    if engines[0] is not None and isinstance(policy.switch, FullParameters):
+        raise ValueError(
+            "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
+        )
     whole = "sharded over the ranks" if engines[0] else "whole on every rank"
     accelerator.print(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
@@ -128,6 +131,8 @@ def fit(
         start = loaded["step"]
         accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
 
+    if accelerator.is_main_process:  # not before: a refused run leaves the folder as it was
+        recipes.save(config, folder / "recipe.yaml")
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = iter(build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world))
     tracker = Tracker(
@@ -224,6 +229,18 @@ def fit(
 def attach_lora(config: Any, network: nn.Module) -> LoraSwitch:
     """The default of `fit`: the recipe's adapters on the network."""
     return LoraSwitch(network, config.lora, seed=config.seed)
+
+
+def check_intervals(config: Any) -> None:
+    """ValueError for a count of steps or checkpoints below 1."""
+    intervals = {
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "train.keep_checkpoints": config.train.keep_checkpoints,
+        "validation.every": config.validation.every,
+    }
+    for key, value in intervals.items():
+        if value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1 (validation.prompts=[] makes no clips)")
 
 
 def accumulation_steps(config: Any, world: int) -> int:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from train.backbones.architecture import wan_architecture
-from train.backbones.tiny import build_tokenizer
+from train.backbones.tokenizer import build_tokenizer
 
 TEXT_WIDTH = 128
 # Words that a head of the text encoder looks at, relative to its own; None: all that are 8 or more words away.
@@ -66,9 +66,7 @@ def write_pipeline(
 
 def new_transformer(latent_channels: int, *, seed: int) -> WanTransformer3DModel:
     """A DiT of 7M parameters to train from scratch, initialised as Wan does: Xavier matrices, a head of zeros."""
-    architecture = wan_architecture(
-        heads=4, head_dim=64, ffn=896, layers=6, z_dim=latent_channels, text_dim=TEXT_WIDTH
-    )
+    architecture = wan_architecture(heads=4, head_dim=64, ffn=896, layers=6, z_dim=latent_channels, text_dim=TEXT_WIDTH)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
         model = WanTransformer3DModel(**architecture["transformer"])

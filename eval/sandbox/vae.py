@@ -2,23 +2,32 @@
 
     python -m eval.sandbox.vae --folder runs/sandbox/vae --steps 3000 --batch 64 --seed 0 --device cuda
 
-    loss = |x' - x| + |grad x' - grad x| + KL_WEIGHT KL       both distances L1, weighted towards what moves
+    loss = |x' - x| + SQUARE_WEIGHT |x' - x|^2 + w KL       both distances weighted towards what moves
 
 A plain backdrop fills most of a clip, so the pixels of objects and rods, and a border around them, weigh OBJECT_WEIGHT
-times the others. Writes the VAE as a diffusers component in float16, its latents' statistics over held-out clips in the
-config, training.json (settings and figures) and reconstructions.png (true and decoded clips, row by row).
+times the others. w rises from 0 to KL_WEIGHT once objects are drawn: from the start it would win, and the latents say
+nothing. diffusers walks through a clip in chunks of four frames; `encode_whole` and `decode_whole` give the
+same in one pass, which is several times faster where clips are small.
+
+Writes the VAE as a diffusers component in float16, its latents' statistics over held-out clips in the config,
+training.json (settings and figures) and reconstructions.png (true and decoded clips, row by row).
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,13 +37,18 @@ from train.clips import contact_sheet, from_pixels, to_pixels
 
 OBJECT_WEIGHT = 10.0  # of an object's pixel; the others weigh 1
 BORDER = 2  # pixels around an object that weigh as much as it does
-KL_WEIGHT = 3e-4  # on the mean over latent values; the distances are means over pixel values in [-1, 1]
+SQUARE_WEIGHT = 5.0  # L1 alone is slow to draw a first object, squares alone are blurred
+KL_WEIGHT = 1e-4  # on the mean over latent values; the distances are means over pixel values in [-1, 1]
+KL_BEGIN, KL_FULL = 0.2, 0.6  # shares of the steps between which the weight rises
+FIRST_LOG_VARIANCE = -6.0  # of the posterior
 WARMUP = 100  # steps
+TIMING = 50  # steps, after which a time limit is turned into a number of steps
 GRADIENT_NORM = 1.0  # gradients are clipped to it
 HELD_OUT = 512  # clips for the statistics and figures, at most as many as train
 LATENT_CHANNELS = 8
 ARCHITECTURE: dict[str, Any] = {
     # 2x2 pixels are folded into channels, then two halvings of both space and time.
+    "is_residual": True,  # shortcuts past the resampling layers, as in Wan2.2: learns far faster
     "patch_size": 2,
     "in_channels": 12,
     "out_channels": 12,
@@ -55,13 +69,17 @@ class Settings:
     steps: int = 3000
     batch: int = 64  # clips a step
     pool: int = 6000  # simulated clips, made before the first step
-    learning_rate: float = 1e-3  # peak; linear warm-up, then cosine to 0
+    learning_rate: float = 1.5e-3  # peak; linear warm-up, then cosine to 0
     seed: int = 0
+    limit: float = math.inf  # seconds: where the steps would take longer, there are fewer
 
 
-def train_vae(settings: Settings, device: torch.device | str) -> AutoencoderKLWan:
-    """A VAE trained by `settings`, in float32 and eval mode. The same seed and device give the same weights, up to the
-    order in which a GPU adds. Raises ValueError for numbers below 1."""
+def train_vae(settings: Settings, device: torch.device | str) -> tuple[AutoencoderKLWan, int]:
+    """A VAE trained by `settings`, in float32 and eval mode, and its number of steps.
+
+    The same seed, steps and device give the same weights, up to the order in which a GPU adds. Raises ValueError for
+    numbers below 1.
+    """
     for name in ("steps", "batch", "pool"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}: use 1 or more")
@@ -69,33 +87,85 @@ def train_vae(settings: Settings, device: torch.device | str) -> AutoencoderKLWa
     generator = torch.Generator().manual_seed(settings.seed)
     clips = simulate("mixed", settings.pool, generator, device=device)
     print(f"{settings.pool} clips simulated in {time.monotonic() - started:.1f} s", flush=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(settings.seed)
-        vae = AutoencoderKLWan(**ARCHITECTURE).to(device).train()
+    vae = new_vae(settings.seed).to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     draws = torch.Generator(device).manual_seed(settings.seed)  # on the device: no step waits for a copy
 
-    started = time.monotonic()
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        for step in range(settings.steps):
+    started, step, steps = time.monotonic(), 0, settings.steps
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True), whole_clips(vae):
+        while step < steps:
             chosen = torch.randint(settings.pool, (settings.batch,), generator=draws, device=device)
             frames = from_pixels(clips.frames[chosen])  # (B, 3, T, H, W)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                posterior = vae.encode(frames).latent_dist
+                posterior = encode_whole(vae, frames)
                 noise = torch.randn(posterior.mean.shape, generator=draws, device=device)
-                decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-            loss = vae_loss(decoded.float(), frames, pixel_weights(clips.layers[chosen]), posterior)
+                decoded = decode_whole(vae, posterior.mean + posterior.std * noise)
+            kl_weight = KL_WEIGHT * min(1.0, max(0.0, (step / steps - KL_BEGIN) / (KL_FULL - KL_BEGIN)))
+            weights = pixel_weights(clips.layers[chosen])
+            loss = vae_loss(decoded.float(), frames, weights, posterior, kl_weight=kl_weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), GRADIENT_NORM)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _rate(step, steps)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
-            if step + 1 in (20, settings.steps) or (step + 1) % 200 == 0:
-                seconds = time.monotonic() - started
-                left = seconds / (step + 1) * (settings.steps - step - 1)
-                print(f"step {step + 1}: loss {loss.item():.4f}, {seconds:.0f} s, {left:.0f} s left", flush=True)
-    return vae.eval().requires_grad_(False)
+            step += 1
+            if step in (TIMING // 2, TIMING, steps) or step % 200 == 0:
+                shown, seconds = loss.item(), time.monotonic() - started  # in this order: the loss waits for the GPU
+                if step == TIMING // 2:
+                    warm = seconds  # the first steps also choose algorithms
+                if step == TIMING and settings.limit < math.inf:
+                    fitting = step + int((settings.limit - seconds) / (seconds - warm) * (step - TIMING // 2))
+                    steps = min(steps, max(step, fitting))
+                left = seconds / step * (steps - step)
+                print(f"step {step} of {steps}: loss {shown:.4f}, {seconds:.0f} s, {left:.0f} s left", flush=True)
+    return vae.eval().requires_grad_(False), steps
+
+
+def new_vae(seed: int) -> AutoencoderKLWan:
+    """An untrained VAE, whose first latents are not drowned in noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+        vae = AutoencoderKLWan(**ARCHITECTURE)
+    with torch.no_grad():
+        vae.quant_conv.bias[LATENT_CHANNELS:] = FIRST_LOG_VARIANCE
+    return vae
+
+
+@contextmanager
+def whole_clips(vae: AutoencoderKLWan) -> Iterator[None]:
+    """Inside, the VAE's resampling layers take a whole clip at once, as `encode_whole` and `decode_whole` need it."""
+    layers = [module for module in vae.modules() if isinstance(module, WanResample)]
+    for layer in layers:
+        layer.forward = partial(_resample_whole, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _resample_whole(layer: WanResample, hidden: Tensor, **_: Any) -> Tensor:
+    """hidden (B, C, T, H, W). The first frame stands alone; those after it come in pairs, made from or into one."""
+    if layer.mode == "upsample3d" and hidden.shape[2] > 1:
+        pairs = layer.time_conv(hidden[:, :, 1:]).unflatten(1, (2, -1))  # (B, 2, C, T-1, H, W)
+        hidden = torch.cat([hidden[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
+    frames = hidden.shape[2]
+    hidden = layer.resample(hidden.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2)
+    if layer.mode == "downsample3d" and frames > 1:
+        hidden = torch.cat([hidden[:, :, :1], layer.time_conv(hidden)], dim=2)
+    return hidden
+
+
+def encode_whole(vae: AutoencoderKLWan, frames: Tensor) -> DiagonalGaussianDistribution:
+    """`vae.encode(frames).latent_dist` inside `whole_clips`; frames (B, 3, T, H, W) in [-1, 1]."""
+    hidden = vae.encoder(patchify(frames, vae.config.patch_size))
+    return DiagonalGaussianDistribution(vae.quant_conv(hidden))
+
+
+def decode_whole(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """`vae.decode(latents).sample` inside `whole_clips`, but not clamped, which would hide errors beyond the range."""
+    return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), vae.config.patch_size)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -112,16 +182,15 @@ def pixel_weights(layers: Tensor) -> Tensor:
     return (1 + (OBJECT_WEIGHT - 1) * near)[:, None]
 
 
-def vae_loss(decoded: Tensor, frames: Tensor, weights: Tensor, posterior: Any) -> Tensor:
-    """decoded and frames (B, 3, T, H, W), weights (B, 1, T, H, W), diffusers' diagonal Gaussian -> loss ()."""
+def vae_loss(
+    decoded: Tensor, frames: Tensor, weights: Tensor, posterior: DiagonalGaussianDistribution, *, kl_weight: float
+) -> Tensor:
+    """decoded and frames (B, 3, T, H, W), weights (B, 1, T, H, W), the latents' posterior -> loss ()."""
     difference = decoded - frames
-    distance = _weighted_mean(difference.abs(), weights)
-    for axis in (3, 4):
-        inner = weights.narrow(axis, 1, weights.shape[axis] - 1)
-        distance = distance + 0.5 * _weighted_mean(difference.diff(dim=axis).abs(), inner)
+    distance = _weighted_mean(difference.abs(), weights) + SQUARE_WEIGHT * _weighted_mean(difference.square(), weights)
     mean, log_variance = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-    return distance + KL_WEIGHT * divergence
+    return distance + kl_weight * divergence
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -166,7 +235,7 @@ def measure(vae: AutoencoderKLWan, clips: Clips, *, batch: int = 32) -> tuple[di
 def write_vae(folder: Path, settings: Settings, device: torch.device | str) -> dict[str, Any]:
     """Train, measure what float16 keeps, write the folder; returns the figures."""
     started = time.monotonic()
-    vae = train_vae(settings, device)
+    vae, steps = train_vae(settings, device)
     vae = vae.half().float()  # the figures are of what the file holds
     generator = torch.Generator().manual_seed(settings.seed + 1)
     held_out = simulate("mixed", min(HELD_OUT, settings.pool), generator, device=device)
@@ -174,7 +243,8 @@ def write_vae(folder: Path, settings: Settings, device: torch.device | str) -> d
     vae.register_to_config(latents_mean=figures["latents_mean"], latents_std=figures["latents_std"])
     vae.half().save_pretrained(folder)
     figures = figures | {"seconds": time.monotonic() - started, "parameters": sum(p.numel() for p in vae.parameters())}
-    report = {"settings": vars(settings), "device": torch.device(device).type, **figures}
+    named = {name: value for name, value in vars(settings).items() if name != "limit"} | {"steps": steps}
+    report = {"settings": named, "device": torch.device(device).type, **figures}
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     rows = []
     for number in range(min(5, len(held_out))):
@@ -191,14 +261,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=Settings.pool, help="simulated clips to draw from")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--limit", type=float, default=Settings.limit, help="seconds of training; fewer steps if needed"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed)
+    settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed, options.limit)
     figures = write_vae(options.folder, settings, options.device)
     print(
         f"{options.folder}: {figures['parameters'] / 1e6:.2f}M parameters, PSNR {figures['psnr']:.1f} dB over all "
-        f"pixels and {figures['psnr_objects']:.1f} dB over objects, posterior std {figures['posterior_std']:.2f} of the "
-        f"latents', {figures['seconds']:.0f} s"
+        f"pixels and {figures['psnr_objects']:.1f} dB over objects, posterior std {figures['posterior_std']:.2f} of "
+        f"the latents', {figures['seconds']:.0f} s"
     )
 
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from data_pipeline import build
+from data_pipeline.encode import unpad
 from data_pipeline.generate import loser_seed
+from eval.sandbox.splits import list_clips, simulate_block
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
@@ -251,8 +253,8 @@ def test_moved_rows_and_other_units_generate_nothing_again(copied, model, clips,
 
 def test_changed_inputs_rebuild_only_the_groups_they_touch(copied, model, clips, monkeypatch, capsys):
     old, keys = by_key(copied / "out"), []
-    real = build.encode_clip
-    monkeypatch.setattr(build, "encode_clip", lambda *args: keys.append(args[2]) or real(*args))
+    real = build.encode_clips
+    monkeypatch.setattr(build, "encode_clips", lambda *args: keys.extend(args[2]) or real(*args))
     rows = good_rows(blue={"prompt": "a blue cube falls"}, grey={"clip": "none"})
     build.main(arguments(model, write_manifest(copied / "clips.csv", clips, rows), copied / "out"))
     assert keys == ["a blue cube falls"]
@@ -318,6 +320,64 @@ def test_image_families_keep_the_first_frames_latents(family, clips, tmp_path, c
     assert f"bytes a group       {stored} and" in planned
 
 
+def simulated(model: Path, output: Path, *more: str) -> list[str]:
+    small = ("video.height=32", "video.width=32", "video.num_frames=9", "video.fps=4")
+    settings = (*small, "pipeline.unit_size=4", "pipeline.encode_batch=3", *more)
+    return arguments(model, Path("sandbox:mixed:6"), output, *settings)
+
+
+def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypatch):
+    asked = []
+    real = build.load_backbone
+    monkeypatch.setattr(build, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
+    build.main(simulated(model, tmp_path / "out", "pipeline.num_losers=0"))
+    assert set(asked) == {(), ("text", "vae")}  # no transformer
+    groups = by_key(tmp_path / "out")
+    assert verify(tmp_path / "out" / "groups") == []
+    assert len(groups) == 6 and {key[-6:] for key in groups} == {f"{number:06d}" for number in range(6)}
+    config = BackboneConfig(path=str(model), dtype="float32", text_length=32)
+    backbone = load_backbone(config, "cpu")
+    video = VideoConfig(32, 32, 9, 4.0)
+    for clip, (key, group) in zip(list_clips("mixed", "train", 0, 6, video), groups.items(), strict=True):
+        assert key.startswith(clip.shown) and group.action == clip.shown and group.prompt == clip.prompt
+        assert group.losers.shape == (0, 16, 3, 4, 4) and group.losers_info == []
+        frames = simulate_block("mixed", "train", 0, clip.block, video).frames[clip.index]
+        latents = backbone.encode_video(from_pixels(frames)[None])[0]
+        torch.testing.assert_close(group.winner.float(), latents, atol=0.02, rtol=0.01)  # stored in bfloat16
+        torch.testing.assert_close(group.text, unpad(backbone.encode_text([clip.prompt])[0]).bfloat16())
+
+    # More clips: the old ones stay, and what is built is not built again. Another seed gives other clips.
+    before = shards(tmp_path / "out")
+    more = simulated(model, tmp_path / "out", "pipeline.num_losers=0", "pipeline.manifest=sandbox:mixed:8")
+    build.main(more)
+    after = shards(tmp_path / "out")
+    assert after["unit-00000.tar"] == before["unit-00000.tar"]
+    grown = by_key(tmp_path / "out")
+    assert len(grown) == 8 and all(torch.equal(grown[key].winner, groups[key].winner) for key in groups)
+    build.main(simulated(model, tmp_path / "other", "pipeline.num_losers=0", "seed=1"))
+    other = by_key(tmp_path / "other")
+    assert all(key not in other or not torch.equal(other[key].winner, groups[key].winner) for key in groups)
+
+
+def test_simulated_clips_with_losers_and_in_one_batch_or_several(model, tmp_path):
+    build.main(simulated(model, tmp_path / "three"))
+    build.main(simulated(model, tmp_path / "one", "pipeline.encode_batch=1"))
+    three, one = by_key(tmp_path / "three"), by_key(tmp_path / "one")
+    assert list(three) == list(one)
+    for key in three:
+        assert three[key].losers.shape == (2, 16, 3, 4, 4)
+        torch.testing.assert_close(three[key].winner, one[key].winner, atol=0.02, rtol=0.02)
+        assert three[key].losers_info == one[key].losers_info
+
+
+def test_a_bad_clip_spoils_no_other_of_its_batch(model, clips, tmp_path):
+    rows = [{"clip": "red", "key": "a"}, {"clip": "cut", "key": "b"}, {"clip": "green", "key": "c"}]
+    manifest = write_manifest(tmp_path / "clips.csv", clips, rows)
+    build.main(arguments(model, manifest, tmp_path / "out", "pipeline.encode_batch=4", "pipeline.unit_size=4"))
+    assert list(by_key(tmp_path / "out")) == ["a", "c"]
+    assert [(row["key"], row["reason"]) for row in quarantine(tmp_path / "out")] == [("b", "truncated")]
+
+
 def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path):
     manifest = write_manifest(tmp_path / "clips.csv", clips, [{"clip": "none"}, {"clip": "text"}])
     with pytest.raises(ValueError, match="no row of .* is usable: .*'missing': 1.*quarantine.jsonl"):
@@ -330,7 +390,12 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
     [
         ("video.height=60", "height=60 is no multiple of 16.*64"),
         ("video.num_frames=10", "num_frames=10"),
-        ("pipeline.num_losers=0", "pipeline.num_losers=0: use 1 or more"),
+        ("pipeline.num_losers=-1", "pipeline.num_losers=-1: use 0 or more"),
+        ("pipeline.encode_batch=0", "pipeline.encode_batch=0: use 1 or more"),
+        ("pipeline.manifest=sandbox:mixed", "sandbox:<scene>:<count>.*projectile"),
+        ("pipeline.manifest=sandbox:mixed:0", "sandbox:<scene>:<count>"),
+        ("pipeline.manifest=sandbox:fountain:4", "scene out of mixed, projectile"),
+        ("pipeline.manifest=sandbox:mixed:4:test", "split 'test' is unknown"),
         ("pipeline.manifest=''", "pipeline.manifest is empty"),
         ("pipeline.manifest=none.csv", "pipeline.manifest=none.csv: no such file"),
         ("pipeline.scores=none.csv", "pipeline.scores=none.csv: no such file"),

@@ -15,7 +15,8 @@ from train.backbones import ARCHITECTURES, BACKBONES, find_architecture, load_ba
 from train.backbones.architecture import parameter_count
 from train.backbones.base import BackboneConfig
 from train.backbones.loading import random_transformer
-from train.backbones.tiny import WORDS, write_tiny_pipeline
+from train.backbones.tiny import write_tiny_pipeline
+from train.backbones.tokenizer import WORDS
 
 
 @pytest.fixture(scope="module")

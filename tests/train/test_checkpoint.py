@@ -1,4 +1,4 @@
-"""`train/checkpoint.py`: whole or not at all, whatever happens to the process or the disk; and what it refuses to load."""
+"""`train/checkpoint.py`: whole or not at all, whatever happens to process or disk; and what it refuses to load."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from train.lora_switch import LoraConfig, LoraSwitch
 from train.optimizer import OptimConfig, build_optimizer
 
 BACKBONE = "wan21-0123456789ab"
-FILES = {checkpoint.LORA_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE}
+FILES = {LoraSwitch.file, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE}
 
 
 class Attention(nn.Module):
@@ -43,7 +43,7 @@ class Run:
         self.network, self.folder, self.keep = network, Path(folder), keep
         self.switch = LoraSwitch(network, LoraConfig(rank=rank, alpha=alpha, targets=[target]))
         self.optimizer = build_optimizer(OptimConfig(), self.switch.parameters())
-        self.metadata = checkpoint.lora_metadata(self.switch, fingerprint=BACKBONE, expert="transformer")
+        self.metadata = checkpoint.weights_metadata(self.switch, fingerprint=BACKBONE, expert="transformer")
         self.learn(0)
 
     def learn(self, seed):
@@ -79,7 +79,10 @@ def test_what_is_saved_comes_back(tmp_path):
     assert path == tmp_path / "step_00000005" and {file.name for file in path.iterdir()} == FILES
     assert other.load(path)["step"] == 5 and other.load(path)["samples_seen"] == 40
     for one, two in ((run, other), (other, run)):
-        one.learn(2), two.learn(2)  # both go on alike only when weights and both moments and the step count are the same
+        (
+            one.learn(2),
+            two.learn(2),
+        )  # both go on alike only when weights and both moments and the step count are the same
         for name, weight in one.switch.state_dict().items():
             assert torch.equal(weight, two.switch.state_dict()[name])
 
@@ -88,7 +91,7 @@ def test_no_base_weights_and_nothing_pickled(tmp_path):
     run = Run(tmp_path, width=64)
     path = run.save(1)
     adapters = run.switch.num_parameters()
-    assert load_file(path / checkpoint.LORA_FILE).keys() == run.switch.weights.keys()
+    assert load_file(path / LoraSwitch.file).keys() == run.switch.weights.keys()
     moments = load_file(path / checkpoint.OPTIMIZER_FILE)
     assert {name.rsplit(".", 1)[0] for name in moments} == run.switch.weights.keys()
     assert {name.rsplit(".", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
@@ -107,12 +110,19 @@ class Killed(BaseException):
     """Passes every `except Exception`, so nothing is tidied up: the disk looks as after SIGKILL."""
 
 
-CALLS = ((checkpoint, "save_file"), (checkpoint, "_sync"), (os, "rename"), (Path, "write_text"), (Path, "mkdir"), (shutil, "rmtree"))
+CALLS = (
+    (checkpoint, "save_file"),
+    (checkpoint, "_sync"),
+    (os, "rename"),
+    (Path, "write_text"),
+    (Path, "mkdir"),
+    (shutil, "rmtree"),
+)
 
 
 @contextmanager
 def failing(monkeypatch, at, error):
-    """The `at`-th call that changes the disk fails half done: a file is cut, a folder half deleted, anything else not begun."""
+    """The `at`-th call that changes the disk fails half done: a file cut, a folder half deleted, else not begun."""
     count = 0
 
     def wrap(name, original):
@@ -150,7 +160,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, moment):
         finished = True
     except Killed:
         pass
-    assert finished == (moment > 13)  # 12 steps, and the deletion of the oldest
+    assert finished == (moment > 13)  # twelve calls write it, one deletes the oldest
     assert {path: path.read_bytes() for path in kept} == kept
     visible = sorted(tmp_path.glob("step_*"))
     assert all(checkpoint._problem(path) is None for path in visible[1:])  # only the oldest may be half deleted
@@ -162,14 +172,15 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, moment):
     assert other.names() == ["step_00000003", "step_00000004"]
 
 
-@pytest.mark.parametrize("moment", range(1, 13))
+@pytest.mark.parametrize("moment", range(3, 12))  # from the first write to the renaming
 def test_an_error_in_a_save_names_the_path_and_leaves_nothing(tmp_path, monkeypatch, moment):
     run = Run(tmp_path)
     run.save(1)
     error = OSError(errno.EIO, "Input/output error")
-    if moment in (1, 2):  # what was left aside is removed and its folder made; the rmtree is one that ignores errors
-        pytest.skip("before the first write")
-    with failing(monkeypatch, moment, error), pytest.raises(ValueError, match="step_00000002.*resumes from.*step_00000001"):
+    with (
+        failing(monkeypatch, moment, error),
+        pytest.raises(ValueError, match="step_00000002.*resumes from.*step_00000001"),
+    ):
         run.save(2)
     assert run.names() == ["step_00000001"]
     run.load(checkpoint.latest(tmp_path))
@@ -189,7 +200,10 @@ def largest_file(size):
 def test_a_write_that_the_system_refuses(tmp_path):
     run = Run(tmp_path, rank=256, width=256)  # 1 MiB of adapters, 2 MiB of moments
     run.save(1)
-    with largest_file(1_500_000), pytest.raises(ValueError, match=r"step_00000002 could not be written.*File too large.*3\.0 MiB"):
+    with (
+        largest_file(1_500_000),
+        pytest.raises(ValueError, match=r"step_00000002 could not be written.*File too large.*3\.0 MiB"),
+    ):
         run.save(2)
     assert run.names() == ["step_00000001"] and checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
 
@@ -223,7 +237,9 @@ def test_training_on_a_full_disk_stops_and_goes_on_where_there_is_space(tiny, tm
     tiny.train(small_disk, *run)
     tiny.train(tmp_path / "elsewhere", *run)
     assert tiny.metrics(small_disk) == tiny.metrics(tmp_path / "elsewhere")
-    one, other = (tiny.weights(at / "train" / "checkpoints" / "step_00000005") for at in (small_disk, tmp_path / "elsewhere"))
+    one, other = (
+        tiny.weights(at / "train" / "checkpoints" / "step_00000005") for at in (small_disk, tmp_path / "elsewhere")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -240,7 +256,7 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def cut(path):
-    file = path / checkpoint.LORA_FILE
+    file = path / LoraSwitch.file
     os.truncate(file, file.stat().st_size - 1)
 
 
@@ -262,7 +278,7 @@ def spoil_state(path):
         (flip, "optimizer.safetensors is damaged"),
         (spoil_state, "state.json cannot be read"),
         (lambda path: (path / checkpoint.STATE_FILE).unlink(), "state.json cannot be read"),
-        (lambda path: (path / checkpoint.LORA_FILE).unlink(), "lora.safetensors is missing"),
+        (lambda path: (path / LoraSwitch.file).unlink(), "lora.safetensors is missing"),
     ],
 )
 def test_a_damaged_newest_is_passed_over(tmp_path, damage, said):
@@ -271,15 +287,15 @@ def test_a_damaged_newest_is_passed_over(tmp_path, damage, said):
     damage(tmp_path / "step_00000003")
     with pytest.warns(UserWarning, match=f"step_00000003 is passed over: {said}"):
         assert checkpoint.latest(tmp_path).name == "step_00000002"
-    damage(tmp_path / "step_00000002") if damage is not spoil_state else spoil_state(tmp_path / "step_00000002")
+    damage(tmp_path / "step_00000002")
     with pytest.warns(UserWarning):
         assert checkpoint.latest(tmp_path) is None
 
 
 def test_going_back_behind_a_damaged_one_loses_no_new_checkpoint(tmp_path):
-    """Step 9 is damaged, so the run is at 4 again: what it saves then counts as newest, not the ruin."""
+    """Step 9 is damaged, so the run began anew: what it saves then counts as newest, not the ruin."""
     run = Run(tmp_path, keep=1)
-    run.save(4), run.save(9)
+    run.save(9)
     cut(tmp_path / "step_00000009")
     run.save(5)
     with pytest.warns(UserWarning, match="step_00000009"):
@@ -297,7 +313,7 @@ def test_going_back_behind_a_damaged_one_loses_no_new_checkpoint(tmp_path):
         ({"rank": 4}, "has rank 2, the recipe says lora.rank=4.*Set lora.rank=2"),
         ({"alpha": 8.0}, "has alpha 2.0, the recipe says lora.alpha=8.0.*Set lora.alpha=2.0"),
         ({"target": "attn2.to_q"}, "adapters for other layers: 4 of this recipe's are missing.*lora.targets"),
-        ({"width": 32}, r"has shape \(2, 16\), this recipe .* needs \(2, 32\)"),
+        ({"width": 32}, r"has shape \(2, 16\), this recipe needs \(2, 32\)"),
     ],
 )
 def test_adapters_of_another_shape_are_refused(tmp_path, other, said):
@@ -333,6 +349,6 @@ def test_what_is_no_lora_of_ours_is_refused(tmp_path):
 def test_a_lora_is_found_by_file_checkpoint_or_run(tmp_path):
     run = Run(tmp_path / "checkpoints")
     run.save(1)
-    file = run.save(2) / checkpoint.LORA_FILE
+    file = run.save(2) / LoraSwitch.file
     for path in (file, file.parent, tmp_path / "checkpoints", tmp_path, str(tmp_path)):
         assert checkpoint.lora_path(path) == file

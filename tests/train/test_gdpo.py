@@ -1,4 +1,4 @@
-"""`train/gdpo.py`: gradients of a step against autograd over both equations, its memory, its draws, and that it learns."""
+"""`train/gdpo.py`: gradients of a step against autograd over the equations, its memory, its draws, its learning."""
 
 import math
 import weakref
@@ -50,7 +50,7 @@ def first_losers(sample, count):
 
 
 def by_the_equations(config, policy, sample):
-    """Loss of one group by eqs. 6, 9, 10, 12 and 13, errors and losses in float64, all clips in one pass; differentiable."""
+    """Loss of one group by eqs. 6, 9, 10, 12 and 13, in float64 after the network, all clips in one pass."""
     objective, sigmoid = config.objective, lambda x: 1 / (1 + math.exp(-x))
     clean = torch.cat([sample["winner"].unsqueeze(0), sample["losers"]]).float()  # (1+M,C,F,H,W)
     noise, t = sample["noise"], sample["t"]
@@ -75,7 +75,9 @@ def by_the_equations(config, policy, sample):
 def distance(gradients, expected):
     """Norm of the difference over the norm of `expected`, over all adapters together."""
     difference = [(g.double() - e.double()).square().sum() for g, e in zip(gradients, expected, strict=True)]
-    return float(torch.stack(difference).sum().sqrt() / torch.stack([e.double().square().sum() for e in expected]).sum().sqrt())
+    return float(
+        torch.stack(difference).sum().sqrt() / torch.stack([e.double().square().sum() for e in expected]).sum().sqrt()
+    )
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -202,7 +204,9 @@ def test_four_losers_cost_the_memory_of_one_pair(policy, configure):
     batches = {loss: default_collate(samples(config, [0])) for loss, config in (("pair", pair), ("exact", exact))}
     one = peak(lambda: gdpo.step(pair, policy, batches["pair"]))
     four = peak(lambda: gdpo.step(exact, policy, batches["exact"]))
-    at_once = peak(lambda: by_the_equations(exact, policy, samples(exact, [0])[0]).backward(inputs=policy.switch.parameters()))
+    at_once = peak(
+        lambda: by_the_equations(exact, policy, samples(exact, [0])[0]).backward(inputs=policy.switch.parameters())
+    )
     for weight in policy.switch.parameters():
         weight.grad = None
     assert one > 1e6 and four <= 1.1 * one
@@ -223,7 +227,7 @@ def test_flow_dpo_has_unit_weights(policy, configure):
 
 
 def test_released_preset_divides_gamma_by_the_losers_own_alpha(policy, configure):
-    """By hand for scores 0 and 0, v = 1: alpha = .5 + .5 sigmoid(2.5) = .9620710, gamma = (1 + .5 sigmoid(3 * .5)) / alpha = 1.4643."""
+    """Scores 0, 0 give v = 1: alpha = .5 + .5 sigmoid(2.5) = .9621, gamma = (1 + .5 sigmoid(1.5)) / alpha = 1.4643."""
     config = configure("objective.preset=released")
     assert config.objective.gamma_per_loser and config.objective.k_gamma == 3
     batch = {"semantic": torch.zeros(1, 1), "physical": torch.zeros(1, 1), "group_size": torch.ones(1)}
@@ -283,18 +287,22 @@ def test_one_epoch_pairs_every_group_with_the_assigned_loser(configure):
     for position in range(4 * len(groups)):
         sample = stream[position]
         tensors = gdpo.prepare(config, sample)
-        assert tensors["losers"].shape[0] == 1 and torch.equal(tensors["losers"][0], sample.group.losers[sample.loser_index])
+        assert tensors["losers"].shape[0] == 1 and torch.equal(
+            tensors["losers"][0], sample.group.losers[sample.loser_index]
+        )
         assert tensors["semantic"].item() == pytest.approx(sample.group.losers_info[sample.loser_index].semantic)
         pairs.add((sample.group.key, sample.loser_index))
     assert len(pairs) == 4 * len(groups)  # M epochs show every pair once
 
 
 def draws(objective, count=4000):
-    return torch.stack([gdpo.draw_time(objective, torch.Generator().manual_seed(seed)) for seed in range(count)]).double()
+    return torch.stack(
+        [gdpo.draw_time(objective, torch.Generator().manual_seed(seed)) for seed in range(count)]
+    ).double()
 
 
 def quantile_distance(sample, cumulative):
-    """Kolmogorov-Smirnov distance of `sample` to a distribution function; 1.63 / sqrt(n) is exceeded by chance once in a hundred."""
+    """Kolmogorov-Smirnov distance of `sample` to a distribution function; chance exceeds 1.63 / sqrt(n) once in 100."""
     ordered = sample.sort().values
     steps = torch.arange(1, len(ordered) + 1) / len(ordered)
     return float((cumulative(ordered) - steps).abs().max())

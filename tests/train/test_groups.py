@@ -122,7 +122,11 @@ def test_webdataset_reads_the_shards(tmp_path):
         ({"losers_info": [Loser(0, 0.5, 0.5)]}, "1 loser records for 2 loser latents"),
         ({"losers": torch.zeros(2, 4, 2, 4, 5, dtype=torch.bfloat16)}, r"\(2, 4, 2, 4, 5\).*\(4, 2, 4, 4\)"),
         ({"losers": torch.zeros(2, 4, 2, 4, 4)}, "float32.*bfloat16"),
-        ({"losers": torch.zeros(0, 4, 2, 4, 4, dtype=torch.bfloat16), "losers_info": []}, "no losers"),
+        ({"losers": torch.zeros(0, 4, 2, 4, 4, dtype=torch.bfloat16)}, "2 loser records for 0 loser latents"),
+        (
+            {"losers": torch.zeros(0, dtype=torch.bfloat16), "losers_info": []},
+            r"losers \(0,\) bfloat16 must be a stack",
+        ),
         ({"winner": torch.zeros(4, 4, 4, dtype=torch.bfloat16)}, "winner must be a float latent"),
         ({"winner": torch.full((4, 2, 4, 4), math.nan, dtype=torch.bfloat16)}, "'winner' has values that are not"),
         ({"losers": torch.full((2, 4, 2, 4, 4), math.inf, dtype=torch.bfloat16)}, "'losers' has values that are not"),
@@ -374,6 +378,23 @@ def test_workers_give_the_stream_of_the_main_process(tmp_path):
         for sample, other in zip(expected, load(12, **options), strict=True):
             assert (sample.position, sample.loser_index) == (other.position, other.loser_index)
             assert_equal_groups(sample.group, other.group)
+
+
+def test_groups_without_losers_serve_supervised_training(tmp_path):
+    write_synthetic_groups(tmp_path, num_groups=4, num_losers=[0, 2, 0, 0])
+    groups = GroupSet(tmp_path)
+    assert verify(tmp_path) == [] and [groups.num_losers(index) for index in range(4)] == [0, 2, 0, 0]
+    assert groups[0].losers.shape == (0, 4, 2, 4, 4) and groups[0].losers.dtype == groups[0].winner.dtype
+    samples = [GroupStream(groups, seed=0)[position] for position in range(8)]
+    for epoch in (samples[:4], samples[4:]):
+        assert sorted(sample.group.key for sample in epoch) == [f"group-{number:06d}" for number in range(4)]
+    assert {s.loser_index for s in samples if s.group.key != "group-000001"} == {-1}
+    assert {s.loser_index for s in samples if s.group.key == "group-000001"} == {0, 1}
+    # A group of M losers comes in the same order whether or not others have any.
+    order = [assignment(position, [2, 2], seed=1)[0] for position in range(6)]
+    assert [assignment(position, [0, 2], seed=1)[0] for position in range(6)] == order
+    with pytest.raises(ValueError, match="'group-000000'.*has 0"):
+        GroupStream(groups, seed=0, winner="generated")
 
 
 def test_generated_winner_is_the_best_loser(tmp_path):

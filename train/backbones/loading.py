@@ -135,12 +135,13 @@ def random_transformer(
 
 
 def choose_attention(network: WanTransformer3DModel, name: str, device: torch.device) -> None:
-    """Set the attention kernel: a diffusers backend by name, or with "auto" cuDNN on Hopper and newer GPUs.
+    """Set the attention kernel: a diffusers backend by name, or with "auto" cuDNN on Hopper and newer GPUs in bfloat16.
 
     Raises ValueError for a name that diffusers does not know or cannot use here.
     """
     if name == "auto":
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        half = network.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16  # cuDNN's kernel takes nothing wider
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or not half:
             return
         name = "_native_cudnn"
     try:

@@ -1,0 +1,67 @@
+"""The sandbox's clips as an endless, numbered stream, in two splits that share neither prompts nor random numbers.
+
+A prompt belongs to one split for good, whatever the seed: one in HELD_OUT_SHARE is held out, chosen by its hash, and
+the others train. Clips are simulated in blocks of BLOCK, each from a generator of its own, so that the n-th clip does
+not depend on how many are asked for or in what order.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from eval.sandbox.clips import Clips, simulate
+from train.clips import VideoConfig
+
+SPLITS = ("train", "heldout")
+BLOCK = 250  # clips
+HELD_OUT_SHARE = 8  # one prompt in so many is held out
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One clip of a stream: where it is, and what it shows."""
+
+    scene: str  # "mixed", or that of every clip
+    split: str
+    seed: int
+    block: int
+    index: int  # in the block
+    shown: str  # the scene that this clip shows
+    prompt: str
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt is for evaluation only; capitals and outer blanks do not count."""
+    digest = hashlib.sha256(prompt.strip().lower().encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
+
+
+def list_clips(scene: str, split: str, seed: int, count: int, video: VideoConfig) -> list[Simulated]:
+    """The first `count` clips of a stream, without their frames. Raises ValueError for an unknown split, and as
+    `simulate` does."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    # What happens in a clip depends on the frame's aspect, not on its size: prompts come from the smallest frames.
+    shrink = math.gcd(video.height, video.width)
+    small = VideoConfig(video.height // shrink, video.width // shrink, video.num_frames, video.fps)
+    found: list[Simulated] = []
+    block = 0
+    while len(found) < count:
+        clips = simulate_block(scene, split, seed, block, small)
+        for index, (shown, prompt) in enumerate(zip(clips.scenes, clips.prompts, strict=True)):
+            if is_held_out(prompt) == (split == "heldout"):
+                found.append(Simulated(scene, split, seed, block, index, shown, prompt))
+        block += 1
+    return found[:count]
+
+
+def simulate_block(
+    scene: str, split: str, seed: int, block: int, video: VideoConfig, *, device: torch.device | str = "cpu"
+) -> Clips:
+    """All BLOCK clips of a block, also those whose prompts belong to the other split."""
+    digest = hashlib.sha256(f"sandbox\0{scene}\0{split}\0{seed}\0{block}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
+    return simulate(scene, BLOCK, generator, **size, device=device)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import recipes
 from eval.benchmarks import sandbox
 from eval.benchmarks.sandbox import SandboxConfig
-from eval.statistics import bootstrap_mean
+from eval.intervals import bootstrap_mean
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.checkpoint import load_lora, lora_path, read_lora_metadata

@@ -12,7 +12,7 @@ from train import gdpo, sft
 from train.backbones import find_architecture
 
 ROOT = Path(recipes.__file__).parent.parent
-ENTRY_POINTS = ["train.gdpo", "train.sft", "train.benchmark", "data_pipeline.build", "eval.generate"]
+ENTRY_POINTS = ["train.gdpo", "train.sft", "train.benchmark", "data_pipeline.build", "eval.generate", "eval.run"]
 
 
 def config_class(entry):

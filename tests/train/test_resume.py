@@ -29,10 +29,8 @@ def assert_equal_runs(tiny, folder, other, *, step):
     for state in states:
         del state["files"]  # checksums: safetensors orders the metadata at random
     assert states[0] == states[1]
-    left, right = (
-        at / "train" / next(name for name in EXPORTS if (at / "train" / name).is_dir()) for at in (folder, other)
-    )
-    assert_equal_tensors(tiny.weights(left), tiny.weights(right))
+    (name,) = (name for name in EXPORTS if (folder / "train" / name).is_dir())
+    assert_equal_tensors(tiny.weights(folder / "train" / name), tiny.weights(other / "train" / name))
 
 
 def assert_equal_tensors(left, right):
@@ -109,11 +107,11 @@ def test_killed_again_and_again(tiny, tmp_path, twelve_steps):
         process, seen = tiny.process(tmp_path, *MANY), len(metrics.read_bytes()) if metrics.exists() else 0
         while process.is_alive() and not (metrics.exists() and len(metrics.read_bytes()) != seen):
             time.sleep(0.01)
-        process.join(delays.uniform(0, 0.5))
+        process.join(delays.uniform(0, 0.3))
         kills += process.is_alive()
         process.kill()
         process.join()
-    assert kills >= 3
+    assert kills >= 2
     tiny.train(tmp_path, *MANY)
     assert_equal_runs(tiny, tmp_path, twelve_steps, step=12)
     names = sorted(path.name for path in (tmp_path / "train" / "checkpoints").iterdir())
@@ -139,6 +137,52 @@ def test_preempted(tiny, tmp_path, twelve_steps, everyone):
     newest = checkpoint.latest(tmp_path / "train" / "checkpoints")
     assert newest.name == f"step_{done:08d}"  # of the step under way, not an earlier one
     tiny.train(tmp_path, *MANY, *more)
+    assert_equal_runs(tiny, tmp_path, twelve_steps, step=12)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(torch.optim.AdamW, "step"), (checkpoint, "save")])
+def test_preempted_while_the_state_changes(tiny, tmp_path, monkeypatch, twelve_steps, owner, name):
+    """The signal comes between new weights and new counters, or in a save: what is saved belongs together."""
+    original, calls = getattr(owner, name), iter(range(100))
+
+    def interrupted(*args, **options):
+        result = original(*args, **options)
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    run = MANY if owner is checkpoint else (*MANY, "train.checkpoint_every=100")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(SystemExit) as ended:
+            tiny.train(tmp_path, *run)
+    assert ended.value.code == 0
+    assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == f"step_{len(tiny.metrics(tmp_path)):08d}"
+    tiny.train(tmp_path, *run)
+    assert_equal_runs(tiny, tmp_path, twelve_steps, step=12)
+
+
+def test_preempted_and_killed_at_once(tiny, tmp_path, monkeypatch, twelve_steps):
+    """A launcher may kill seconds after SIGTERM, long before a large step ends: what was done is saved by then."""
+
+    class Killed(BaseException):
+        pass
+
+    step, calls = gdpo.step, iter(range(100))
+
+    def interrupted(*args):
+        if next(calls) == 9:  # the second of the two passes of the fifth step
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise Killed
+        return step(*args)
+
+    run = (*MANY, "train.checkpoint_every=100")
+    with monkeypatch.context() as patch:
+        patch.setattr(gdpo, "step", interrupted)
+        with pytest.raises(Killed):
+            tiny.train(tmp_path, *run)
+    assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == "step_00000004"
+    tiny.train(tmp_path, *run)
     assert_equal_runs(tiny, tmp_path, twelve_steps, step=12)
 
 

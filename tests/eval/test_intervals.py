@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eval.statistics import bootstrap_mean
+from eval.intervals import bootstrap_mean
 
 
 def test_constant_values_have_no_width():

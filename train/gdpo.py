@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     check(config)
     if config.train.parameters != "lora":
-        raise ValueError(f"train.parameters={config.train.parameters!r}: preference training needs a LoRA to switch off")
+        raise ValueError(f"train.parameters={config.train.parameters!r}: preference training needs a LoRA")
     if config.dry_run:
         print_plan(config)
         return

@@ -9,6 +9,7 @@ every draw is seeded by (seed, position), so a run is the same on any number of 
 number of samples seen.
 """
 
+import atexit
 import math
 import os
 import signal
@@ -134,7 +135,7 @@ def fit(
     if accelerator.is_main_process:  # not before: a refused run leaves the folder as it was
         recipes.save(config, folder / "recipe.yaml")
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = iter(build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world))
+    batches = _Batches(build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world))
     tracker = Tracker(
         accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config)
     )
@@ -302,9 +303,8 @@ def build_loader(
     """Endless loader of this rank's prepared groups from global position `start` on, in order."""
     stream = GroupStream(groups, config.seed, winner=config.objective.winner)
     leaving = RawValue("b", 0)  # shared with the loader's processes
-    Finalize(
-        None, setattr, args=(leaving, "value", 1), exitpriority=0
-    )  # at exit, before multiprocessing ends them by SIGTERM
+    # Set at exit, before multiprocessing ends the processes by SIGTERM.
+    Finalize(None, setattr, args=(leaving, "value", 1), exitpriority=0)
     return DataLoader(
         _Prepared(config, stream, prepare),
         sampler=positions(start, rank, world),
@@ -314,6 +314,21 @@ def build_loader(
         persistent_workers=config.train.num_workers > 0,
         worker_init_fn=partial(_outlive_stop_signal, leaving),
     )
+
+
+class _Batches:
+    """A loader's iterator that is closed at exit; else, after an error, PyTorch waits five seconds for each of its
+    processes."""
+
+    def __init__(self, loader: DataLoader):
+        self._iterator = iter(loader)
+        atexit.register(self.close)  # runs before what PyTorch registered
+
+    def __next__(self) -> Tensors:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        self._iterator = None
 
 
 def _outlive_stop_signal(leaving: Any, _worker: int) -> None:

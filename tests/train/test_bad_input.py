@@ -154,9 +154,8 @@ def test_a_byte_that_flips_in_a_shard(tiny, tmp_path, monkeypatch, workers):
         return step(*args)
 
     monkeypatch.setattr(gdpo, "step", flip_later)
-    with pytest.raises(ValueError, match="shard-00000.tar.*group-0000") as caught:
+    with pytest.raises(ValueError, match="(?s)shard-00000.tar.*group-0000.*build"):
         tiny.train(tmp_path, *run)
-    assert "build" in str(caught.value)
     reached = len(tiny.metrics(tmp_path))
     assert 2 <= reached < 30
     assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == f"step_{reached:08d}"

@@ -151,7 +151,7 @@ def test_preempted_while_the_state_changes(tiny, tmp_path, monkeypatch, twelve_s
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    run = MANY if owner is checkpoint else (*MANY, "train.checkpoint_every=100")
+    run = (*MANY, "train.num_workers=0", f"train.checkpoint_every={1 if owner is checkpoint else 100}")
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
         with pytest.raises(SystemExit) as ended:
@@ -176,7 +176,7 @@ def test_preempted_and_killed_at_once(tiny, tmp_path, monkeypatch, twelve_steps)
             raise Killed
         return step(*args)
 
-    run = (*MANY, "train.checkpoint_every=100")
+    run = (*MANY, "train.num_workers=0", "train.checkpoint_every=100")
     with monkeypatch.context() as patch:
         patch.setattr(gdpo, "step", interrupted)
         with pytest.raises(Killed):

@@ -7,9 +7,8 @@ import torch
 
 from eval.judges.sandbox import CAUGHT_BELOW, LAWS, SandboxJudgeConfig, build, calibrate, degrade
 from eval.sandbox.clips import SCENES, simulate
-from eval.sandbox.world import VIOLATIONS
 from eval.sandbox.prompts import write_prompt
-from eval.sandbox.world import COLOUR_NAMES, GRAVITY
+from eval.sandbox.world import COLOUR_NAMES, GRAVITY, VIOLATIONS
 
 SEVERITIES = (0.25, 0.5, 1.0)
 NEAR_ZERO = 0.02

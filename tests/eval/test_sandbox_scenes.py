@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from eval.sandbox.clips import SCENES, simulate
-from eval.sandbox.world import VIOLATIONS
 from eval.sandbox.prompts import TEMPLATES, parse_prompt, write_prompt
-from eval.sandbox.world import COLOUR_NAMES, COLOURS, FLOOR, FRICTION, GRAVITY, PIVOT_HEIGHT, RESTITUTION
+from eval.sandbox.world import COLOUR_NAMES, COLOURS, FLOOR, FRICTION, GRAVITY, PIVOT_HEIGHT, RESTITUTION, VIOLATIONS
 
 INTERVAL = 1 / 8  # s between frames
 

@@ -38,7 +38,8 @@ class Trained:
             for weight in self.switch.parameters():
                 weight.normal_(std=0.05, generator=generator)
         (self.expert,) = self.backbone.experts
-        self.metadata = checkpoint.weights_metadata(self.switch, fingerprint=self.backbone.fingerprint, expert=self.expert)
+        fingerprint = self.backbone.fingerprint
+        self.metadata = checkpoint.weights_metadata(self.switch, fingerprint=fingerprint, expert=self.expert)
         save_file(self.switch.state_dict(), self.file, metadata=self.metadata)
 
     def outputs(self):

@@ -140,48 +140,52 @@ def test_preempted(tiny, tmp_path, twelve_steps, everyone):
     assert_equal_runs(tiny, tmp_path, twelve_steps, step=12)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(torch.optim.AdamW, "step"), (checkpoint, "save")])
-def test_preempted_while_the_state_changes(tiny, tmp_path, monkeypatch, twelve_steps, owner, name):
-    """The signal comes between new weights and new counters, or in a save: what is saved belongs together."""
-    original, calls = getattr(owner, name), iter(range(100))
+def interrupt(patch, owner, name, call, error=None):
+    """Send this process SIGTERM after the `call`-th call of `owner.name`, and raise `error`, if any, after the signal."""
+    original, calls = getattr(owner, name), iter(range(1, 100))
 
     def interrupted(*args, **options):
         result = original(*args, **options)
-        if next(calls) == 3:
+        if next(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
+            if error:
+                raise error
         return result
 
-    run = (*MANY, "train.num_workers=0", f"train.checkpoint_every={1 if owner is checkpoint else 100}")
+    patch.setattr(owner, name, interrupted)
+
+
+def test_preempted_while_saving(tiny, tmp_path, monkeypatch, twelve_steps):
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, interrupted)
-        with pytest.raises(SystemExit) as ended:
-            tiny.train(tmp_path, *run)
-    assert ended.value.code == 0
-    assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == f"step_{len(tiny.metrics(tmp_path)):08d}"
-    tiny.train(tmp_path, *run)
+        interrupt(patch, checkpoint, "save", 3)
+        with pytest.raises(SystemExit, match="0"):
+            tiny.train(tmp_path, *MANY, "train.num_workers=0")
+    reached = len(tiny.metrics(tmp_path))
+    assert 3 <= reached <= 4
+    assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == f"step_{reached:08d}"
+    tiny.train(tmp_path, *MANY)
     assert_equal_runs(tiny, tmp_path, twelve_steps, step=12)
 
 
-def test_preempted_and_killed_at_once(tiny, tmp_path, monkeypatch, twelve_steps):
-    """A launcher may kill seconds after SIGTERM, long before a large step ends: what was done is saved by then."""
+class Killed(BaseException):
+    """Passes every `except Exception`, as SIGKILL does."""
 
-    class Killed(BaseException):
-        pass
 
-    step, calls = gdpo.step, iter(range(100))
-
-    def interrupted(*args):
-        if next(calls) == 9:  # the second of the two passes of the fifth step
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise Killed
-        return step(*args)
-
-    run = (*MANY, "train.num_workers=0", "train.checkpoint_every=100")
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "saved"),
+    [
+        pytest.param(gdpo, "step", 10, 4, id="in a pass of step 5: what was done is saved"),
+        pytest.param(torch.optim.AdamW, "step", 5, 3, id="between new weights and counters: what is saved fits"),
+    ],
+)
+def test_preempted_and_killed_at_once(tiny, tmp_path, monkeypatch, twelve_steps, owner, name, call, saved):
+    """A launcher may kill seconds after SIGTERM, long before a large step ends."""
+    run = (*MANY, "train.num_workers=0", "train.checkpoint_every=3")
     with monkeypatch.context() as patch:
-        patch.setattr(gdpo, "step", interrupted)
+        interrupt(patch, owner, name, call, Killed())
         with pytest.raises(Killed):
             tiny.train(tmp_path, *run)
-    assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == "step_00000004"
+    assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == f"step_{saved:08d}"
     tiny.train(tmp_path, *run)
     assert_equal_runs(tiny, tmp_path, twelve_steps, step=12)
 

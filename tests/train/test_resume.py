@@ -141,7 +141,7 @@ def test_preempted(tiny, tmp_path, twelve_steps, everyone):
 
 
 def interrupt(patch, owner, name, call, error=None):
-    """Send this process SIGTERM after the `call`-th call of `owner.name`, and raise `error`, if any, after the signal."""
+    """Send this process SIGTERM after the `call`-th call of `owner.name`, and then raise `error`, if any."""
     original, calls = getattr(owner, name), iter(range(1, 100))
 
     def interrupted(*args, **options):

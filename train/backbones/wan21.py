@@ -14,4 +14,5 @@ class Wan21(Backbone):
         "tiny": wan_architecture(heads=4, head_dim=32, ffn=512, layers=3, text_dim=64),
         "1.3B": wan_architecture(heads=12, ffn=8960, layers=30),
         "14B": wan_architecture(heads=40, ffn=13824, layers=40),
+        "sandbox": wan_architecture(heads=4, head_dim=64, ffn=896, layers=6, z_dim=8, text_dim=128),
     }

@@ -38,7 +38,7 @@ import recipes
 from eval.prompts import Prompt, read_prompts
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
-from train.checkpoint import load_lora, lora_path, read_lora_metadata
+from train.checkpoint import load_lora, lora_config, lora_path, read_lora_metadata
 from train.clips import (
     THUMBNAIL,
     VideoConfig,
@@ -281,8 +281,7 @@ def read_lora(path: str, fingerprint: str) -> Lora:
             f"generate.lora={path} was trained on backbone {metadata['fingerprint']}, but backbone.path is"
             f" {fingerprint}: use the backbone it was trained on"
         )
-    config = LoraConfig(int(metadata["rank"]), float(metadata["alpha"]), json.loads(metadata["targets"]))
-    return Lora(file, _sha256(file), metadata["expert"], config)
+    return Lora(file, _sha256(file), metadata["expert"], lora_config(metadata))
 
 
 def _shell(config: Config) -> Backbone:

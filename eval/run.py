@@ -31,9 +31,9 @@ from eval.benchmarks.sandbox import SandboxConfig
 from eval.intervals import bootstrap_mean
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig
-from train.checkpoint import load_lora, lora_path, read_lora_metadata
+from train.checkpoint import load_lora, lora_config, lora_path, read_lora_metadata
 from train.clips import VideoConfig, contact_sheet, side_by_side, to_pixels, write_clip
-from train.lora_switch import LoraConfig, LoraSwitch
+from train.lora_switch import LoraSwitch
 from train.parallel import build_accelerator
 from train.sampling import SamplerConfig, sample_clips
 
@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 def attach(backbone: Backbone, lora: str) -> LoraSwitch:
     """The LoRA on the backbone, shaped by the file's own metadata."""
     metadata = read_lora_metadata(lora_path(lora))
-    config = LoraConfig(int(metadata["rank"]), float(metadata["alpha"]), json.loads(metadata["targets"]))
-    switch = LoraSwitch(backbone.experts[metadata["expert"]], config)
+    switch = LoraSwitch(backbone.experts[metadata["expert"]], lora_config(metadata))
     load_lora(Path(lora), switch, fingerprint=backbone.fingerprint)
     return switch
 

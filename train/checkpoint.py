@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from train.full_parameters import FullParameters
-from train.lora_switch import LoraSwitch
+from train.lora_switch import LoraConfig, LoraSwitch
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -125,6 +125,11 @@ def read_lora_metadata(path: Path) -> dict[str, str]:
             f"LoRA {path} carries no physalign metadata: give a checkpoint folder or its {LoraSwitch.file}"
         )
     return metadata
+
+
+def lora_config(metadata: dict[str, str]) -> LoraConfig:
+    """The shape of the adapters that a LoRA file's metadata describe."""
+    return LoraConfig(int(metadata["rank"]), float(metadata["alpha"]), json.loads(metadata["targets"]))
 
 
 def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str) -> None:

@@ -113,8 +113,7 @@ def fit(
     optimizer = build_optimizer(config.optim, policy.switch.parameters())
 
     checkpoints = folder / "checkpoints"
-    expert = next(name for name, network in backbone.experts.items() if network is backbone.transformer)
-    metadata = checkpoint.weights_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=expert)
+    metadata = checkpoint.weights_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
     state = {"samples_seen": 0, "skipped": 0, "seed": config.seed}
     start = 0
     newest = checkpoint.latest(checkpoints)

@@ -36,7 +36,7 @@ import recipes
 from data_pipeline import units
 from data_pipeline.encode import encode_clips, unpad
 from data_pipeline.generate import generate_losers, loser_path, loser_seed, save_losers
-from data_pipeline.judge import loser_scores, read_scores, write_table
+from data_pipeline.judge import NEUTRAL, Judge, build_judge, check_judge, loser_scores, read_scores, write_table
 from data_pipeline.sources import (
     FrameReader,
     Manifest,
@@ -49,7 +49,7 @@ from data_pipeline.sources import (
 from data_pipeline.units import Task, Unit
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, latent_shape, num_tokens
-from train.clips import ClipError, VideoConfig
+from train.clips import ClipError, VideoConfig, to_pixels
 from train.groups import Group, GroupSet, Loser, ShardWriter, write_index
 from train.sampling import SamplerConfig
 
@@ -63,8 +63,9 @@ class PipelineConfig:
     groups: str = "${output}/groups"  # folder of the preference groups
     num_losers: int = 4  # M, generated clips a group; 0 for supervised training, which needs no transformer here
     unit_size: int = 16  # manifest rows a unit: one shard, and what an interruption costs at most per GPU
-    batch_size: int = 1  # losers sampled together, per GPU
-    encode_batch: int = 1  # clips encoded together, per GPU
+    batch_size: int = 1  # losers sampled together, per GPU; several groups' only within an encode_batch
+    encode_batch: int = 1  # clips encoded or decoded together, per GPU
+    judge: str = ""  # sandbox: scores every loser that has none | empty: they are neutral
     scores: str = ""  # CSV with the columns key, loser, semantic, physical; goes before the manifest's own scores
     save_losers: bool = False  # also write every loser as <output>/losers/<key>-<loser>.mp4
 
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in (("num_losers", 0), ("unit_size", 1), ("batch_size", 1), ("encode_batch", 1)):
         if getattr(config.pipeline, name) < least:
             raise ValueError(f"pipeline.{name}={getattr(config.pipeline, name)}: use {least} or more")
+    check_judge(config.pipeline.judge)
     if not config.pipeline.manifest:
         raise ValueError("pipeline.manifest is empty: give a .csv or .jsonl with the columns clip and prompt")
     if config.dry_run:
@@ -189,7 +191,9 @@ def _prepare(config: Config) -> Work:
     if is_simulated(settings.manifest):  # there is no file to tell clips apart; the number of clips does not count
         _, scene, _, *split = settings.manifest.split(":")
         depends_on["simulated"] = [scene, *split]
-    all_units = units.split(manifest.rows, scores_by_key, unit_size=settings.unit_size, settings=depends_on)
+    all_units = units.split(
+        manifest.rows, scores_by_key, unit_size=settings.unit_size, settings=depends_on, judge=settings.judge
+    )
     groups = Path(settings.groups)
     recipes.save(config, groups / "build" / "recipe.yaml")
     todo = [unit for unit in all_units if not (units.is_finished(groups, unit) and _has_clips(config, groups, unit))]
@@ -247,6 +251,10 @@ class GroupMaker:
         return load_backbone(self.config.backbone, self.device, parts=parts)
 
     @cached_property
+    def judge(self) -> Judge:
+        return build_judge(self.config.pipeline.judge, self.config.video.fps, self.device)
+
+    @cached_property
     def negative(self) -> Conditioning:
         return self.backbone.condition([self.config.sampler.negative_prompt])
 
@@ -291,7 +299,7 @@ class GroupMaker:
         paths = _loser_paths(config, row.key)
         if config.pipeline.save_losers and not all(path.exists() for path in paths):
             save_losers(self.backbone, group.losers, paths, config.video.fps)
-        scored = zip(self._seeds(row), task.scores, strict=True)
+        scored = zip(self._seeds(row), self._scores(group, task), strict=True)
         return replace(
             group,
             action=row.action,
@@ -300,26 +308,33 @@ class GroupMaker:
             losers_info=[Loser(seed, *scores) for seed, scores in scored],
         )
 
+    @torch.no_grad()
+    def _scores(self, group: Group, task: Task) -> list[tuple[float, float]]:
+        """(semantic, physical) of each loser: those that the task brings, the others from the judge."""
+        missing = [loser for loser, score in enumerate(task.scores) if score is None]
+        found = [NEUTRAL] * len(missing)
+        if missing and self.config.pipeline.judge:
+            size = self.config.pipeline.encode_batch
+            clips = self.backbone.decode_latents(group.losers[missing], batch_size=size)
+            found = self.judge(to_pixels(clips), [task.row.prompt] * len(missing))
+        return [found.pop(0) if score is None else score for score in task.scores]
+
     def _generate(self, rows: Sequence[Row], frames: Tensor) -> Iterator[Group]:
         """New groups of rows with frames (B, T, H, W, 3); the clips are encoded together."""
         config = self.config
         winners, conditioning = encode_clips(self.backbone, frames, [row.prompt for row in rows])
         stored = conditioning.to("cpu", torch.bfloat16)
         stored_winners = winners.to(torch.bfloat16).cpu()
+        losers = stored_winners[:, None][:, :0]  # (B,0,C,F,H,W)
+        if config.pipeline.num_losers:
+            seeds = [self._seeds(row) for row in rows]
+            size = config.pipeline.batch_size
+            losers = generate_losers(
+                self.backbone, conditioning, self.negative, seeds, config.video, config.sampler, batch_size=size
+            )
         for number, row in enumerate(rows):
             for path in _loser_paths(config, row.key):  # of other settings
                 path.unlink(missing_ok=True)
-            winner, losers = stored_winners[number], stored_winners[:0]
-            if config.pipeline.num_losers:
-                losers = generate_losers(
-                    self.backbone,
-                    conditioning[number : number + 1],
-                    self.negative,
-                    self._seeds(row),
-                    config.video,
-                    config.sampler,
-                    batch_size=config.pipeline.batch_size,
-                )
             yield Group(
                 key=row.key,
                 prompt=row.prompt,
@@ -328,8 +343,8 @@ class GroupMaker:
                 source="",
                 losers_info=[],
                 fingerprint=self.backbone.fingerprint,
-                winner=winner,
-                losers=losers,
+                winner=stored_winners[number],
+                losers=losers[number],
                 text=unpad(stored.text[number]),
                 condition=None if stored.image is None else stored.image[number],
             )

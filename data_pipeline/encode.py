@@ -17,14 +17,7 @@ def encode_clips(backbone: Backbone, frames: Tensor, prompts: Sequence[str]) -> 
     """
     video = from_pixels(frames.to(backbone.device))  # (B, 3, T, H, W)
     image = backbone.encode_first_frame(video[:, :, 0], num_frames=video.shape[2])
-    return _encode_together(backbone, video), Conditioning(backbone.encode_text(list(prompts)), image)
-
-
-def _encode_together(backbone: Backbone, video: Tensor) -> Tensor:
-    """As `Backbone.encode_video`, which spares memory by taking one clip after another; small clips need not wait."""
-    vae, mean, std = backbone._vae()
-    backbone.latent_shape(video.shape[3], video.shape[4], video.shape[2])
-    return (vae.encode(video).latent_dist.mode() - mean) / std
+    return backbone.encode_video(video, batch_size=len(video)), Conditioning(backbone.encode_text(list(prompts)), image)
 
 
 def unpad(text: Tensor) -> Tensor:

@@ -22,19 +22,23 @@ def generate_losers(
     backbone: Backbone,
     conditioning: Conditioning,
     negative: Conditioning,
-    seeds: Sequence[int],
+    seeds: Sequence[Sequence[int]],
     video: VideoConfig,
     sampler: SamplerConfig,
     *,
     batch_size: int,
 ) -> Tensor:
-    """Latents (M, C, F, H, W) bfloat16 on the CPU, one clip a seed, `batch_size` clips at a time."""
-    batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
-    latents = [
-        sample_clips(backbone, conditioning, batch, video, sampler, negative=negative, progress=False).cpu()
-        for batch in batches
-    ]
-    return torch.cat(latents).to(torch.bfloat16)
+    """Latents (B, M, C, F, H, W) bfloat16 on the CPU for B prompts with M seeds each, `batch_size` clips at a time."""
+    clips = [(prompt, seed) for prompt, of_prompt in enumerate(seeds) for seed in of_prompt]
+    latents = []
+    for first in range(0, len(clips), batch_size):
+        batch = clips[first : first + batch_size]
+        prompts = Conditioning.cat([conditioning[prompt : prompt + 1] for prompt, _ in batch])
+        made = sample_clips(
+            backbone, prompts, [seed for _, seed in batch], video, sampler, negative=negative, progress=False
+        )
+        latents.append(made.cpu())
+    return torch.cat(latents).to(torch.bfloat16).unflatten(0, (len(seeds), -1))
 
 
 def loser_path(folder: str | Path, key: str, loser: int) -> Path:

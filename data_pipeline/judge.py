@@ -1,4 +1,5 @@
-"""Judge scores of the losers: from a table that a judge outside filled in, from the manifest, or neutral.
+"""Judge scores of the losers: from a table that a judge outside filled in, from the manifest, from a judge that runs
+inside the build, or neutral; the first of these that has one.
 
 A judge that runs elsewhere gets the loser clips and a table of them (`write_table`) and gives it back with the columns
 `semantic` and `physical` (`read_scores`).
@@ -6,14 +7,45 @@ A judge that runs elsewhere gets the loser clips and a table of them (`write_tab
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from data_pipeline.sources import Row, check_scores
 from data_pipeline.units import write_text
+from eval.judges import sandbox
 
-NEUTRAL = (0.5, 0.5)  # semantic, physical: of a loser that nobody judged
-Scores = dict[tuple[str, int], tuple[float, float]]  # (group key, loser) -> (semantic, physical)
+Score = tuple[float, float]  # (semantic, physical), each in [0, 1]
+NEUTRAL = (0.5, 0.5)  # of a loser that nobody judged
+Scores = dict[tuple[str, int], Score]  # by (group key, loser)
+Judge = Callable[[Tensor, list[str]], list[Score]]  # of clips (N, T, H, W, 3) uint8 and their prompts
+
+
+def build_judge(name: str, fps: float, device: torch.device | str) -> Judge:
+    """The judge called `name`, a key of JUDGES; ValueError for another name."""
+    check_judge(name)
+    return JUDGES[name](fps, device)
+
+
+def check_judge(name: str) -> None:
+    """ValueError for a judge that there is not."""
+    if name and name not in JUDGES:
+        raise ValueError(f"pipeline.judge={name!r}: must be empty or one of {', '.join(JUDGES)}")
+
+
+def _sandbox(fps: float, device: torch.device | str) -> Judge:
+    measure = sandbox.build(sandbox.SandboxJudgeConfig(fps=fps), device)
+
+    def judge(clips: Tensor, prompts: list[str]) -> list[Score]:
+        scores = measure(clips, prompts)
+        return list(zip(scores.semantic.tolist(), scores.physical.tolist(), strict=True))
+
+    return judge
+
+
+JUDGES: dict[str, Callable[[float, torch.device | str], Judge]] = {"sandbox": _sandbox}
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -52,9 +84,9 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def loser_scores(row: Row, scores: Mapping[tuple[str, int], tuple[float, float]], num_losers: int) -> list[tuple]:
-    """(semantic, physical) of each loser of a row: of the table, else of the manifest, else neutral."""
-    own = row.scores * num_losers if len(row.scores) == 1 else row.scores or (NEUTRAL,) * num_losers
+def loser_scores(row: Row, scores: Mapping[tuple[str, int], Score], num_losers: int) -> list[Score | None]:
+    """(semantic, physical) of each loser of a row: of the table, else of the manifest, else None."""
+    own = row.scores * num_losers if len(row.scores) == 1 else row.scores or (None,) * num_losers
     return [scores.get((row.key, loser), own[loser]) for loser in range(num_losers)]
 
 

@@ -27,7 +27,7 @@ IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the fil
 @dataclass(frozen=True)
 class Task:
     row: Row
-    scores: list[tuple[float, float]]  # (semantic, physical) of each loser
+    scores: list[tuple[float, float] | None]  # (semantic, physical) of each loser, None for the judge to find
     digest: str  # of what the group's tensors depend on
 
 
@@ -41,12 +41,14 @@ class Unit:
 
 def split(
     rows: list[Row | Quarantined],
-    scores: Mapping[str, list[tuple[float, float]]],
+    scores: Mapping[str, list[tuple[float, float] | None]],
     *,
     unit_size: int,
     settings: Mapping[str, Any],
+    judge: str,
 ) -> list[Unit]:
-    """The units of a manifest, in order. scores: by key. settings: plain values that the groups' tensors depend on."""
+    """The units of a manifest, in order. scores: by key. settings: plain values that the groups' tensors depend on.
+    judge: what scores the losers without scores."""
     units = []
     for first in range(0, len(rows), unit_size):
         members = rows[first : first + unit_size]
@@ -59,6 +61,8 @@ def split(
         shown = [
             [t.digest, t.row.clip, t.row.action, t.row.physics_richness, t.row.number, t.scores] for t in tasks
         ] + [asdict(row) for row in bad]
+        if any(score is None for task in tasks for score in task.scores):
+            shown.append(judge)
         units.append(Unit(f"unit-{len(units):05d}", tasks, bad, _digest(shown)))
     return units
 

@@ -126,7 +126,7 @@ def make_clips(
             part = slice(start, start + config.run.batch_size)
             conditioning = backbone.condition(texts[part])
             latents = sample_clips(backbone, conditioning, seeds[part], config.video, config.sampler, progress=False)
-            clips.append(to_pixels(backbone.decode_latents(latents)).cpu())
+            clips.append(to_pixels(backbone.decode_latents(latents, batch_size=config.run.batch_size)).cpu())
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     save_file({"clips": torch.cat(clips)}, aside, metadata={"digest": digest})

@@ -15,11 +15,12 @@ import torch
 from data_pipeline import build
 from data_pipeline.encode import unpad
 from data_pipeline.generate import loser_seed
+from data_pipeline.judge import build_judge
 from eval.sandbox.splits import list_clips, simulate_block
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
-from train.clips import VideoConfig, from_pixels, read_clip, write_clip
+from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip
 from train.groups import GroupSet, verify
 
 ROOT = Path(__file__).parents[2]
@@ -368,6 +369,34 @@ def test_simulated_clips_with_losers_and_in_one_batch_or_several(model, tmp_path
         assert three[key].losers.shape == (2, 16, 3, 4, 4)
         torch.testing.assert_close(three[key].winner, one[key].winner, atol=0.02, rtol=0.02)
         assert three[key].losers_info == one[key].losers_info
+
+
+def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    build.main(simulated(model, output))
+    neutral = by_key(output)
+    assert {(loser.semantic, loser.physical) for group in neutral.values() for loser in group.losers_info} == {
+        (0.5, 0.5)
+    }
+    monkeypatch.setattr(build.GroupMaker, "_generate", lambda *_: pytest.fail("a clip was generated again"))
+    build.main(simulated(model, output, "pipeline.judge=sandbox"))
+    judged = by_key(output)
+    backbone = load_backbone(BackboneConfig(path=str(model), dtype="float32", text_length=32), "cpu")
+    judge = build_judge("sandbox", 8, "cpu")
+    for key, group in judged.items():
+        assert torch.equal(group.losers, neutral[key].losers)
+        expected = judge(to_pixels(backbone.decode_latents(group.losers)), [group.prompt] * 2)
+        found = [(loser.semantic, loser.physical) for loser in group.losers_info]
+        assert torch.tensor(found).allclose(torch.tensor(expected), atol=0.01)
+        assert all(physical < 0.2 for _, physical in found)  # a random network's clips are noise
+    first = next(iter(judged))
+    (tmp_path / "scores.csv").write_text(f"key,loser,semantic,physical\n{first},1,0.25,0.75\n", encoding="utf-8")
+    build.main(simulated(model, output, "pipeline.judge=sandbox", f"pipeline.scores={tmp_path / 'scores.csv'}"))
+    mixed = by_key(output)
+    assert mixed[first].losers_info[0].physical == pytest.approx(judged[first].losers_info[0].physical, abs=1e-4)
+    assert (mixed[first].losers_info[1].semantic, mixed[first].losers_info[1].physical) == (0.25, 0.75)
+    with pytest.raises(ValueError, match="pipeline.judge='wizard': must be empty or one of sandbox"):
+        build.main(simulated(model, output, "pipeline.judge=wizard"))
 
 
 def test_a_bad_clip_spoils_no_other_of_its_batch(model, clips, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_pipeline.judge import NEUTRAL, loser_scores, read_scores, write_table
+from data_pipeline.judge import loser_scores, read_scores, write_table
 from data_pipeline.sources import MAX_KEY, Quarantined, Row, read_manifest, safe_key
 
 
@@ -164,7 +164,7 @@ def test_scores_come_from_the_table_then_the_manifest_then_neutral(tmp_path):
     table = tmp_path / "scores.csv"
     table.write_text("key,loser,clip,semantic,physical\none,1,x.mp4,0.75,0\n", encoding="utf-8")
     scores = read_scores(table)
-    assert loser_scores(plain, scores, 3) == [NEUTRAL, (0.75, 0.0), NEUTRAL]
+    assert loser_scores(plain, scores, 3) == [None, (0.75, 0.0), None]
     assert loser_scores(pair, scores, 2) == [(0.2, 0.4), (0.2, 0.4)]
 
 

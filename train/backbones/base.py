@@ -237,22 +237,24 @@ class Backbone:
 
     # Latents. Neither call disables gradients (guidance needs them); frozen weights build no graph by themselves.
 
-    def encode_video(self, frames: Tensor) -> Tensor:
+    def encode_video(self, frames: Tensor, *, batch_size: int = 1) -> Tensor:
         """Frames (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, C, F, H, W) float32: (mode - mean) / std.
 
-        The posterior's mode, not a sample. The VAE runs in float32, as diffusers advises for Wan, one clip at a time.
+        The posterior's mode, not a sample. The VAE runs in float32, as diffusers advises for Wan, on `batch_size`
+        clips at a time.
         """
         vae, mean, std = self._vae()
         self.latent_shape(frames.shape[3], frames.shape[4], frames.shape[2])
         frames = frames.to(self.device, torch.float32)
-        latents = torch.cat([vae.encode(clip).latent_dist.mode() for clip in frames.split(1)])
+        latents = torch.cat([vae.encode(clips).latent_dist.mode() for clips in frames.split(batch_size)])
         return (latents - mean) / std
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, F, H, W) -> frames (B, 3, T, H, W) float32 in [-1, 1], one clip at a time."""
+    def decode_latents(self, latents: Tensor, *, batch_size: int = 1) -> Tensor:
+        """Normalised latents (B, C, F, H, W) -> frames (B, 3, T, H, W) float32 in [-1, 1], `batch_size` clips at a
+        time."""
         vae, mean, std = self._vae()
         latents = latents.to(self.device, torch.float32) * std + mean
-        return torch.cat([vae.decode(clip).sample for clip in latents.split(1)]).clamp(-1, 1)
+        return torch.cat([vae.decode(clips).sample for clips in latents.split(batch_size)]).clamp(-1, 1)
 
     def _vae(self) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
         """The VAE and its latents' mean and standard deviation, (1, C, 1, 1, 1) each."""

@@ -7,8 +7,8 @@ losers of the row); in JSONL also `scores` ([[semantic, physical], ...], one pai
 A bad column stops everything before any work, with a ValueError. A bad row stops nothing: it comes out as a
 `Quarantined`, at its place, with its reason.
 
-Instead of a file there can be `sandbox:<scene>:<count>`, or `sandbox:<scene>:<count>:heldout`: clips that are simulated
-when they are needed, see eval/sandbox/splits.py.
+Instead of a file there can be `sandbox:<scene>:<count>[:<split>]`, the split train, heldout or pool: clips that are
+simulated when they are needed, see eval/sandbox/splits.py.
 """
 
 import csv
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from eval.sandbox.clips import SCENES, Clips
-from eval.sandbox.splits import Simulated, list_clips, simulate_block
+from eval.sandbox.splits import SPLITS, Simulated, list_clips, simulate_block
 from train.clips import VideoConfig, read_clip
 
 REQUIRED = ("clip", "prompt")
@@ -105,8 +105,8 @@ def simulated_manifest(manifest: str, video: VideoConfig, *, seed: int) -> Manif
     _, scene, count, split = (*manifest.split(":"), "train")[:4] if manifest.count(":") >= 2 else ("",) * 4
     if scene not in ("mixed", *SCENES) or not count.isdecimal() or int(count) < 1 or manifest.count(":") > 3:
         raise ValueError(
-            f"pipeline.manifest={manifest}: use sandbox:<scene>:<count> or sandbox:<scene>:<count>:heldout with a "
-            f"scene out of mixed, {', '.join(SCENES)}"
+            f"pipeline.manifest={manifest}: use sandbox:<scene>:<count>[:<split>] with a scene out of mixed, "
+            f"{', '.join(SCENES)} and a split out of {', '.join(SPLITS)}"
         )
     rows: list[Row | Quarantined] = []
     for number, clip in enumerate(list_clips(scene, split, seed, int(count), video)):

@@ -31,9 +31,8 @@ from eval.benchmarks.sandbox import SandboxConfig
 from eval.intervals import bootstrap_mean
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig
-from train.checkpoint import load_lora, lora_config, lora_path, read_lora_metadata
+from train.checkpoint import Trainable, attach_trained, weights_path
 from train.clips import VideoConfig, contact_sheet, side_by_side, to_pixels, write_clip
-from train.lora_switch import LoraSwitch
 from train.parallel import build_accelerator
 from train.sampling import SamplerConfig, sample_clips
 
@@ -43,7 +42,7 @@ SCORES = ("physical", "semantic")
 
 @dataclass
 class RunConfig:
-    lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: the base model alone
+    lora: str = ""  # LoRA file, checkpoint folder or training folder (of full weights too); empty: the base model alone
     folder: str = "${output}/eval"  # everything goes here
     batch_size: int = 16  # clips sampled together, per GPU
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -73,7 +72,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     folder = Path(config.run.folder)
     rank, world = accelerator.process_index, accelerator.num_processes
     backbone = load_backbone(config.backbone, accelerator.device)
-    switch = attach(backbone, config.run.lora) if config.run.lora else None
+    switch = None
+    if config.run.lora:
+        switch = attach_trained(config.run.lora, backbone.experts, fingerprint=backbone.fingerprint)
     for model in models:
         part = folder / f"clips-{model}-{rank}of{world}.safetensors"
         make_clips(config, backbone, switch, model, texts[rank::world], rank, world, part)
@@ -93,19 +94,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     return results
 
 
-def attach(backbone: Backbone, lora: str) -> LoraSwitch:
-    """The LoRA on the backbone, shaped by the file's own metadata."""
-    metadata = read_lora_metadata(lora_path(lora))
-    switch = LoraSwitch(backbone.experts[metadata["expert"]], lora_config(metadata))
-    load_lora(Path(lora), switch, fingerprint=backbone.fingerprint)
-    return switch
-
-
 @torch.no_grad()
 def make_clips(
     config: Config,
     backbone: Backbone,
-    switch: LoraSwitch | None,
+    switch: Trainable | None,
     model: str,
     texts: list[str],
     rank: int,
@@ -115,7 +108,7 @@ def make_clips(
     """This rank's clips of one model, as one file that records what it was made with; kept when that is unchanged."""
     settings = [asdict(config.sampler), asdict(config.video), asdict(config.run.sandbox), backbone.fingerprint]
     if model == "tuned":
-        settings.append(hashlib.sha256(lora_path(config.run.lora).read_bytes()).hexdigest())
+        settings.append(hashlib.sha256(weights_path(config.run.lora).read_bytes()).hexdigest())
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if path.exists() and _digest(path) == digest:
         return

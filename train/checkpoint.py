@@ -15,13 +15,14 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch
@@ -157,22 +158,42 @@ def load_weights(path: Path, switch: Trainable, *, fingerprint: str) -> None:
     switch.load_state_dict(load_file(path), source=str(path))
 
 
-def lora_path(path: Path | str) -> Path:
-    """The LoRA file that `path` names: itself, or the one in a checkpoint folder, or in the newest checkpoint of a
-    run's folder."""
+def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, fingerprint: str) -> Trainable:
+    """Load what training wrote, a LoRA or full weights, onto the expert that it belongs to; `reference()` of the
+    result runs the untrained network. `path` as for `weights_path`; ValueError as for `load_weights`."""
+    path = weights_path(path)
+    metadata = _read_metadata(path)
+    if metadata.get("format") == FullParameters.format:
+        switch: Trainable = FullParameters(experts[metadata["expert"]], keep_reference=True)
+    else:
+        metadata = read_lora_metadata(path)
+        switch = LoraSwitch(experts[metadata["expert"]], lora_config(metadata))
+    load_weights(path, switch, fingerprint=fingerprint)
+    return switch
+
+
+def weights_path(path: Path | str, names: Sequence[str] = (LoraSwitch.file, FullParameters.file)) -> Path:
+    """The weight file that `path` names: itself, or the one in a checkpoint folder, or in the newest checkpoint of a
+    run's folder; `names` are the files that will do."""
     path = Path(path)
     if path.is_dir():
-        newest = path if (path / LoraSwitch.file).exists() else latest(path) or latest(path / "checkpoints")
-        if newest is None:
+        folders = [path, latest(path), latest(path / "checkpoints")]
+        found = [folder / name for folder in folders if folder for name in names if (folder / name).exists()]
+        if not found:
             raise ValueError(
                 f"no checkpoint in {path}: give a LoRA file, a checkpoint folder, or a training output folder"
             )
-        path = newest / LoraSwitch.file
+        path = found[0]
     if not path.exists():
         raise ValueError(
             f"LoRA {path} does not exist: give a LoRA file, a checkpoint folder, or a training output folder"
         )
     return path
+
+
+def lora_path(path: Path | str) -> Path:
+    """`weights_path` of a LoRA."""
+    return weights_path(path, (LoraSwitch.file,))
 
 
 def _optimizer_tensors(switch: Trainable, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

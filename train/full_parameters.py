@@ -1,6 +1,7 @@
-"""Full fine-tuning: every weight of the network trains. What `train/sft.py` attaches with `train.parameters=full`.
+"""Full fine-tuning: every weight of the network trains. What a trainer attaches with `train.parameters=full`.
 
-It stands where a `LoraSwitch` stands for the loop and the checkpoints, but has no reference to switch to.
+It stands where a `LoraSwitch` stands for the loop and the checkpoints. Its reference, for preference training and for
+comparisons, is a whole second copy of the weights (PhyGDPO's Table 2d, "w/o LoRA-SR"); supervised training keeps none.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,25 +13,28 @@ from torch.utils.checkpoint import checkpoint
 
 
 class FullParameters:
-    """All weights of one network, made trainable in place; `weights` maps their names to them.
+    """All weights of one network, made trainable in place; `weights` maps their names to them. With `keep_reference`
+    they are also copied, to be what `reference()` runs.
 
     Raises ValueError where weights are not float32: AdamW's small updates vanish in bfloat16.
     """
 
     file = "transformer.safetensors"  # in a checkpoint
+    format = "physalign-full-1"  # in its metadata
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, *, keep_reference: bool = False):
         network.requires_grad_(True)
         self.weights: dict[str, nn.Parameter] = dict(network.named_parameters())
         if any(weight.dtype != torch.float32 for weight in self.weights.values()):
             raise ValueError("train.parameters=full needs backbone.dtype=float32: updates are lost in bfloat16")
+        self._frozen = {name: w.detach().clone() for name, w in self.weights.items()} if keep_reference else {}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.weights.values())
 
     def describe(self) -> dict[str, str]:
         """What a weight file says of itself."""
-        return {"format": "physalign-full-1"}
+        return {"format": self.format}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the weights on the CPU."""
@@ -45,13 +49,30 @@ class FullParameters:
                 weight.copy_(state[name])
 
     def share_graph(self) -> None:
-        """Nothing to share: there is no reference."""
+        """Nothing to do: policy and reference are one graph with other weights."""
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Refused: the untrained weights are not kept."""
-        raise ValueError("train.parameters=full keeps no reference: set validation.prompts=[], or train a LoRA")
-        yield
+        """Every pass inside runs the copied weights. Differentiate passes of the policy before or after, not inside.
+
+        Raises ValueError where none were kept.
+        """
+        if not self._frozen:
+            raise ValueError("train.parameters=full keeps no reference: set validation.prompts=[], or train a LoRA")
+        trained = {name: weight.data for name, weight in self.weights.items()}
+        try:
+            for name, weight in self.weights.items():
+                weight.data = self._frozen[name]
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                weight.data = trained[name]
+
+    @contextmanager
+    def frozen_reference(self) -> Iterator[None]:
+        """`reference()` without gradients."""
+        with self.reference(), torch.no_grad():
+            yield
 
     @staticmethod
     def checkpoint(function: Callable, *args):

@@ -16,6 +16,13 @@ coefficients that are known once all passes are done. With `train.pairs_per_pass
 alone, with unit weight, right after its pass, and the adapters' gradients, a few hundred megabytes, are combined
 afterwards: only one sample's activations live at a time, whatever M.
 
+`objective.w_fm` adds the winner's own flow error, as supervised fine-tuning has it:
+
+    loss += w_fm l_theta(w)
+
+Preference losses alone raise the errors of losers AND winners, the losers' faster; this term keeps the winner's down.
+The paper has none (0 is the default).
+
 Baselines from the same losses: objective.physics_guided=false is Flow-DPO, with objective.winner=generated
 VideoDPO-style; train/sft.py is LoRA-SFT. Deviations: `losses.flow_matching` (a mean for the paper's sum), and the
 shared noise of winner and losers, which the paper leaves open (objective.noise=independent draws them apart).
@@ -48,6 +55,7 @@ class ObjectiveConfig:
     preset: str = "paper"  # paper | released: the authors' code, which differs from their text (recipes/presets)
     loss: str = "bound"  # bound: eq. 13, one sampled loser | plackett_luce: eq. 6, all losers
     beta: float = 1000.0  # multiplies a difference of MEAN squared errors; the knob to sweep
+    w_fm: float = 0.0  # weight of the winner's flow error, which anchors the policy to real clips; try beta's size
     physics_guided: bool = True  # alpha and gamma from the judge's scores (eq. 9); false: both 1
     alpha_min: float = 0.5  # eq. 9, and the next five
     k_alpha: float = 5.0
@@ -134,8 +142,10 @@ def preference_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (B,) and its weights from flow errors `policy` and `reference`, both (B, 1+M') with the winner's first."""
     objective = config.objective
+    anchor = objective.w_fm * policy[:, 0]
     if objective.loss == "plackett_luce":
-        return plackett_luce(policy[:, 0], reference[:, 0], policy[:, 1:], reference[:, 1:], beta=objective.beta), {}
+        loss = plackett_luce(policy[:, 0], reference[:, 0], policy[:, 1:], reference[:, 1:], beta=objective.beta)
+        return loss + anchor, {}
     semantic, physical = batch["semantic"][:, 0], batch["physical"][:, 0]  # (B,)
     alpha, gamma = torch.ones_like(semantic), torch.ones_like(semantic)
     if objective.physics_guided:
@@ -161,7 +171,7 @@ def preference_loss(
         beta=objective.beta,
         group_size=batch["group_size"],
     )
-    return loss, {"alpha": alpha.mean(), "gamma": gamma.mean()}
+    return loss + anchor, {"alpha": alpha.mean(), "gamma": gamma.mean()}
 
 
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -247,6 +257,8 @@ def check(config: Config) -> None:
             raise ValueError(f"objective.{key}={getattr(objective, key)!r}: must be one of {', '.join(allowed)}")
     if not objective.beta > 0:
         raise ValueError(f"objective.beta={objective.beta}: must be positive; 1000 suits a mean squared error")
+    if not (objective.w_fm >= 0 and math.isfinite(objective.w_fm)):
+        raise ValueError(f"objective.w_fm={objective.w_fm}: must be 0 (no anchor) or positive")
     if not 0 < objective.alpha_min <= 1:
         raise ValueError(f"objective.alpha_min={objective.alpha_min}: must lie in (0, 1] for inequality (7) to hold")
     if not 0 <= objective.t_min < objective.t_max <= 1:
@@ -269,13 +281,11 @@ def check_groups(config: Config, groups: GroupSet) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     check(config)
-    if config.train.parameters != "lora":
-        raise ValueError(f"train.parameters={config.train.parameters!r}: preference training needs a LoRA")
     if config.dry_run:
         print_plan(config)
         return
     shown = ("loss", "accuracy", "margin", "grad_norm", "tokens_per_second")
-    fit(config, step=step, prepare=prepare, check_groups=check_groups, shown=shown)
+    fit(config, step=step, prepare=prepare, check_groups=check_groups, shown=shown, keep_reference=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ Tensors = dict[str, Tensor]
 class TrainConfig:
     groups: str = "${output}/groups"  # folder of preference groups with their index.json
     folder: str = "${output}/train"  # checkpoints, metrics, validation clips and the exported LoRA go here
-    parameters: str = "lora"  # lora | full: all weights of the network, in float32 (train/sft.py alone)
+    parameters: str = "lora"  # lora | full: all weights of the network, in float32
     pairs_per_pass: int = 1  # groups in one network pass, per GPU; 1 keeps one sample's activations at a time
     activation_checkpointing: bool = True  # keep only each block's input, recompute the rest in backward
     compile: bool = False  # torch.compile the transformer block, once for all layers
@@ -78,11 +78,11 @@ def fit(
     prepare: Callable[[Any, Sample], Tensors],
     check_groups: Callable[[Any, GroupSet], None],
     shown: tuple[str, ...],
-    attach: Callable[[Any, nn.Module], Trainable] | None = None,
+    keep_reference: bool = False,
 ) -> Path:
     """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, optim,
     sampler, validation and train; `check_groups` may refuse a group set; `shown` names the metrics of the progress
-    bar.
+    bar; `keep_reference`: full fine-tuning needs the untrained weights.
 
     Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the
     ranks, a checkpoint of another rank, a full disk, a run whose losses stay non-finite.
@@ -99,7 +99,7 @@ def fit(
     backbone = load_backbone(config.backbone, device, parts=parts)
     groups = open_groups(config, backbone)
     check_groups(config, groups)
-    policy = Policy(backbone, (attach or attach_lora)(config, backbone.transformer))
+    policy = Policy(backbone, attach_parameters(config, backbone.transformer, keep_reference=keep_reference))
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
     if engines[0] is not None and isinstance(policy.switch, FullParameters):
         raise ValueError(
@@ -226,8 +226,13 @@ def fit(
     return exported
 
 
-def attach_lora(config: Any, network: nn.Module) -> LoraSwitch:
-    """The default of `fit`: the recipe's adapters on the network."""
+def attach_parameters(config: Any, network: nn.Module, *, keep_reference: bool) -> Trainable:
+    """What trains: the recipe's adapters, or with train.parameters=full every weight, beside a copy of them for
+    `keep_reference`. Adapters always have the network itself as their reference."""
+    if config.train.parameters not in ("lora", "full"):
+        raise ValueError(f"train.parameters={config.train.parameters!r}: must be lora or full")
+    if config.train.parameters == "full":
+        return FullParameters(network, keep_reference=keep_reference)
     return LoraSwitch(network, config.lora, seed=config.seed)
 
 

@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import recipes
 from losses.flow_matching import flow_error, interpolate
 from train import gdpo
 from train.backbones.base import Conditioning
-from train.checkpoint import Trainable
-from train.full_parameters import FullParameters
 from train.groups import GroupSet, Sample, pad_text
-from train.loop import Policy, attach_lora, fit
+from train.loop import Policy, fit
 from train.plan import print_plan
 
 
@@ -62,13 +60,6 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
     return list(torch.autograd.grad(loss, policy.switch.parameters())), {"loss": loss.detach()}
 
 
-def attach(config: Config, network: nn.Module) -> Trainable:
-    """What trains: the recipe's adapters, or with train.parameters=full every weight."""
-    if config.train.parameters not in ("lora", "full"):
-        raise ValueError(f"train.parameters={config.train.parameters!r}: must be lora or full")
-    return FullParameters(network) if config.train.parameters == "full" else attach_lora(config, network)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     gdpo.check(config)
@@ -76,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(config)
         return
     shown = ("loss", "grad_norm", "tokens_per_second")
-    fit(config, step=step, prepare=prepare, check_groups=lambda *_: None, shown=shown, attach=attach)
+    fit(config, step=step, prepare=prepare, check_groups=lambda *_: None, shown=shown)
 
 
 if __name__ == "__main__":

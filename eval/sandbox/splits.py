@@ -1,8 +1,11 @@
-"""The sandbox's clips as an endless, numbered stream, in two splits that share neither prompts nor random numbers.
+"""The sandbox's clips as endless, numbered streams that share no random numbers: `train`, `heldout` and `pool`.
 
-A prompt belongs to one split for good, whatever the seed: one in HELD_OUT_SHARE is held out, chosen by its hash, and
-the others train. Clips are simulated in blocks of BLOCK, each from a generator of its own, so that the n-th clip does
-not depend on how many are asked for or in what order.
+A prompt is for training or for evaluation for good, whatever the seed: one in HELD_OUT_SHARE is held out, chosen by
+its hash, and no other stream shows it. `pool` is footage as one finds it, what a generator is pre-trained on: every
+other block of it breaks a law of physics, and the prompts do not say so. The other streams obey them.
+
+Clips are simulated in blocks of BLOCK, each from a generator of its own, so that the n-th clip does not depend on how
+many are asked for or in what order.
 """
 
 import hashlib
@@ -11,12 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from eval.sandbox.clips import Clips, simulate
+from eval.sandbox.clips import SCENES, Clips, simulate
+from eval.sandbox.world import VIOLATIONS
 from train.clips import VideoConfig
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "pool")
 BLOCK = 250  # clips
 HELD_OUT_SHARE = 8  # one prompt in so many is held out
+LEAST_SEVERITY = 0.3  # of a violation in the pool; the greatest is 1
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,13 @@ def list_clips(scene: str, split: str, seed: int, count: int, video: VideoConfig
 def simulate_block(
     scene: str, split: str, seed: int, block: int, video: VideoConfig, *, device: torch.device | str = "cpu"
 ) -> Clips:
-    """All BLOCK clips of a block, also those whose prompts belong to the other split."""
+    """All BLOCK clips of a block, also those whose prompts the split does not show. In the pool the odd blocks have
+    planted violations, one kind and severity a block."""
     digest = hashlib.sha256(f"sandbox\0{scene}\0{split}\0{seed}\0{block}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
+    if split == "pool" and block % 2:
+        known = [kind for kind in VIOLATIONS if scene == "mixed" or kind in SCENES[scene].violations]
+        size["violation"] = known[block // 2 % len(known)]
+        size["severity"] = LEAST_SEVERITY + (1 - LEAST_SEVERITY) * float(torch.rand((), generator=generator))
     return simulate(scene, BLOCK, generator, **size, device=device)

@@ -42,7 +42,6 @@ KL_WEIGHT = 1e-4  # on the mean over latent values; the distances are means over
 KL_BEGIN, KL_FULL = 0.2, 0.6  # shares of the steps between which the weight rises
 FIRST_LOG_VARIANCE = -6.0  # of the posterior
 WARMUP = 100  # steps
-TIMING = 50  # steps, after which a time limit is turned into a number of steps
 GRADIENT_NORM = 1.0  # gradients are clipped to it
 HELD_OUT = 512  # clips for the statistics and figures, at most as many as train
 LATENT_CHANNELS = 8
@@ -66,16 +65,15 @@ ARCHITECTURE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 3000
+    steps: int = 1600
     batch: int = 64  # clips a step
     pool: int = 6000  # simulated clips, made before the first step
     learning_rate: float = 3e-4  # peak; linear warm-up, then cosine to 0; 5e-4 and more draw objects later
     seed: int = 0
-    limit: float = math.inf  # seconds: where the steps would take longer, there are fewer
 
 
-def train_vae(settings: Settings, device: torch.device | str) -> tuple[AutoencoderKLWan, int]:
-    """A VAE trained by `settings`, in float32 and eval mode, and its number of steps.
+def train_vae(settings: Settings, device: torch.device | str) -> AutoencoderKLWan:
+    """A VAE trained by `settings`, in float32 and eval mode.
 
     The same seed, steps and device give the same weights, up to the order in which a GPU adds. Raises ValueError for
     numbers below 1.
@@ -91,9 +89,9 @@ def train_vae(settings: Settings, device: torch.device | str) -> tuple[Autoencod
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     draws = torch.Generator(device).manual_seed(settings.seed)  # on the device: no step waits for a copy
 
-    started, step, steps = time.monotonic(), 0, settings.steps
+    started, steps = time.monotonic(), settings.steps
     with torch.backends.cudnn.flags(enabled=True, benchmark=True), whole_clips(vae):
-        while step < steps:
+        for step in range(steps):
             chosen = torch.randint(settings.pool, (settings.batch,), generator=draws, device=device)
             frames = from_pixels(clips.frames[chosen])  # (B, 3, T, H, W)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -109,17 +107,11 @@ def train_vae(settings: Settings, device: torch.device | str) -> tuple[Autoencod
                 group["lr"] = settings.learning_rate * _rate(step, steps)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            if step in (TIMING // 2, TIMING, steps) or step % 200 == 0:
+            if (step + 1) % 200 == 0 or step + 1 == steps:
                 shown, seconds = loss.item(), time.monotonic() - started  # in this order: the loss waits for the GPU
-                if step == TIMING // 2:
-                    warm = seconds  # the first steps also choose algorithms
-                if step == TIMING and settings.limit < math.inf:
-                    fitting = step + int((settings.limit - seconds) / (seconds - warm) * (step - TIMING // 2))
-                    steps = min(steps, max(step, fitting))
-                left = seconds / step * (steps - step)
-                print(f"step {step} of {steps}: loss {shown:.4f}, {seconds:.0f} s, {left:.0f} s left", flush=True)
-    return vae.eval().requires_grad_(False), steps
+                left = seconds / (step + 1) * (steps - step - 1)
+                print(f"step {step + 1} of {steps}: loss {shown:.4f}, {seconds:.0f} s, {left:.0f} s left", flush=True)
+    return vae.eval().requires_grad_(False)
 
 
 def new_vae(seed: int) -> AutoencoderKLWan:
@@ -239,7 +231,7 @@ def measure(vae: AutoencoderKLWan, clips: Clips, *, batch: int = 32) -> tuple[di
 def write_vae(folder: Path, settings: Settings, device: torch.device | str) -> dict[str, Any]:
     """Train, measure what float16 keeps, write the folder; returns the figures."""
     started = time.monotonic()
-    vae, steps = train_vae(settings, device)
+    vae = train_vae(settings, device)
     vae = vae.half().float()  # the figures are of what the file holds
     generator = torch.Generator().manual_seed(settings.seed + 1)
     held_out = simulate("mixed", min(HELD_OUT, settings.pool), generator, device=device)
@@ -247,8 +239,7 @@ def write_vae(folder: Path, settings: Settings, device: torch.device | str) -> d
     vae.register_to_config(latents_mean=figures["latents_mean"], latents_std=figures["latents_std"])
     vae.half().save_pretrained(folder)
     figures = figures | {"seconds": time.monotonic() - started, "parameters": sum(p.numel() for p in vae.parameters())}
-    named = {name: value for name, value in vars(settings).items() if name != "limit"} | {"steps": steps}
-    report = {"settings": named, "device": torch.device(device).type, **figures}
+    report = {"settings": vars(settings), "device": torch.device(device).type, **figures}
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     rows = []
     for number in range(min(5, len(held_out))):
@@ -265,12 +256,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=Settings.pool, help="simulated clips to draw from")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--limit", type=float, default=Settings.limit, help="seconds of training; fewer steps if needed"
-    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed, options.limit)
+    settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed)
     figures = write_vae(options.folder, settings, options.device)
     print(
         f"{options.folder}: {figures['parameters'] / 1e6:.2f}M parameters, PSNR {figures['psnr']:.1f} dB over all "

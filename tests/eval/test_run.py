@@ -13,6 +13,7 @@ from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, read_clip
+from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch
 
 VIDEO = VideoConfig(64, 64, 17, 8.0)
@@ -62,6 +63,22 @@ def test_pictures_and_clips(tuned):
     read_clip(
         folder / "eval" / "comparison.mp4", VideoConfig(64, 192, 5 * 17, 8.0)
     )  # raises unless all frames are there
+
+
+def test_full_weights_are_compared_with_their_base(tuned, tmp_path):
+    folder, results = tuned
+    config = BackboneConfig(path=str(folder / "model"), dtype="float32", text_length=64)
+    backbone = load_backbone(config, "cpu", parts=("transformer",))
+    switch = FullParameters(backbone.transformer)
+    metadata = checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in switch.state_dict().items()}
+    save_file(state, tmp_path / "transformer.safetensors", metadata=metadata)
+    model = f"backbone.path={folder / 'model'}"
+    full = run.main([*COMMON, model, f"output={tmp_path}", f"run.lora={tmp_path}"])
+    assert full["models"]["base"] == results["models"]["base"]
+    clips = [load_file(tmp_path / "eval" / f"clips-{m}-0of1.safetensors")["clips"] for m in ("base", "tuned")]
+    assert not torch.equal(*clips)
 
 
 def test_a_second_run_samples_nothing(tuned, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eval.judges.sandbox import SandboxJudgeConfig, build
 from eval.sandbox.prompts import TEMPLATES
 from eval.sandbox.splits import BLOCK, is_held_out, list_clips, simulate_block
 from train.clips import VideoConfig
@@ -41,5 +42,18 @@ def test_splits_share_neither_prompts_nor_clips():
     assert is_held_out(held_out[0].prompt.upper() + " ")
     frames = [simulate_block("projectile", split, 0, 0, VIDEO).frames for split in ("train", "heldout")]
     assert not torch.equal(*frames)
+    pool = list_clips("mixed", "pool", 0, 300, VIDEO)
+    assert not any(is_held_out(clip.prompt) for clip in pool)
     with pytest.raises(ValueError, match="split 'test' is unknown"):
         list_clips("mixed", "test", 0, 1, VIDEO)
+
+
+def test_every_other_block_of_the_pool_breaks_a_law():
+    judge = build(SandboxJudgeConfig(fps=8), "cpu")
+    for scene in ("mixed", "pendulum"):
+        physical = []
+        for block in range(4):
+            clips = simulate_block(scene, "pool", 0, block, VIDEO)
+            physical.append(float(judge(clips.frames[:50], clips.prompts[:50]).physical.mean()))
+        assert min(physical[0], physical[2]) > 0.95, physical
+        assert max(physical[1], physical[3]) < 0.7, physical

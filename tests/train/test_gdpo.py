@@ -14,6 +14,7 @@ from losses.flow_matching import flow_error, interpolate
 from train import checkpoint, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
+from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream
 from train.loop import Policy
 from train.lora_switch import LoraSwitch
@@ -64,12 +65,13 @@ def by_the_equations(config, policy, sample):
         reference = errors()
     gained = errors() - reference
     brackets = gained[0] - gained[1:]  # (M,)
+    anchor = objective.w_fm * (gained[0] + reference[0])
     if objective.loss == "plackett_luce":
-        return torch.log(1 + torch.exp(objective.beta * brackets).sum())
+        return torch.log(1 + torch.exp(objective.beta * brackets).sum()) + anchor
     difficulty = 1 - (float(sample["semantic"][0]) + float(sample["physical"][0])) / 2
     alpha = 0.5 + 0.5 * sigmoid(5 * (difficulty - 0.5)) if objective.physics_guided else 1.0
     gamma = (1 + 0.6 * sigmoid(2 * (difficulty - 0.4))) / 0.5 if objective.physics_guided else 1.0
-    return gamma * sample["group_size"] * torch.log(1 + torch.exp(alpha * objective.beta * brackets[0]))
+    return gamma * sample["group_size"] * torch.log(1 + torch.exp(alpha * objective.beta * brackets[0])) + anchor
 
 
 def distance(gradients, expected):
@@ -121,6 +123,44 @@ def test_activation_checkpointing_changes_no_gradient(policy, configure):
     finally:
         network.disable_gradient_checkpointing()
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("loss", ["bound", "plackett_luce"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_anchor_adds_the_winners_error(policy, configure, loss, count):
+    config = configure(f"objective.loss={loss}", "objective.beta=10", "objective.w_fm=30")
+    chosen = samples(config, range(count))
+    gradients, metrics = gdpo.step(config, policy, default_collate(chosen))
+    expected = sum(by_the_equations(config, policy, sample) for sample in chosen) / count
+    assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distance(gradients, torch.autograd.grad(expected, policy.switch.parameters())) < 1e-5
+    with pytest.raises(ValueError, match="objective.w_fm=-1"):
+        gdpo.check(configure("objective.w_fm=-1"))
+
+
+def test_full_parameters_have_a_copied_reference(configure):
+    """The gradient with respect to every weight, by finite differences along itself, and the errors of the copy."""
+    config = configure("objective.beta=10", "train.parameters=full")
+    backbone = load_backbone(config.backbone, "cpu", parts=("expert",))
+    policy = Policy(backbone, FullParameters(backbone.transformer, keep_reference=True))
+    (sample,) = samples(config, [3])
+    batch = default_collate([sample])
+    _, first = gdpo.step(config, policy, batch)
+    assert first["margin"].item() == 0  # the copy is the network
+    with torch.no_grad():
+        for weight in policy.switch.parameters():
+            weight.add_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    gradients, moved = gdpo.step(config, policy, batch)
+    assert moved["margin"].item() != 0
+    assert moved["reference_winner"].item() == first["reference_winner"].item()
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for weight, gradient in zip(policy.switch.parameters(), gradients, strict=True):
+                weight.add_(gradient, alpha=sign * (1 if sign > 0 else 2) * 1e-3 / norm)
+        losses.append(gdpo.step(config, policy, batch)[1]["loss"].item())
+    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(norm.item(), rel=0.02)
 
 
 @pytest.mark.parametrize("loss", ["bound", "plackett_luce"])

@@ -1,0 +1,685 @@
+"""The ablation on the sandbox: every objective of the paper's comparison, measured on simulated physics.
+
+    python -m eval.sandbox.ablation --folder runs/ablation --jobs 6       # run or continue everything, then the table
+    python -m eval.sandbox.ablation --folder runs/ablation --rows base,sft,gdpo --seeds 0 --set optim.steps=100
+    python -m eval.sandbox.ablation --show eval/sandbox/ablation.json     # table and figure of an earlier run
+
+Every step is one of the project's own commands with recipe=sandbox, as a user would run it:
+
+    <folder>/groups-<seed>/, pairs-<seed>/     data_pipeline.build: groups of 4 losers, and of 1 for Flow-DPO
+    <folder>/<row>-<seed>/train/               train.gdpo or train.sft
+    <folder>/<row>-<seed>/eval/                eval.run on prompts that no training set holds, other ones for each seed
+    <folder>/<row>-<seed>/log.txt              what these printed
+    <folder>/<row>-<seed>/result.json          written last: scores of every clip, seconds, digest of all settings
+    <folder>/ablation.json, ablation.png       the table's numbers, and the figure
+
+A run with a result of the same settings, model and groups is not repeated, one that was stopped continues from its
+checkpoint, and one whose training would differ is moved to <folder>/replaced and starts anew. A failed run is reported
+and does not stop the others. --jobs runs several side by side: the model is small, so one GPU serves several.
+
+Intervals are 95% bootstrap intervals over the clips of all seeds. Gains over the base model and differences to LoRA-SFT
+are paired: same prompt, same initial noise. They say how sure the mean over prompts is for these trained models; how
+much another training seed changes it is seen in the seeds' own means, in ablation.json.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import recipes
+from eval.intervals import Estimate, bootstrap_mean
+
+RECIPE = "sandbox"
+SCORES = ("physical", "semantic")
+NUM_LOSERS = {"groups": 4, "pairs": 1}
+FULL_COPY_RATE = 1e-4  # all weights want smaller steps than adapters
+# Sections that each command reads.
+READS = {
+    "data_pipeline.build": ("backbone", "video", "sampler", "pipeline"),
+    "train.gdpo": ("backbone", "video", "lora", "objective", "optim", "sampler", "validation", "train"),
+    "train.sft": ("backbone", "video", "lora", "objective", "optim", "sampler", "validation", "train"),
+    "eval.run": ("backbone", "video", "sampler", "run"),
+}
+# Speed alone. A unit of the recipe has 32 groups, and clips are sampled together within one.
+ON_GPU = {
+    "data_pipeline.build": ("pipeline.batch_size=128", "pipeline.encode_batch=32"),
+    "eval.run": ("run.batch_size=128",),
+}
+# Keys that tell one run from another: set here for each, and not by --set.
+OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.num_losers", "train.groups")
+OWN_KEYS += ("train.folder", "run.lora", "run.folder", "run.sandbox.clips", "run.sandbox.seed")
+
+# ---- the paper's figures (arXiv 2512.24551): "Overall" on VideoPhy2, the share of clips that an automatic rater gives
+# ---- 4 or 5 of 5 for both semantics and physics. Another scale and another test than the sandbox's.
+
+PAPER = {
+    "2b": (
+        "Wan2.1-14B",
+        {"Baseline": 0.1288, "+ LoRA-SR": 0.1458, "+ Groupwise Model": 0.1559, "+ Physics Rewarding": 0.1627},
+    ),
+    "2c": ("Wan2.1-1.3B", {"Baseline": 0.1232, "Flow-DPO": 0.1283, "VideoDPO": 0.1305, "PhyGDPO": 0.1407}),
+    "2d": ("Wan2.1-1.3B", {"Baseline": 0.1232, "LoRA-SFT": 0.1283, "w/o LoRA-SR": 0.1373, "with LoRA-SR": 0.1407}),
+}
+TABLE_3 = {  # on Wan2.1-14B, each around the values of eq. 9 below
+    "alpha_min": {0.3: 0.1582, 0.4: 0.1591, 0.5: 0.1627, 0.6: 0.1615, 0.7: 0.1608},
+    "k_alpha": {4.0: 0.1611, 4.5: 0.1579, 5.0: 0.1627, 5.5: 0.1593, 6.0: 0.1618},
+    "b_alpha": {0.3: 0.1582, 0.4: 0.1579, 0.5: 0.1627, 0.6: 0.1598, 0.7: 0.1602},
+    "lam": {0.3: 0.1592, 0.4: 0.1586, 0.5: 0.1608, 0.6: 0.1627, 0.7: 0.1615},
+    "k_gamma": {1.0: 0.1588, 1.5: 0.1609, 2.0: 0.1627, 2.5: 0.1592, 3.0: 0.1598},
+    "b_gamma": {0.3: 0.1586, 0.4: 0.1627, 0.5: 0.1582, 0.6: 0.1607, 0.7: 0.1595},
+}
+# What the objective has where the recipe is silent: the paper's values, and this project's beta.
+DEFAULTS = {
+    "beta": 1000.0,
+    "alpha_min": 0.5,
+    "k_alpha": 5.0,
+    "b_alpha": 0.5,
+    "k_gamma": 2.0,
+    "b_gamma": 0.4,
+    "lam": 0.6,
+}
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str  # of its folders
+    label: str  # in the table
+    trainer: str  # module; empty: nothing is trained
+    overrides: tuple[str, ...] = ()
+    paper: tuple[tuple[str, str], ...] = ()  # (table, its row) in PAPER
+    losers: str = "groups"  # a key of NUM_LOSERS
+    sweep: tuple[str, float] | None = None  # (key of objective, value)
+
+
+# Without the anchor the recipe's learning rate ruins the model; these rows get one that does not.
+GENTLE = ("objective.w_fm=0", "optim.lr=1e-4", "optim.lr_end=1e-5")
+PLAIN = ("objective.physics_guided=false", *GENTLE)
+METHODS = (
+    Row("base", "base model", "", (), (("2c", "Baseline"), ("2b", "Baseline"))),
+    Row("sft", "LoRA-SFT", "train.sft", (), (("2d", "LoRA-SFT"),)),
+    Row(
+        "videodpo",
+        "VideoDPO-style, lr 1e-4",
+        "train.gdpo",
+        ("objective.winner=generated", *PLAIN),
+        (("2c", "VideoDPO"),),
+    ),
+    Row(
+        "flow_dpo", "Flow-DPO, lr 1e-4", "train.gdpo", PLAIN, (("2c", "Flow-DPO"), ("2b", "+ LoRA-SR")), losers="pairs"
+    ),
+    Row(
+        "gdpo_no_pgr",
+        "PhyGDPO, no physics weights",
+        "train.gdpo",
+        ("objective.physics_guided=false",),
+        (("2b", "+ Groupwise Model"),),
+    ),
+    Row("gdpo", "PhyGDPO (recipe)", "train.gdpo", (), (("2c", "PhyGDPO"), ("2b", "+ Physics Rewarding"))),
+    # The objective as the paper writes it.
+    Row("gdpo_no_anchor", "PhyGDPO, no anchor, lr 1e-4", "train.gdpo", GENTLE),
+    Row("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "train.gdpo", ("objective.w_fm=0",)),
+    Row(  # eq. 13 counts a pair once for each of 4 losers, eq. 6 does not: a quarter of the anchor
+        "plackett_luce",
+        "PhyGDPO, exact eq. 6",
+        "train.gdpo",
+        ("objective.loss=plackett_luce", "objective.w_fm=50"),
+    ),
+    Row(
+        "full_copy",
+        "PhyGDPO, full copy",
+        "train.gdpo",
+        ("train.parameters=full", f"optim.lr={FULL_COPY_RATE}", f"optim.lr_end={FULL_COPY_RATE / 10}"),
+        (("2d", "w/o LoRA-SR"),),
+    ),
+)
+BETA_FACTORS = (1 / 10, 1 / 3, 3, 10)  # of the recipe's beta
+SWEEPS = {
+    "alpha_min": (0.3, 0.7),
+    "k_alpha": (4, 6),
+    "b_alpha": (0.3, 0.7),
+    "k_gamma": (1, 4),
+    "b_gamma": (0.2, 0.6),
+    "lam": (0.3, 0.9),
+}
+
+
+def list_rows(beta: float) -> dict[str, Row]:
+    """All rows by name, in the table's order; `beta` is the recipe's."""
+
+    def swept(name: str, key: str, value: float) -> Row:
+        return Row(name, f"{key} = {value:g}", "train.gdpo", (f"objective.{key}={value:g}",), sweep=(key, value))
+
+    rows = list(METHODS)
+    rows += [swept(f"beta_x{factor:.2g}", "beta", beta * factor) for factor in BETA_FACTORS]
+    rows += [swept(f"{key}_{value:g}", key, value) for key, values in SWEEPS.items() for value in values]
+    return {row.name: row for row in rows}
+
+
+def paper_figures(row: Row) -> list[dict[str, Any]]:
+    """What the paper reports for this row: table, model, the row's name there, Overall."""
+    found = [(table, PAPER[table][0], name, PAPER[table][1][name]) for table, name in row.paper]
+    if row.sweep and row.sweep[1] in TABLE_3.get(row.sweep[0], {}):
+        key, value = row.sweep
+        found.append(("3", "Wan2.1-14B", f"{key} = {value:g}", TABLE_3[key][value]))
+    return [dict(zip(("table", "model", "name", "overall"), figure, strict=True)) for figure in found]
+
+
+# ---- what is run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sections:
+    """The recipe with the command line's overrides, unchecked: the commands check what they read."""
+
+    backbone: dict[str, Any] = field(default_factory=dict)
+    video: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def read_recipe(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return asdict(recipes.load(Sections, [f"recipe={RECIPE}", *overrides]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    folder: Path
+    seeds: tuple[int, ...]
+    clips: int = 512  # held-out prompts a seed
+    overrides: tuple[str, ...] = ()  # of every run, from --set
+    model: str = ""  # fingerprint of the base model
+    torch: str = ""  # version
+    device: str = ""  # name
+    on_gpu: bool = False
+
+    def place(self, row: Row, seed: int) -> Path:
+        return self.folder / f"{row.name}-{seed}"
+
+    def groups(self, losers: str, seed: int) -> Path:
+        return self.folder / f"{losers}-{seed}"
+
+    def arguments(self, module: str, *own: str) -> list[str]:
+        """`module`'s arguments, the later winning: recipe, device, --set where the command reads it, `own`."""
+        chosen = [pair for pair in self.overrides if pair.split(".")[0] in READS[module]]
+        device = ON_GPU.get(module, ()) if self.on_gpu else ()
+        return [f"recipe={RECIPE}", *device, *chosen, *own]
+
+    def build_arguments(self, losers: str, seed: int) -> list[str]:
+        place = self.groups(losers, seed)
+        own = (f"output={place}", f"pipeline.groups={place}", f"pipeline.num_losers={NUM_LOSERS[losers]}")
+        return self.arguments("data_pipeline.build", *own, f"seed={seed}")
+
+    def train_arguments(self, row: Row, seed: int) -> list[str]:
+        own = (f"output={self.place(row, seed)}", f"seed={seed}", f"train.groups={self.groups(row.losers, seed)}")
+        return self.arguments(row.trainer, *row.overrides, *own)
+
+    def eval_arguments(self, row: Row, seed: int) -> list[str]:
+        own = [f"output={self.place(row, seed)}", f"run.sandbox.clips={self.clips}", f"run.sandbox.seed={seed}"]
+        lora = [f"run.lora={self.place(row, seed) / 'train'}"] if row.trainer else []
+        return self.arguments("eval.run", *own, *lora)
+
+    def digests(self, row: Row, seed: int) -> dict[str, str]:
+        """Of everything that determines the run, but not of how fast it goes on a device: `training` of what comes
+        before the evaluation, `settings` of all, and `groups` of the group set, "" where there is none."""
+        sections = read_recipe([*self.overrides, *row.overrides])
+
+        def settings(*modules: str) -> dict[str, Any]:
+            return {name: sections[name] for module in modules for name in READS[module]}
+
+        kind = [row.trainer, NUM_LOSERS[row.losers], seed, self.model]
+        training = _digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
+        return {
+            "training": training,
+            "settings": _digest([training, settings("eval.run"), seed, self.clips, self.model]),
+            "groups": self.groups_digest(row, seed),
+        }
+
+    def groups_digest(self, row: Row, seed: int) -> str:
+        """Of the group set that the run trains on, "" where there is none."""
+        index = self.groups(row.losers, seed) / "index.json"
+        return hashlib.sha256(index.read_bytes()).hexdigest() if row.trainer and index.exists() else ""
+
+    def result(self, row: Row, seed: int) -> dict[str, Any] | None:
+        """The finished run's result, if it was made with today's settings. Groups that are gone are not missed."""
+        result = _read_json(self.place(row, seed) / "result.json")
+        if result is None:
+            return None
+        today = self.digests(row, seed)
+        same_groups = today["groups"] in ("", result["groups"])
+        return result if same_groups and today["settings"] == result["settings"] else None
+
+
+class StepFailed(RuntimeError):
+    """A command failed; the message ends with the tail of its log."""
+
+
+Run = Callable[[str, list[str], Path], None]  # module, arguments, log file; raises StepFailed
+
+
+class Processes:
+    """Runs the commands, with the processor's cores shared between `jobs` of them. `stop` ends all that are running."""
+
+    def __init__(self, jobs: int):
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        self.environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}
+        self._running: set[subprocess.Popen] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def run(self, module: str, arguments: list[str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"\n$ python -m {module} {shlex.join(arguments)}\n")
+            file.flush()
+            with self._lock:
+                if self._stopped:
+                    raise StepFailed("stopped")
+                command = [sys.executable, "-m", module, *arguments]
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.environment)
+                self._running.add(process)
+            status = process.wait()
+            self._running.discard(process)
+        if status:
+            tail = log.read_bytes()[-8000:].decode("utf-8", errors="replace").splitlines()[-12:]
+            raise StepFailed(f"{module} ended with status {status}, see {log}:\n  " + "\n  ".join(tail))
+
+    def stop(self) -> None:
+        """SIGTERM: a trainer saves a checkpoint and ends."""
+        with self._lock:
+            self._stopped = True
+            for process in list(self._running):
+                process.terminate()
+
+
+def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) -> None:
+    """Train and evaluate one row with one seed, from where it stands. Raises StepFailed."""
+    if groups is not None and groups.exception() is not None:  # waits for the build
+        raise StepFailed(f"its groups failed: {plan.groups(row.losers, seed)}")
+    place = plan.place(row, seed)
+    digests = plan.digests(row, seed)
+    started = _read_json(place / "started.json") or {}
+    if place.exists() and any(started.get(key) != digests[key] for key in ("training", "groups")):
+        _set_aside(place, plan.folder / "replaced" / f"{place.name}-{_digest(started)[:8]}")
+        started = {}
+    started = {**digests, "seconds": started.get("seconds", {})}
+    _write_json(place / "started.json", started)
+
+    def timed(name: str, module: str, arguments: list[str]) -> None:
+        begin, before = time.perf_counter(), started["seconds"].get(name, 0.0)
+        try:
+            run(module, arguments, place / "log.txt")
+        finally:  # a stopped run's time counts as well
+            started["seconds"][name] = round(before + time.perf_counter() - begin, 1)
+            _write_json(place / "started.json", started)
+
+    if row.trainer and not _is_trained(place):
+        timed("train", row.trainer, plan.train_arguments(row, seed))
+        if not _is_trained(place):  # a trainer that was asked to stop ends without an error
+            raise StepFailed(f"{row.trainer} stopped before its last step: run the same command to continue")
+    _share_base_clips(plan, seed, place)
+    timed("evaluate", "eval.run", plan.eval_arguments(row, seed))
+    scores = read_scores(place / "eval" / "scores.jsonl", plan.clips)
+    made_with = {"torch": plan.torch, "device": plan.device}
+    own = {"row": row.name, "seed": seed, "overrides": [*plan.overrides, *row.overrides]}
+    _write_json(place / "result.json", {**own, **started, **made_with, "scores": scores})
+
+
+def _is_trained(place: Path) -> bool:
+    exported = place / "train" / "lora" / "pytorch_lora_weights.safetensors"
+    return exported.exists() or (place / "train" / "transformer").is_dir()
+
+
+def _set_aside(place: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place.rename(target)
+
+
+def _share_base_clips(plan: Plan, seed: int, place: Path) -> None:
+    """Give the run the base row's clips of this seed, so that eval.run, which checks what they were made with, samples
+    the base model once a seed."""
+    name = "clips-base-0of1.safetensors"
+    source, target = plan.place(METHODS[0], seed) / "eval" / name, place / "eval" / name
+    if source.exists() and source != target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        with suppress(OSError):  # where there are no links they are sampled again
+            os.link(source, target)  # eval.run replaces such a file and never writes into it
+
+
+def read_scores(path: Path, clips: int) -> dict[str, dict[str, list[float]]]:
+    """Scores of base and tuned, by clip, from eval.run's rows. ValueError where a model has another number of clips."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if row["model"] != "true":
+            columns = scores.setdefault(row["model"], {name: [] for name in SCORES})
+            if row["clip"] != len(columns[SCORES[0]]):
+                raise ValueError(f"{path}: clip {row['clip']} of {row['model']} is out of order: evaluate again")
+            for name in SCORES:
+                columns[name].append(row[name])
+    if any(len(columns[SCORES[0]]) != clips for columns in scores.values()) or "base" not in scores:
+        raise ValueError(f"{path} does not hold {clips} clips of each model: delete its folder and evaluate again")
+    return scores
+
+
+def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None], jobs: int) -> dict[str, str]:
+    """Run what is not finished, `jobs` at a time; returns what failed, by name, and why."""
+    runs = [(row, seed) for seed in plan.seeds for row in rows]
+    todo = [pair for pair in runs if plan.result(*pair) is None]
+    failed: dict[str, str] = {}
+    progress = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="ablation")
+    with progress, ThreadPoolExecutor(jobs) as pool:
+        names, builds = {}, {}
+        for losers, seed in dict.fromkeys((row.losers, seed) for row, seed in todo if row.trainer):
+            place = plan.groups(losers, seed)
+            arguments = ("data_pipeline.build", plan.build_arguments(losers, seed), place / "log.txt")
+            builds[losers, seed] = pool.submit(run, *arguments)
+            names[builds[losers, seed]] = place.name
+        # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them.
+        for row, seed in sorted(todo, key=lambda pair: pair[0].trainer != ""):
+            build = builds[row.losers, seed] if row.trainer else None
+            names[pool.submit(run_row, plan, row, seed, run, build)] = plan.place(row, seed).name
+        try:
+            for future in as_completed(names):
+                if error := future.exception():
+                    failed[names[future]] = f"{error}" if isinstance(error, StepFailed) else repr(error)
+                    progress.write(f"{names[future]} failed: {failed[names[future]]}")
+                if future not in builds.values():
+                    progress.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop()
+            raise
+    return failed
+
+
+# ---- what came out ---------------------------------------------------------------------------------------------------
+
+
+def collect(plan: Plan, command: str) -> dict[str, Any]:
+    """Means and intervals of every finished row, by today's settings."""
+    objective = {**DEFAULTS, **read_recipe(plan.overrides)["objective"]}
+    rows = list_rows(objective["beta"])
+    runs = {
+        name: {seed: found for seed in plan.seeds if (found := plan.result(row, seed))} for name, row in rows.items()
+    }
+    finished = [result for by_seed in runs.values() for result in by_seed.values()]
+    return {
+        "command": command,
+        "recipe": RECIPE,
+        "overrides": list(plan.overrides),
+        "objective": {key: objective[key] for key in DEFAULTS},
+        "seeds": list(plan.seeds),
+        "clips": plan.clips,
+        "torch": sorted({result["torch"] for result in finished}),
+        "device": sorted({result["device"] for result in finished}),
+        "rows": [summarize(rows[name], by_seed, runs["sft"]) for name, by_seed in runs.items() if by_seed],
+    }
+
+
+def summarize(row: Row, runs: dict[int, dict[str, Any]], sft: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table from its results by seed; gains and differences are None where there is nothing to pair."""
+
+    def own(result: dict[str, Any], name: str) -> np.ndarray:  # (clips,)
+        return np.array(result["scores"].get("tuned", result["scores"]["base"])[name])
+
+    def estimate(parts: list[np.ndarray]) -> dict[str, float] | None:
+        return asdict(bootstrap_mean(np.concatenate(parts))) if parts else None
+
+    gain, against = {}, {}
+    for name in SCORES:
+        gain[name] = estimate([own(r, name) - r["scores"]["base"][name] for r in runs.values() if row.trainer])
+        shared = [seed for seed in runs if seed in sft and row.name != "sft"]
+        against[name] = estimate([own(runs[seed], name) - own(sft[seed], name) for seed in shared])
+    return {
+        "name": row.name,
+        "label": row.label,
+        "trainer": row.trainer,
+        "overrides": list(row.overrides),
+        "sweep": dict(zip(("key", "value"), row.sweep, strict=True)) if row.sweep else None,
+        "seeds": {
+            str(seed): {name: float(own(r, name).mean()) for name in SCORES} | {"seconds": r["seconds"]}
+            for seed, r in runs.items()
+        },
+        **{name: estimate([own(result, name) for result in runs.values()]) for name in SCORES},
+        "gain": gain,
+        "against_sft": against,
+        "paper": paper_figures(row),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text: means with 95% intervals, paired differences of the physical score, the paper's figures."""
+
+    def signed(value: dict[str, float] | None) -> str:
+        return "-" if value is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**value)
+
+    heads = ("", "physical", "semantic", "gain over base", "against LoRA-SFT", "paper (table, model, Overall)")
+    cells = [heads]
+    for row in results["rows"]:
+        missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
+        figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:.4f}" for f in row["paper"])
+        own = (str(Estimate(**row["physical"])), f"{row['semantic']['mean']:.3f}")
+        differences = (signed(row["gain"]["physical"]), signed(row["against_sft"]["physical"]))
+        cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-"))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append(f"seeds {results['seeds']}, {results['clips']} held-out prompts each")
+    lines.append(f"device {', '.join(results['device'])}, torch {', '.join(results['torch'])}")
+    lines.append("The paper's figures are VideoPhy2's, another scale: compare orders, not values.")
+    return "\n".join(lines)
+
+
+BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's, told apart by colour-blind readers
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """PNG of the paired gains in the physical score: methods above, sweeps below. Readable at a width of 900 pixels."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the figure needs matplotlib, which is not installed: pip install matplotlib") from error
+    gains = {row["name"]: row["gain"]["physical"] for row in results["rows"] if row["trainer"]}
+    methods = [row for row in results["rows"] if row["trainer"] and not row["sweep"]]
+    swept = {key: {} for key in DEFAULTS}
+    for row in results["rows"]:
+        if row["sweep"]:
+            swept[row["sweep"]["key"]][row["sweep"]["value"]] = gains[row["name"]]
+    swept = {key: points for key, points in swept.items() if points}
+    height = 1.2 + 0.34 * max(1, len(methods))
+    lines = -(-len(swept) // 4)
+    figure = Figure(figsize=(9, height + 1.9 * lines), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, *lower = figure.subfigures(
+        1 + bool(swept), 1, height_ratios=[height, 1.9 * lines][: 1 + bool(swept)], squeeze=False
+    )[:, 0]
+    axes = upper.subplots()
+    _points(axes, [(gains[row["name"]], place, row["name"]) for place, row in enumerate(methods)], horizontal=True)
+    axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    base = next((row for row in results["rows"] if row["name"] == "base"), None)
+    absolute = f" ({base['physical']['mean']:.3f})" if base else ""
+    axes.axvline(0, color=BLACK, linestyle="--", linewidth=1, label=f"base model{absolute}")
+    if "sft" in gains:
+        axes.axvline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8, label="LoRA-SFT")
+    seeds = len(results["seeds"])
+    axes.set_xlabel(f"gain in the physical score, 95% interval over {seeds} x {results['clips']} paired clips")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
+    if not swept:
+        return _save(figure, path)
+    panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("gain")
+    for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
+        middle = {results["objective"][key]: gains["gdpo"]} if "gdpo" in gains else {}
+        shown = sorted({**points, **middle}.items())
+        if key == "beta":
+            panel.set_xscale("log")
+        panel.plot([value for value, _ in shown], [gain["mean"] for _, gain in shown], color=BLUE, linewidth=1)
+        _points(panel, [(gain, value, "gdpo" if value in middle else "") for value, gain in shown], horizontal=False)
+        panel.set_xticks([value for value, _ in shown], [f"{value:.3g}" for value, _ in shown])
+        panel.minorticks_off()
+        panel.axhline(0, color=BLACK, linestyle="--", linewidth=1)
+        if "sft" in gains:
+            panel.axhline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8)
+        panel.set_title(key, fontsize=10)
+    for panel in panels.flat[len(swept) :]:
+        panel.set_axis_off()
+    return _save(figure, path)
+
+
+def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, str]], *, horizontal: bool) -> None:
+    """Gains with intervals at places; the recipe's own is a filled diamond."""
+    for gain, place, name in points:
+        reach = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
+        marker = {"marker": "D", "markersize": 6} if name == "gdpo" else {"marker": "o", "markersize": 5}
+        fill = BLUE if name == "gdpo" else "white"
+        style = {"color": BLUE, "markerfacecolor": fill, "capsize": 2.5, "linewidth": 1.4, **marker}
+        if horizontal:
+            axes.errorbar([gain["mean"]], [place], xerr=reach, **style)
+        else:
+            axes.errorbar([place], [gain["mean"]], yerr=reach, **style)
+
+
+def _save(figure: Any, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(aside, format="png")
+    os.replace(aside, path)
+
+
+# ---- files and the command line --------------------------------------------------------------------------------------
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=indent)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """ValueError for an override that is no key=value, that no command reads, or that tells the runs apart."""
+    sections = sorted(set(chain.from_iterable(READS.values())))
+    for pair in overrides:
+        key, equals, _ = pair.partition("=")
+        if not equals or key in OWN_KEYS:
+            reason = (
+                "is set for each run by the ablation itself (see --clips, --seeds)" if equals else "is no key=value"
+            )
+            raise ValueError(f"--set {pair}: {key} {reason}")
+        if key.split(".")[0] not in sections:
+            raise ValueError(f"--set {pair}: no command reads it; sections: {', '.join(sections)}")
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    import torch
+
+    from train.backbones.loading import fingerprint
+
+    check_overrides(options.set)
+    if options.clips < 1 or options.jobs < 1 or not options.seeds:
+        raise ValueError(f"--clips {options.clips} --jobs {options.jobs} --seeds: each must be 1 or more")
+    backbone = read_recipe(options.set)["backbone"]
+    on_gpu = torch.cuda.is_available()
+    return Plan(
+        folder=options.folder,
+        seeds=tuple(dict.fromkeys(options.seeds)),
+        clips=options.clips,
+        overrides=tuple(options.set),
+        model=fingerprint(backbone["family"], Path(backbone["path"])),
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
+        on_gpu=on_gpu,
+    )
+
+
+def choose_rows(rows: dict[str, Row], names: Sequence[str]) -> list[Row]:
+    """The named rows, all where no name is given. ValueError for a name that is none."""
+    if unknown := [name for name in names if name not in rows]:
+        raise ValueError(f"--rows {','.join(unknown)}: not known; known: {', '.join(rows)}")
+    return [row for name, row in rows.items() if not names or name in names]
+
+
+def main(argv: list[str] | None = None, run: Run | None = None) -> int:
+    """The command line; returns the exit status. `run` stands in for the subprocesses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="of all runs; one that was begun is continued")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="a,b,...; default: all")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--clips", type=int, default=512, help="held-out prompts a seed")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="in every run")
+    parser.add_argument("--show", type=Path, help="only print and draw this ablation.json")
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(arguments)
+    if options.show:
+        results, failed = json.loads(options.show.read_text(encoding="utf-8")), {}
+        place = options.show
+    elif options.folder:
+        plan = make_plan(options)
+        rows = list_rows({**DEFAULTS, **read_recipe(plan.overrides)["objective"]}["beta"])
+        processes = Processes(options.jobs)
+        chosen = choose_rows(rows, options.rows)
+        try:
+            failed = run_all(plan, chosen, run or processes.run, processes.stop, options.jobs)
+        except KeyboardInterrupt:
+            print("stopped; run the same command to continue", file=sys.stderr)
+            return 130
+        results = collect(plan, f"python -m eval.sandbox.ablation {shlex.join(arguments)}")
+        place = plan.folder / "ablation.json"
+        _write_json(place, results, indent=1)
+    else:
+        raise ValueError("give --folder to run the ablation, or --show with an ablation.json")
+    print(table(results))
+    if any(row["trainer"] for row in results["rows"]):
+        draw(results, place.with_suffix(".png"))
+        print(f"results  {place}\nfigure   {place.with_suffix('.png')}")
+    for name, why in failed.items():
+        print(f"FAILED   {name}: {why.splitlines()[0]}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop: trainers save their step
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""The ablation's table from results worked out by hand, and what is run, continued, repeated or reported."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import recipes
+from data_pipeline import build
+from eval import run as eval_run
+from eval.sandbox import ablation
+from eval.sandbox.ablation import METHODS, PAPER, READS, TABLE_3, Plan, Processes, StepFailed
+from train import gdpo, sft
+
+CONFIGS = {
+    "data_pipeline.build": build.Config,
+    "train.gdpo": gdpo.Config,
+    "train.sft": sft.Config,
+    "eval.run": eval_run.Config,
+}
+ROWS = ablation.list_rows(50.0)
+# Physical scores of two clips by model and seed.
+PHYSICAL = {
+    "base": {0: [0.0, 0.5], 1: [0.5, 0.5]},
+    "sft": {0: [0.25, 0.5], 1: [0.5, 0.75]},
+    "gdpo": {0: [0.5, 1.0], 1: [1.0, 1.0]},
+}
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])  # the recipe names the shipped model by a relative path
+
+
+class Fake:
+    """Stands in for the subprocesses: leaves what the commands leave, scores by the run's own row and seed."""
+
+    def __init__(self, fail=()):
+        self.calls, self.fail = [], fail
+
+    def __call__(self, module, arguments, log):
+        given = dict(pair.split("=", 1) for pair in arguments)
+        place = Path(given["output"])
+        self.calls.append((module, place.name))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if (module, place.name) in self.fail:
+            raise StepFailed(f"{module} ended with status 1\n  its last words")
+        if module == "data_pipeline.build":
+            (place / "index.json").write_text(json.dumps({"losers": given["pipeline.num_losers"]}), encoding="utf-8")
+        elif module == "eval.run":
+            (place / "eval").mkdir(exist_ok=True)
+            name, seed = place.name.rsplit("-", 1)
+            models = {"base": "base"} | ({"tuned": name} if "run.lora" in given else {})
+            lines = [
+                {"model": model, "clip": clip, "physical": physical, "semantic": 1.0}
+                for model, row in [("true", "base"), *models.items()]
+                for clip, physical in enumerate(PHYSICAL.get(row, PHYSICAL["gdpo"])[int(seed)])
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (place / "eval" / "scores.jsonl").write_text(text, encoding="utf-8")
+        else:
+            assert (Path(given["train.groups"]) / "index.json").exists()
+            exported = place / "train" / "lora" / "pytorch_lora_weights.safetensors"
+            exported.parent.mkdir(parents=True)
+            exported.write_text(" ".join(arguments), encoding="utf-8")
+
+
+def start(folder, run, *more, rows="base,sft,gdpo", seeds="0,1"):
+    return ablation.main(["--folder", str(folder), "--rows", rows, "--seeds", seeds, "--clips", "2", *more], run)
+
+
+def read(folder):
+    results = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
+    return results, {row["name"]: row for row in results["rows"]}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_worked_by_hand(tmp_path, capsys):
+    assert start(tmp_path, Fake()) == 0
+    results, rows = read(tmp_path)
+    assert list(rows) == ["base", "sft", "gdpo"] and results["seeds"] == [0, 1]
+    base, tuned = rows["base"], rows["gdpo"]
+    assert base["physical"]["mean"] == 0.375 and base["gain"] == {"physical": None, "semantic": None}
+    assert tuned["physical"]["mean"] == 0.875
+    assert {seed: means["physical"] for seed, means in tuned["seeds"].items()} == {"0": 0.75, "1": 1.0}
+    # Every clip gains 0.5, so any resample does.
+    assert tuned["gain"]["physical"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    # Against LoRA-SFT 0.25, 0.5, 0.5, 0.25: a resample's mean is (4 + K) / 16 with K of 4 draws being 0.5, binomial,
+    # and K = 0 and K = 4 have probability 1/16 each, more than 2.5%: the interval reaches both.
+    assert tuned["against_sft"]["physical"] == {"mean": 0.375, "low": 0.25, "high": 0.5}
+    assert base["against_sft"]["physical"]["mean"] == -0.125 and rows["sft"]["against_sft"]["physical"] is None
+    printed = capsys.readouterr().out
+    assert "+0.500 [+0.500, +0.500]  +0.375 [+0.250, +0.500]  2c 1.3B 0.1407, 2b 14B 0.1627" in printed
+    assert all(label in printed for label in ("base model", "LoRA-SFT", "PhyGDPO (recipe)"))
+
+
+def test_seeds_that_lack_a_row_are_not_paired(tmp_path):
+    start(tmp_path, Fake(), seeds="0")
+    start(tmp_path, Fake(), rows="gdpo")
+    results, rows = read(tmp_path)
+    assert set(rows["gdpo"]["seeds"]) == {"0", "1"} and set(rows["sft"]["seeds"]) == {"0"}
+    assert rows["gdpo"]["against_sft"]["physical"]["mean"] == 0.375  # 0.25 and 0.5, of seed 0 alone
+    assert "LoRA-SFT (seeds 0)" in ablation.table(results)
+
+
+def test_show_prints_and_draws_without_a_run(tmp_path, capsys):
+    start(tmp_path, Fake(), rows="base,sft,gdpo,beta_x3,lam_0.9,lam_0.3", seeds="0")
+    printed = capsys.readouterr().out
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "ablation.json").rename(tmp_path / "kept" / "figures.json")
+    assert ablation.main(["--show", str(tmp_path / "kept" / "figures.json")], lambda *_: pytest.fail("run")) == 0
+    assert capsys.readouterr().out.splitlines()[:-2] == printed.splitlines()[:-2]  # all but where the files are
+    with Image.open(tmp_path / "kept" / "figures.png") as image:
+        assert image.width == 1800 and 600 < image.height < 2000
+
+
+def test_scores_of_another_number_of_clips_are_refused(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    row = {"model": "base", "clip": 0, "physical": 1.0, "semantic": 1.0}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert ablation.read_scores(path, 1) == {"base": {"physical": [1.0], "semantic": [1.0]}}
+    with pytest.raises(ValueError, match="does not hold 2 clips"):
+        ablation.read_scores(path, 2)
+    path.write_text(json.dumps({**row, "clip": 1}) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="out of order"):
+        ablation.read_scores(path, 1)
+
+
+# ---- running, continuing, failing ------------------------------------------------------------------------------------
+
+
+def test_groups_are_built_once_a_seed_and_the_base_is_not_trained(tmp_path):
+    run = Fake()
+    start(tmp_path, run, "--jobs", "3", rows="base,sft,gdpo,flow_dpo", seeds="0")
+    assert sorted(run.calls) == [
+        ("data_pipeline.build", "groups-0"),
+        ("data_pipeline.build", "pairs-0"),
+        ("eval.run", "base-0"),
+        ("eval.run", "flow_dpo-0"),
+        ("eval.run", "gdpo-0"),
+        ("eval.run", "sft-0"),
+        ("train.gdpo", "flow_dpo-0"),
+        ("train.gdpo", "gdpo-0"),
+        ("train.sft", "sft-0"),
+    ]
+    weights = tmp_path / "flow_dpo-0" / "train" / "lora" / "pytorch_lora_weights.safetensors"
+    assert f"train.groups={tmp_path / 'pairs-0'}" in weights.read_text(encoding="utf-8")
+
+
+def test_finished_runs_are_not_repeated_and_changed_ones_start_anew(tmp_path):
+    start(tmp_path, Fake(), seeds="0")
+    before = read(tmp_path)
+    again = Fake()
+    assert start(tmp_path, again, seeds="0") == 0 and again.calls == []
+    assert read(tmp_path) == before
+    changed = Fake()
+    start(tmp_path, changed, "--set", "optim.steps=7", rows="base,gdpo", seeds="0")
+    assert ("eval.run", "base-0") not in changed.calls  # reads no optim section
+    assert ("train.gdpo", "gdpo-0") in changed.calls
+    (kept,) = (tmp_path / "replaced").iterdir()
+    assert kept.name.startswith("gdpo-0-") and (kept / "result.json").exists()
+    assert list(read(tmp_path)[1]) == ["base", "gdpo"]  # sft's result is of other settings
+
+
+def test_other_groups_mean_another_run(tmp_path):
+    start(tmp_path, Fake(), rows="gdpo", seeds="0")
+    (tmp_path / "groups-0" / "index.json").write_text("{}", encoding="utf-8")
+    run = Fake()
+    start(tmp_path, run, rows="gdpo", seeds="0")
+    # The build restored the same groups: what was trained on them is kept and only evaluated again.
+    assert run.calls == [("data_pipeline.build", "groups-0"), ("eval.run", "gdpo-0")]
+
+    class Other(Fake):
+        def __call__(self, module, arguments, log):
+            super().__call__(module, arguments, log)
+            if module == "data_pipeline.build":
+                (log.parent / "index.json").write_text("{}", encoding="utf-8")
+
+    (tmp_path / "groups-0" / "index.json").write_text("{}", encoding="utf-8")
+    other = Other()
+    start(tmp_path, other, rows="gdpo", seeds="0")
+    assert ("train.gdpo", "gdpo-0") in other.calls and len(list((tmp_path / "replaced").iterdir())) == 1
+
+
+def test_another_number_of_clips_only_evaluates_anew(tmp_path, capsys):
+    start(tmp_path, Fake(), rows="gdpo", seeds="0")
+    run = Fake()
+    assert start(tmp_path, run, "--clips", "3", rows="gdpo", seeds="0") == 1  # the stand-in has two clips
+    assert run.calls == [("data_pipeline.build", "groups-0"), ("eval.run", "gdpo-0")]
+    assert "does not hold 3 clips" in capsys.readouterr().err
+
+
+def test_a_failing_run_is_reported_and_the_others_finish(tmp_path, capsys):
+    run = Fake(fail={("train.sft", "sft-0"), ("data_pipeline.build", "pairs-0")})
+    assert start(tmp_path, run, rows="base,sft,gdpo,flow_dpo", seeds="0") == 1
+    assert list(read(tmp_path)[1]) == ["base", "gdpo"]
+    captured = capsys.readouterr()
+    assert "its last words" in captured.out + captured.err
+    for line in (
+        "FAILED   sft-0: train.sft ended with status 1",
+        "FAILED   pairs-0: ",
+        "FAILED   flow_dpo-0: its groups failed",
+    ):
+        assert line in captured.err
+    continued = Fake()
+    assert start(tmp_path, continued, rows="base,sft,gdpo,flow_dpo", seeds="0") == 0
+    assert {place for _, place in continued.calls} == {"groups-0", "sft-0", "pairs-0", "flow_dpo-0"}
+
+
+def test_a_failed_evaluation_does_not_train_again(tmp_path):
+    assert start(tmp_path, Fake(fail={("eval.run", "sft-0")}), rows="sft", seeds="0") == 1
+    run = Fake()
+    assert start(tmp_path, run, rows="sft", seeds="0") == 0
+    assert run.calls == [("data_pipeline.build", "groups-0"), ("eval.run", "sft-0")]
+    result = json.loads((tmp_path / "sft-0" / "result.json").read_text(encoding="utf-8"))
+    assert set(result["seconds"]) == {"train", "evaluate"}
+
+
+def test_a_trainer_that_was_asked_to_stop_is_not_evaluated(tmp_path, capsys):
+    class Stopped(Fake):
+        def __call__(self, module, arguments, log):
+            if module == "train.sft":  # ends with status 0 and without weights
+                log.parent.mkdir(parents=True, exist_ok=True)
+            else:
+                super().__call__(module, arguments, log)
+
+    run = Stopped()
+    assert start(tmp_path, run, rows="sft", seeds="0") == 1
+    assert run.calls == [("data_pipeline.build", "groups-0")]
+    assert "stopped before its last step" in capsys.readouterr().err
+
+
+def test_the_base_models_clips_are_sampled_once_a_seed(tmp_path):
+    class Sampling(Fake):
+        def __call__(self, module, arguments, log):
+            super().__call__(module, arguments, log)
+            if module == "eval.run":
+                clips = log.parent / "eval" / "clips-base-0of1.safetensors"
+                self.found = clips.exists()
+                clips.touch()
+
+    first, second = Sampling(), Sampling()
+    start(tmp_path, first, rows="base", seeds="0")
+    start(tmp_path, second, rows="gdpo", seeds="0")
+    assert not first.found and second.found
+
+
+def test_processes_report_the_tail_of_the_log_and_can_be_stopped(tmp_path):
+    processes = Processes(jobs=1)
+    with pytest.raises(StepFailed, match="status 1.*No module named"):
+        try:
+            processes.run("no_such_module_here", ["key=value"], tmp_path / "log.txt")
+        except StepFailed as error:
+            raise StepFailed(str(error).replace("\n", " ")) from error
+    assert "$ python -m no_such_module_here key=value" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    processes.stop()
+    with pytest.raises(StepFailed, match="stopped"):
+        processes.run("json.tool", [], tmp_path / "log.txt")
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_sections_is_that_of_the_commands():
+    for module, sections in READS.items():
+        names = {field.name for field in dataclasses.fields(CONFIGS[module])}
+        assert names - {"recipe", "output", "seed", "dry_run"} == set(sections)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_command_accepts_its_arguments(name, on_gpu, capsys):
+    plan = Plan(Path("runs/ablation"), (3,), overrides=("optim.steps=5", "sampler.steps=4"), on_gpu=on_gpu)
+    row = ROWS[name]
+    made = recipes.load(build.Config, plan.build_arguments(row.losers, 3))
+    assert made.pipeline.groups == f"runs/ablation/{row.losers}-3" and made.seed == 3 and made.sampler.steps == 4
+    measured = recipes.load(eval_run.Config, plan.eval_arguments(row, 3))
+    assert (measured.run.sandbox.seed, measured.run.sandbox.clips) == (3, 512)
+    assert measured.run.folder == f"runs/ablation/{name}-3/eval"
+    if row.trainer:
+        config = recipes.load(CONFIGS[row.trainer], plan.train_arguments(row, 3))
+        gdpo.check(config)
+        assert config.train.folder == f"runs/ablation/{name}-3/train" and config.optim.steps == 5
+        assert config.train.groups == made.pipeline.groups and config.seed == 3
+        assert config.optim.lr_end <= config.optim.lr
+        if row.sweep:
+            assert getattr(config.objective, row.sweep[0]) == pytest.approx(row.sweep[1], rel=1e-4)
+    assert capsys.readouterr().err == ""  # no key that a command ignores
+
+
+def test_sweeps_stand_around_the_recipes_values():
+    assert [ROWS[name].sweep[1] for name in ROWS if name.startswith("beta")] == pytest.approx([5, 50 / 3, 150, 500])
+    objective = gdpo.ObjectiveConfig()
+    assert ablation.DEFAULTS == {key: getattr(objective, key) for key in ablation.DEFAULTS}
+    assert set(ablation.DEFAULTS) == {"beta", *ablation.SWEEPS}
+
+
+def test_the_papers_figures():
+    for key, figures in TABLE_3.items():  # each has its best at the value that the paper settles on
+        assert max(figures, key=figures.get) == ablation.DEFAULTS[key] and max(figures.values()) == 0.1627
+    assert PAPER["2b"][1]["+ Physics Rewarding"] == 0.1627
+    assert PAPER["2c"][1]["PhyGDPO"] == PAPER["2d"][1]["with LoRA-SR"]
+    overall = {row.name: [figure["overall"] for figure in ablation.paper_figures(row)] for row in ROWS.values()}
+    assert overall["base"] == [0.1232, 0.1288] and overall["sft"] == [0.1283] and overall["full_copy"] == [0.1373]
+    assert overall["lam_0.3"] == [0.1592] and overall["lam_0.9"] == []
+
+
+def test_what_determines_a_run_is_in_its_digests():
+    plan, row = Plan(Path("runs/ablation"), (0,)), ROWS["gdpo"]
+    digests = {plan.digests(row, seed)["settings"] for row in ROWS.values() for seed in (0, 1)}
+    assert len(digests) == 2 * len(ROWS)
+    own, base = plan.digests(row, 0), plan.digests(METHODS[0], 0)
+
+    def changed(row, **change):
+        return dataclasses.replace(plan, **change).digests(row, 0)
+
+    assert changed(row, on_gpu=True) == own == changed(row, folder=Path("elsewhere"))
+    for change in ({"model": "another"}, {"overrides": ("lora.rank=3",)}, {"overrides": ("sampler.steps=3",)}):
+        other = changed(row, **change)
+        assert other["training"] != own["training"] and other["settings"] not in digests
+    assert changed(METHODS[0], overrides=("lora.rank=3",)) == base
+    more = changed(row, clips=5)
+    assert more["settings"] not in digests and more["training"] == own["training"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "seed=3"], "seed is set for each run"),
+        (["--set", "run.sandbox.clips=3"], "--clips"),
+        (["--set", "optim.steps"], "no key=value"),
+        (["--set", "objectve.beta=3"], "no command reads it"),
+        (["--rows", "gpdo"], "--rows gpdo: not known"),
+        (["--jobs", "0"], "--jobs 0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_at_once(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ablation.main(["--folder", str(tmp_path / "new"), *arguments], lambda *_: pytest.fail("run"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_or_a_file_is_needed():
+    with pytest.raises(ValueError, match="--folder"):
+        ablation.main([])

@@ -4,6 +4,8 @@
 # continues where the first stopped; delete the output folder to start anew.
 set -euo pipefail
 
+export OMP_WAIT_POLICY=PASSIVE  # waiting threads leave a busy machine's cores to others
+
 OUTPUT=${1:-runs/sandbox}
 LAUNCH="accelerate launch --config_file launch/cpu.yaml"
 

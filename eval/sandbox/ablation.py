@@ -46,12 +46,13 @@ import numpy as np
 from tqdm import tqdm
 
 import recipes
-from eval.intervals import Estimate, bootstrap_mean
+from eval.intervals import bootstrap_mean
+from eval.sandbox.ablation_report import draw, table
+from eval.sandbox.ablation_rows import DEFAULTS, METHODS, Row, list_rows, paper_figures
 
 RECIPE = "sandbox"
 SCORES = ("physical", "semantic")
 NUM_LOSERS = {"groups": 4, "pairs": 1}
-FULL_COPY_RATE = 1e-4  # all weights want smaller steps than adapters
 # Sections that each command reads.
 READS = {
     "data_pipeline.build": ("backbone", "video", "sampler", "pipeline"),
@@ -67,124 +68,6 @@ ON_GPU = {
 # Keys that tell one run from another: set here for each, and not by --set.
 OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.num_losers", "train.groups")
 OWN_KEYS += ("train.folder", "run.lora", "run.folder", "run.sandbox.clips", "run.sandbox.seed")
-
-# ---- the paper's figures (arXiv 2512.24551): "Overall" on VideoPhy2, the share of clips that an automatic rater gives
-# ---- 4 or 5 of 5 for both semantics and physics. Another scale and another test than the sandbox's.
-
-PAPER = {
-    "2b": (
-        "Wan2.1-14B",
-        {"Baseline": 0.1288, "+ LoRA-SR": 0.1458, "+ Groupwise Model": 0.1559, "+ Physics Rewarding": 0.1627},
-    ),
-    "2c": ("Wan2.1-1.3B", {"Baseline": 0.1232, "Flow-DPO": 0.1283, "VideoDPO": 0.1305, "PhyGDPO": 0.1407}),
-    "2d": ("Wan2.1-1.3B", {"Baseline": 0.1232, "LoRA-SFT": 0.1283, "w/o LoRA-SR": 0.1373, "with LoRA-SR": 0.1407}),
-}
-TABLE_3 = {  # on Wan2.1-14B, each around the values of eq. 9 below
-    "alpha_min": {0.3: 0.1582, 0.4: 0.1591, 0.5: 0.1627, 0.6: 0.1615, 0.7: 0.1608},
-    "k_alpha": {4.0: 0.1611, 4.5: 0.1579, 5.0: 0.1627, 5.5: 0.1593, 6.0: 0.1618},
-    "b_alpha": {0.3: 0.1582, 0.4: 0.1579, 0.5: 0.1627, 0.6: 0.1598, 0.7: 0.1602},
-    "lam": {0.3: 0.1592, 0.4: 0.1586, 0.5: 0.1608, 0.6: 0.1627, 0.7: 0.1615},
-    "k_gamma": {1.0: 0.1588, 1.5: 0.1609, 2.0: 0.1627, 2.5: 0.1592, 3.0: 0.1598},
-    "b_gamma": {0.3: 0.1586, 0.4: 0.1627, 0.5: 0.1582, 0.6: 0.1607, 0.7: 0.1595},
-}
-# What the objective has where the recipe is silent: the paper's values, and this project's beta.
-DEFAULTS = {
-    "beta": 1000.0,
-    "alpha_min": 0.5,
-    "k_alpha": 5.0,
-    "b_alpha": 0.5,
-    "k_gamma": 2.0,
-    "b_gamma": 0.4,
-    "lam": 0.6,
-}
-
-
-# ---- the rows --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str  # of its folders
-    label: str  # in the table
-    trainer: str  # module; empty: nothing is trained
-    overrides: tuple[str, ...] = ()
-    paper: tuple[tuple[str, str], ...] = ()  # (table, its row) in PAPER
-    losers: str = "groups"  # a key of NUM_LOSERS
-    sweep: tuple[str, float] | None = None  # (key of objective, value)
-
-
-# Without the anchor the recipe's learning rate ruins the model; these rows get one that does not.
-GENTLE = ("objective.w_fm=0", "optim.lr=1e-4", "optim.lr_end=1e-5")
-PLAIN = ("objective.physics_guided=false", *GENTLE)
-METHODS = (
-    Row("base", "base model", "", (), (("2c", "Baseline"), ("2b", "Baseline"))),
-    Row("sft", "LoRA-SFT", "train.sft", (), (("2d", "LoRA-SFT"),)),
-    Row(
-        "videodpo",
-        "VideoDPO-style, lr 1e-4",
-        "train.gdpo",
-        ("objective.winner=generated", *PLAIN),
-        (("2c", "VideoDPO"),),
-    ),
-    Row(
-        "flow_dpo", "Flow-DPO, lr 1e-4", "train.gdpo", PLAIN, (("2c", "Flow-DPO"), ("2b", "+ LoRA-SR")), losers="pairs"
-    ),
-    Row(
-        "gdpo_no_pgr",
-        "PhyGDPO, no physics weights",
-        "train.gdpo",
-        ("objective.physics_guided=false",),
-        (("2b", "+ Groupwise Model"),),
-    ),
-    Row("gdpo", "PhyGDPO (recipe)", "train.gdpo", (), (("2c", "PhyGDPO"), ("2b", "+ Physics Rewarding"))),
-    # The objective as the paper writes it.
-    Row("gdpo_no_anchor", "PhyGDPO, no anchor, lr 1e-4", "train.gdpo", GENTLE),
-    Row("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "train.gdpo", ("objective.w_fm=0",)),
-    Row(  # eq. 13 counts a pair once for each of 4 losers, eq. 6 does not: a quarter of the anchor
-        "plackett_luce",
-        "PhyGDPO, exact eq. 6",
-        "train.gdpo",
-        ("objective.loss=plackett_luce", "objective.w_fm=50"),
-    ),
-    Row(
-        "full_copy",
-        "PhyGDPO, full copy",
-        "train.gdpo",
-        ("train.parameters=full", f"optim.lr={FULL_COPY_RATE}", f"optim.lr_end={FULL_COPY_RATE / 10}"),
-        (("2d", "w/o LoRA-SR"),),
-    ),
-)
-BETA_FACTORS = (1 / 10, 1 / 3, 3, 10)  # of the recipe's beta
-SWEEPS = {
-    "alpha_min": (0.3, 0.7),
-    "k_alpha": (4, 6),
-    "b_alpha": (0.3, 0.7),
-    "k_gamma": (1, 4),
-    "b_gamma": (0.2, 0.6),
-    "lam": (0.3, 0.9),
-}
-
-
-def list_rows(beta: float) -> dict[str, Row]:
-    """All rows by name, in the table's order; `beta` is the recipe's."""
-
-    def swept(name: str, key: str, value: float) -> Row:
-        return Row(name, f"{key} = {value:g}", "train.gdpo", (f"objective.{key}={value:g}",), sweep=(key, value))
-
-    rows = list(METHODS)
-    rows += [swept(f"beta_x{factor:.2g}", "beta", beta * factor) for factor in BETA_FACTORS]
-    rows += [swept(f"{key}_{value:g}", key, value) for key, values in SWEEPS.items() for value in values]
-    return {row.name: row for row in rows}
-
-
-def paper_figures(row: Row) -> list[dict[str, Any]]:
-    """What the paper reports for this row: table, model, the row's name there, Overall."""
-    found = [(table, PAPER[table][0], name, PAPER[table][1][name]) for table, name in row.paper]
-    if row.sweep and row.sweep[1] in TABLE_3.get(row.sweep[0], {}):
-        key, value = row.sweep
-        found.append(("3", "Wan2.1-14B", f"{key} = {value:g}", TABLE_3[key][value]))
-    return [dict(zip(("table", "model", "name", "overall"), figure, strict=True)) for figure in found]
-
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
@@ -473,107 +356,6 @@ def summarize(row: Row, runs: dict[int, dict[str, Any]], sft: dict[int, dict[str
         "against_sft": against,
         "paper": paper_figures(row),
     }
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results as text: means with 95% intervals, paired differences of the physical score, the paper's figures."""
-
-    def signed(value: dict[str, float] | None) -> str:
-        return "-" if value is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**value)
-
-    heads = ("", "physical", "semantic", "gain over base", "against LoRA-SFT", "paper (table, model, Overall)")
-    cells = [heads]
-    for row in results["rows"]:
-        missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
-        figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:.4f}" for f in row["paper"])
-        own = (str(Estimate(**row["physical"])), f"{row['semantic']['mean']:.3f}")
-        differences = (signed(row["gain"]["physical"]), signed(row["against_sft"]["physical"]))
-        cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-"))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append(f"seeds {results['seeds']}, {results['clips']} held-out prompts each")
-    lines.append(f"device {', '.join(results['device'])}, torch {', '.join(results['torch'])}")
-    lines.append("The paper's figures are VideoPhy2's, another scale: compare orders, not values.")
-    return "\n".join(lines)
-
-
-BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's, told apart by colour-blind readers
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """PNG of the paired gains in the physical score: methods above, sweeps below. Readable at a width of 900 pixels."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the figure needs matplotlib, which is not installed: pip install matplotlib") from error
-    gains = {row["name"]: row["gain"]["physical"] for row in results["rows"] if row["trainer"]}
-    methods = [row for row in results["rows"] if row["trainer"] and not row["sweep"]]
-    swept = {key: {} for key in DEFAULTS}
-    for row in results["rows"]:
-        if row["sweep"]:
-            swept[row["sweep"]["key"]][row["sweep"]["value"]] = gains[row["name"]]
-    swept = {key: points for key, points in swept.items() if points}
-    height = 1.2 + 0.34 * max(1, len(methods))
-    lines = -(-len(swept) // 4)
-    figure = Figure(figsize=(9, height + 1.9 * lines), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, *lower = figure.subfigures(
-        1 + bool(swept), 1, height_ratios=[height, 1.9 * lines][: 1 + bool(swept)], squeeze=False
-    )[:, 0]
-    axes = upper.subplots()
-    _points(axes, [(gains[row["name"]], place, row["name"]) for place, row in enumerate(methods)], horizontal=True)
-    axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
-    axes.set_ylim(len(methods) - 0.4, -0.6)
-    base = next((row for row in results["rows"] if row["name"] == "base"), None)
-    absolute = f" ({base['physical']['mean']:.3f})" if base else ""
-    axes.axvline(0, color=BLACK, linestyle="--", linewidth=1, label=f"base model{absolute}")
-    if "sft" in gains:
-        axes.axvline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8, label="LoRA-SFT")
-    seeds = len(results["seeds"])
-    axes.set_xlabel(f"gain in the physical score, 95% interval over {seeds} x {results['clips']} paired clips")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
-    if not swept:
-        return _save(figure, path)
-    panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
-    for panel in panels[:, 0]:
-        panel.set_ylabel("gain")
-    for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
-        middle = {results["objective"][key]: gains["gdpo"]} if "gdpo" in gains else {}
-        shown = sorted({**points, **middle}.items())
-        if key == "beta":
-            panel.set_xscale("log")
-        panel.plot([value for value, _ in shown], [gain["mean"] for _, gain in shown], color=BLUE, linewidth=1)
-        _points(panel, [(gain, value, "gdpo" if value in middle else "") for value, gain in shown], horizontal=False)
-        panel.set_xticks([value for value, _ in shown], [f"{value:.3g}" for value, _ in shown])
-        panel.minorticks_off()
-        panel.axhline(0, color=BLACK, linestyle="--", linewidth=1)
-        if "sft" in gains:
-            panel.axhline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8)
-        panel.set_title(key, fontsize=10)
-    for panel in panels.flat[len(swept) :]:
-        panel.set_axis_off()
-    return _save(figure, path)
-
-
-def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, str]], *, horizontal: bool) -> None:
-    """Gains with intervals at places; the recipe's own is a filled diamond."""
-    for gain, place, name in points:
-        reach = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
-        marker = {"marker": "D", "markersize": 6} if name == "gdpo" else {"marker": "o", "markersize": 5}
-        fill = BLUE if name == "gdpo" else "white"
-        style = {"color": BLUE, "markerfacecolor": fill, "capsize": 2.5, "linewidth": 1.4, **marker}
-        if horizontal:
-            axes.errorbar([gain["mean"]], [place], xerr=reach, **style)
-        else:
-            axes.errorbar([place], [gain["mean"]], yerr=reach, **style)
-
-
-def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png")
-    os.replace(aside, path)
 
 
 # ---- files and the command line --------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from PIL import Image
 import recipes
 from data_pipeline import build
 from eval import run as eval_run
-from eval.sandbox import ablation
-from eval.sandbox.ablation import METHODS, PAPER, READS, TABLE_3, Plan, Processes, StepFailed
+from eval.sandbox import ablation, ablation_rows
+from eval.sandbox.ablation import READS, Plan, Processes, StepFailed
+from eval.sandbox.ablation_rows import METHODS, PAPER, TABLE_3
 from train import gdpo, sft
 
 CONFIGS = {
@@ -296,7 +297,7 @@ def test_sweeps_stand_around_the_recipes_values():
     assert [ROWS[name].sweep[1] for name in ROWS if name.startswith("beta")] == pytest.approx([5, 50 / 3, 150, 500])
     objective = gdpo.ObjectiveConfig()
     assert ablation.DEFAULTS == {key: getattr(objective, key) for key in ablation.DEFAULTS}
-    assert set(ablation.DEFAULTS) == {"beta", *ablation.SWEEPS}
+    assert set(ablation.DEFAULTS) == {"beta", *ablation_rows.SWEEPS}
 
 
 def test_the_papers_figures():

@@ -1,0 +1,123 @@
+"""What the ablation compares: its rows, and what the paper reports for them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+FULL_COPY_RATE = 1e-4  # all weights want smaller steps than adapters
+
+# ---- the paper's figures (arXiv 2512.24551): "Overall" on VideoPhy2, the share of clips that an automatic rater gives
+# ---- 4 or 5 of 5 for both semantics and physics. Another scale and another test than the sandbox's.
+
+PAPER = {
+    "2b": (
+        "Wan2.1-14B",
+        {"Baseline": 0.1288, "+ LoRA-SR": 0.1458, "+ Groupwise Model": 0.1559, "+ Physics Rewarding": 0.1627},
+    ),
+    "2c": ("Wan2.1-1.3B", {"Baseline": 0.1232, "Flow-DPO": 0.1283, "VideoDPO": 0.1305, "PhyGDPO": 0.1407}),
+    "2d": ("Wan2.1-1.3B", {"Baseline": 0.1232, "LoRA-SFT": 0.1283, "w/o LoRA-SR": 0.1373, "with LoRA-SR": 0.1407}),
+}
+TABLE_3 = {  # on Wan2.1-14B, each around the values of eq. 9 below
+    "alpha_min": {0.3: 0.1582, 0.4: 0.1591, 0.5: 0.1627, 0.6: 0.1615, 0.7: 0.1608},
+    "k_alpha": {4.0: 0.1611, 4.5: 0.1579, 5.0: 0.1627, 5.5: 0.1593, 6.0: 0.1618},
+    "b_alpha": {0.3: 0.1582, 0.4: 0.1579, 0.5: 0.1627, 0.6: 0.1598, 0.7: 0.1602},
+    "lam": {0.3: 0.1592, 0.4: 0.1586, 0.5: 0.1608, 0.6: 0.1627, 0.7: 0.1615},
+    "k_gamma": {1.0: 0.1588, 1.5: 0.1609, 2.0: 0.1627, 2.5: 0.1592, 3.0: 0.1598},
+    "b_gamma": {0.3: 0.1586, 0.4: 0.1627, 0.5: 0.1582, 0.6: 0.1607, 0.7: 0.1595},
+}
+# What the objective has where the recipe is silent: the paper's values, and this project's beta.
+DEFAULTS = {
+    "beta": 1000.0,
+    "alpha_min": 0.5,
+    "k_alpha": 5.0,
+    "b_alpha": 0.5,
+    "k_gamma": 2.0,
+    "b_gamma": 0.4,
+    "lam": 0.6,
+}
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str  # of its folders
+    label: str  # in the table
+    trainer: str  # module; empty: nothing is trained
+    overrides: tuple[str, ...] = ()
+    paper: tuple[tuple[str, str], ...] = ()  # (table, its row) in PAPER
+    losers: str = "groups"  # a key of NUM_LOSERS
+    sweep: tuple[str, float] | None = None  # (key of objective, value)
+
+
+# Without the anchor the recipe's learning rate ruins the model; these rows get one that does not.
+GENTLE = ("objective.w_fm=0", "optim.lr=1e-4", "optim.lr_end=1e-5")
+PLAIN = ("objective.physics_guided=false", *GENTLE)
+METHODS = (
+    Row("base", "base model", "", (), (("2c", "Baseline"), ("2b", "Baseline"))),
+    Row("sft", "LoRA-SFT", "train.sft", (), (("2d", "LoRA-SFT"),)),
+    Row(
+        "videodpo",
+        "VideoDPO-style, lr 1e-4",
+        "train.gdpo",
+        ("objective.winner=generated", *PLAIN),
+        (("2c", "VideoDPO"),),
+    ),
+    Row(
+        "flow_dpo", "Flow-DPO, lr 1e-4", "train.gdpo", PLAIN, (("2c", "Flow-DPO"), ("2b", "+ LoRA-SR")), losers="pairs"
+    ),
+    Row(
+        "gdpo_no_pgr",
+        "PhyGDPO, no physics weights",
+        "train.gdpo",
+        ("objective.physics_guided=false",),
+        (("2b", "+ Groupwise Model"),),
+    ),
+    Row("gdpo", "PhyGDPO (recipe)", "train.gdpo", (), (("2c", "PhyGDPO"), ("2b", "+ Physics Rewarding"))),
+    # The objective as the paper writes it.
+    Row("gdpo_no_anchor", "PhyGDPO, no anchor, lr 1e-4", "train.gdpo", GENTLE),
+    Row("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "train.gdpo", ("objective.w_fm=0",)),
+    Row(  # eq. 13 counts a pair once for each of 4 losers, eq. 6 does not: a quarter of the anchor
+        "plackett_luce",
+        "PhyGDPO, exact eq. 6",
+        "train.gdpo",
+        ("objective.loss=plackett_luce", "objective.w_fm=50"),
+    ),
+    Row(
+        "full_copy",
+        "PhyGDPO, full copy",
+        "train.gdpo",
+        ("train.parameters=full", f"optim.lr={FULL_COPY_RATE}", f"optim.lr_end={FULL_COPY_RATE / 10}"),
+        (("2d", "w/o LoRA-SR"),),
+    ),
+)
+BETA_FACTORS = (1 / 10, 1 / 3, 3, 10)  # of the recipe's beta
+SWEEPS = {
+    "alpha_min": (0.3, 0.7),
+    "k_alpha": (4, 6),
+    "b_alpha": (0.3, 0.7),
+    "k_gamma": (1, 4),
+    "b_gamma": (0.2, 0.6),
+    "lam": (0.3, 0.9),
+}
+
+
+def list_rows(beta: float) -> dict[str, Row]:
+    """All rows by name, in the table's order; `beta` is the recipe's."""
+
+    def swept(name: str, key: str, value: float) -> Row:
+        return Row(name, f"{key} = {value:g}", "train.gdpo", (f"objective.{key}={value:g}",), sweep=(key, value))
+
+    rows = list(METHODS)
+    rows += [swept(f"beta_x{factor:.2g}", "beta", beta * factor) for factor in BETA_FACTORS]
+    rows += [swept(f"{key}_{value:g}", key, value) for key, values in SWEEPS.items() for value in values]
+    return {row.name: row for row in rows}
+
+
+def paper_figures(row: Row) -> list[dict[str, Any]]:
+    """What the paper reports for this row: table, model, the row's name there, Overall."""
+    found = [(table, PAPER[table][0], name, PAPER[table][1][name]) for table, name in row.paper]
+    if row.sweep and row.sweep[1] in TABLE_3.get(row.sweep[0], {}):
+        key, value = row.sweep
+        found.append(("3", "Wan2.1-14B", f"{key} = {value:g}", TABLE_3[key][value]))
+    return [dict(zip(("table", "model", "name", "overall"), figure, strict=True)) for figure in found]

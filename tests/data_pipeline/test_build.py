@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline import build, encode, generate
+from data_pipeline import build, encode, generate, stages
 from data_pipeline.encode import unpad
 from data_pipeline.generate import loser_seed
 from data_pipeline.tables import POOL
+from data_pipeline.targets import TargetMaker
 from eval.judges.sandbox import SandboxJudgeConfig
 from eval.judges.sandbox import build as sandbox_judge
 from eval.judges.scores import Scores, Unjudged
@@ -104,13 +105,13 @@ def copied(built, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test when any weights are loaded."""
-    real = build.load_backbone
+    real = stages.load_backbone
 
     def shell_only(config, device, *, parts=("all",)):
         assert not parts, "weights were loaded"
         return real(config, device, parts=())
 
-    monkeypatch.setattr(build, "load_backbone", shell_only)
+    monkeypatch.setattr(stages, "load_backbone", shell_only)
 
 
 def shards(output: Path) -> dict[str, tuple[bytes, int]]:
@@ -341,8 +342,8 @@ def simulated(model: Path, output: Path, *more: str) -> list[str]:
 
 def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypatch):
     asked = []
-    real = build.load_backbone
-    monkeypatch.setattr(build, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
+    real = stages.load_backbone
+    monkeypatch.setattr(stages, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
     build.main(simulated(model, tmp_path / "out", "pipeline.num_losers=0"))
     assert set(asked) == {(), ("text", "vae")}  # no transformer
     groups = by_key(tmp_path / "out")
@@ -408,6 +409,21 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
     mixed = by_key(output)
     assert mixed[first].losers_info[0].physical == pytest.approx(judged[first].losers_info[0].physical, abs=1e-4)
     assert (mixed[first].losers_info[1].semantic, mixed[first].losers_info[1].physical) == (0.25, 0.75)
+
+
+def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
+    more = ("pipeline.targets.tracks=simulator", "pipeline.targets.grid=4", "pipeline.num_losers=0")
+    build.main(simulated(model, tmp_path / "out", *more))
+    before = by_key(tmp_path / "out")
+    for group in before.values():
+        assert group.extra["tracks"].shape == (9, 16, 2) and group.extra["visible"].dtype == torch.bool
+    monkeypatch.setattr(TargetMaker, "make", lambda *_, **__: pytest.fail("targets were made again"))
+    monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a clip was encoded again"))
+    build.main(simulated(model, tmp_path / "out", *more, "pipeline.unit_size=5"))
+    after = by_key(tmp_path / "out")
+    assert all(torch.equal(after[key].extra["tracks"], before[key].extra["tracks"]) for key in before)
+    build.main(simulated(model, tmp_path / "out", *more, "pipeline.targets.tracks=''"))
+    assert not any(group.extra for group in by_key(tmp_path / "out").values())
 
 
 def test_a_bad_clip_spoils_no_other_of_its_batch(model, clips, tmp_path):
@@ -579,7 +595,7 @@ def test_a_clip_that_the_judge_refuses_is_left_out(model, built, tmp_path, monke
             raise Unjudged(refused, prompts, scores)
         return scores
 
-    monkeypatch.setattr(build, "build_judge", lambda *_: judge)
+    monkeypatch.setattr(stages, "build_judge", lambda *_: judge)
     build.main(arguments(model, built / "clips.csv", tmp_path / "out", "pipeline.judge.name=sandbox"))
     groups = by_key(tmp_path / "out")
     assert list(groups) == ["red", "blue", "grey", "pink"]
@@ -593,6 +609,7 @@ def test_a_clip_that_the_judge_refuses_is_left_out(model, built, tmp_path, monke
     )
 
 
+@pytest.mark.slow
 def test_saved_losers_follow_the_settings(built, copied, model):
     """mp4 files of other settings are written anew, also when their latents were kept."""
     more = ("pipeline.save_losers=true", "pipeline.stage=generate..judge")

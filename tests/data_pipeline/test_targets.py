@@ -155,6 +155,7 @@ def test_background_that_a_ball_passes_is_hidden_meanwhile():
 def test_what_leaves_the_frame_is_invisible():
     clip = clips("projectile", 1)
     clip.tracks[0, 9:, 0, 0] += 2.0
+    clip.layers[0, 9:, :, -1] = FIRST_OBJECT  # whatever the edge shows
     tracks, visible = simulated_tracks(clip, QUERIES)
     ball = layer_of(clip) == FIRST_OBJECT
     assert not visible[9:, ball].any() and (tracks[9:, ball, 0] == 1).all()

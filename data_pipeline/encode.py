@@ -1,23 +1,170 @@
-"""From pixels and prompts to what the network sees: the winners' latents and the conditioning."""
+"""The encode stage: from pixels and prompts to what the network sees, and all of it into shards.
 
-from collections.abc import Sequence
+Winners are kept by the digest of what they depend on, like losers: new scores write the shards anew without a network.
+"""
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from data_pipeline.sources import FrameReader, clip_digest, row_of
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance, Made, Stage, Table, Unit, drop, unit_name
 from train.backbones.base import Backbone, Conditioning
-from train.clips import from_pixels
+from train.clips import ClipError, VideoConfig, from_pixels
+from train.groups import Group, Loser, ShardWriter, check_group, shard_record, write_index
+
+PARTS = ("text", "vae")
+
+
+class Encode(Stage):
+    """See the module.
+
+    extras: gives the tensors that go with a row's winner (tracks, ...), None where there are none. settings: plain
+    values that the winners depend on, the backbone's fingerprint among them; loser_settings and extra_settings: those
+    of the losers and extras. encode_batch: clips encoded together.
+    """
+
+    name = "encode"
+
+    def __init__(
+        self,
+        folder: Path,
+        groups: Path,
+        load: Callable[[Sequence[str]], Backbone],
+        settings: Mapping[str, Any],
+        video: VideoConfig,
+        device: torch.device,
+        *,
+        losers: Store,
+        loser_settings: Mapping[str, Any],
+        extras: Callable[[Mapping[str, Any]], dict[str, Tensor]] | None,
+        extra_settings: Any,
+        num_losers: int,
+        encode_batch: int,
+    ):
+        super().__init__(folder)
+        self.groups, self.load, self.settings, self.video = groups, load, settings, video
+        self.losers, self.loser_settings = losers, loser_settings
+        self.extras, self.extra_settings = extras, extra_settings
+        self.num_losers, self.encode_batch = num_losers, encode_batch
+        self.store = Store(folder / "winners")
+        self.reader = FrameReader(video, device)
+        self._checksum: dict[str, str] = {}  # of the shards of this process
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self.load(PARTS)
+
+    def plan(self, before: Table) -> list[Unit]:
+        return before.units(lambda number: [self.settings, self.loser_settings, self.extra_settings])
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        """Encode what is missing and write the unit's shard; clips that cannot be read any more are dropped."""
+        records = rows.to_pylist()
+        bad: dict[int, tuple[str, str]] = {}
+        for first in range(0, len(records), self.encode_batch):
+            batch = range(first, min(first + self.encode_batch, len(records)))
+            bad |= self._make({self._digest(records[place]): place for place in batch}, records)
+            advance(len(batch))
+        with ShardWriter(self.groups, unit.name) as writer:
+            for place, record in enumerate(records):
+                if place not in bad:
+                    group = self._group(record)
+                    try:
+                        check_group(group)
+                    except ValueError as error:  # a network's numbers may overflow: that is this group's matter
+                        bad[place] = ("unusable", str(error))
+                    else:
+                        writer.write(group)
+        self._checksum[unit.name] = writer.record["sha256"]
+        return drop(rows, bad)
+
+    def _digest(self, record: Mapping[str, Any]) -> str:
+        return clip_digest(self.settings, row_of(record), record["identity"])
+
+    def _make(self, batch: Mapping[str, int], records: Sequence[Mapping[str, Any]]) -> dict[int, tuple[str, str]]:
+        """Encode a batch (digest -> place in `records`); the places of clips that cannot be read."""
+        frames, bad = {}, {}
+        for made in self.store.missing(list(batch)):
+            try:
+                frames[made] = self.reader.read(row_of(records[batch[made]]))
+            except ClipError as error:
+                bad[batch[made]] = (error.reason, str(error))
+        if frames:
+            clips = torch.stack(list(frames.values()))  # (B, T, H, W, 3)
+            prompts = [records[batch[made]]["prompt"] for made in frames]
+            winners, conditioning = encode_clips(self.backbone, clips, prompts)
+            winners, stored = winners.to(torch.bfloat16).cpu(), conditioning.to("cpu", torch.bfloat16)
+            made_tensors = {}
+            for number, made in enumerate(frames):
+                made_tensors[made] = {"winner": winners[number], "text": unpad(stored.text[number])}
+                if stored.image is not None:
+                    made_tensors[made]["condition"] = stored.image[number]
+            self.store.save(made_tensors)
+        return bad
+
+    def _group(self, record: Mapping[str, Any]) -> Group:
+        row, made = row_of(record), self.store.load(self._digest(record))
+        losers = made["winner"][None][:0]  # (0, C, F, H, W)
+        if self.num_losers:
+            losers = self.losers.load(clip_digest(self.loser_settings, row, record["identity"]))["losers"]
+        scored = zip(record["seeds"], record["semantic"], record["physical"], strict=True)
+        return Group(
+            key=row.key,
+            prompt=row.prompt,
+            action=row.action,
+            physics_richness=row.physics_richness,
+            source=f"{row.clip} at {row.start:g} s",
+            losers_info=[Loser(*values) for values in scored],
+            fingerprint=self.settings["fingerprint"],
+            winner=made["winner"],
+            losers=losers,
+            text=made["text"],
+            condition=made.get("condition"),
+            extra=self.extras(record) if self.extras else {},
+        )
+
+    def notes(self, unit: Unit) -> dict[str, Any]:
+        return {"shard": self._checksum[unit.name]}
+
+    def is_intact(self, unit: Unit, marker: Mapping[str, Any]) -> bool:
+        shard = shard_record(self.groups, unit.name)
+        return shard is not None and shard["sha256"] == marker["shard"]
+
+    def conclude(self, table: Table) -> None:
+        """Delete the shards of earlier runs beyond the last unit, and index the others."""
+        names = {unit_name(number) for number in range(len(table.markers))}
+        for path in [*self.groups.glob("unit-*.json"), *self.groups.glob("unit-*.tar")]:
+            if path.stem not in names:
+                path.unlink()
+        index = write_index(self.groups, fingerprint=self.settings["fingerprint"], video=self.video)
+        count, total = index["num_groups"], index["total_bytes"]
+        print(f"groups: {self.groups}, {count} groups, {total // count} bytes a group")
+
+
+@torch.no_grad()
+def condition(backbone: Backbone, first: Tensor, prompts: Sequence[str], *, num_frames: int) -> Conditioning:
+    """The conditioning of B clips of `num_frames` with the first frames (B, H, W, 3) uint8, in one pass.
+
+    It carries image latents in the families that take an image.
+    """
+    frame = from_pixels(first[:, None].to(backbone.device))[:, :, 0]  # (B, 3, H, W)
+    image = backbone.encode_first_frame(frame, num_frames=num_frames)
+    return Conditioning(backbone.encode_text(list(prompts)), image)
 
 
 @torch.no_grad()
 def encode_clips(backbone: Backbone, frames: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Conditioning]:
-    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips), in one pass each.
-
-    The conditioning carries the first frames' image latents in the families that take one.
-    """
+    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips), in one pass each."""
+    conditioning = condition(backbone, frames[:, 0], prompts, num_frames=frames.shape[1])
     video = from_pixels(frames.to(backbone.device))  # (B, 3, T, H, W)
-    image = backbone.encode_first_frame(video[:, :, 0], num_frames=video.shape[2])
-    return backbone.encode_video(video, batch_size=len(video)), Conditioning(backbone.encode_text(list(prompts)), image)
+    return backbone.encode_video(video, batch_size=len(video)), conditioning
 
 
 def unpad(text: Tensor) -> Tensor:

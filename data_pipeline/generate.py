@@ -1,15 +1,129 @@
-"""The model's own clips for a prompt: the losers of a preference group."""
+"""The generate stage: the model's own clips for each prompt, the losers of a preference group.
+
+The losers of a row are kept by the digest of all that they depend on (`Store`): when rows move, scores change or units
+get another size, the table is written anew, but no clip is generated twice. Rows whose clip cannot be read are dropped
+here, before anything is generated for them.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from data_pipeline.encode import condition
+from data_pipeline.manifests import Row
+from data_pipeline.sources import FrameReader, clip_digest, clip_identity, row_of
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, digest, drop
 from train.backbones.base import Backbone, Conditioning
-from train.clips import VideoConfig, to_pixels, write_clip
+from train.clips import ClipError, VideoConfig
 from train.sampling import SamplerConfig, sample_clips
+
+OPEN_FILES = 16  # clips looked at together: over a network each takes milliseconds
+PARTS = ("text", "vae", "transformer")
+
+
+class Generate(Stage):
+    """See the module.
+
+    load: loads parts of the backbone. settings: plain values that the losers depend on. batch_size: clips sampled
+    together; whole rows are, where it covers more than one.
+    """
+
+    name = "generate"
+
+    def __init__(
+        self,
+        folder: Path,
+        load: Callable[[Sequence[str]], Backbone],
+        settings: Mapping[str, Any],
+        video: VideoConfig,
+        sampler: SamplerConfig,
+        device: torch.device,
+        *,
+        seed: int,
+        num_losers: int,
+        unit_size: int,
+        batch_size: int,
+    ):
+        super().__init__(folder)
+        self.load, self.settings, self.video, self.sampler = load, settings, video, sampler
+        self.seed, self.num_losers, self.unit_size, self.batch_size = seed, num_losers, unit_size, batch_size
+        self.store = losers_of(folder)
+        self.reader = FrameReader(video, device)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self.load(PARTS)
+
+    @cached_property
+    def negative(self) -> Conditioning:
+        return self.backbone.condition([self.sampler.negative_prompt])
+
+    def plan(self, before: Table) -> list[Unit]:
+        units = []
+        with ThreadPoolExecutor(OPEN_FILES) as pool:
+            for first in range(0, len(before), self.unit_size):
+                records = before.rows(first, self.unit_size).to_pylist()
+                identities = list(pool.map(clip_identity, map(row_of, records)))
+                units.append(Unit(len(units), digest([records, identities, self.settings]), first, len(records)))
+        return units
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        """Generate what is missing; rows whose clip cannot be read are dropped."""
+        found = [row_of(record) for record in rows.to_pylist()]
+        identities = [clip_identity(row) for row in found]
+        bad: dict[int, tuple[str, str]] = {}
+        together = max(1, self.batch_size // max(1, self.num_losers))  # rows
+        for first in range(0, len(found), together) if self.num_losers else ():
+            batch = range(first, min(first + together, len(found)))
+            bad |= self._make({clip_digest(self.settings, found[i], identities[i]): i for i in batch}, found)
+            advance(len(batch))
+        columns = {"seeds": list(map(self._seeds, found)), "identity": identities}
+        return drop(add_columns(rows, self.name, columns), bad)
+
+    def _make(self, batch: Mapping[str, int], rows: Sequence[Row]) -> dict[int, tuple[str, str]]:
+        """Generate the losers of a batch (digest -> place in `rows`); the places of clips that cannot be read."""
+        frames, bad = {}, {}
+        for made in self.store.missing(list(batch)):
+            try:
+                frames[made] = self.reader.read(rows[batch[made]])
+            except ClipError as error:
+                bad[batch[made]] = (error.reason, str(error))
+        if frames:
+            chosen = [rows[batch[made]] for made in frames]
+            first = torch.stack([clip[0] for clip in frames.values()])  # (B, H, W, 3)
+            losers = generate_losers(
+                self.backbone,
+                condition(self.backbone, first, [row.prompt for row in chosen], num_frames=self.video.num_frames),
+                self.negative,
+                list(map(self._seeds, chosen)),
+                self.video,
+                self.sampler,
+                batch_size=self.batch_size,
+            )
+            self.store.save({made: {"losers": latents} for made, latents in zip(frames, losers, strict=True)})
+        return bad
+
+    def _seeds(self, row: Row) -> list[int]:
+        return [loser_seed(self.seed, row.key, loser) for loser in range(self.num_losers)]
+
+    def conclude(self, table: Table) -> None:
+        records = (record for number in range(len(table.markers)) for record in table.unit(number).to_pylist())
+        wanted = {clip_digest(self.settings, row_of(record), record["identity"]) for record in records}
+        if unused := self.store.unused(wanted):
+            print(f"{unused / 1e9:.3f} GB of {self.store.folder} are of earlier settings: delete them when you like")
+
+
+def losers_of(folder: Path) -> Store:
+    """The losers beside the table of the generate stage in `folder`: {"losers": (M, C, F, H, W) bfloat16} each."""
+    return Store(folder / "losers")
 
 
 def loser_seed(seed: int, key: str, loser: int) -> int:
@@ -39,14 +153,3 @@ def generate_losers(
         )
         latents.append(made.cpu())
     return torch.cat(latents).to(torch.bfloat16).unflatten(0, (len(seeds), -1))
-
-
-def loser_path(folder: str | Path, key: str, loser: int) -> Path:
-    return Path(folder) / f"{key}-{loser}.mp4"
-
-
-@torch.no_grad()
-def save_losers(backbone: Backbone, losers: Tensor, paths: Sequence[Path], fps: float) -> None:
-    """Decode losers (M, C, F, H, W) and write each as an mp4."""
-    for latents, path in zip(losers, paths, strict=True):
-        write_clip(path, to_pixels(backbone.decode_latents(latents[None].float()))[0], fps)

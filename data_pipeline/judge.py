@@ -1,51 +1,164 @@
-"""Judge scores of the losers: from a table that a judge outside filled in, from the manifest, from a judge that runs
-inside the build, or neutral; the first of these that has one.
+"""The judge stage: scores of the losers, from a table that a judge outside filled in, from the manifest, from a judge
+that runs here, or neutral; the first of these that has one.
 
-A judge that runs elsewhere gets the loser clips and a table of them (`write_table`) and gives it back with the columns
-`semantic` and `physical` (`read_scores`).
+A judge that runs elsewhere gets the loser clips and a table of them (`pipeline.save_losers`) and gives it back with the
+columns `semantic` and `physical` (`pipeline.scores`).
 """
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data_pipeline.sources import Row, check_scores
-from data_pipeline.units import write_text
-from eval.judges import sandbox
+from data_pipeline.manifests import SCORES, check_scores
+from data_pipeline.sources import clip_digest, row_of
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, read_rows, write_text
+from eval.judges.scores import Judge, Unjudged
+from train.backbones.base import Backbone
+from train.clips import to_pixels, write_clip
 
 Score = tuple[float, float]  # (semantic, physical), each in [0, 1]
 NEUTRAL = (0.5, 0.5)  # of a loser that nobody judged
 Scores = dict[tuple[str, int], Score]  # by (group key, loser)
-Judge = Callable[[Tensor, list[str]], list[Score]]  # of clips (N, T, H, W, 3) uint8 and their prompts
 
 
-def build_judge(name: str, fps: float, device: torch.device | str) -> Judge:
-    """The judge called `name`, a key of JUDGES; ValueError for another name."""
-    check_judge(name)
-    return JUDGES[name](fps, device)
+class JudgeLosers(Stage):
+    """See the module.
 
+    judge: builds the judge, None where there is none; judge_settings: plain values that its scores depend on.
+    loser_settings: those of the losers. save_to: folder for the losers as mp4, None to save none. decode_batch: clips
+    decoded together; the judge gets all clips of a unit at once, for some judges load their weights for every call.
+    """
 
-def check_judge(name: str) -> None:
-    """ValueError for a judge that there is not."""
-    if name and name not in JUDGES:
-        raise ValueError(f"pipeline.judge={name!r}: must be empty or one of {', '.join(JUDGES)}")
+    name = "judge"
 
+    def __init__(
+        self,
+        folder: Path,
+        load: Callable[[Sequence[str]], Backbone],
+        judge: Callable[[], Judge] | None,
+        judge_settings: Any,
+        scores: Scores,
+        *,
+        losers: Store,
+        loser_settings: Mapping[str, Any],
+        num_losers: int,
+        decode_batch: int,
+        save_to: Path | None,
+        fps: float,
+    ):
+        super().__init__(folder)
+        self.load, self.build_judge, self.judge_settings, self.scores = load, judge, judge_settings, scores
+        self.losers, self.loser_settings, self.num_losers = losers, loser_settings, num_losers
+        self.decode_batch, self.save_to, self.fps = decode_batch, save_to, fps
 
-def _sandbox(fps: float, device: torch.device | str) -> Judge:
-    measure = sandbox.build(sandbox.SandboxJudgeConfig(fps=fps), device)
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self.load(("vae",))
 
-    def judge(clips: Tensor, prompts: list[str]) -> list[Score]:
-        scores = measure(clips, prompts)
-        return list(zip(scores.semantic.tolist(), scores.physical.tolist(), strict=True))
+    @cached_property
+    def judge(self) -> Judge:
+        return self.build_judge()
 
-    return judge
+    def plan(self, before: Table) -> list[Unit]:
+        places: set[tuple[str, int]] = set()
 
+        def depends_on(number: int) -> Any:
+            rows = before.unit(number, ("key", "scores")).to_pylist()
+            places.update((row["key"], loser) for row in rows for loser in range(self.num_losers))
+            given = [loser_scores(row["key"], row["scores"], self.scores, self.num_losers) for row in rows]
+            judged = self.build_judge is not None and any(None in pairs for pairs in given)
+            return [given, [self.judge_settings, self.loser_settings] if judged else None]
 
-JUDGES: dict[str, Callable[[float, torch.device | str], Judge]] = {"sandbox": _sandbox}
+        units = before.units(depends_on)
+        if strangers := [place for place in self.scores if place not in places]:
+            print(f"warning: {len(strangers)} lines of pipeline.scores name no loser here, the first: {strangers[0]}")
+        return units
+
+    @torch.no_grad()
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        records = rows.to_pylist()
+        scores = [loser_scores(row["key"], row["scores"], self.scores, self.num_losers) for row in records]
+        wanted: list[tuple[int, int]] = []  # (row, loser) of each clip for the judge
+        clips: list[Tensor] = []
+        for place, record in enumerate(records):
+            missing = [j for j, score in enumerate(scores[place]) if score is None] if self.build_judge else []
+            save = self.save_to is not None and not self._is_saved(record)
+            if missing or save and self.num_losers:
+                latents = self.losers.load(self._digest(record))["losers"]
+                pixels = to_pixels(self.backbone.decode_latents(latents, batch_size=self.decode_batch)).cpu()
+                if save:
+                    self._save(record, pixels)
+                wanted += [(place, loser) for loser in missing]
+                clips += [pixels[loser] for loser in missing]
+            if not clips:
+                advance(1)
+        bad = {}
+        if clips:
+            found, failures = self._judged(torch.stack(clips), [records[place]["prompt"] for place, _ in wanted])
+            for number, (place, loser) in enumerate(wanted):
+                if number in failures:
+                    bad[place] = ("not judged", f"loser {loser}: {failures[number]}")
+                else:
+                    scores[place][loser] = found[number]
+        pairs = [[NEUTRAL if score is None else score for score in of_row] for of_row in scores]
+        columns = {name: [[pair[i] for pair in of_row] for of_row in pairs] for i, name in enumerate(SCORES)}
+        return drop(add_columns(rows, self.name, columns), bad)
+
+    def _judged(self, clips: Tensor, prompts: list[str]) -> tuple[dict[int, Score], Mapping[int, str]]:
+        """The scores of clips by number, and why the others have none."""
+        try:
+            scores, numbers, failures = self.judge(clips, prompts), range(len(clips)), {}
+        except Unjudged as refusal:
+            scores, numbers, failures = refusal.scores, refusal.judged, refusal.failures
+        pairs = zip(scores.semantic.tolist(), scores.physical.tolist(), strict=True)
+        return {number: check_scores(*pair) for number, pair in zip(numbers, pairs, strict=True)}, failures
+
+    # The losers as files
+
+    def _digest(self, record: Mapping[str, Any]) -> str:
+        return clip_digest(self.loser_settings, row_of(record), record["identity"])
+
+    def _paths(self, key: str) -> list[Path]:
+        return [self.save_to / f"{key}-{loser}.mp4" for loser in range(self.num_losers)]
+
+    def _is_saved(self, record: Mapping[str, Any]) -> bool:
+        """Whether the files of a row exist and show its losers, not those of other settings."""
+        shown = self.save_to / ".shown" / record["key"]
+        return (
+            shown.exists()
+            and shown.read_text(encoding="utf-8") == self._digest(record)
+            and all(path.exists() for path in self._paths(record["key"]))
+        )
+
+    def _save(self, record: Mapping[str, Any], pixels: Tensor) -> None:
+        shown = self.save_to / ".shown" / record["key"]
+        shown.unlink(missing_ok=True)
+        for clip, path in zip(pixels, self._paths(record["key"]), strict=True):
+            write_clip(path, clip, self.fps)
+        write_text(shown, self._digest(record))
+
+    def is_intact(self, unit: Unit, marker: Mapping[str, Any]) -> bool:
+        if self.save_to is None:
+            return True
+        return all(map(self._is_saved, read_rows(self.folder, unit.number).to_pylist()))
+
+    def conclude(self, table: Table) -> None:
+        if self.save_to is None:
+            return
+        rows = [
+            row for number in range(len(table.markers)) for row in table.unit(number, ("key", "prompt")).to_pylist()
+        ]
+        lines = [(row["key"], j, path, row["prompt"]) for row in rows for j, path in enumerate(self._paths(row["key"]))]
+        write_table(self.save_to / "losers.csv", lines)
+        print(f"loser clips and their table for a judge: {self.save_to / 'losers.csv'}")
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -84,10 +197,13 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def loser_scores(row: Row, scores: Mapping[tuple[str, int], Score], num_losers: int) -> list[Score | None]:
-    """(semantic, physical) of each loser of a row: of the table, else of the manifest, else None."""
-    own = row.scores * num_losers if len(row.scores) == 1 else row.scores or (None,) * num_losers
-    return [scores.get((row.key, loser), own[loser]) for loser in range(num_losers)]
+def loser_scores(
+    key: str, own: Sequence[Sequence[float]] | None, scores: Scores, num_losers: int
+) -> list[Score | None]:
+    """(semantic, physical) of each loser of a row: of the table, else the manifest's `own`, else None."""
+    pairs = [tuple(pair) for pair in own or ()]
+    pairs = pairs * num_losers if len(pairs) == 1 else pairs or [None] * num_losers
+    return [scores.get((key, loser), pairs[loser]) for loser in range(num_losers)]
 
 
 def write_table(path: str | Path, losers: Iterable[tuple[str, int, Path, str]]) -> None:

@@ -1,73 +1,337 @@
-"""The manifest of raw clips: a CSV or JSONL file in, checked rows out.
+"""Where clips come from: the pool stage, and the frames of its rows.
 
-Columns: `clip` (path, absolute or relative to the manifest's folder) and `prompt`; optional `key`, `start` (seconds
-into the clip), `action`, `physics_richness`, `semantic` and `physical` (one pair of judge scores in [0, 1] for all
-losers of the row); in JSONL also `scores` ([[semantic, physical], ...], one pair a loser).
+`pipeline.manifest` names a source, several joined with commas, or a list of them:
 
-A bad column stops everything before any work, with a ValueError. A bad row stops nothing: it comes out as a
-`Quarantined`, at its place, with its reason.
+    clips.csv, .jsonl, .parquet     a manifest, see manifests.py
+    folder/                         clips with a caption beside each: name.mp4 with name.txt, or name.json with `prompt`
+                                    (or `caption`) and the optional columns of a manifest
+    shards/*.tar                    webdataset shards of clips: members <key>.mp4 and <key>.txt or .json; the clips stay
+                                    in the shard and are read from there
+    sandbox:<scene>:<count>[:<split>]    clips that are simulated when they are needed, see eval/sandbox/splits.py
 
-Instead of a file there can be `sandbox:<scene>:<count>[:<split>]`, the split train, heldout or pool: clips that are
-simulated when they are needed, see eval/sandbox/splits.py.
+What is read is hostile: no name out of a caption, a manifest or a shard becomes part of a path that is written, and a
+member of a shard is found by its offset.
 """
 
-import csv
-import difflib
+import glob
 import hashlib
-import io
 import json
-import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from data_pipeline.manifests import MAX_TEXT, BadRow, Record, Row, checked, printable, read_manifest
+from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, digest, dropped_table
 from eval.sandbox.clips import SCENES, Clips
-from eval.sandbox.splits import SPLITS, Simulated, list_clips, simulate_block
-from train.clips import VideoConfig, read_clip
+from eval.sandbox.splits import SPLITS, list_clips, simulate_block
+from train.clips import ClipError, VideoConfig, read_clip
 
-REQUIRED = ("clip", "prompt")
-OPTIONAL = ("key", "start", "action", "physics_richness", "semantic", "physical", "scores")
-SCORES = ("semantic", "physical")
-MAX_KEY = 64  # characters; a key becomes the name of a tar member
-
-
-@dataclass(frozen=True)
-class Row:
-    number: int  # in the manifest, from 1, the header not counted
-    key: str  # letters, digits, _ and -; unique in the manifest
-    clip: str  # as the manifest writes it
-    path: Path  # of the clip
-    prompt: str
-    start: float  # seconds into the clip
-    action: str
-    physics_richness: float | None
-    scores: tuple[tuple[float, float], ...]  # (semantic, physical): one a loser, one for all, or none
-    simulated: Simulated | None = None  # where the clip comes from if it is no file
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+CAPTIONS = (".txt", ".json")
+SIDECAR_BYTES = 1 << 20  # of a caption file that are read
+IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
+COPY_BYTES = 1 << 22  # of a shard's member at a time
 
 
 @dataclass(frozen=True)
-class Quarantined:
-    row: int  # as Row.number
-    key: str  # empty where the row did not get that far
-    clip: str
-    reason: str  # one of a few fixed words, for counting
-    detail: str
+class Source:
+    name: str
+    identity: Callable[[], Any]  # JSON value that changes when the rows may have changed
+    rows: Callable[[], Iterator[Row | Dropped]]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    path: Path
-    rows: list[Row | Quarantined]  # in the file's order
-    unused_columns: list[str]
+def open_sources(manifest: Any, *, num_losers: int, video: VideoConfig, seed: int) -> list[Source]:
+    """The sources that `pipeline.manifest` names. Raises ValueError for one that does not exist or cannot be read."""
+    if isinstance(manifest, str):
+        whole = [manifest] if os.path.exists(manifest) else manifest.split(",")  # a file's name may hold a comma
+    else:
+        whole = [str(name) for name in manifest or []]
+    names = [name.strip() for name in whole if name.strip()]
+    if not names:
+        raise ValueError(
+            "pipeline.manifest is empty: give a .csv, .jsonl or .parquet with the columns clip and prompt, a folder of"
+            " clips with captions, *.tar shards, or sandbox:<scene>:<count>"
+        )
+    return [source for name in names for source in _open(name, num_losers, video, seed)]
+
+
+def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Source]:
+    if name.startswith("sandbox:"):
+        scene, count, split = _parse_sandbox(name)
+        size = [video.height, video.width, video.num_frames, video.fps]
+        return [Source(name, lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
+    paths = [Path(name)]
+    if glob.has_magic(name) and not paths[0].exists():
+        paths = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
+    if not paths or not paths[0].exists():
+        raise ValueError(f"pipeline.manifest={name}: no such file; give one with the columns clip and prompt")
+    sources = []
+    for path in paths:
+        if path.is_dir():
+            identity, rows = _folder_identity, partial(_folder, path)
+        elif path.suffix == ".tar":
+            identity, rows = _file_identity, partial(_shard, path)
+        else:
+            identity, rows = _sha256, partial(read_manifest, path, num_losers=num_losers)
+        sources.append(Source(str(path), partial(_located, path, identity), rows))
+    return sources
+
+
+class Pool(Stage):
+    """All rows of all sources. Sources are read from their beginning: by one process, and anew when one changed."""
+
+    name = "pool"
+    whole = True
+
+    def __init__(self, folder: Path, sources: Sequence[Source], *, num_losers: int, table_rows: int):
+        super().__init__(folder)
+        self.sources, self.num_losers, self.table_rows = sources, num_losers, table_rows
+
+    def plan(self, before: Table | None) -> list[Unit]:
+        return [
+            Unit(0, digest([[source.identity() for source in self.sources], self.num_losers, self.table_rows]), 0, 0)
+        ]
+
+    def parts(self, before: Table | None) -> Iterator[Made]:
+        return read_pool(self.sources, self.table_rows)
+
+
+def _located(path: Path, identity: Callable[[Path], Any]) -> Any:
+    return [str(path.absolute()), identity(path)]  # clips are relative to the place
+
+
+def read_pool(sources: Sequence[Source], table_rows: int) -> Iterator[Made]:
+    """The rows of all sources in pieces of `table_rows`; a key that came before is dropped.
+
+    Raises ValueError as `read_manifest` does.
+    """
+    place_of_key: dict[str, int] = {}
+    kept: list[Row] = []
+    dropped: list[Dropped] = []
+    position = 0
+    for source in sources:
+        first = position
+        for row in source.rows():
+            position += 1
+            if isinstance(row, Row) and row.key in place_of_key:
+                detail = f"key {row.key!r} is that of row {place_of_key[row.key]} already"
+                if place_of_key[row.key] <= first:
+                    detail += " (counted over all sources)"
+                row = Dropped(row.key, row.clip, row.place, "duplicate key", detail)
+            if isinstance(row, Row):
+                place_of_key[row.key] = position
+                kept.append(row)
+            else:
+                dropped.append(row)
+            if len(kept) + len(dropped) == table_rows:
+                yield _pool_table(kept), dropped_table(dropped)
+                kept, dropped = [], []
+    if kept or dropped:
+        yield _pool_table(kept), dropped_table(dropped)
+
+
+def _pool_table(rows: Sequence[Row]) -> pa.Table:
+    return pa.table({name: [getattr(row, name) for row in rows] for name in POOL.names}, POOL)
+
+
+# ---- kinds of sources ------------------------------------------------------------------------------------------------
+
+
+def _parse_sandbox(name: str) -> tuple[str, int, str]:
+    _, scene, count, split = (*name.split(":"), "train")[:4] if name.count(":") >= 2 else ("",) * 4
+    if scene not in ("mixed", *SCENES) or not count.isdecimal() or int(count) < 1 or name.count(":") > 3:
+        raise ValueError(
+            f"pipeline.manifest={name}: use sandbox:<scene>:<count>[:<split>] with a scene out of mixed, "
+            f"{', '.join(SCENES)} and a split out of {', '.join(SPLITS)}"
+        )
+    return scene, int(count), split
+
+
+def _simulated(scene: str, count: int, split: str, seed: int, video: VideoConfig) -> Iterator[Row]:
+    """Keys like projectile-000123; the action is the scene."""
+    for number, clip in enumerate(list_clips(scene, split, seed, count, video)):
+        name = f"sandbox:{scene}:{split}:{clip.block}:{clip.index}"
+        place = {"scene": scene, "split": split, "seed": seed, "block": clip.block, "index": clip.index}
+        yield Row(
+            key=f"{clip.shown}-{number:06d}",
+            clip=name,
+            path=name,
+            prompt=clip.prompt,
+            start=0.0,
+            action=clip.shown,
+            physics_richness=None,
+            scores=None,
+            source="sandbox",
+            place=json.dumps({**place, "row": number + 1}),
+        )
+
+
+def _folder_files(folder: Path) -> Iterator[Path]:
+    """All files below `folder` in a fixed order; links to folders are not followed."""
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(files))
+
+
+def _folder_identity(folder: Path) -> Any:
+    listing = hashlib.sha256()
+    for path in _folder_files(folder):
+        if path.suffix.lower() in (*VIDEOS, *CAPTIONS):
+            state = path.lstat()
+            listing.update(os.fsencode(path.relative_to(folder)) + b"\0%d %d\0" % (state.st_size, state.st_mtime_ns))
+    return listing.hexdigest()
+
+
+def _folder(folder: Path) -> Iterator[Row | Dropped]:
+    clips = (path for path in _folder_files(folder) if path.suffix.lower() in VIDEOS)
+    number = 0
+    for number, path in enumerate(clips, start=1):
+        name = path.relative_to(folder)
+        place = {"folder": printable(folder), "row": number}
+        record = _captioned(str(name), str(name.with_suffix("")), lambda end, path=path: _sidecar(path, end))
+        yield checked(record, folder.absolute(), 0, "folder", place)
+    if not number:
+        remedy = f"give {folder}/*.tar for its shards" if any(folder.glob("*.tar")) else f"clips end in {VIDEOS}"
+        raise ValueError(f"pipeline.manifest={folder}: no clip in this folder; {remedy}")
+
+
+def _sidecar(path: Path, suffix: str) -> bytes | None:
+    caption = path.with_suffix(suffix)
+    if not caption.is_file():
+        return None
+    with caption.open("rb") as file:
+        return file.read(SIDECAR_BYTES + 1)
+
+
+def _captioned(clip: str, key: str, read: Callable[[str], bytes | None]) -> Record:
+    """A clip with what is written beside it, as a manifest's row. read: the caption file's bytes by suffix."""
+    record: dict[str, Any] = {}
+    try:
+        for suffix in CAPTIONS:
+            data = read(suffix)
+            if data is None:
+                continue
+            if len(data) > SIDECAR_BYTES:
+                raise BadRow("too long", f"the caption's {suffix} file has more than {SIDECAR_BYTES} bytes")
+            text = data.decode("utf-8-sig")
+            if suffix == ".txt":
+                record["prompt"] = text
+            else:
+                found = json.loads(text)
+                if not isinstance(found, dict):
+                    raise BadRow("malformed row", f"the caption's JSON is no object but {type(found).__name__}")
+                record = {"prompt": found.get("caption"), **record, **found}
+    except UnicodeDecodeError:
+        return BadRow("not UTF-8", "the caption is not UTF-8; save it as such")
+    except (ValueError, RecursionError) as error:
+        return BadRow("malformed row", f"the caption's JSON cannot be read: {error}")
+    except OSError as error:
+        return BadRow("malformed row", f"the caption cannot be read: {error.strerror}")
+    except BadRow as bad:
+        return bad
+    if not record:
+        return BadRow("no caption", f"there is no {' or '.join(CAPTIONS)} file of the clip's name")
+    record.pop("scores", None)  # a pair a loser is a manifest's matter
+    return {"key": key, **record, "clip": clip}
+
+
+def _shard(path: Path) -> Iterator[Row | Dropped]:
+    """The clips of one webdataset shard: neighbouring members whose names are equal up to the first dot."""
+    number = 0
+
+    def finish(key: str, parts: Mapping[str, Any]) -> Iterator[Row | Dropped]:
+        nonlocal number
+        video = next((parts[suffix] for suffix in VIDEOS if suffix in parts), None)
+        if video is None:
+            return
+        number += 1
+        place = {"tar": printable(path), "row": number, "offset": video.offset_data, "size": video.size}
+        record = _captioned(f"{path}::{key}"[:MAX_TEXT], key[:MAX_TEXT], parts.get)
+        row = checked(record, Path(), 0, "webdataset", place)
+        if isinstance(row, Row):  # the file that holds the clip is the shard: no member's name is a path
+            row = replace(row, path=str(path.absolute()))
+        yield row
+
+    key, parts = None, {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # else it keeps them all
+                if not member.isreg() or member.issparse():  # links and devices are no clips
+                    continue
+                folder, slash, file = member.name.rpartition("/")
+                stem, _, ending = file.partition(".")
+                name, suffix = f"{folder}{slash}{stem}", f".{ending.lower()}"
+                if name != key:
+                    if key is not None:
+                        yield from finish(key, parts)
+                    key, parts = name, {}
+                if suffix in CAPTIONS:
+                    parts[suffix] = tar.extractfile(member).read(SIDECAR_BYTES + 1)
+                elif suffix in VIDEOS:
+                    parts[suffix] = member
+        if key is not None:
+            yield from finish(key, parts)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        if key is not None:
+            yield from finish(key, parts)
+        detail = f"no uncompressed tar, or cut short: nothing behind its row {number} can be read ({error})"
+        yield Dropped("", printable(path), json.dumps({"tar": printable(path), "row": number + 1}), "truncated", detail)
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------
+
+
+def row_of(record: Mapping[str, Any]) -> Row:
+    """The pool's columns of one row of any later table."""
+    return Row(**{name: record[name] for name in POOL.names})
+
+
+def clip_identity(row: Row) -> str:
+    """What tells a clip from another at the same place, empty where there is none: a clip may move or be replaced."""
+    place = json.loads(row.place)
+    if row.source == "sandbox":
+        del place["row"]
+        return digest(place)
+    try:
+        return _file_identity(Path(row.path), place.get("offset", 0), place.get("size"))
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
+        return ""
+
+
+def clip_digest(settings: Mapping[str, Any], row: Row, identity: str) -> str:
+    """Of all that tensors made from a row depend on: what it says, what its file holds, and `settings`."""
+    return digest([settings, row.key, row.prompt, row.start, identity])
+
+
+def _file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
+    """Digest of a file's size, begin and end, or of those of a part of it."""
+    if not path.is_file():  # opening a pipe would wait
+        raise FileNotFoundError(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size if size is None else size
+        file.seek(offset)
+        begin = file.read(min(IDENTITY_BYTES, size))
+        file.seek(offset + max(0, size - IDENTITY_BYTES))
+        return hashlib.sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size)))).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FrameReader:
-    """The frames of rows, from files or from the simulator; the last simulated block is kept, for rows follow it.
+    """The frames of rows, from files, shards or the simulator; the last simulated block is kept, for rows follow it.
 
     device: where simulated clips are drawn.
     """
@@ -78,216 +342,39 @@ class FrameReader:
 
     def read(self, row: Row) -> Tensor:
         """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used."""
-        place = row.simulated
-        if place is None:
+        if row.source == "sandbox":
+            clips, index = self.simulated(row)
+            return clips.frames[index]
+        try:
+            if row.source == "webdataset":
+                return self._read_member(row)
             return read_clip(row.path, self.video, start=row.start)
-        name = (place.scene, place.split, place.seed, place.block)
-        if self._block[0] != name:
-            self._block = name, simulate_block(*name, self.video, device=self.device)
-        return self._block[1].frames[place.index]
+        except OSError as error:  # a name that is too long, a file that may not be read
+            raise ClipError(Path(row.clip), "missing", error.strerror or str(error)) from error
 
+    def simulated(self, row: Row) -> tuple[Clips, int]:
+        """A simulated row's block with the truth behind the pixels, and the row's index in it."""
+        place = json.loads(row.place)
+        name = (place["scene"], place["split"], place["seed"], place["block"])
+        block = self._block  # threads may share the reader
+        if block[0] != name:
+            block = self._block = name, simulate_block(*name, self.video, device=self.device)
+        return block[1], place["index"]
 
-class _BadRow(Exception):
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-
-
-def is_simulated(manifest: str) -> bool:
-    return manifest.startswith("sandbox:")
-
-
-def simulated_manifest(manifest: str, video: VideoConfig, *, seed: int) -> Manifest:
-    """The rows of `sandbox:<scene>:<count>[:<split>]`: keys like projectile-000123, the action is the scene.
-
-    Raises ValueError for another form, an unknown scene or split, and a video in which the scenes do not fit.
-    """
-    _, scene, count, split = (*manifest.split(":"), "train")[:4] if manifest.count(":") >= 2 else ("",) * 4
-    if scene not in ("mixed", *SCENES) or not count.isdecimal() or int(count) < 1 or manifest.count(":") > 3:
-        raise ValueError(
-            f"pipeline.manifest={manifest}: use sandbox:<scene>:<count>[:<split>] with a scene out of mixed, "
-            f"{', '.join(SCENES)} and a split out of {', '.join(SPLITS)}"
-        )
-    rows: list[Row | Quarantined] = []
-    for number, clip in enumerate(list_clips(scene, split, seed, int(count), video)):
-        name = f"sandbox:{scene}:{split}:{clip.block}:{clip.index}"
-        row = Row(
-            number=number + 1,
-            key=f"{clip.shown}-{number:06d}",
-            clip=name,
-            path=Path(name),
-            prompt=clip.prompt,
-            start=0.0,
-            action=clip.shown,
-            physics_richness=None,
-            scores=(),
-            simulated=clip,
-        )
-        rows.append(row)
-    return Manifest(Path(manifest), rows, [])
-
-
-def read_manifest(path: str | Path, *, num_losers: int) -> Manifest:
-    """Read and check a manifest; `num_losers` is the number of pairs that a row's `scores` must have.
-
-    Raises ValueError for a missing file, another suffix than .csv or .jsonl, a missing or doubled column, broken
-    quoting, and a file without rows.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"pipeline.manifest={path}: no such file; give a .csv or .jsonl with columns clip and prompt")
-    # Bytes that are not UTF-8 become surrogates, so that they spoil their own row only.
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    readers = {".csv": _csv_records, ".jsonl": _jsonl_records}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"pipeline.manifest={path}: unknown format {path.suffix!r}; use a .csv or a .jsonl file")
-    columns, records = readers[path.suffix.lower()](path, text)
-    missing = [name for name in REQUIRED if name not in columns]
-    if missing and columns:
-        hints = [f"did you mean {near[0]!r}?" for name in missing if (near := difflib.get_close_matches(name, columns))]
-        raise ValueError(
-            f"{path} has no column {' and no column '.join(map(repr, missing))}; found: {', '.join(columns) or 'none'};"
-            f" required: {', '.join(REQUIRED)}{'; ' if hints else ''}{' '.join(hints)}"
-        )
-    if not records:
-        raise ValueError(f"{path} has no rows; it needs the columns {', '.join(REQUIRED)} and a row for each clip")
-    rows: list[Row | Quarantined] = []
-    first_with_key: dict[str, int] = {}
-    for number, record in enumerate(records, start=1):
-        try:
-            row = _parse_row(number, record, path.parent, num_losers)
-            if row.key in first_with_key:
-                raise _BadRow("duplicate key", f"key {row.key!r} is that of row {first_with_key[row.key]} already")
-            first_with_key[row.key] = number
-            rows.append(row)
-        except _BadRow as bad:
-            key, clip = (_printable(record.get(name)) if isinstance(record, dict) else "" for name in ("key", "clip"))
-            rows.append(Quarantined(number, key, clip, bad.reason, bad.detail))
-    return Manifest(path, rows, [name for name in columns if name not in (*REQUIRED, *OPTIONAL)])
-
-
-def safe_key(text: str) -> str:
-    """`text` as a key of letters, digits, _ and -, at most 64 long; a changed one ends in a digest of the original."""
-    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", text)
-    if safe == text and 0 < len(text) <= MAX_KEY:
-        return text
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
-    stem = safe[: MAX_KEY - 13].strip("-")
-    return f"{stem}-{digest}" if stem else digest
-
-
-def _csv_records(path: Path, text: str) -> tuple[list[str], list[Any]]:
-    """(column names, one dict a row, or a _BadRow for a row of another number of fields than the header)."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        columns = [_printable(name).strip() for name in next(reader, [])]
-        lines = [line for line in reader if line]  # a blank line is no row
-    except csv.Error as error:
-        raise ValueError(f"{path} is not valid CSV near line {reader.line_num}: {error}; check the quotes") from error
-    if doubled := {name for name in columns if columns.count(name) > 1}:
-        raise ValueError(f"{path} has the column {' and '.join(sorted(doubled))} twice; remove one")
-    records: list[Any] = []
-    for line in lines:
-        if len(line) == len(columns):
-            records.append(dict(zip(columns, line, strict=True)))
-        else:
-            detail = f"{len(line)} fields for {len(columns)} columns; quote fields that hold a comma"
-            records.append(_BadRow("malformed row", detail))
-    return columns, records
-
-
-def _jsonl_records(path: Path, text: str) -> tuple[list[str], list[Any]]:
-    """(all names that occur, one dict a line, or a _BadRow for a line that is no JSON object)."""
-    columns: dict[str, None] = {}
-    records: list[Any] = []
-    for line in filter(str.strip, text.split("\n")):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
-        except (ValueError, RecursionError) as error:
-            record = _BadRow("malformed row", f"not a JSON object: {error}")
-        else:
-            columns |= dict.fromkeys(map(_printable, record))
-        records.append(record)
-    return list(columns), records
-
-
-def _parse_row(number: int, record: dict[str, Any] | _BadRow, folder: Path, num_losers: int) -> Row:
-    if isinstance(record, _BadRow):
-        raise record
-    texts = {name: _text(record, name) for name in ("clip", "prompt", "key", "action")}
-    if not texts["prompt"]:
-        raise _BadRow("empty prompt", "every clip needs a prompt that describes it")
-    if not texts["clip"]:
-        raise _BadRow("missing", "the row names no clip")
-    start = _number(record, "start")
-    start = 0.0 if start is None else start
-    if start < 0:
-        raise _BadRow("bad number", f"start={start} lies before the clip; use seconds, 0 or more")
-    identity = json.dumps([texts["clip"], texts["prompt"], start], ensure_ascii=False)
-    return Row(
-        number=number,
-        key=safe_key(texts["key"]) if texts["key"] else hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16],
-        clip=texts["clip"],
-        path=folder / texts["clip"],
-        prompt=texts["prompt"],
-        start=start,
-        action=texts["action"],
-        physics_richness=_number(record, "physics_richness"),
-        scores=tuple(_scores(record, num_losers)),
-    )
-
-
-def _text(record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    if value is None:
-        return ""
-    if isinstance(value, (dict, list)):
-        raise _BadRow("malformed row", f"{name} must be text, not {value!r}")
-    try:
-        str(value).encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadRow("not UTF-8", f"{name} reads {_printable(value)!r}; save the manifest as UTF-8") from None
-    return str(value).strip()
-
-
-def _number(record: dict[str, Any], name: str) -> float | None:
-    """A finite number, or None where the column is absent or empty."""
-    value = record.get(name)
-    if value is None or isinstance(value, str) and not value.strip():
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise _BadRow("bad number", f"{name}={_printable(value)!r} is not a number") from None
-    if not math.isfinite(number):
-        raise _BadRow("bad score" if name in SCORES else "bad number", f"{name}={number} is not a finite number")
-    return number
-
-
-def _scores(record: dict[str, Any], num_losers: int) -> Iterator[tuple[float, float]]:
-    pairs = record.get("scores")
-    if pairs is None or isinstance(pairs, str) and not pairs.strip():
-        single = [_number(record, name) for name in SCORES]
-        pairs = [] if single == [None, None] else [single]
-    elif not isinstance(pairs, list) or len(pairs) != num_losers:
-        found = f"{len(pairs)} entries" if isinstance(pairs, list) else repr(pairs)
-        raise _BadRow("bad score", f"scores must be {num_losers} pairs [semantic, physical], not {found}")
-    for pair in pairs:
-        try:
-            yield check_scores(*pair)
-        except (TypeError, ValueError):
-            raise _BadRow("bad score", f"{pair!r} is no pair of scores, semantic and physical, in [0, 1]") from None
-
-
-def check_scores(semantic: Any, physical: Any) -> tuple[float, float]:
-    """Both as floats; ValueError or TypeError unless they are numbers in [0, 1]."""
-    values = float(semantic), float(physical)
-    if not all(0 <= value <= 1 for value in values):  # false for NaN too
-        raise ValueError(f"semantic={semantic}, physical={physical}: scores lie in [0, 1]")
-    return values
-
-
-def _printable(value: Any) -> str:
-    return "" if value is None else str(value).encode("utf-8", errors="backslashreplace").decode("utf-8")
+    def _read_member(self, row: Row) -> Tensor:
+        place = json.loads(row.place)
+        with open(row.path, "rb") as shard, tempfile.TemporaryDirectory(prefix="clip-") as folder:
+            if place["offset"] + place["size"] > os.fstat(shard.fileno()).st_size:
+                raise ClipError(Path(row.clip), "truncated", "the shard ends before this member does")
+            shard.seek(place["offset"])
+            copy, left = Path(folder) / "clip", place["size"]
+            with copy.open("wb") as file:
+                while left and (data := shard.read(min(left, COPY_BYTES))):
+                    file.write(data)
+                    left -= len(data)
+            try:
+                return read_clip(copy, self.video, start=row.start)
+            except ClipError as error:
+                raise ClipError(
+                    Path(row.clip), error.reason, str(error).removeprefix(f"{copy}: {error.reason}: ")
+                ) from error

@@ -9,15 +9,15 @@ tolerance; the slow tail keeps bad clips comparable. Semantic score: the product
 direction of motion, setting and event show. Both are multiplied by `alive`, which is 0 for a clip without objects or
 one that stands still: nothing in this world ever does.
 
-    python -m eval.judges.sandbox        prints the calibration table
+    python -m eval.judges.calibration        prints the table of `calibrate`
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eval.judges.scores import Judge, Scores, Unjudged, check_clips
 from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.laws import LAWS as SCENE_LAWS
 from eval.sandbox.prompts import Request, parse_prompt
@@ -68,11 +68,7 @@ class SandboxJudgeConfig:
 
 
 @dataclass
-class Scores:
-    """Scores of N clips, on the CPU."""
-
-    semantic: Tensor  # (N,) in [0, 1]
-    physical: Tensor  # (N,) in [0, 1]
+class SandboxScores(Scores):
     errors: dict[str, Tensor]  # law -> (N,), units in LAWS[law].unit; never NaN
     laws: dict[str, Tensor]  # law -> (N,) score in [0, 1]; physical is their product times `alive`
     aspects: dict[str, Tensor]  # alive, colour, direction, scene -> (N,) in [0, 1]; semantic is their product
@@ -84,38 +80,46 @@ class Scores:
         return [{name: float(values[index]) for name, values in columns.items()} for index in range(len(self.physical))]
 
 
-def build(config: SandboxJudgeConfig, device: torch.device | str) -> Callable[[Tensor, list[str]], Scores]:
-    """The judge: score(clips (N, T, H, W, 3) uint8, prompts) -> Scores.
+def build(config: SandboxJudgeConfig, device: torch.device | str) -> Judge:
+    """The judge: score(clips (N, T, H, W, 3) uint8, prompts) -> SandboxScores.
 
     `score` raises ValueError for clips of another shape or type, fewer than 8 frames, a number of prompts other than N,
-    and a prompt in which no sandbox scene is recognised.
+    and `Unjudged` for clips with a prompt in which no sandbox scene is recognised.
     """
 
-    def score(clips: Tensor, prompts: list[str]) -> Scores:
-        if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != torch.uint8:
-            raise ValueError(
-                f"clips are {clips.dtype} of shape {tuple(clips.shape)}; give uint8 (clips, frames, height, width, 3)"
-            )
-        if len(prompts) != len(clips):
-            raise ValueError(f"{len(clips)} clips but {len(prompts)} prompts; give one prompt a clip")
+    def score(clips: Tensor, prompts: list[str]) -> SandboxScores:
+        check_clips(clips, prompts)
         if clips.shape[1] < 8:
             raise ValueError(f"clips have {clips.shape[1]} frames; motion is measured on 8 or more")
-        requests = [parse_prompt(prompt) for prompt in prompts]
-        results: dict[str, Tensor] = {}
+        requests: dict[int, Request] = {}
+        failures: dict[int, str] = {}
+        for index, prompt in enumerate(prompts):
+            try:
+                requests[index] = parse_prompt(prompt)
+            except ValueError as error:
+                failures[index] = str(error)
+        results = {"semantic": torch.zeros(len(clips)), "physical": torch.zeros(len(clips))}
         # One scene at a time: it decides the number of objects and the laws.
         for scene in SCENES:
-            chosen = [index for index, request in enumerate(requests) if request.scene == scene]
+            chosen = [index for index, request in requests.items() if request.scene == scene]
             for start in range(0, len(chosen), config.batch_size):
                 part = chosen[start : start + config.batch_size]
                 index = torch.tensor(part)
                 measured = _measure(clips[index].to(device), [requests[i] for i in part], config.fps)
                 for name, values in measured.items():
                     results.setdefault(name, torch.zeros(len(clips)))[index] = values.float().cpu()
+        judged = torch.tensor(list(requests), dtype=torch.int64)
+        results = {name: values[judged] for name, values in results.items()}
         picked = {
             prefix: {name[len(prefix) + 1 :]: v for name, v in results.items() if name.startswith(prefix + " ")}
             for prefix in ("error", "law", "aspect")
         }
-        return Scores(results["semantic"], results["physical"], picked["error"], picked["law"], picked["aspect"])
+        scores = SandboxScores(
+            results["semantic"], results["physical"], picked["error"], picked["law"], picked["aspect"]
+        )
+        if failures:
+            raise Unjudged(failures, prompts, scores)
+        return scores
 
     return score
 
@@ -262,16 +266,3 @@ def calibrate(
     rows.append(row("true, degraded", 0.0, degrade(frames, torch.Generator().manual_seed(seed)), prompts))
     rows += [row(kind, severity, *draw(kind, severity)) for kind in VIOLATIONS for severity in severities]
     return rows
-
-
-def main() -> None:
-    print(f"{'kind':<16}{'severity':>9}{'physical':>10}{'5th pct':>9}{'caught':>8}{'semantic':>10}")
-    for row in calibrate(count=400, seed=20_000):
-        print(
-            f"{row.kind:<16}{row.severity:>9.2f}{row.physical:>10.3f}{row.fifth_percentile:>9.3f}"
-            f"{row.caught:>8.1%}{row.semantic:>10.3f}"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,28 @@
 """The first data pipeline end to end, on a tiny random Wan: build, quarantine, continue, change, two processes."""
 
 import csv
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline import build
+from data_pipeline import build, encode, generate, stages
 from data_pipeline.encode import unpad
 from data_pipeline.generate import loser_seed
-from data_pipeline.judge import build_judge
+from data_pipeline.tables import POOL
+from data_pipeline.targets import TargetMaker
+from eval.judges.sandbox import SandboxJudgeConfig
+from eval.judges.sandbox import build as sandbox_judge
+from eval.judges.scores import Scores, Unjudged
 from eval.sandbox.splits import list_clips, simulate_block
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
@@ -98,17 +105,21 @@ def copied(built, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test when any weights are loaded."""
-    real = build.load_backbone
+    real = stages.load_backbone
 
     def shell_only(config, device, *, parts=("all",)):
         assert not parts, "weights were loaded"
         return real(config, device, parts=())
 
-    monkeypatch.setattr(build, "load_backbone", shell_only)
+    monkeypatch.setattr(stages, "load_backbone", shell_only)
 
 
 def shards(output: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (output / "groups").glob("*.tar")}
+
+
+def tables_of(output: Path, stage: str) -> list[Path]:
+    return sorted((output / "pipeline" / stage).glob("unit-?????.parquet"))
 
 
 def by_key(output: Path) -> dict:
@@ -116,8 +127,8 @@ def by_key(output: Path) -> dict:
     return {group.key: group for group in (groups[index] for index in range(len(groups)))}
 
 
-def report(output: Path) -> dict:
-    return json.loads((output / "groups" / "build" / "report.json").read_text(encoding="utf-8"))
+def summary(output: Path, stage: str) -> dict:
+    return json.loads((output / "pipeline" / stage / "summary.json").read_text(encoding="utf-8"))
 
 
 def quarantine(output: Path) -> list[dict]:
@@ -172,11 +183,12 @@ def test_bad_rows_are_quarantined_and_the_good_ones_kept(model, clips, tmp_path,
     build.main(arguments(model, manifest, tmp_path / "out"))
     bad = quarantine(tmp_path / "out")
     reasons = ["missing", "truncated", "too short", "unreadable", "empty prompt", "bad score", "duplicate key"]
-    assert [(row["row"], row["reason"]) for row in bad] == list(enumerate(reasons, start=2))
-    assert bad[2]["key"] == "d" and "9 frames at 8 fps" in bad[2]["detail"]
-    counts = report(tmp_path / "out")
-    assert (counts["rows"], counts["kept"]) == (9, 2)
-    assert counts["quarantined"] == dict.fromkeys(reasons, 1)
+    assert sorted((row["row"], row["reason"]) for row in bad) == list(enumerate(reasons, start=2))
+    assert [row["stage"] for row in bad] == ["pool"] * 3 + ["generate"] * 4
+    assert bad[5]["key"] == "d" and "9 frames at 8 fps" in bad[5]["detail"]
+    assert summary(tmp_path / "out", "pool")["dropped"] == dict.fromkeys(reasons[4:], 1)
+    counts = summary(tmp_path / "out", "generate")
+    assert (counts["in"], counts["kept"], counts["dropped"]) == (6, 2, dict.fromkeys(reasons[:4], 1))
     groups = by_key(tmp_path / "out")
     first, last = groups.values()
     assert first.key == "a" and last.key.startswith("h-i-")
@@ -186,18 +198,18 @@ def test_bad_rows_are_quarantined_and_the_good_ones_kept(model, clips, tmp_path,
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_second_run_does_nothing(copied, model, no_weights):
+def test_a_second_run_does_nothing(built, copied, model, no_weights):
     before = shards(copied / "out")
     index = (copied / "out" / "groups" / "index.json").read_bytes()
-    build.main(arguments(model, copied / "clips.csv", copied / "out"))
+    build.main(arguments(model, built / "clips.csv", copied / "out"))
     assert shards(copied / "out") == before
     assert (copied / "out" / "groups" / "index.json").read_bytes() == index
 
 
-def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(copied, model):
+def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(built, copied, model):
     before = shards(copied / "out")
     (copied / "out" / "groups" / "unit-00001.tar").unlink()
-    build.main(arguments(model, copied / "clips.csv", copied / "out"))
+    build.main(arguments(model, built / "clips.csv", copied / "out"))
     after = shards(copied / "out")
     assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
     assert {name for name in before if after[name][1] != before[name][1]} == {"unit-00001.tar"}
@@ -205,7 +217,7 @@ def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(copied, model):
 
 
 def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
-    real, calls = build.generate_losers, []
+    real, calls = generate.generate_losers, []
 
     def failing(*args, **options):
         calls.append(None)
@@ -213,24 +225,26 @@ def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(build, "generate_losers", failing)
+    monkeypatch.setattr(generate, "generate_losers", failing)
     with pytest.raises(KeyboardInterrupt):
         build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
-    assert list(shards(tmp_path / "out")) == ["unit-00000.tar"]
+    assert [path.name for path in tables_of(tmp_path / "out", "generate")] == ["unit-00000.parquet"]
     with pytest.raises(ValueError, match="did not finish"):
         GroupSet(tmp_path / "out" / "groups")
+    with pytest.raises(ValueError, match="stage=judge needs the table of generate, of which 2 of 3 units are missing"):
+        build.main(arguments(model, built / "clips.csv", tmp_path / "out", "pipeline.stage=judge"))
     build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
-    assert len(calls) == 4 + 3  # blue once more, grey and pink
+    assert len(calls) == 4 + 2  # grey once more, though its unit had begun with blue, and pink
     index = tmp_path / "out" / "groups" / "index.json"
     assert index.read_bytes() == (built / "out" / "groups" / "index.json").read_bytes()
 
 
-def test_new_scores_rewrite_the_shard_from_its_own_tensors(copied, model, clips, no_weights):
+def test_new_scores_rewrite_the_shard_from_its_own_tensors(built, copied, model, clips, no_weights):
     output, old = copied / "out", by_key(copied / "out")
     before = shards(output)
     table = copied / "scores.csv"
     table.write_text("key,loser,semantic,physical\ngreen,1,0.9,0.125\nnobody,0,1,1\n", encoding="utf-8")
-    build.main(arguments(model, copied / "clips.csv", output, f"pipeline.scores={table}"))
+    build.main(arguments(model, built / "clips.csv", output, f"pipeline.scores={table}"))
     changed = {name for name, state in shards(output).items() if state != before[name]}
     assert changed == {"unit-00000.tar"}
     new = by_key(output)
@@ -238,7 +252,7 @@ def test_new_scores_rewrite_the_shard_from_its_own_tensors(copied, model, clips,
     assert [(j.semantic, j.physical) for j in new["red"].losers_info] == [(0.5, 0.5)] * 2
     for key in GOOD:
         assert torch.equal(new[key].losers, old[key].losers) and torch.equal(new[key].text, old[key].text)
-    assert verify(output / "groups") == [] and not list(output.rglob("retired/*"))
+    assert verify(output / "groups") == []
 
 
 def test_moved_rows_and_other_units_generate_nothing_again(copied, model, clips, no_weights):
@@ -254,16 +268,15 @@ def test_moved_rows_and_other_units_generate_nothing_again(copied, model, clips,
 
 def test_changed_inputs_rebuild_only_the_groups_they_touch(copied, model, clips, monkeypatch, capsys):
     old, keys = by_key(copied / "out"), []
-    real = build.encode_clips
-    monkeypatch.setattr(build, "encode_clips", lambda *args: keys.extend(args[2]) or real(*args))
+    real = encode.encode_clips
+    monkeypatch.setattr(encode, "encode_clips", lambda *args: keys.extend(args[2]) or real(*args))
     rows = good_rows(blue={"prompt": "a blue cube falls"}, grey={"clip": "none"})
     build.main(arguments(model, write_manifest(copied / "clips.csv", clips, rows), copied / "out"))
     assert keys == ["a blue cube falls"]
     new = by_key(copied / "out")
     assert list(new) == ["red", "green", "blue", "pink"]
     assert not torch.equal(new["blue"].losers, old["blue"].losers)
-    assert "earlier shards changed: unit-00001" in (printed := capsys.readouterr().out)
-    assert "not used any more: delete" in printed  # the old blue and grey are kept
+    assert "are of earlier settings" in capsys.readouterr().out  # the old blue and grey are kept
     build.main(arguments(model, write_manifest(copied / "clips.csv", clips, good_rows()), copied / "out"))
     assert keys == ["a blue cube falls"]  # and serve again
     assert torch.equal(by_key(copied / "out")["blue"].losers, old["blue"].losers)
@@ -329,8 +342,8 @@ def simulated(model: Path, output: Path, *more: str) -> list[str]:
 
 def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypatch):
     asked = []
-    real = build.load_backbone
-    monkeypatch.setattr(build, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
+    real = stages.load_backbone
+    monkeypatch.setattr(stages, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
     build.main(simulated(model, tmp_path / "out", "pipeline.num_losers=0"))
     assert set(asked) == {(), ("text", "vae")}  # no transformer
     groups = by_key(tmp_path / "out")
@@ -378,25 +391,39 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
     assert {(loser.semantic, loser.physical) for group in neutral.values() for loser in group.losers_info} == {
         (0.5, 0.5)
     }
-    monkeypatch.setattr(build.GroupMaker, "_generate", lambda *_: pytest.fail("a clip was generated again"))
-    build.main(simulated(model, output, "pipeline.judge=sandbox"))
+    monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
+    monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a clip was encoded again"))
+    build.main(simulated(model, output, "pipeline.judge.name=sandbox"))
     judged = by_key(output)
     backbone = load_backbone(BackboneConfig(path=str(model), dtype="float32", text_length=32), "cpu")
-    judge = build_judge("sandbox", 8, "cpu")
+    judge = sandbox_judge(SandboxJudgeConfig(fps=4), "cpu")
     for key, group in judged.items():
         assert torch.equal(group.losers, neutral[key].losers)
         expected = judge(to_pixels(backbone.decode_latents(group.losers)), [group.prompt] * 2)
-        found = [(loser.semantic, loser.physical) for loser in group.losers_info]
-        assert torch.tensor(found).allclose(torch.tensor(expected), atol=0.01)
-        assert all(physical < 0.2 for _, physical in found)  # a random network's clips are noise
+        found = torch.tensor([(loser.semantic, loser.physical) for loser in group.losers_info])
+        assert found.allclose(torch.stack([expected.semantic, expected.physical], dim=1), atol=0.01)
+        assert (found[:, 1] < 0.2).all()  # a random network's clips are noise
     first = next(iter(judged))
     (tmp_path / "scores.csv").write_text(f"key,loser,semantic,physical\n{first},1,0.25,0.75\n", encoding="utf-8")
-    build.main(simulated(model, output, "pipeline.judge=sandbox", f"pipeline.scores={tmp_path / 'scores.csv'}"))
+    build.main(simulated(model, output, "pipeline.judge.name=sandbox", f"pipeline.scores={tmp_path / 'scores.csv'}"))
     mixed = by_key(output)
     assert mixed[first].losers_info[0].physical == pytest.approx(judged[first].losers_info[0].physical, abs=1e-4)
     assert (mixed[first].losers_info[1].semantic, mixed[first].losers_info[1].physical) == (0.25, 0.75)
-    with pytest.raises(ValueError, match="pipeline.judge='wizard': must be empty or one of sandbox"):
-        build.main(simulated(model, output, "pipeline.judge=wizard"))
+
+
+def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
+    more = ("pipeline.targets.tracks=simulator", "pipeline.targets.grid=4", "pipeline.num_losers=0")
+    build.main(simulated(model, tmp_path / "out", *more))
+    before = by_key(tmp_path / "out")
+    for group in before.values():
+        assert group.extra["tracks"].shape == (9, 16, 2) and group.extra["visible"].dtype == torch.bool
+    monkeypatch.setattr(TargetMaker, "make", lambda *_, **__: pytest.fail("targets were made again"))
+    monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a clip was encoded again"))
+    build.main(simulated(model, tmp_path / "out", *more, "pipeline.unit_size=5"))
+    after = by_key(tmp_path / "out")
+    assert all(torch.equal(after[key].extra["tracks"], before[key].extra["tracks"]) for key in before)
+    build.main(simulated(model, tmp_path / "out", *more, "pipeline.targets.tracks=''"))
+    assert not any(group.extra for group in by_key(tmp_path / "out").values())
 
 
 def test_a_bad_clip_spoils_no_other_of_its_batch(model, clips, tmp_path):
@@ -411,7 +438,7 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
     manifest = write_manifest(tmp_path / "clips.csv", clips, [{"clip": "none"}, {"clip": "text"}])
     with pytest.raises(ValueError, match="no row of .* is usable: .*'missing': 1.*quarantine.jsonl"):
         build.main(arguments(model, manifest, tmp_path / "out"))
-    assert report(tmp_path / "out")["kept"] == 0
+    assert summary(tmp_path / "out", "generate")["kept"] == 0
 
 
 @pytest.mark.parametrize(
@@ -429,6 +456,11 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
         ("pipeline.manifest=none.csv", "pipeline.manifest=none.csv: no such file"),
         ("pipeline.scores=none.csv", "pipeline.scores=none.csv: no such file"),
         ("pipeline.num_loosers=3", "did you mean 'num_losers'"),
+        ("pipeline.judge.name=wizard", "judge.name='wizard' is no judge"),
+        ("pipeline.stage=jugde", "'jugde' is no stage; use all, one of pool, filter"),
+        ("pipeline.stage=judge..filter", "filter comes before judge"),
+        ("pipeline.array_index=2", "pipeline.array_index=2: use 0 ... array_count - 1 = 0"),
+        ("pipeline.array_count=2", "one array a stage"),
     ],
 )
 def test_wrong_settings_stop_before_any_work(built, model, tmp_path, no_weights, change, message):
@@ -462,6 +494,134 @@ def test_dry_run_needs_no_model_at_all(built, capsys):
     build.main([f"pipeline.manifest={built / 'clips.csv'}", "backbone.path=owner/model", "--dry-run"])
     printed = capsys.readouterr().out
     assert "latent shape        (16, 21, 60, 104)" in printed and "tokens              32760" in printed
+
+
+def test_stages_run_alone_and_in_ranges_and_leave_tables(built, model, tmp_path, capsys):
+    def run(stage):
+        build.main(arguments(model, built / "clips.csv", tmp_path / "out", f"pipeline.stage={stage}"))
+
+    with pytest.raises(ValueError, match="stage=encode needs the table of pool, .*run pipeline.stage=pool first"):
+        run("encode")
+    run("pool..resample")
+    assert not (tmp_path / "out" / "pipeline" / "generate").exists()
+    with pytest.raises(ValueError, match="stage=judge needs the table of generate, of which 3 of 3"):
+        run("judge")
+    run("generate")
+    run("judge..targets")
+    assert not list(tmp_path.rglob("*.tar"))
+    run("encode")
+    index = tmp_path / "out" / "groups" / "index.json"
+    assert index.read_bytes() == (built / "out" / "groups" / "index.json").read_bytes()
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["pool", "generate", "judge", "encode", "groups:"]
+    table = pq.read_table(tables_of(tmp_path / "out", "targets")[0])
+    assert table.schema.names[:10] == POOL.names
+    assert {"parse", "category", "difficulty", "seeds", "semantic", "physical"} <= set(table.schema.names)
+    assert table["seeds"].to_pylist()[1] == [loser_seed(0, "green", loser) for loser in range(2)]
+
+
+def times(output: Path) -> dict[str, set[int]]:
+    """When the tables of each stage were written."""
+    return {stage: {path.stat().st_mtime_ns for path in tables_of(output, stage)} for stage in build.STAGES}
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ("sampler.steps=3", ["generate", "encode"]),  # nobody judges here
+        ("pipeline.judge.name=sandbox", ["judge", "targets", "encode"]),
+        ("pipeline.table_rows=3", ["pool", "filter", "cluster", "resample"]),
+        ("pipeline.judge.sandbox.batch_size=3", []),
+        ("pipeline.batch_size=2", []),
+    ],
+)
+def test_a_changed_setting_rebuilds_what_depends_on_it(built, copied, model, monkeypatch, change, changed):
+    before = times(copied / "out")
+    monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a winner was encoded again"))
+    if "generate" not in changed:
+        monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
+    build.main(arguments(model, built / "clips.csv", copied / "out", change))
+    after = times(copied / "out")
+    assert [stage for stage in build.STAGES if after[stage] != before[stage]] == changed
+
+
+def test_hostile_clips_of_every_source_harm_nothing(model, clips, tmp_path, monkeypatch):
+    """Shell metacharacters, path traversal, a damaged clip, duplicate keys: all in one build."""
+    folder, captions = tmp_path / "in", ["`touch pwned`; $(touch pwned) && rm -rf ~ | cat 'A' \"B\"", "x" * 100_000]
+    folder.mkdir()
+    for name, caption in zip(("red", "green"), captions, strict=True):
+        shutil.copy(clips / f"{name}.mp4", folder / f"{name}; touch pwned.mp4")
+        (folder / f"{name}; touch pwned.txt").write_text(caption, encoding="utf-8")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name, source in (("../../blue", "blue"), ("/abs/cut", "cut"), ("../../blue", "grey")):
+            for data, suffix in (((clips / f"{source}.mp4").read_bytes(), "mp4"), (b"../../caption", "txt")):
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    out = tmp_path / "deep" / "out"
+    more = (f"pipeline.manifest=[{folder},{tmp_path / 'shard.tar'}]", "pipeline.save_losers=true")
+    build.main(arguments(model, "", out, *more))
+    assert [group.prompt for group in by_key(out).values()] == [captions[0], "../../caption"]
+    reasons = sorted((row["stage"], row["reason"]) for row in quarantine(out))
+    assert reasons == [("generate", "truncated"), ("pool", "duplicate key"), ("pool", "too long")]
+    made = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert made == {"in", "shard.tar", "cwd", "deep"} and not list((tmp_path / "cwd").iterdir())
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
+    assert {path.name for path in out.iterdir()} == {"groups", "pipeline", "losers"}
+
+
+def test_losers_that_are_no_numbers_are_left_out(model, built, tmp_path, monkeypatch):
+    real = generate.generate_losers
+
+    def overflowing(backbone, conditioning, negative, seeds, *args, **options):
+        losers = real(backbone, conditioning, negative, seeds, *args, **options)
+        return losers * float("nan") if seeds[0][0] == loser_seed(0, "blue", 0) else losers
+
+    monkeypatch.setattr(generate, "generate_losers", overflowing)
+    build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
+    assert list(by_key(tmp_path / "out")) == ["red", "green", "grey", "pink"]
+    (bad,) = quarantine(tmp_path / "out")
+    assert (bad["stage"], bad["key"], bad["reason"]) == ("encode", "blue", "unusable") and "not finite" in bad["detail"]
+
+
+def test_a_clip_that_the_judge_refuses_is_left_out(model, built, tmp_path, monkeypatch):
+    def judge(clips, prompts):
+        found = [number for number, prompt in enumerate(prompts) if "green" not in prompt]
+        scores = Scores(torch.full((len(found),), 0.25), torch.full((len(found),), 0.75))
+        refused = {number: "no answer" for number in range(len(prompts)) if number not in found}
+        if refused:
+            raise Unjudged(refused, prompts, scores)
+        return scores
+
+    monkeypatch.setattr(stages, "build_judge", lambda *_: judge)
+    build.main(arguments(model, built / "clips.csv", tmp_path / "out", "pipeline.judge.name=sandbox"))
+    groups = by_key(tmp_path / "out")
+    assert list(groups) == ["red", "blue", "grey", "pink"]
+    assert {(j.semantic, j.physical) for group in groups.values() for j in group.losers_info} == {(0.25, 0.75)}
+    (bad,) = quarantine(tmp_path / "out")
+    assert (bad["stage"], bad["key"], bad["reason"], bad["detail"]) == (
+        "judge",
+        "green",
+        "not judged",
+        "loser 1: no answer",
+    )
+
+
+@pytest.mark.slow
+def test_saved_losers_follow_the_settings(built, copied, model):
+    """mp4 files of other settings are written anew, also when their latents were kept."""
+    more = ("pipeline.save_losers=true", "pipeline.stage=generate..judge")
+    clip = copied / "out" / "losers" / "red-0.mp4"
+    shown = []
+    for steps in (2, 3, 2):
+        build.main(arguments(model, built / "clips.csv", copied / "out", f"sampler.steps={steps}", *more))
+        shown.append(clip.read_bytes())
+    assert shown[0] == shown[2] != shown[1]
+    clip.unlink()
+    build.main(arguments(model, built / "clips.csv", copied / "out", *more))
+    assert clip.read_bytes() == shown[0]
 
 
 def test_two_processes_write_what_one_writes(built, model, tmp_path):

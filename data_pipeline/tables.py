@@ -1,0 +1,349 @@
+"""Tables between the stages: Parquet files with a marker each, that appear whole or not at all.
+
+A stage's table is a folder
+
+    unit-00000.parquet           the rows that the stage keeps, with all columns of the stages before and its own
+    unit-00000.dropped.parquet   the rows that it drops, with the reason; absent where there is none
+    unit-00000.json              the marker, written last: counts, and the digest of everything the unit depends on
+    summary.json                 written when all units are done: rows in, kept, dropped by reason, seconds
+
+pandas, Polars and DuckDB read it. A unit without a valid marker does not exist. Equal rows give equal bytes, so a unit
+that is built again with the same result changes nothing downstream: what follows depends on the content alone.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SUMMARY = "summary.json"
+POOL = pa.schema(
+    [
+        ("key", pa.string()),  # unique; letters, digits, _ and -
+        ("clip", pa.string()),  # as the source names it
+        ("path", pa.string()),  # of the file that holds it
+        ("prompt", pa.string()),
+        ("start", pa.float64()),  # seconds into the clip
+        ("action", pa.string()),
+        ("physics_richness", pa.float64()),
+        ("scores", pa.list_(pa.list_(pa.float64()))),  # [semantic, physical]: one a loser, one for all, or null
+        ("source", pa.string()),  # manifest | folder | webdataset | sandbox
+        ("place", pa.string()),  # JSON: where in the source
+    ]
+)
+ADDED = {  # columns that each stage adds; filter replaces physics_richness too, cluster replaces action
+    "filter": [
+        ("parse", pa.string()),
+        ("reason", pa.string()),
+        ("physics_label", pa.bool_()),
+        ("extended", pa.string()),
+    ],
+    "cluster": [("category", pa.string()), ("action_score", pa.float64())],
+    "resample": [("difficulty", pa.float64())],
+    "generate": [("seeds", pa.list_(pa.int64())), ("identity", pa.string())],  # of the losers; of the clip's file
+    "judge": [("semantic", pa.list_(pa.float64())), ("physical", pa.list_(pa.float64()))],  # one a loser
+    "targets": [],
+    "encode": [],
+}
+DROPPED = pa.schema([(name, pa.string()) for name in ("key", "clip", "place", "reason", "detail")])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a stage's work: `count` rows of the table before, from row `first` on."""
+
+    number: int
+    digest: str  # of everything that the result depends on
+    first: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        return unit_name(self.number)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that a stage does not keep."""
+
+    key: str  # empty where the row did not get that far
+    clip: str
+    place: str  # JSON, as in POOL
+    reason: str  # one of a few fixed words, for counting
+    detail: str
+
+
+Made = tuple[pa.Table, pa.Table]  # the rows kept and the rows dropped
+Advance = Callable[[int], None]  # tells the progress bar that so many more rows are done
+
+
+class Table:
+    """The rows of a finished stage, in order. Raises ValueError where a unit is missing."""
+
+    def __init__(self, folder: Path, num_units: int):
+        self.folder = folder
+        self.markers = [read_marker(folder, number) for number in range(num_units)]
+        for number, marker in enumerate(self.markers):
+            if marker is None:
+                raise ValueError(f"{folder / unit_name(number)}.parquet is missing or damaged: run this stage again")
+        self.firsts = [0]  # row that each unit begins with, and the number of all rows
+        for marker in self.markers:
+            self.firsts.append(self.firsts[-1] + marker["rows"])
+        self._last: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return self.firsts[-1]
+
+    def unit(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        return read_rows(self.folder, number, columns)
+
+    def rows(self, first: int, count: int) -> pa.Table:
+        """Rows first ... first + count - 1, whichever units they are in."""
+        parts, number = [], bisect_right(self.firsts, first) - 1
+        while number < len(self.markers) and self.firsts[number] < first + count:
+            if self._last is None or self._last[0] != number:  # most often the next rows are asked for next
+                self._last = number, self.unit(number)
+            parts.append(self._last[1].slice(max(0, first - self.firsts[number]), count - sum(map(len, parts))))
+            number += 1
+        return pa.concat_tables(parts or [self.unit(0).slice(0, 0)])
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Some columns of all rows."""
+        return pa.concat_tables([self.unit(number, names) for number in range(len(self.markers))])
+
+    def contents(self) -> list[str]:
+        """A digest of each unit's rows."""
+        return [marker["content"] for marker in self.markers]
+
+    def units(self, depends_on: Callable[[int], Any]) -> list[Unit]:
+        """A unit of the next stage for each one here; its digest covers the rows and `depends_on(number)`."""
+        spans = zip(self.firsts[:-1], self.firsts[1:], self.contents(), strict=True)
+        return [
+            Unit(number, digest([content, depends_on(number)]), first, end - first)
+            for number, (first, end, content) in enumerate(spans)
+        ]
+
+
+class Stage:
+    """A step of the pipeline: a table in, a table out, unit by unit.
+
+    A stage with `whole` looks at all rows at once: its plan is a single unit, and `parts` gives its table in pieces.
+    """
+
+    name: str
+    whole = False
+    shown = True  # in progress bars and summaries
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def plan(self, before: Table) -> list[Unit]:
+        """The units of this stage, done or not."""
+        raise NotImplementedError
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        """What becomes of a unit's rows."""
+        raise NotImplementedError
+
+    def parts(self, before: Table) -> Iterator[Made]:
+        """What becomes of all rows: of stages with `whole`, instead of `build`."""
+        raise NotImplementedError
+
+    def notes(self, unit: Unit) -> dict[str, Any]:
+        """More for the marker of the unit that was just built."""
+        return {}
+
+    def is_done(self, unit: Unit) -> bool:
+        marker = read_marker(self.folder, unit.number)
+        return marker is not None and marker["digest"] == unit.digest and self.is_intact(unit, marker)
+
+    def is_intact(self, unit: Unit, marker: Mapping[str, Any]) -> bool:
+        """Whether what a finished unit has beside its table is there too."""
+        return True
+
+    def is_worth_a_retry(self, marker: Mapping[str, Any]) -> bool:
+        """Whether a finished unit dropped rows for a reason that may have passed."""
+        return False
+
+    def conclude(self, table: Table) -> None:
+        """On one process, when all units are done."""
+
+
+class PassThrough(Stage):
+    """A stage that is not configured: its columns are null."""
+
+    shown = False
+
+    def __init__(self, folder: Path, name: str):
+        super().__init__(folder)
+        self.name = name
+
+    def plan(self, before: Table) -> list[Unit]:
+        return before.units(lambda number: None)
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        return add_columns(rows, self.name), dropped_table()
+
+
+def unit_name(number: int) -> str:
+    return f"unit-{number:05d}"
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def add_columns(rows: pa.Table, stage: str, values: Mapping[str, Any] | None = None) -> pa.Table:
+    """`rows` with the columns of `stage`, null where `values` has none; values of earlier columns replace them."""
+    values = dict(values or {})
+    types = dict(ADDED[stage]) | {name: rows.schema.field(name).type for name in values if name in rows.schema.names}
+    for name, kind in types.items():
+        given = values.pop(name, None)
+        column = pa.nulls(len(rows), kind) if given is None else pa.array(given, kind)
+        if name in rows.schema.names:
+            rows = rows.set_column(rows.schema.get_field_index(name), name, column)
+        else:
+            rows = rows.append_column(name, column)
+    assert not values, values
+    return rows
+
+
+def dropped_table(rows: Sequence[Dropped] = ()) -> pa.Table:
+    return pa.table({name: [getattr(row, name) for row in rows] for name in DROPPED.names}, DROPPED)
+
+
+def drop(rows: pa.Table, reasons: Mapping[int, tuple[str, str]]) -> Made:
+    """Split off the rows at the given places, each with a reason and a detail."""
+    places = sorted(reasons)
+    names = [name for name in DROPPED.names if name in rows.schema.names and name not in ("reason", "detail")]
+    dropped = rows.take(pa.array(places, pa.int64())).select(names)
+    columns = {name: dropped[name] for name in names}
+    columns |= {"reason": [reasons[place][0] for place in places], "detail": [reasons[place][1] for place in places]}
+    keep = pa.array([place not in reasons for place in range(len(rows))], pa.bool_())
+    return rows.filter(keep), pa.table(columns, DROPPED)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def write_unit(
+    folder: Path, number: int, depends_on: str, made: Made, seconds: float, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write a unit's rows, then its marker. depends_on: the unit's digest. notes: more for the marker."""
+    kept, dropped = made
+    base = folder / unit_name(number)
+    rows, drops, marker = (base.with_name(base.name + end) for end in (".parquet", ".dropped.parquet", ".json"))
+    marker.unlink(missing_ok=True)  # first, so that it never describes another table
+    if len(dropped):
+        _write_parquet(drops, dropped)
+    else:
+        drops.unlink(missing_ok=True)
+    data = _write_parquet(rows, kept)
+    counts = Counter(dropped["reason"].to_pylist())
+    record = {
+        "digest": depends_on,
+        "content": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "rows": len(kept),
+        "dropped": dict(sorted(counts.items())),
+        "seconds": round(seconds, 3),
+        **(notes or {}),
+    }
+    write_text(marker, json.dumps(record))
+
+
+def _write_parquet(path: Path, rows: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows.combine_chunks(), sink, compression="zstd")
+    data = sink.getvalue()
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+    return data
+
+
+def read_marker(folder: Path, number: int) -> dict[str, Any] | None:
+    """The marker of a unit, None where it or its rows are missing or damaged."""
+    base = folder / unit_name(number)
+    try:
+        record = json.loads(base.with_name(base.name + ".json").read_bytes())
+        size = base.with_name(base.name + ".parquet").stat().st_size
+        return record if size == record["bytes"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_units(folder: Path, beyond: int) -> None:
+    """Delete the units of earlier runs with the numbers from `beyond` on."""
+    for path in folder.glob("unit-*.json"):
+        number = path.stem.removeprefix("unit-")
+        if number.isdecimal() and int(number) >= beyond:
+            for end in (".json", ".parquet", ".dropped.parquet"):
+                path.with_name(path.stem + end).unlink(missing_ok=True)
+
+
+def read_rows(folder: Path, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one unit, or some of their columns."""
+    return pq.read_table(folder / f"{unit_name(number)}.parquet", columns=columns and list(columns))
+
+
+def read_dropped(folder: Path, number: int) -> pa.Table:
+    path = folder / f"{unit_name(number)}.dropped.parquet"
+    return pq.read_table(path) if path.exists() else dropped_table()
+
+
+def write_summary(table: Table, depends_on: str) -> dict[str, Any]:
+    """Write a finished stage's summary.json and return it. depends_on: the digest of all its units."""
+    reasons: Counter[str] = Counter()
+    for marker in table.markers:
+        reasons.update(marker["dropped"])
+    summary = {
+        "in": len(table) + reasons.total(),
+        "kept": len(table),
+        "dropped": dict(reasons.most_common()),
+        "seconds": round(sum(marker["seconds"] for marker in table.markers), 1),
+        "units": len(table.markers),
+        "digest": depends_on,
+    }
+    write_text(table.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a stage, None where it is missing or damaged."""
+    try:
+        return json.loads((folder / SUMMARY).read_bytes())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,189 @@
+"""Judges that live in a checkout and an environment of the user's own: run as a subprocess, spoken to by CSV and mp4.
+
+Nothing of a caption reaches a command line or a file name: the tool gets an argument list, clips are called by number,
+captions stand only in CSV fields, all quoted. What the tool prints goes to a log file, of which the last line is shown
+as progress, and the last lines are part of every error.
+"""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train.clips import write_clip
+
+POLL_SECONDS = 0.5  # between two looks at the tool
+REPORT_SECONDS = 30.0  # between two lines of progress
+TAIL_BYTES = 8192  # of the tool's output that are read for a message
+TAIL_LINES = 15  # of them that are shown
+# Becomes the tool, after asking Linux to kill it with its parent: a build that is killed itself must not leave a model
+# on the GPU. prctl(PR_SET_PDEATHSIG, SIGKILL).
+LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+@dataclass
+class ToolConfig:
+    """The user's own installation of a judge."""
+
+    checkout: str = ""  # folder of a clone of github.com/Hritikbansal/videophy
+    python: str = ""  # interpreter of the environment its README describes (transformers 4.28)
+    checkpoint: str = ""  # folder of the judge's weights
+    timeout: float = 1800.0  # seconds without a word of output after which the tool is stopped; loading is silent too
+    fps: float = 16.0  # frames a second of the clips; `eval.judges.build_judge` sets it
+
+
+class ToolError(RuntimeError):
+    """The tool as a whole failed: it crashed, fell silent, or wrote what is no table of scores."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A checked installation, ready to run."""
+
+    name: str  # for messages
+    python: str
+    checkout: Path
+    checkpoint: Path
+    timeout: float  # seconds of silence
+    environment: dict[str, str]
+
+    def run(self, script: str, arguments: Sequence[str], folder: Path, *, where: str = ".") -> None:
+        """Run a script of the checkout, in its subfolder `where`; `folder` takes the log.
+
+        Raises ToolError, with the end of the tool's output, when it exits with another code than 0 or prints nothing
+        for `timeout` seconds. The tool and whatever it started are stopped then, and when this process is interrupted.
+        """
+        log = folder / "tool.log"
+        command = [self.python, str(self.checkout / script), *arguments]
+        started = heard = reported = time.monotonic()
+        size = 0
+        with log.open("wb") as output:
+            try:
+                process = subprocess.Popen(
+                    tied(command),
+                    cwd=self.checkout / where,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a process group of its own, to be stopped as a whole
+                )
+            except OSError as error:
+                raise ToolError(f"{self.name}: {command[0]} does not start: {error}") from error
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(min(POLL_SECONDS, self.timeout))
+                    break
+                now, written = time.monotonic(), log.stat().st_size
+                if written != size:
+                    size, heard = written, now
+                if now - heard > self.timeout:
+                    raise ToolError(
+                        f"{self.name}: {script} printed nothing for {self.timeout:g} s and was stopped after"
+                        f" {now - started:.0f} s; if it only needs longer, raise judge.{self.name}.timeout.{_tail(log)}"
+                    )
+                if now - reported > REPORT_SECONDS:
+                    reported = now
+                    last = (_last_lines(log) or ["no output yet"])[-1]
+                    print(f"{self.name}: {script} {now - started:.0f} s: {last[:120]}", file=sys.stderr, flush=True)
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code:
+            how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+            raise ToolError(f"{self.name}: {script} {how} after {time.monotonic() - started:.0f} s.{_tail(log)}")
+        print(f"{self.name}: {script} took {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    def read_table(self, path: Path, script: str, folder: Path) -> list[list[str]]:
+        """Rows of a CSV that `script` wrote; ToolError when there is no such file or it is no CSV in UTF-8."""
+        if not path.is_file():
+            raise ToolError(f"{self.name}: {script} ended well, but wrote no {path.name}.{_tail(folder / 'tool.log')}")
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                return [row for row in csv.reader(file, strict=True) if row]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ToolError(f"{self.name}: {script} wrote {path.name}, which is no CSV in UTF-8: {error}") from error
+
+
+def find_tool(name: str, config: ToolConfig, device: torch.device | str, scripts: Sequence[str]) -> Tool:
+    """Check the installation that `config` describes, before any work; ValueError names the key to correct."""
+    key = f"judge.{name}"
+    for field in ("checkout", "python", "checkpoint"):
+        if not getattr(config, field):
+            raise ValueError(f"{key}.{field} is empty; {name} runs in its own checkout and environment, give all three")
+    checkout, checkpoint = (Path(path).expanduser().absolute() for path in (config.checkout, config.checkpoint))
+    for script in scripts:
+        if not (checkout / script).is_file():
+            raise ValueError(f"{key}.checkout={config.checkout} has no {script}; give a clone of Hritikbansal/videophy")
+    # Links are not followed: the interpreter of a virtual environment is one, and finds its packages by its own place.
+    python = shutil.which(os.path.expanduser(config.python))
+    if python is None:
+        raise ValueError(f"{key}.python={config.python} is no executable; give the interpreter of {name}'s environment")
+    if not checkpoint.is_dir():
+        raise ValueError(f"{key}.checkpoint={config.checkpoint} is no folder; give the one of {name}'s weights")
+    if not config.timeout > 0:
+        raise ValueError(f"{key}.timeout={config.timeout} must be a number of seconds above 0")
+    environment = tool_environment(os.environ, torch.device(device))
+    return Tool(name, os.path.abspath(python), checkout, checkpoint, config.timeout, environment)
+
+
+def tied(command: list[str]) -> list[str]:
+    """The command, to end with the process that starts it however that ends; on Linux, elsewhere it is as it was."""
+    return [sys.executable, "-I", "-c", LAUNCH, *command] if sys.platform == "linux" else command
+
+
+def tool_environment(own: Mapping[str, str], device: torch.device) -> dict[str, str]:
+    """This process's environment for a tool with other packages, which takes the first GPU it sees.
+
+    A device "cuda:1" becomes the second of CUDA_VISIBLE_DEVICES; any other leaves the choice as it is.
+    """
+    environment = {name: value for name, value in own.items() if not name.startswith("PYTHON")}
+    environment |= {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}  # its tables in UTF-8, its progress at once
+    if device.type == "cuda" and device.index is not None:
+        visible = [entry.strip() for entry in own.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+        known = device.index < len(visible)
+        environment["CUDA_VISIBLE_DEVICES"] = visible[device.index] if known else str(device.index)
+    return environment
+
+
+def write_clips(folder: Path, clips: Tensor, chosen: Sequence[int], fps: float) -> dict[int, str]:
+    """Write the chosen clips of (N, T, H, W, 3) uint8 as mp4 files called by number: clip number -> absolute path."""
+    paths = {clip: str(folder / f"clip-{clip:05d}.mp4") for clip in chosen}
+    for clip, path in paths.items():
+        write_clip(path, clips[clip], fps)
+    return paths
+
+
+def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A CSV as the tools read theirs; every field quoted, so that none is taken for anything but text."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _last_lines(log: Path) -> list[str]:
+    """The end of the tool's output, without control characters; a progress bar's updates count as lines."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        text = file.read().decode("utf-8", errors="replace")
+    lines = ("".join(letter for letter in line if letter.isprintable()).strip() for line in text.splitlines())
+    return [line for line in lines if line][-TAIL_LINES:]
+
+
+def _tail(log: Path) -> str:
+    lines = _last_lines(log)
+    return " The end of its output:\n  " + "\n  ".join(lines) if lines else " It printed nothing"

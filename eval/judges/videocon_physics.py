@@ -1,0 +1,147 @@
+"""VideoCon-Physics, the judge of VideoPhy (Bansal et al., 2024, arXiv 2406.03520), in the user's own installation.
+
+The judge is a video language model that is asked two questions; a score is p(Yes) / (p(Yes) + p(No)): does the video
+entail the description (semantic adherence, SA), does it follow the physical laws (physical commonsense, PC). Scores are
+probabilities and are used as they are; the paper's own binary labels are SA, PC >= 0.5.
+
+A call runs two programs of the checkout:
+
+    utils/prepare_data.py                  captions -> the two questions, in the words that the weights were trained on
+    videocon/.../entailment_inference.py   questions -> videopath, question, score: no header, a row a question
+
+The README runs the second one once for each question. Both questions stand in one table here, so that the weights
+are loaded once a call. That still takes a minute or more: give many clips a call.
+
+The tool cuts a question at 256 tokens, 65 of them the video, and then reads its answer from the middle of the caption:
+a caption that may be too long is refused. Judge the short prompt, not one that was rewritten for the generator.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eval.judges.external_tool import (
+    Tool,
+    ToolConfig,
+    ToolError,
+    find_tool,
+    write_clips,
+    write_table,
+)
+from eval.judges.scores import Judge, Scores, Unjudged, check_clips, refuse_caption, unit_score
+
+NAME = "videocon_physics"
+PREPARE = "utils/prepare_data.py"
+INFERENCE = "videocon/training/pipeline_video/entailment_inference.py"
+HEADER = ["videopath", "caption"]
+TABLES = {"semantic": "sa_testing.csv", "physical": "physics_testing.csv"}  # as PREPARE calls them
+RESERVED = ("<|video|>", "<image>", "AI: ", "\nHuman: ")  # where the tool splits a question into turns and media
+CAPTION_TOKENS = 120  # what 256 leave beside 65 for the video and about 65 for the question's own words
+
+
+@dataclass
+class VideoConPhysicsConfig(ToolConfig):
+    batch_size: int = 16  # questions that the tool answers at once, 32 frames of 224x224 each
+
+
+def build(config: VideoConPhysicsConfig, device: torch.device | str) -> Judge:
+    """The judge: score(clips (N, T, H, W, 3) uint8, prompts) -> Scores.
+
+    Raises ValueError, before any work, for an installation that is not there. `score` raises ValueError for clips of
+    another shape or type, `Unjudged` for clips with a caption that the tool cannot take, without a score, or with one
+    outside [0, 1], and `external_tool.ToolError` when the tool fails or writes what is not its table.
+    """
+    tool = find_tool(NAME, config, device, (PREPARE, INFERENCE))
+    if config.batch_size < 1:
+        raise ValueError(f"judge.{NAME}.batch_size={config.batch_size} must be 1 or more")
+
+    def score(clips: Tensor, prompts: list[str]) -> Scores:
+        check_clips(clips, prompts)
+        failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse(prompt))}
+        chosen = [clip for clip in range(len(prompts)) if clip not in failures]
+        found: dict[str, dict[int, float]] = {name: {} for name in TABLES}
+        if chosen:
+            with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
+                folder = Path(temporary)
+                paths = write_clips(folder, clips, chosen, config.fps)
+                questions = _questions(tool, folder, paths, prompts, failures)
+                found = _answers(tool, config.batch_size, folder, questions, failures)
+        judged = [clip for clip in chosen if clip not in failures]
+        semantic, physical = (
+            torch.tensor([found[name][clip] for clip in judged], dtype=torch.float32)
+            for name in ("semantic", "physical")
+        )
+        scores = Scores(semantic, physical)
+        if failures:
+            raise Unjudged(failures, prompts, scores)
+        return scores
+
+    return score
+
+
+def refuse(prompt: str) -> str | None:
+    """Why the tool cannot be asked about a caption, None if it can.
+
+    Tokens are estimated from above, as the tokenizer is not here: three ASCII letters or spaces a token (English has
+    about four), one token for any other ASCII character and for every byte beyond.
+    """
+    if reason := refuse_caption(prompt, RESERVED):
+        return reason
+    plain = sum(letter.isascii() and (letter.isalpha() or letter == " ") for letter in prompt)
+    tokens = plain // 3 + len(prompt.encode()) - plain
+    if tokens > CAPTION_TOKENS:
+        return f"its prompt may take {tokens} tokens, of which the tool has room for {CAPTION_TOKENS}; shorten it"
+    return None
+
+
+def _questions(
+    tool: Tool, folder: Path, paths: dict[int, str], prompts: list[str], failures: dict[int, str]
+) -> dict[tuple[str, str], tuple[str, int]]:
+    """The tool's own wording of every question: (video path, question) -> (name of the score, clip number)."""
+    write_table(folder / "captions.csv", HEADER, [[path, prompts[clip]] for clip, path in paths.items()])
+    tool.run(PREPARE, ["--input_csv", str(folder / "captions.csv"), "--output_folder", str(folder)], folder)
+    questions = {}
+    for name, file in TABLES.items():
+        header, *rows = tool.read_table(folder / file, PREPARE, folder) or [[]]
+        if header != HEADER or [row[0] for row in rows] != list(paths.values()) or {len(row) for row in rows} != {2}:
+            raise ToolError(f"{NAME}: {PREPARE} wrote {file}, but not with a row of {', '.join(HEADER)} for each clip")
+        for clip, (path, question) in zip(paths, rows, strict=True):
+            if name == "semantic" and prompts[clip] not in question:  # "NA" and "1.0" are no text to the tool's reader
+                failures[clip] = f"the tool did not read its prompt as text; its question is {question[-60:]!r}"
+            questions[path, question] = name, clip
+    return {question: place for question, place in questions.items() if place[1] not in failures}
+
+
+def _answers(
+    tool: Tool,
+    batch_size: int,
+    folder: Path,
+    questions: dict[tuple[str, str], tuple[str, int]],
+    failures: dict[int, str],
+) -> dict[str, dict[int, float]]:
+    """Name of the score -> clip number -> score; clips without a valid one go to `failures`."""
+    found: dict[str, dict[int, float]] = {name: {} for name in TABLES}
+    if not questions:
+        return found
+    asked, answered = folder / "questions.csv", folder / "answers.csv"
+    write_table(asked, HEADER, list(questions))
+    arguments = ["--input_csv", str(asked), "--output_csv", str(answered), "--checkpoint", str(tool.checkpoint)]
+    tool.run(INFERENCE, [*arguments, "--batch_size", str(batch_size)], folder)
+    seen = set()
+    for row in tool.read_table(answered, INFERENCE, folder):
+        question = tuple(row[:2])
+        if len(row) != 3 or question not in questions or question in seen:
+            raise ToolError(f"{NAME}: {INFERENCE} wrote a row that answers no open question: {row!r:.200}")
+        seen.add(question)
+        name, clip = questions[question]
+        try:
+            found[name][clip] = unit_score(row[2])
+        except ValueError as error:
+            failures[clip] = f"its {name} score {error}"
+    for question in questions.keys() - seen:
+        name, clip = questions[question]
+        failures.setdefault(clip, f"the tool wrote no {name} score for it")
+    return found

@@ -1,0 +1,126 @@
+"""VideoPhy2-AutoRater, the judge of VideoPhy-2 (Bansal et al., 2025, arXiv 2503.06800), in the user's own installation.
+
+The judge is a video language model that rates a clip from 1 to 5, once for semantic adherence (SA: does it match the
+description) and once for physical commonsense (PC: does it adhere to the physical laws). A score is (rating - 1) / 4;
+the ratings themselves are kept, as the benchmark counts clips with SA >= 4 and PC >= 4.
+
+A call runs VIDEOPHY2/inference.py of the checkout twice, with `--task sa` and `--task pc`, on one table of `caption`
+and `videopath`; it writes that table with an index in front and `score` behind. The weights are loaded both times, and
+clips are rated one by one: give many clips a call.
+
+The tool writes 0 when it finds no rating in the model's answer. That is no score, and the clip counts as not judged.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eval.judges.external_tool import (
+    Tool,
+    ToolConfig,
+    ToolError,
+    find_tool,
+    write_clips,
+    write_table,
+)
+from eval.judges.scores import Judge, Scores, Unjudged, check_clips, refuse_caption
+
+NAME = "videophy2"
+FOLDER = "VIDEOPHY2"  # of the checkout, where the tool runs
+INFERENCE = f"{FOLDER}/inference.py"
+HEADER = ["caption", "videopath"]
+ANSWER_HEADER = ["", "caption", "videopath", "score"]
+TASKS = {"semantic": "sa", "physical": "pc"}
+RESERVED = ("<|video|>", "<image>")  # where the tool puts media into a question
+RATINGS = range(1, 6)
+
+
+@dataclass
+class VideoPhy2Config(ToolConfig):
+    pass
+
+
+@dataclass
+class VideoPhy2Scores(Scores):
+    semantic_rating: Tensor  # (N,) int64, 1 to 5
+    physical_rating: Tensor  # (N,) int64, 1 to 5
+
+
+def build(config: VideoPhy2Config, device: torch.device | str) -> Judge:
+    """The judge: score(clips (N, T, H, W, 3) uint8, prompts) -> VideoPhy2Scores.
+
+    Raises ValueError, before any work, for an installation that is not there. `score` raises ValueError for clips of
+    another shape or type, `Unjudged` for clips with a caption that the tool cannot take or without a rating from 1 to
+    5, and `external_tool.ToolError` when the tool fails or writes what is not its table.
+    """
+    tool = find_tool(NAME, config, device, (INFERENCE,))
+
+    def score(clips: Tensor, prompts: list[str]) -> VideoPhy2Scores:
+        check_clips(clips, prompts)
+        failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse_caption(prompt, RESERVED))}
+        chosen = [clip for clip in range(len(prompts)) if clip not in failures]
+        found: dict[str, dict[int, int]] = {}
+        if chosen:
+            with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
+                folder = Path(temporary)
+                paths = write_clips(folder, clips, chosen, config.fps)
+                write_table(folder / "clips.csv", HEADER, [[prompts[clip], path] for clip, path in paths.items()])
+                found = {name: _rate(tool, name, folder, paths, prompts, failures) for name in TASKS}
+        judged = [clip for clip in chosen if clip not in failures]
+        semantic, physical = (
+            torch.tensor([found[name][clip] for clip in judged], dtype=torch.int64) for name in ("semantic", "physical")
+        )
+        scores = VideoPhy2Scores((semantic.float() - 1) / 4, (physical.float() - 1) / 4, semantic, physical)
+        if failures:
+            raise Unjudged(failures, prompts, scores)
+        return scores
+
+    return score
+
+
+def _rate(
+    tool: Tool, name: str, folder: Path, paths: dict[int, str], prompts: list[str], failures: dict[int, str]
+) -> dict[int, int]:
+    """Clip number -> rating for one of TASKS; clips without a valid one go to `failures`."""
+    answered = folder / f"answers-{name}.csv"
+    arguments = ["--input_csv", str(folder / "clips.csv"), "--output_csv", str(answered)]
+    arguments += ["--checkpoint", str(tool.checkpoint), "--task", TASKS[name]]
+    tool.run(INFERENCE, arguments, folder, where=FOLDER)
+    header, *rows = tool.read_table(answered, INFERENCE, folder) or [[]]
+    if header != ANSWER_HEADER:
+        raise ToolError(f"{NAME}: {INFERENCE} wrote the columns {header!r:.200} instead of {ANSWER_HEADER}")
+    clips = {path: clip for clip, path in paths.items()}
+    ratings: dict[int, int] = {}
+    seen = set()
+    for row in rows:
+        if len(row) != 4 or row[2] not in clips or row[2] in seen:
+            raise ToolError(f"{NAME}: {INFERENCE} wrote a row that rates no clip for the first time: {row!r:.200}")
+        seen.add(row[2])
+        clip = clips[row[2]]
+        if row[1] != prompts[clip]:  # "NA" and "1.0" are no text to the tool's reader
+            failures[clip] = f"the tool did not read its prompt as text, but as {row[1][:60]!r}"
+            continue
+        try:
+            ratings[clip] = rating(row[3])
+        except ValueError as error:
+            failures[clip] = f"its {name} rating {error}"
+    for clip in clips.values():
+        if paths[clip] not in seen:
+            failures.setdefault(clip, f"the tool wrote no {name} rating for it")
+    return ratings
+
+
+def rating(value: str) -> int:
+    """A rating from 1 to 5, as the tool writes it ("4.0"); ValueError says what it is instead."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{value[:60]!r} is no number") from None
+    if number == 0:
+        raise ValueError("is 0: the tool found none in the model's answer")
+    if number not in RATINGS:
+        raise ValueError(f"{number} is not one of 1 to 5")
+    return int(number)

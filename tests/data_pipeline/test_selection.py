@@ -1,0 +1,104 @@
+"""The stages that choose rows, on tables: what is asked, what is kept, what is written beside it."""
+
+import json
+
+import pyarrow as pa
+import pytest
+import torch
+
+from data_pipeline import selection
+from data_pipeline.cot_filter import Answer, FilterConfig, Refused
+from data_pipeline.manifests import Row
+from data_pipeline.selection import Filter
+from data_pipeline.sources import FrameReader
+from data_pipeline.tables import POOL, Table, dropped_table, read_marker, write_unit
+from eval.vlm import VlmConfig
+from train.clips import VideoConfig, write_clip
+
+VIDEO = VideoConfig(32, 32, 9, 8.0)
+
+
+def pool(folder, prompts, *, size=3, path="none.mp4") -> Table:
+    made = [
+        Row(f"k{i}", path, path, prompt, 0.0, "", None, None, "manifest", json.dumps({"row": i}))
+        for i, prompt in enumerate(prompts)
+    ]
+    rows = pa.Table.from_pylist([vars(row) for row in made], POOL)
+    for number, first in enumerate(range(0, len(made), size)):
+        write_unit(folder, number, "d", (rows.slice(first, size), dropped_table()), 0.0)
+    return Table(folder, -(-len(made) // size))
+
+
+def run(stage, before):
+    """All units of a stage, written; the table and the dropped rows."""
+    units, dropped = stage.plan(before), []
+    for unit in units:
+        made = stage.build(unit, before.rows(unit.first, unit.count), lambda count: None)
+        write_unit(stage.folder, unit.number, unit.digest, made, 0.0)
+        dropped += made[1].to_pylist()
+    return Table(stage.folder, len(units)), dropped
+
+
+class FakeFilter:
+    """Finds physics in what falls; is not asked about what is refused."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def run(self, items, advance):
+        answers = []
+        for item in items:
+            advance(1)
+            try:
+                frames = item.frames()
+            except (ValueError, OSError) as error:
+                answers.append(Refused(item.key, "frames", str(error), ""))
+                continue
+            assert len(frames) == self.config.vlm.frames and frames[0].startswith(b"\xff\xd8")
+            if "busy" in item.prompt:
+                answers.append(Refused(item.key, "server", "timeout", ""))
+            else:
+                richness = 0.75 if "fall" in item.prompt else 0.25
+                answers.append(Answer(item.key, {"entities": ["ä"]}, "why", richness, richness >= 0.6, "more"))
+        return answers
+
+
+def test_the_filter_keeps_rich_rows_with_what_was_said_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "CotFilter", FakeFilter)
+    write_clip(tmp_path / "a.mp4", torch.zeros(9, 32, 32, 3, dtype=torch.uint8), 8)
+    before = pool(tmp_path / "pool", ["balls fall", "a face", "busy", "a fall"], path=str(tmp_path / "a.mp4"))
+    config = FilterConfig(vlm=VlmConfig(model="m", frames=2, frame_height=16))
+    stage = Filter(tmp_path / "filter", config, {"model": "m"}, FrameReader(VIDEO, "cpu"))
+    table, dropped = run(stage, before)
+    rows = table.rows(0, 9).to_pylist()
+    assert [(row["key"], row["physics_richness"], row["physics_label"]) for row in rows] == [
+        ("k0", 0.75, True),
+        ("k3", 0.75, True),
+    ]
+    assert json.loads(rows[0]["parse"]) == {"entities": ["ä"]} and (rows[0]["reason"], rows[0]["extended"]) == (
+        "why",
+        "more",
+    )
+    assert rows[0]["prompt"] == "balls fall"  # training uses the original
+    assert [(row["key"], row["reason"]) for row in dropped] == [("k1", "no physics"), ("k2", "server")]
+    worth = [stage.is_worth_a_retry(read_marker(stage.folder, number)) for number in range(2)]
+    assert worth == [True, False]
+
+
+def test_a_clip_without_frames_is_refused_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "CotFilter", FakeFilter)
+    stage = Filter(tmp_path / "filter", FilterConfig(), {}, FrameReader(VIDEO, "cpu"))
+    table, dropped = run(stage, pool(tmp_path / "pool", ["balls fall"]))
+    assert len(table) == 0 and dropped[0]["reason"] == "frames" and "no such file" in dropped[0]["detail"]
+
+
+def test_the_filter_depends_on_rows_and_settings(tmp_path):
+    before = pool(tmp_path / "pool", ["a", "b", "c", "d"])
+
+    def digests(settings):
+        stage = Filter(tmp_path / "filter", FilterConfig(), settings, FrameReader(VIDEO, "cpu"))
+        return [unit.digest for unit in stage.plan(before)]
+
+    assert digests({"model": "m"}) == digests({"model": "m"})
+    assert not set(digests({"model": "m"})) & set(digests({"model": "n"}))
+    assert pytest.approx(len(set(digests({})))) == 2

@@ -43,7 +43,12 @@ def test_every_recipe_loads_under_every_entry_point(name, entry, capsys):
     found = asdict(config)
     for section in shipped.keys() & found.keys():
         if isinstance(shipped[section], dict):
-            assert {key: found[section][key] for key in shipped[section]} == shipped[section]
+            assert within(shipped[section], found[section]) == shipped[section]
+
+
+def within(shipped, found):
+    """What `found` holds at the keys of `shipped`."""
+    return {key: within(value, found[key]) if isinstance(value, dict) else found[key] for key, value in shipped.items()}
 
 
 @pytest.mark.parametrize("name", recipes.available())

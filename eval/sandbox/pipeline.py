@@ -11,6 +11,7 @@ depends which ball hits which: so each of its heads looks at one fixed offset (t
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -61,6 +62,10 @@ def write_pipeline(
         transformer=transformer,
     )
     pipeline.save_pretrained(folder)
+    for config in Path(folder).glob("*/config.json"):  # where the parts came from is nobody's business
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(folder)
 
 

@@ -43,7 +43,8 @@ def test_plain_diffusers_generates_clips_that_show_their_prompts_and_err_in_phys
     assert 0.3 < scores.physical.mean() < 0.8
 
 
-def test_the_model_fits_its_budget():
+def test_the_model_fits_its_budget_and_names_no_place():
+    assert not any("_name_or_path" in path.read_text(encoding="utf-8") for path in MODEL.glob("*/config.json"))
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 20e6
 
 

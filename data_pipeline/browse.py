@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.tables import atomic
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import to_pixels, write_clip
@@ -305,12 +306,8 @@ def write_gallery(
 
 
 def _write_page(page: Path, text: str) -> None:
-    partial = page.with_name(f".{page.name}.tmp")
-    with open(partial, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:  # JSON may hold lone surrogates
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, page)
+    with atomic(page) as partial:
+        partial.write_bytes(text.encode("utf-8", errors="xmlcharrefreplace"))  # JSON may hold lone surrogates
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from data_pipeline.sources import FrameReader, clip_digest, row_of
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, drop, unit_name
 from train.backbones.base import Backbone, Conditioning
-from train.clips import ClipError, VideoConfig, from_pixels
+from train.clips import VideoConfig, from_pixels
 from train.groups import Group, Loser, ShardWriter, check_group, shard_record, write_index
 
 PARTS = ("text", "vae")
@@ -90,12 +90,8 @@ class Encode(Stage):
 
     def _make(self, batch: Mapping[str, int], records: Sequence[Mapping[str, Any]]) -> dict[int, tuple[str, str]]:
         """Encode a batch (digest -> place in `records`); the places of clips that cannot be read."""
-        frames, bad = {}, {}
-        for made in self.store.missing(list(batch)):
-            try:
-                frames[made] = self.reader.read(row_of(records[batch[made]]))
-            except ClipError as error:
-                bad[batch[made]] = (error.reason, str(error))
+        missing = self.store.missing(list(batch))
+        frames, unread = self.reader.read_all({made: row_of(records[batch[made]]) for made in missing})
         if frames:
             clips = torch.stack(list(frames.values()))  # (B, T, H, W, 3)
             prompts = [records[batch[made]]["prompt"] for made in frames]
@@ -107,7 +103,7 @@ class Encode(Stage):
                 if stored.image is not None:
                     made_tensors[made]["condition"] = stored.image[number]
             self.store.save(made_tensors)
-        return bad
+        return {batch[made]: reason for made, reason in unread.items()}
 
     def _group(self, record: Mapping[str, Any]) -> Group:
         row, made = row_of(record), self.store.load(self._digest(record))

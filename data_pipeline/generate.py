@@ -22,7 +22,7 @@ from data_pipeline.sources import FrameReader, clip_digest, clip_identity, row_o
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, digest, drop
 from train.backbones.base import Backbone, Conditioning
-from train.clips import ClipError, VideoConfig
+from train.clips import VideoConfig
 from train.sampling import SamplerConfig, sample_clips
 
 OPEN_FILES = 16  # clips looked at together: over a network each takes milliseconds
@@ -90,12 +90,7 @@ class Generate(Stage):
 
     def _make(self, batch: Mapping[str, int], rows: Sequence[Row]) -> dict[int, tuple[str, str]]:
         """Generate the losers of a batch (digest -> place in `rows`); the places of clips that cannot be read."""
-        frames, bad = {}, {}
-        for made in self.store.missing(list(batch)):
-            try:
-                frames[made] = self.reader.read(rows[batch[made]])
-            except ClipError as error:
-                bad[batch[made]] = (error.reason, str(error))
+        frames, unread = self.reader.read_all({made: rows[batch[made]] for made in self.store.missing(list(batch))})
         if frames:
             chosen = [rows[batch[made]] for made in frames]
             first = torch.stack([clip[0] for clip in frames.values()])  # (B, H, W, 3)
@@ -109,7 +104,7 @@ class Generate(Stage):
                 batch_size=self.batch_size,
             )
             self.store.save({made: {"losers": latents} for made, latents in zip(frames, losers, strict=True)})
-        return bad
+        return {batch[made]: reason for made, reason in unread.items()}
 
     def _seeds(self, row: Row) -> list[int]:
         return [loser_seed(self.seed, row.key, loser) for loser in range(self.num_losers)]

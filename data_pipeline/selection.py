@@ -1,5 +1,4 @@
-"""The stages that choose: filter, cluster and resample over tables. What they do with prompts and numbers is in
-cot_filter.py, cluster.py and resample.py."""
+"""The filter stage: which rows of a table are kept. What it asks of prompts and frames is in cot_filter.py."""
 
 import json
 from collections.abc import Mapping

@@ -352,6 +352,17 @@ class FrameReader:
         except OSError as error:  # a name that is too long, a file that may not be read
             raise ClipError(Path(row.clip), "missing", error.strerror or str(error)) from error
 
+    def read_all(self, rows: Mapping[str, Row]) -> tuple[dict[str, Tensor], dict[str, tuple[str, str]]]:
+        """The frames of several rows by name, and of those that cannot be used the reason and the detail."""
+        frames: dict[str, Tensor] = {}
+        unread: dict[str, tuple[str, str]] = {}
+        for name, row in rows.items():
+            try:
+                frames[name] = self.read(row)
+            except ClipError as error:
+                unread[name] = (error.reason, str(error))
+        return frames, unread
+
     def simulated(self, row: Row) -> tuple[Clips, int]:
         """A simulated row's block with the truth behind the pixels, and the row's index in it."""
         place = json.loads(row.place)

@@ -52,7 +52,7 @@ class PipelineConfig:
     encode_batch: int = 1  # clips encoded or decoded together, per GPU
     filter: FilterConfig = field(default_factory=FilterConfig)  # without filter.vlm.model all rows pass
     targets: TargetsConfig = field(default_factory=TargetsConfig)  # without targets.tracks there are none
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the losers that have no scores, and of resample
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the losers that have no scores
     scores: str = ""  # CSV with the columns key, loser, semantic, physical; goes before the manifest's own scores
     save_losers: bool = False  # also write every loser as <output>/losers/<key>-<loser>.mp4
     array_index: int = 0  # this process is one of array_count independent ones, see launch/build_array.sbatch

@@ -38,7 +38,7 @@ import recipes
 from eval.prompts import Prompt, read_prompts
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
-from train.checkpoint import load_lora, lora_config, lora_path, read_lora_metadata
+from train.checkpoint import attach_trained, lora_config, lora_path, read_lora_metadata
 from train.clips import (
     THUMBNAIL,
     VideoConfig,
@@ -49,7 +49,7 @@ from train.clips import (
     to_pixels,
     write_clip,
 )
-from train.lora_switch import LoraConfig, LoraSwitch
+from train.lora_switch import LoraConfig
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig, sample_clips
 
@@ -390,11 +390,7 @@ class Generator:
         self.backbone = load_backbone(config.backbone, device, parts=("vae", "transformer"))
         self.switch = None
         if lora:
-            if lora.expert not in self.backbone.experts:
-                known = ", ".join(self.backbone.experts)
-                raise ValueError(f"LoRA {lora.path} is for the network {lora.expert!r}, this backbone has: {known}")
-            self.switch = LoraSwitch(self.backbone.experts[lora.expert], lora.config)
-            load_lora(lora.path, self.switch, fingerprint=self.backbone.fingerprint)
+            self.switch = attach_trained(lora.path, self.backbone.experts, fingerprint=self.backbone.fingerprint)
 
     @torch.no_grad()
     def make(self, which: str, jobs: Sequence[Job]) -> None:

@@ -159,15 +159,24 @@ def load_weights(path: Path, switch: Trainable, *, fingerprint: str) -> None:
 
 
 def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, fingerprint: str) -> Trainable:
-    """Load what training wrote, a LoRA or full weights, onto the expert that it belongs to; `reference()` of the
-    result runs the untrained network. `path` as for `weights_path`; ValueError as for `load_weights`."""
+    """Load what training wrote, a LoRA or full weights, onto the expert that it belongs to.
+
+    `reference()` of the result runs the untrained network. `path` as for `weights_path`. Raises ValueError as
+    `load_weights` does, and for an expert that is not there.
+    """
     path = weights_path(path)
     metadata = _read_metadata(path)
-    if metadata.get("format") == FullParameters.format:
-        switch: Trainable = FullParameters(experts[metadata["expert"]], keep_reference=True)
-    else:
+    full = metadata.get("format") == FullParameters.format
+    if not full:
         metadata = read_lora_metadata(path)
-        switch = LoraSwitch(experts[metadata["expert"]], lora_config(metadata))
+    expert = metadata["expert"]
+    if expert not in experts:
+        raise ValueError(f"LoRA {path} is for the network {expert!r}, this backbone has: {', '.join(experts)}")
+    switch: Trainable
+    if full:
+        switch = FullParameters(experts[expert], keep_reference=True)
+    else:
+        switch = LoraSwitch(experts[expert], lora_config(metadata))
     load_weights(path, switch, fingerprint=fingerprint)
     return switch
 

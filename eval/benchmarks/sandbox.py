@@ -29,6 +29,6 @@ def noise_seeds(config: SandboxConfig) -> list[int]:
     return [config.seed * 1_000_003 + number for number in range(config.clips)]
 
 
-def score(clips: Tensor, texts: list[str], video: VideoConfig) -> judge.Scores:
+def score(clips: Tensor, texts: list[str], video: VideoConfig) -> judge.SandboxScores:
     """The judge's scores of clips (N,T,H,W,3) uint8."""
     return judge.build(judge.SandboxJudgeConfig(fps=video.fps), "cpu")(clips, texts)

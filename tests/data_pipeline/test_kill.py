@@ -176,7 +176,7 @@ def kill_all(launcher: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_tasks_of_an_array_give_the_same_bytes(inputs, whole, tmp_path):
     """Each stage by two tasks that start together and know nothing of each other; one of them dies at first."""
-    for stage in ("pool", "filter", "cluster", "resample", "generate", "judge", "targets", "encode"):
+    for stage in ("pool", "filter", "cluster", "difficulty", "resample", "generate", "judge", "targets", "encode"):
         common = [*arguments(inputs, tmp_path / "out"), f"pipeline.stage={stage}", "pipeline.array_count=2"]
         tasks = [start([*common, f"pipeline.array_index={index}"]) for index in range(2)]
         if stage == "generate":

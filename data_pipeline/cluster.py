@@ -280,7 +280,7 @@ def _draw(path: Path, rows: Sequence[tuple[str, str, int]]) -> None:
     colours = {kind: palette[number % len(palette)] for number, kind in enumerate(kinds)} | {OTHER: "black"}
     shown = rows[:SHOWN]
     height = 1.2 + 0.22 * max(len(shown), 12)
-    figure = Figure(figsize=(11, height + 3), layout="constrained")
+    figure = Figure(figsize=(13, height + 3), layout="constrained")
     FigureCanvasAgg(figure)
     bars, tail = figure.subplots(2, 1, height_ratios=(height, 3))
 
@@ -297,7 +297,7 @@ def _draw(path: Path, rows: Sequence[tuple[str, str, int]]) -> None:
     present = sorted({category for _, category, _ in shown})
     patches = [Patch(color=colours[kind], label=kind.replace("_", " ")) for kind in present]
     if patches:
-        bars.legend(handles=patches, loc="lower right", fontsize=8)
+        figure.legend(handles=patches, loc="outside right upper", fontsize=8)
 
     tail.plot(range(1, len(rows) + 1), [count for *_, count in rows], color="black", marker=".", markersize=3)
     tail.set_yscale("log" if any(count > 0 for *_, count in rows) else "linear")

@@ -36,7 +36,7 @@ SCENES = {
 }
 
 
-def bag_encoder(texts, width=1024):
+def bag_encoder(texts, width=4096):
     """Counts of word stems, hashed to signed places: (N, width) float32."""
     vectors = np.zeros((len(texts), width), np.float32)
     for vector, text in zip(vectors, texts, strict=True):

@@ -1,8 +1,9 @@
-"""The physics targets of a winning clip: `train/teachers/targets.py`, and of simulated clips the truth behind the pixels.
+"""The physics targets of a winning clip: those of `train/teachers/targets.py`, and of simulated clips also the truth
+behind the pixels.
 
-    maker = TargetMaker(config, video, device)
-    extra = maker.make(frames)                                  frames (T,H,W,3) uint8
-    extra = maker.make(frames, simulated=clips[i : i + 1])      of the sandbox: `simulator` for tracks and depth
+maker = TargetMaker(config, video, device)
+extra = maker.make(frames)                                  frames (T,H,W,3) uint8
+extra = maker.make(frames, simulated=clips[i : i + 1])      of the sandbox: `simulator` for tracks and depth
 """
 
 from torch import Tensor

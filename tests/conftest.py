@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -91,3 +91,19 @@ def tiny(tiny_pipeline, tmp_path_factory) -> Tiny:
         groups, num_groups=8, num_losers=4, latent_shape=LATENT_SHAPE, text_shape=TEXT_SHAPE, fingerprint=name
     )
     return Tiny(tiny_pipeline, groups, name)
+
+
+@pytest.fixture(scope="session")
+def tiny_targets(tiny, tmp_path_factory) -> Tiny:
+    """The same groups with random physics targets."""
+    groups = tmp_path_factory.mktemp("groups_with_targets")
+    write_synthetic_groups(
+        groups,
+        num_groups=8,
+        num_losers=4,
+        latent_shape=LATENT_SHAPE,
+        text_shape=TEXT_SHAPE,
+        fingerprint=tiny.fingerprint,
+        targets=True,
+    )
+    return replace(tiny, groups=groups)

@@ -36,6 +36,7 @@ from train.teachers.lucas_kanade import LucasKanadeConfig
 from train.teachers.points import choose_tokens, look_up, pack, query_grid, token_mask, unpack
 from train.teachers.vjepa2 import VJepa2Config
 
+
 @dataclass
 class TargetsConfig:
     tracks: str = ""  # lucas_kanade | cotracker, in a build also simulator; empty: no targets

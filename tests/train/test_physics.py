@@ -34,7 +34,9 @@ def test_sampling_equals_trilinear_interpolation(grid):
     """Up, down, unchanged and to a single cell, on sides that all differ; a grid of its own for each clip."""
     features = normal(2, 6, 5, 6, 8)
     other = (2, 9, 3)
-    indices = [torch.randint(math.prod(size), (13,), generator=torch.Generator().manual_seed(3)) for size in (grid, other)]
+    indices = [
+        torch.randint(math.prod(size), (13,), generator=torch.Generator().manual_seed(3)) for size in (grid, other)
+    ]
     found = sample_trilinear(features, torch.tensor([grid, other]), torch.stack(indices))
     for clip, (size, chosen) in enumerate(zip((grid, other), indices, strict=True)):
         whole = F.interpolate(features[clip : clip + 1], size=size, mode="trilinear", align_corners=False)
@@ -91,7 +93,9 @@ def test_targets_take_the_frames_of_the_latents_and_are_padded():
     with pytest.raises(ValueError, match="tracks over 17 video frames do not fit 6 latent frames"):
         target_tensors(BOTH, extra, 6)
     few = PhysicsConfig(w_sem=1.0, targets=TargetsConfig(max_tokens=2))
-    with pytest.raises(ValueError, match=f"a group has {count} relation tokens: set physics.targets.max_tokens={count}"):
+    with pytest.raises(
+        ValueError, match=f"a group has {count} relation tokens: set physics.targets.max_tokens={count}"
+    ):
         target_tensors(few, extra, 5)
 
 
@@ -190,7 +194,9 @@ def test_the_trajectory_term_alone_finds_the_moving_pattern():
     config = PhysicsConfig(w_pix=1.0, hidden_width=64, pix_width=32)
     features, batch = moving_noise(), batch_of(config, moving_points())
     queries = batch["tracks"][:, 0]
-    before, _ = distance_in_cells(physics.student_tracks(PhysicsHeads(config, WIDTH, seed=0), features, queries), batch["tracks"])
+    before, _ = distance_in_cells(
+        physics.student_tracks(PhysicsHeads(config, WIDTH, seed=0), features, queries), batch["tracks"]
+    )
     heads, _ = train_heads(config, features, batch, 150)
     after, worst = distance_in_cells(physics.student_tracks(heads, features, queries), batch["tracks"])
     assert (before > 0.5).any() and (after < 0.1).all() and (worst < 0.5).all()
@@ -206,7 +212,9 @@ def test_what_the_toy_would_notice(swap):
     if swap == "x and y":
         wrong = physics.student_tracks(heads, features, tracks[:, 0].flip(-1)).flip(-1)
     elif swap == "frame order":
-        wrong = physics.student_tracks(heads, torch.cat([features[:, :, :1], features[:, :, 1:].flip(2)], 2), tracks[:, 0])
+        wrong = physics.student_tracks(
+            heads, torch.cat([features[:, :, :1], features[:, :, 1:].flip(2)], 2), tracks[:, 0]
+        )
     else:
         wrong = physics.student_tracks(heads, features.transpose(3, 4), tracks[:, 0])
     assert (distance_in_cells(wrong, tracks)[0] > 0.5).any()
@@ -217,8 +225,8 @@ def test_the_features_themselves_can_follow():
     config = PhysicsConfig(w_pix=1.0, hidden_width=64, pix_width=32)
     batch, heads = batch_of(config, moving_points()), PhysicsHeads(config, WIDTH, seed=0)
     features = normal(1, WIDTH, FRAMES, ROWS, COLUMNS, seed=9).requires_grad_()
-    optimizer = torch.optim.Adam([features], lr=0.03)
-    for _ in range(200):
+    optimizer = torch.optim.Adam([features], lr=0.05)
+    for _ in range(500):
         optimizer.zero_grad()
         physics_losses(config, heads, features, batch)[0].sum().backward()
         optimizer.step()

@@ -40,6 +40,7 @@ SECTIONS = {
     "generate": "from prompts to clips and comparisons",
     "run": "what eval.run generates and scores",
     "benchmark": "what train.benchmark measures",
+    "inspect": "what train.inspect_targets draws",
 }
 
 C = TypeVar("C")

@@ -142,7 +142,8 @@ class TargetMaker:
     def describe(self) -> str:
         """A line for each tensor of a group, with its bytes, and their sum. Reads no weights, but an encoder's config.
 
-        The numbers are the most there can be: K may be smaller.
+        The numbers are the most there can be: K may be smaller. A config that cannot be read, such as a hub's without a
+        network, is said and not counted.
         """
         if not self.config.tracks:
             return "targets: none"
@@ -154,8 +155,13 @@ class TargetMaker:
         if self.config.depth:
             shapes["disparity"] = (points,), torch.float16
         shapes["keep"] = (points,), torch.bool
+        unread = ""
         if self.config.relation:
-            grid, width = ENCODERS[self.config.relation].shape(getattr(self.config, self.config.relation))
+            try:
+                grid, width = ENCODERS[self.config.relation].shape(getattr(self.config, self.config.relation))
+            except ValueError as error:
+                unread = f"relation tokens come on top: {error}"
+        if self.config.relation and not unread:
             tokens = min(self.config.max_tokens, grid[0] * grid[1] * grid[2])
             shapes["relation_tokens"] = (tokens, width), torch.bfloat16
             shapes["relation_indices"] = (tokens,), torch.int32
@@ -165,4 +171,5 @@ class TargetMaker:
             size = torch.empty(shape, dtype=dtype, device="meta").nbytes
             total += size
             lines.append(f"{name:<18}{str(shape):<16}{str(dtype).removeprefix('torch.'):<10}{size:>9} bytes")
+        lines += [unread] if unread else []
         return "\n".join([*lines, f"targets: at most {total} bytes a group"])

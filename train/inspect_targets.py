@@ -4,9 +4,10 @@
     python -m train.inspect_targets recipe=runs/mine/train/recipe.yaml inspect.key=group-000003 \\
         inspect.checkpoint=runs/mine/train inspect.image=look.png         # beside the student's tracks and relations
 
-Frames are decoded from the winner's latent. Tracks of kept points are coloured, by their height in the first frame, the
-others grey; a point is drawn only while it is visible. With a checkpoint that has heads (train/physics.py) the last row
-shows where the network thinks that the kept points go, at noise level `inspect.t`, and both relation matrices.
+Frames are decoded from the winner's latent. Tracks of kept points are coloured, from dark for the highest in the first
+frame to bright, the others grey; a point is drawn only while it is visible. With a checkpoint that has heads
+(train/physics.py) the last row shows where the network thinks that the kept points go, at noise level `inspect.t`, and
+both relation matrices.
 """
 
 import os
@@ -162,7 +163,7 @@ def draw_paths(
     """Paths of the chosen points: tracks (T,N,2), visible (T,N), chosen (N,); `shape` of the frames (T,H,W,3)."""
     size = torch.tensor([shape[2], shape[1]])
     pixels = torch.where(visible.unsqueeze(-1), tracks * size - 0.5, torch.nan)[:, chosen]  # pixel i: centre at i
-    colours = ScalarMappable(cmap="hsv").to_rgba((0.9 * tracks[0, chosen, 1]).numpy(), norm=False)
+    colours = ScalarMappable(cmap="plasma").to_rgba(torch.linspace(0, 1, pixels.shape[1]).numpy(), norm=False)
     for number in range(pixels.shape[1]):
         x, y = pixels[:, number].unbind(-1)
         style = {"color": "0.6", "alpha": 0.4, "linewidth": 0.5} if grey else {"color": colours[number], "linewidth": 1}

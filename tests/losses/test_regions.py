@@ -113,7 +113,7 @@ def test_clips_of_a_batch_do_not_mix():
 
 
 def test_selection_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="rule='median' is unknown: choose one of mean, top_k"):
+    with pytest.raises(ValueError, match="rule='median' is unknown: choose one of mean, top_k, all"):
         select_tracks(MOTION, FOREGROUND, rule="median")
     for top_k in (None, 0):
         with pytest.raises(ValueError, match="top_k of 1 or more"):

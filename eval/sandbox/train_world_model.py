@@ -2,14 +2,17 @@
 
     python -m eval.sandbox.train_world_model --output runs/world_model --seed 0
 
-    loss = mean |predictor(encoder(x seen), ids hidden) - norm(teacher(x))[ids hidden]|
+    loss = smooth_l1(p, norm(teacher(x))[hidden]) + PIXELS (|decode(p) - x[hidden]|^2 + |decode(norm(z)) - x[seen]|^2)
+    z = encoder(x[seen]),  p = predictor(z, seen, hidden)
 
 The encoder sees some tokens of a window, the predictor says what the teacher, a moving average of the encoder that sees
 them all, finds at the hidden ones; norm is a layer norm without an affine part. Each step draws a window's length and
-hides twice: blocks in space and time, and the future, which is what `eval.search.world_model` asks at test time.
+a mask: mostly the future, which is what `eval.search.world_model` asks at test time, else blocks in space and time.
 
-Deviations from the paper: causal masks beside the blocks; all clips of a step share window and masks; the momentum of
-the average rises. Clips are mirrored and their colour channels permuted, under which this world is symmetric.
+Deviations from the paper: causal masks beside the blocks; one mask for all windows of a step; the average's momentum
+rises; smooth L1; and the linear map `decode` to a token's pixels, thrown away afterwards. Without it the few thousand
+steps here go into features of the still background, and things that move are nearly absent from them.
+Clips are mirrored and their colour channels permuted, under which this world is symmetric.
 
 Writes <output>/config.json and model.safetensors (float16), which `VJEPA2Model.from_pretrained` loads, with the
 teacher as the encoder, and training.json (settings and figures).
@@ -20,7 +23,9 @@ import copy
 import json
 import math
 import os
+import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +37,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from eval.sandbox.splits import is_held_out, simulate_block
 from train.clips import VideoConfig
-from train.teachers.vjepa2 import preprocess
+from train.teachers.vjepa2 import MEAN, STD
 
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=8.0)
 ARCHITECTURE: dict[str, Any] = {
@@ -49,19 +54,25 @@ ARCHITECTURE: dict[str, Any] = {
     "pred_num_mask_tokens": 2,
     "initializer_range": 0.05,
 }
-LENGTHS = (8, 12, 16)  # frames of a window
-BLOCKS = 4  # hidden at once, each 3 to 6 tokens high and wide and half the window or more long
+# What a step shows: (frames of the window, frames of its context; 0 hides blocks instead of the future).
+KINDS = ((16, 0), (12, 0), (16, 2), (16, 4), (16, 8), (12, 4), (12, 6), (8, 2), (8, 4), (8, 6))
+BLOCKS = 4
+PIXELS = 1.0  # weight of the errors in normalised pixels
 MOMENTUM = (0.99, 0.999)  # of the teacher, at the first and the last step
 WARMUP = 200  # steps
 GRADIENT_NORM = 1.0  # gradients are clipped to it
 
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 8000
-    batch: int = 256  # windows a step
-    pool: int = 30_000  # simulated clips, made before the first step
-    learning_rate: float = 1e-3  # peak; linear warm-up, then cosine to 0
+    steps: int = 12_000
+    batch: int = 64  # windows a step
+    pool: int = 10_000  # simulated clips, made before the first step
+    learning_rate: float = 1.5e-3  # peak; linear warm-up, then cosine to 0
     seed: int = 0
 
 
@@ -86,39 +97,96 @@ def train_world_model(settings: Settings, device: torch.device | str) -> tuple[V
     device, started = torch.device(device), time.monotonic()
     pool = make_pool(settings.pool, settings.seed, device)
     print(f"{settings.pool} clips simulated in {time.monotonic() - started:.1f} s", flush=True)
-    model = new_model(settings.seed).to(device).train()
-    teacher = copy.deepcopy(model.encoder).requires_grad_(False)
-    if device.type == "cuda":  # layer by layer: they are all alike, so this takes seconds
-        for layer in (*model.encoder.layer, *model.predictor.layer, *teacher.layer):
-            layer.compile(dynamic=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.04)
-    draws = torch.Generator().manual_seed(settings.seed)
+    started = time.monotonic()
+    trainer = Trainer(settings, device)
+    choices, draws = random.Random(settings.seed), torch.Generator(device).manual_seed(settings.seed)
+    steps = {kind: trainer.prepare(draw_step(pool, settings.batch, kind, choices, draws)) for kind in KINDS}
+    print(f"prepared in {time.monotonic() - started:.1f} s", flush=True)
     figures: dict[str, float] = {}
 
-    started, steps = time.monotonic(), settings.steps
-    for step in range(steps):
-        pixels = draw_windows(pool, settings.batch, draws)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses, target = masked_losses(model, teacher, pixels, draws)
-        sum(losses).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _rate(step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        momentum = MOMENTUM[0] + (MOMENTUM[1] - MOMENTUM[0]) * step / steps
-        with torch.no_grad():
-            torch._foreach_lerp_(list(teacher.parameters()), list(model.encoder.parameters()), 1 - momentum)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            block, future = (loss.item() for loss in losses)
-            # Of layer-normed features, over clips at the same token: 0 is a collapse, 1 the most.
-            figures = {"loss_blocks": block, "loss_future": future, "feature_std": target.std(dim=0).mean().item()}
+    started, count = time.monotonic(), settings.steps
+    for step in range(count):
+        trainer.rate.fill_(settings.learning_rate * _rate(step, count))
+        trainer.forgetting.fill_(1 - (MOMENTUM[0] + (MOMENTUM[1] - MOMENTUM[0]) * step / count))
+        kind = choices.choice(KINDS)
+        latent, pixel, target = steps[kind](draw_step(pool, settings.batch, kind, choices, draws))
+        if (step + 1) % 250 == 0 or step + 1 == count:
+            # The features' spread over clips at the same token: 0 is a collapse, 1 the most.
+            spread = target.std(dim=0).mean().item()
+            figures = {"loss": latent.item(), "pixel_loss": pixel.item(), "feature_std": spread}
             seconds = time.monotonic() - started
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            left = seconds / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1} of {steps}: {shown}, {seconds:.0f} s, {left:.0f} s left", flush=True)
-    model.encoder.load_state_dict(teacher.state_dict())
-    return model.eval().requires_grad_(False), figures
+            left = seconds / (step + 1) * (count - step - 1)
+            print(f"step {step + 1} of {count} {kind}: {shown}, {seconds:.0f} s, {left:.0f} s left", flush=True)
+    trainer.model.encoder.load_state_dict(trainer.teacher.state_dict())
+    return trainer.model.eval().requires_grad_(False), figures
+
+
+class Trainer:
+    """Model, teacher and optimizer. On a GPU a step is captured as a graph for each kind, since launching its
+    thousand small kernels takes several times longer than running them."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        self.model = new_model(settings.seed).to(device).train()
+        config = self.model.config
+        self.teacher = copy.deepcopy(self.model.encoder).requires_grad_(False)
+        self.decode = nn.Linear(config.hidden_size, 3 * config.tubelet_size * config.patch_size**2, device=device)
+        nn.init.zeros_(self.decode.weight)
+        nn.init.zeros_(self.decode.bias)
+        self.on_gpu, self.memory = device.type == "cuda", None
+        if self.on_gpu:  # layer by layer: they are all alike, so this takes seconds
+            for layer in (*self.model.encoder.layer, *self.model.predictor.layer, *self.teacher.layer):
+                layer.compile(dynamic=True)
+        self.trained = [*self.model.parameters(), *self.decode.parameters()]
+        self.rate = torch.zeros((), device=device)  # of learning
+        self.forgetting = torch.zeros((), device=device)  # 1 - the teacher's momentum
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.04, fused=True, capturable=self.on_gpu
+        )
+
+    def prepare(self, example: Inputs) -> Callable[[Inputs], Outputs]:
+        """A function that does one step with inputs of the example's shapes. Its outputs hold until the next call."""
+        if not self.on_gpu:
+            return lambda inputs: self.step(*inputs)
+        fixed = tuple(part.clone() for part in example)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # at rate 0: compiles, and fills the optimizer's averages a little
+                self.step(*fixed)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory):
+            outputs = self.step(*fixed)
+        self.memory = graph.pool()
+
+        def replay(inputs: Inputs) -> Outputs:
+            for place, value in zip(fixed, inputs, strict=True):
+                place.copy_(value)
+            graph.replay()
+            return outputs
+
+        return replay
+
+    def step(self, pixels: Tensor, seen: Tensor, hidden: Tensor) -> Outputs:
+        """Update the weights by one batch: (latent loss (), pixel loss (), the teacher's normed tokens (B,N,D))."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.on_gpu):
+            patches = patchify(pixels, self.model.config.tubelet_size, self.model.config.patch_size)
+            with torch.no_grad():
+                target = norm(encode(self.teacher, patches, torch.arange(patches.shape[1], device=pixels.device)))
+            context = encode(self.model.encoder, patches[:, seen], seen)
+            predicted = predict(self.model.predictor, context, seen, hidden)
+            latent = F.smooth_l1_loss(predicted.float(), target[:, hidden])
+            pixel = F.mse_loss(self.decode(predicted).float(), patches[:, hidden])
+            pixel = pixel + F.mse_loss(self.decode(norm(context)).float(), patches[:, seen])
+        (latent + PIXELS * pixel).backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, GRADIENT_NORM)
+        self.optimizer.step()
+        with torch.no_grad():
+            for average, weight in zip(self.teacher.parameters(), self.model.encoder.parameters(), strict=True):
+                average.lerp_(weight, self.forgetting)
+        return latent.detach(), pixel.detach(), target
 
 
 def new_model(seed: int) -> VJEPA2Model:
@@ -128,63 +196,46 @@ def new_model(seed: int) -> VJEPA2Model:
         return VJEPA2Model(VJEPA2Config(**ARCHITECTURE))
 
 
-def draw_windows(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` windows of one length from random clips, normalised: (count,L,3,H,W) float32."""
-    length = LENGTHS[int(torch.randint(len(LENGTHS), (), generator=generator))]
-    start = int(torch.randint(pool.shape[1] - length + 1, (), generator=generator))
-    chosen = torch.randint(len(pool), (count,), generator=generator).to(pool.device)
-    frames = pool[chosen, start : start + length][..., torch.randperm(3, generator=generator).to(pool.device)]
-    if torch.rand((), generator=generator) < 0.5:
-        frames = frames.flip(3)
-    return preprocess(frames.flatten(0, 1), frames.shape[2]).unflatten(0, (count, length))
+def draw_step(
+    pool: Tensor, count: int, kind: tuple[int, int], choices: random.Random, draws: torch.Generator
+) -> Inputs:
+    """Normalised windows (count,L,3,H,W) of random clips, and the ids of the tokens seen (N,) and hidden (K,).
+
+    All tensors are drawn on the pool's device: a copy would wait for the GPU.
+    """
+    length, context = kind
+    start = choices.randrange(pool.shape[1] - length + 1)
+    chosen = torch.randint(len(pool), (count,), generator=draws, device=pool.device)
+    channels = torch.randperm(3, generator=draws, device=pool.device)
+    pixels = pool[chosen, start : start + length].permute(0, 1, 4, 2, 3)[:, :, channels] / 255
+    if choices.random() < 0.5:
+        pixels = pixels.flip(4)
+    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+        pixels[:, :, channel].sub_(mean).div_(std)
+    side = ARCHITECTURE["crop_size"] // ARCHITECTURE["patch_size"]
+    grid = (length // ARCHITECTURE["tubelet_size"], side, side)
+    if context:
+        tokens = torch.arange(math.prod(grid), device=pool.device)
+        first = context // ARCHITECTURE["tubelet_size"] * side**2
+        return pixels, tokens[:first], tokens[first:]
+    mask = block_mask(grid, choices, pool.device).flatten()
+    order = (mask + torch.rand(mask.shape, generator=draws, device=pool.device)).argsort()  # what is in no block first
+    return pixels, order[: len(order) // 4], order[len(order) // 2 :]
 
 
-def masked_losses(
-    model: VJEPA2Model, teacher: nn.Module, pixels: Tensor, generator: torch.Generator
-) -> tuple[list[Tensor], Tensor]:
-    """([loss of hidden blocks, loss of the hidden future], the teacher's normed tokens (B,N,D)) of windows."""
-    patches = patchify(pixels, model.config.tubelet_size, model.config.patch_size)
-    side = model.config.crop_size // model.config.patch_size
-    grid = (pixels.shape[1] // model.config.tubelet_size, side, side)
-    everything = torch.arange(math.prod(grid), device=pixels.device)
-    with torch.no_grad():
-        target = encode(teacher, patches, everything)
-        target = F.layer_norm(target.float(), target.shape[-1:])
-    losses = []
-    for mask in (block_mask(grid, generator), future_mask(grid, generator)):
-        mask = mask.flatten()
-        seen, hidden = ((~mask).nonzero()[:, 0].to(pixels.device), mask.nonzero()[:, 0].to(pixels.device))
-        predicted = predict(model.predictor, encode(model.encoder, patches[:, seen], seen), seen, hidden)
-        losses.append(F.l1_loss(predicted.float(), target[:, hidden]))
-    return losses, target
-
-
-def block_mask(grid: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """(F,H,W) bool, true where hidden: the union of BLOCKS boxes; at least one token is seen."""
-    mask = torch.zeros(grid, dtype=torch.bool)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
+def block_mask(grid: tuple[int, int, int], choices: random.Random, device: torch.device | str) -> Tensor:
+    """(F,H,W) bool, true in the union of BLOCKS boxes, half the window or more long and 3 to 6 tokens high and wide."""
+    mask = torch.zeros(grid, dtype=torch.bool, device=device)
     for _ in range(BLOCKS):
-        sizes = (
-            draw((grid[0] + 1) // 2, grid[0]),
-            draw(min(3, grid[1]), min(6, grid[1])),
-            draw(min(3, grid[2]), min(6, grid[2])),
-        )
-        first = [draw(0, length - size) for length, size in zip(grid, sizes, strict=True)]
+        sizes = (choices.randint(-(-grid[0] // 2), grid[0]), choices.randint(3, 6), choices.randint(3, 6))
+        first = [choices.randint(0, length - size) for length, size in zip(grid, sizes, strict=True)]
         mask[tuple(slice(start, start + size) for start, size in zip(first, sizes, strict=True))] = True
-    if mask.all():
-        mask[:, 0, 0] = False
     return mask
 
 
-def future_mask(grid: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """(F,H,W) bool: the slices after the first few are hidden, at least one is seen and one hidden."""
-    seen = int(torch.randint(1, grid[0], (), generator=generator))
-    mask = torch.zeros(grid, dtype=torch.bool)
-    mask[seen:] = True
-    return mask
+def norm(tokens: Tensor) -> Tensor:
+    """Layer norm without an affine part, in float32."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
 def patchify(pixels: Tensor, tubelet: int, patch: int) -> Tensor:
@@ -259,8 +310,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed)
     figures = write_world_model(options.output, settings, options.device)
     print(
-        f"{options.output}: {figures['parameters'] / 1e6:.2f}M parameters, loss of the future "
-        f"{figures['loss_future']:.4f}, std of features {figures['feature_std']:.2f}, {figures['seconds']:.0f} s"
+        f"{options.output}: {figures['parameters'] / 1e6:.2f}M parameters, latent loss {figures['loss']:.4f}, "
+        f"pixel loss {figures['pixel_loss']:.4f}, std of features {figures['feature_std']:.2f}, "
+        f"{figures['seconds']:.0f} s"
     )
 
 

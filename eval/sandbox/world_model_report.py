@@ -53,23 +53,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder of the world model")
     parser.add_argument("--pairs", type=int, default=256, help="of each kind")
     parser.add_argument("--severity", type=float, default=1.0)
-    parser.add_argument("--window", type=int, default=8, help="frames")
+    parser.add_argument("--window", type=int, default=16, help="frames")
     parser.add_argument("--context", type=int, default=4, help="frames")
     parser.add_argument("--stride", type=int, default=1, help="frames")
-    parser.add_argument("--axis", default="feature", choices=AXES)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     model = WorldModel(options.model, options.device)
-    shape = {name: getattr(options, name) for name in ("window", "context", "stride", "axis")}
-    print("| violation | pairs | AUC | paired |\n| --- | --- | --- | --- |")
+    shape = {name: getattr(options, name) for name in ("window", "context", "stride")}
+    titles = [f"{title}, {axis}" for axis in AXES for title in ("AUC", "paired")]
+    print(f"| violation | pairs | {' | '.join(titles)} |\n|{' --- |' * (len(titles) + 2)}")
     for kind in VIOLATIONS:
-        scores = [
-            tuple(model.surprise(clips, **shape, batch=128).cpu() for clips in both)
-            for both in make_pairs(kind, options.pairs, options.severity, options.seed, options.device)
-        ]
-        count = sum(len(true) for true, _ in scores)
-        figures = (sum(rate(*both) for both in scores) / len(scores) for rate in (auc, paired))
+        scenes = make_pairs(kind, options.pairs, options.severity, options.seed, options.device)
+        figures = []
+        for axis in AXES:
+            scores = [
+                tuple(model.surprise(clips, **shape, axis=axis, batch=128).cpu() for clips in both) for both in scenes
+            ]
+            figures += [sum(rate(*both) for both in scores) / len(scores) for rate in (auc, paired)]
+        count = sum(len(true) for true, _ in scenes)
         print(f"| {kind} | {count} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |", flush=True)
 
 

@@ -10,8 +10,8 @@ them all, finds at the hidden ones; norm is a layer norm without an affine part.
 a mask: mostly the future, which is what `eval.search.world_model` asks at test time, else blocks in space and time.
 
 Deviations from the paper: causal masks beside the blocks; one mask for all windows of a step; the average's momentum
-rises; smooth L1; and the linear map `decode` to a token's pixels, thrown away afterwards. Without it the few thousand
-steps here go into features of the still background, and things that move are nearly absent from them.
+rises; smooth L1; and the linear map `decode` to a token's pixels, thrown away afterwards, which is there to put what
+moves into the features within minutes, since a still background fills most tokens.
 Clips are mirrored and their colour channels permuted, under which this world is symmetric.
 
 Writes <output>/config.json and model.safetensors (float16), which `VJEPA2Model.from_pretrained` loads, with the

@@ -1,4 +1,4 @@
-"""PhysisForcing's two terms on the features of a middle block (arXiv 2606 "PhysisForcing", sections 3.2-3.4, eq. 13):
+"""PhysisForcing's two terms on the features of a middle block (its sections 3.2-3.4, eq. 13):
 
     L += w_pix L_pix + w_sem L_sem         `losses.trajectory`, eqs. 5-8, and `losses.relational`, eqs. 9-12
 

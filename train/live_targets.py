@@ -6,6 +6,7 @@ what this one costs. Every rank works for its own groups and waits for none.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from train.teachers.targets import TargetMaker
 class LiveTargets:
     """Completes batches on `device`. Raises ValueError, before weights are loaded, for teachers that cannot work."""
 
-    def __init__(self, config: PhysicsConfig, video: VideoConfig, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(
+        self, config: PhysicsConfig, video: VideoConfig, device: torch.device, say: Callable[[str], None] = print
+    ):
+        self.config, self.device, self.say = config, device, say
         self.maker = TargetMaker(config.targets, video, device)
         self.said = False
 
@@ -34,12 +37,11 @@ class LiveTargets:
         with torch.no_grad():
             made = [self.maker.make(to_pixels(backbone.decode_latents(winner[None]))[0].cpu()) for winner in winners]
         tensors = [target_tensors(self.config, extra, winners.shape[2]) for extra in made]
-        if self.said is False:
+        if not self.said:
             self.said = True
             seconds = (time.perf_counter() - start) / len(winners)
-            print(
+            self.say(
                 f"physics.on_the_fly: the groups hold no targets; making them took {seconds:.2f} s a group, the"
-                " teachers' loading included. pipeline.targets makes them once.",
-                flush=True,
+                " teachers' loading included. pipeline.targets makes them once."
             )
         return batch | {name: torch.stack([one[name] for one in tensors]) for name in tensors[0]}

@@ -108,7 +108,7 @@ def fit(
 
     live = None
     if lacks_targets(config.physics, config.train.groups):
-        live = LiveTargets(config.physics, config.video, device)
+        live = LiveTargets(config.physics, config.video, device, accelerator.print)
     validation = Validation(config, accelerator, folder / "validation")
     parts = ["transformer" if validation.enabled else "expert"]
     parts += ["vae"] if validation.enabled or live else []

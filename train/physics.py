@@ -1,4 +1,4 @@
-"""PhysisForcing's two terms on the features of a middle block (arXiv 2606 "PhysisForcing", sections 3.2-3.4, eq. 13):
+"""PhysisForcing's two terms on the features of a middle block (its sections 3.2-3.4, eq. 13):
 
     L += w_pix L_pix + w_sem L_sem         `losses.trajectory`, eqs. 5-8, and `losses.relational`, eqs. 9-12
 
@@ -42,7 +42,9 @@ class PhysicsConfig:
     w_pix: float = 0.0  # weight of the trajectory term, in squared frame sides; 0: no such term, nor its head
     w_sem: float = 0.0  # weight of the relational term, in cosines; 0: no such term, nor its head
     block: int = -1  # whose output is read, from 0; -1: the middle (20 of 14B's 40, 15 of 5B's 30, as in the paper)
-    region_focus: bool = True  # trajectory term: the points that `keep` chose; false: all that are tracked
+    # Trajectory term: the points that `keep` chose; false: all tracked ones. The relational term has the tokens that
+    # were chosen when the targets were made: with their rule=all, from everywhere.
+    region_focus: bool = True
     hidden_width: int = 512  # of both heads
     pix_width: int = 128  # of the trajectory head's output
     sem_width: int = 512  # of the relational head's output

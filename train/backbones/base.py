@@ -387,19 +387,24 @@ class Backbone:
         Differentiable in the latents. ValueError where that expert is not loaded.
         """
         t = torch.as_tensor(t, dtype=torch.float32)
-        name, scale = self._expert_at(t), self.guidance_at(t, guidance, guidance_low)
-        if name not in self.experts:
-            raise ValueError(f"t={t:.3f} needs the {name} expert: load the part 'transformer'")
+        expert, scale = self.expert_serving(t), self.guidance_at(t, guidance, guidance_low)
         batch = latents.shape[0]
         times = t.expand(batch).to(latents.device)
-        velocity = self._network(self.experts[name], latents, times, conditioning)
+        velocity = self._network(expert, latents, times, conditioning)
         if scale == 1:
             return velocity
         if negative is None:
             raise ValueError(f"guidance={scale:g} at t={t:.3f} needs the encoded negative prompt")
         without = Conditioning(negative.to(self.device).expand(batch).text, conditioning.image)
-        negative_velocity = self._network(self.experts[name], latents, times, without)
+        negative_velocity = self._network(expert, latents, times, without)
         return negative_velocity + scale * (velocity - negative_velocity)
+
+    def expert_serving(self, t: Tensor | float) -> nn.Module:
+        """The network that serves time t, a scalar in [0, 1]; ValueError where it is not loaded."""
+        name = self._expert_at(torch.as_tensor(t, dtype=torch.float32))
+        if name not in self.experts:
+            raise ValueError(f"t={t:.3f} needs the {name} expert: load the part 'transformer'")
+        return self.experts[name]
 
     def guidance_at(self, t: Tensor | float, guidance: float, guidance_low: float | None) -> float:
         """The guidance scale at time t: `guidance_low`, where there is one, for a low-noise expert."""

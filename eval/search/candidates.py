@@ -64,6 +64,10 @@ class Candidates:
             self._reused.append(self._made[name][1])
         return self._made[name][0]
 
+    def has(self, name: Any) -> bool:
+        """Whether that has been made."""
+        return name in self._made
+
     def measure(self, scorer: Scorer) -> tuple[Tensor, Cost]:
         """A scorer's values and its cost, as if it were the only one: what others had made already counts as well."""
         self._reused.clear()

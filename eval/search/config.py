@@ -18,14 +18,20 @@ DEFAULT_SCORERS = [
     "proprio_motion-attention",
     "proprio_hybrid-pooled",
     "proprio_hybrid-uniform",
-    "motion_ratio",
+    "proprio_global-uniform",
+    "proprio_motion-uniform",
+    "masked_residual_per_motion",
+    "residual_per_motion",
 ]
 
 
 @dataclass
 class PruneConfig:
-    steps: list[int] = field(default_factory=list)  # sampling steps after which candidates are looked at; none: no pruning
+    steps: list[int] = field(
+        default_factory=list
+    )  # sampling steps after which candidates are looked at; none: no pruning
     keep: float = 0.5  # share of the candidates that is finished
+    scorers: list[str] = field(default_factory=lambda: ["most_motion", "residual_per_motion"])  # that look
 
 
 @dataclass
@@ -42,7 +48,7 @@ class SearchConfig:
     batch_size: int = 16  # clips sampled or decoded together, per GPU
     lora: str = ""  # search with this LoRA or full weights attached; empty: the base model
     scorers: list[str] = field(default_factory=lambda: list(DEFAULT_SCORERS))  # keys of eval.search.scorers.SCORERS
-    chosen_by: str = "motion_ratio"  # the scorer whose choice the page marks, that races and that prunes
+    chosen_by: str = "residual_per_motion"  # the scorer whose choice the page marks, that races and chooses at the end
     residuals: ResidualConfig = field(default_factory=ResidualConfig)  # of the self-scores
     mixing: float = 0.2  # share of the global score in the hybrid one
     surprise: SurpriseConfig = field(default_factory=SurpriseConfig)

@@ -78,8 +78,6 @@ def survivors(values: Tensor, alive: list[int], num_rounds: int, quantile: float
     variance = (PRIOR * variance.mean() + (n - 1) * variance) / (PRIOR + n - 1)
     error = (variance / n * (1 - n / num_rounds)).sqrt()
     beaten = {
-        index
-        for index, far in zip(rivals, (difference.mean(dim=1) > quantile * error).tolist(), strict=True)
-        if far
+        index for index, far in zip(rivals, (difference.mean(dim=1) > quantile * error).tolist(), strict=True) if far
     }
     return [index for index in alive if index not in beaten]

@@ -48,9 +48,12 @@ class Residuals:
             stacked = torch.stack(rounds, dim=1).unflatten(1, (self.config.draws, self.config.levels))
             return stacked.transpose(1, 2), len(candidates) * self.num_rounds
 
+        return candidates.shared(self._name, make)
+
+    @property
+    def _name(self) -> tuple:
         config = self.config
-        name = ("residuals", config.levels, config.t_min, config.t_max, config.draws, config.seed)
-        return candidates.shared(name, make)
+        return "residuals", config.levels, config.t_min, config.t_max, config.draws, config.seed
 
     @property
     def num_rounds(self) -> int:
@@ -60,9 +63,13 @@ class Residuals:
     def round(self, candidates: Candidates, number: int, chosen: list[int] | None = None) -> Tensor:
         """One pass of each candidate (or of the `chosen`): (n, F, H, W) float32 on the CPU.
 
-        Rounds go through the levels first: round r is level r % levels, draw r // levels.
+        Rounds go through the levels first: round r is level r % levels, draw r // levels. Taken from `maps` where they
+        have been made.
         """
         draw, level = divmod(number, self.config.levels)
+        if candidates.has(self._name):
+            maps = self.maps(candidates)[:, level, draw]
+            return maps if chosen is None else maps[chosen]
         t, noise = self.times[level], self.noise(candidates, level, draw)
         latents = candidates.latents if chosen is None else candidates.latents[chosen]
         return torch.cat(

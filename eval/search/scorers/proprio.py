@@ -13,6 +13,7 @@ An empty or frozen clip is easy to explain, so read these scores beside the moti
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from eval.search.candidates import Candidates
 from eval.search.masks import mask_of
 from eval.search.residuals import Residuals, held_frames
 from losses.self_score import DELTA, aggregate, hybrid
+from train.backbones.base import Backbone
 
 WEIGHTINGS = ("inverse_variance", "pooled", "uniform")
 VARIANTS = ("global", "motion", "hybrid")
@@ -39,12 +41,28 @@ class Proprio:
 
     def __call__(self, candidates: Candidates) -> Tensor:
         maps = self.residuals.maps(candidates)  # (N, levels, draws, F, H, W)
-        scores = {}
+        errors = {name: masked_mean(maps, weight) for name, weight in self._weights(candidates).items()}
+        return self._mix({name: weighted(values, self.weighting) for name, values in errors.items()})
+
+    def round_values(self, candidates: Candidates, number: int, chosen: list[int]) -> Tensor:
+        """The score from one round of `Residuals` alone, (len(chosen),): with uniform weighting their mean over all
+        rounds is the score. ValueError for another weighting."""
+        if self.weighting != "uniform":
+            raise ValueError(f"weighting {self.weighting!r} is no mean over passes, so it cannot race: use uniform")
+        maps = self.residuals.round(candidates, number, chosen)  # (n, F, H, W)
+        weights = self._weights(candidates)
+        return self._mix({name: masked_mean(maps, weight[chosen]) for name, weight in weights.items()})
+
+    def _weights(self, candidates: Candidates) -> dict[str, Tensor]:
+        """Weights of the cells, (N, F, H, W), of the parts that the variant needs."""
+        free, weights = free_cells(candidates), {}
         if self.variant in ("global", "hybrid"):
-            scores["global"] = weighted(masked_mean(maps, free_cells(candidates)), self.weighting)
+            weights["global"] = free
         if self.variant in ("motion", "hybrid"):
-            mask = mask_of(self.mask, candidates, self.residuals) * free_cells(candidates)
-            scores["motion"] = weighted(masked_mean(maps, mask), self.weighting)
+            weights["motion"] = mask_of(self.mask, candidates, self.residuals) * free
+        return weights
+
+    def _mix(self, scores: dict[str, Tensor]) -> Tensor:
         if self.variant == "hybrid":
             return hybrid(scores["global"], scores["motion"], mixing=self.mixing)
         return scores[self.variant]
@@ -72,3 +90,8 @@ def weighted(errors: Tensor, weighting: str) -> Tensor:
     errors = errors.float()
     weight = 1 / (errors.var(dim=2, correction=0).mean(dim=0) + EPS)  # (levels,)
     return errors.mean(dim=2) @ (weight / weight.sum())
+
+
+def build(config: Any, backbone: Backbone, fps: float, *, variant: str, mask: str, weighting: str) -> Proprio:
+    """The scorer of a SearchConfig; scorers built from equal settings share their passes."""
+    return Proprio(Residuals(backbone, config.residuals), variant, mask, weighting, config.mixing)

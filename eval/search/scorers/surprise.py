@@ -26,7 +26,9 @@ class Surprise:
 
     def __init__(self, config: SurpriseConfig, device: torch.device | str):
         if not config.path:
-            raise ValueError("search.surprise.path is empty: name a V-JEPA 2 model, or take surprise out of the scorers")
+            raise ValueError(
+                "search.surprise.path is empty: name a V-JEPA 2 model, or take surprise out of the scorers"
+            )
         self.config, self.device, self.model = config, device, None
 
     def __call__(self, candidates: Candidates) -> Tensor:

@@ -27,9 +27,7 @@ DEFAULT_SCORERS = [
 
 @dataclass
 class PruneConfig:
-    steps: list[int] = field(
-        default_factory=list
-    )  # sampling steps after which candidates are looked at; none: no pruning
+    steps: list[int] = field(default_factory=list)  # sampling steps after which to look; none: no pruning
     keep: float = 0.5  # share of the candidates that is finished
     scorers: list[str] = field(default_factory=lambda: ["most_motion", "residual_per_motion"])  # that look
 

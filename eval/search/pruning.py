@@ -23,7 +23,7 @@ from train.sampling import SamplerConfig
 
 @dataclass(frozen=True)
 class Partial:
-    """Clips after the first `step` steps: latents (N, C, F, H, W) at that time, and the clean ones that they point at."""
+    """Clips after the first `step` steps: latents (N, C, F, H, W) then, and the clean ones that they point at."""
 
     step: int
     latents: Tensor
@@ -51,7 +51,7 @@ def begin(
     noise = [torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     conditioning = conditioning.to(backbone.device).expand(len(seeds))
     start = backbone.start(torch.cat(noise).to(backbone.device), conditioning)
-    return _advance(backbone, conditioning, Partial(0, start, start), sampler, stop, negative)
+    return advance(backbone, conditioning, Partial(0, start, start), sampler, stop=stop, negative=negative)
 
 
 @torch.no_grad()
@@ -64,18 +64,21 @@ def finish(
     negative: Conditioning | None = None,
 ) -> Tensor:
     """The remaining steps: latents (N, C, F, H, W) float32."""
-    conditioning = conditioning.to(backbone.device).expand(len(partial.latents))
-    return _advance(backbone, conditioning, partial, sampler, sampler.steps, negative).latents
+    return advance(backbone, conditioning, partial, sampler, stop=sampler.steps, negative=negative).latents
 
 
-def _advance(
+@torch.no_grad()
+def advance(
     backbone: Backbone,
     conditioning: Conditioning,
     partial: Partial,
     sampler: SamplerConfig,
+    *,
     stop: int,
-    negative: Conditioning | None,
+    negative: Conditioning | None = None,
 ) -> Partial:
+    """From wherever the clips are to the end of step `stop`."""
+    conditioning = conditioning.to(backbone.device).expand(len(partial.latents))
     sigmas = sigma_grid(sampler.steps, sampler.shift)
     latents, clean = partial.latents, partial.clean
     guidance = {"negative": negative, "guidance": sampler.guidance, "guidance_low": sampler.guidance_low}

@@ -1,7 +1,7 @@
 """What a search keeps: the candidates of each prompt, made once for all scorers, and what each scorer said.
 
-    <folder>/candidates/<key>.safetensors   latents (N,C,F,H,W), text (1,L,D), image if any, clean-<step> (N,C,F,H,W)
-                                            for the pruning steps; metadata: digest of what they depend on, passes, seconds
+    <folder>/candidates/<key>.safetensors   latents (N,C,F,H,W), text (1,L,D) and clean-<step> (N,C,F,H,W) of each
+                                            pruning step; metadata: digest of what they depend on, and seconds
     <folder>/prompts/<key>.json             one record a prompt: seeds, truth, each scorer's values and cost
 
 Both appear whole or not at all. A file of other settings is made again; a record of other candidates is begun anew.
@@ -9,6 +9,7 @@ Both appear whole or not at all. A file of other settings is made again; a recor
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,9 +50,24 @@ def read_record(path: Path, settings_digest: str) -> dict[str, Any]:
     """The prompt's record; empty where there is none of these candidates."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        for found in record.get("scorers", {}).values():
+            found["values"] = [math.inf if value is None else value for value in found["values"]]
         return record if record["candidates"] == settings_digest else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record; infinity, which JSON has not, becomes null."""
+    write_text(path, json.dumps(_finite(record), ensure_ascii=False, indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

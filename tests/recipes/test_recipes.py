@@ -13,6 +13,7 @@ from train.backbones import find_architecture
 
 ROOT = Path(recipes.__file__).parent.parent
 ENTRY_POINTS = ["train.gdpo", "train.sft", "train.benchmark", "data_pipeline.build", "eval.generate", "eval.run"]
+ENTRY_POINTS += ["eval.search.run"]
 
 
 def config_class(entry):

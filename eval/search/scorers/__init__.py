@@ -11,7 +11,6 @@ from eval.search.scorers import proprio, vlm
 from eval.search.scorers.judge import JudgeScore
 from eval.search.scorers.most_motion import most_motion
 from eval.search.scorers.per_motion import PerMotion
-from eval.search.scorers.proprio import Proprio
 from eval.search.scorers.random_choice import random_choice
 from eval.search.scorers.rank_sum import RankSum
 from eval.search.scorers.surprise import Surprise

@@ -1,6 +1,6 @@
 """Proprio's self-score (arXiv 2026, section 3.2): the generator's own residual, in three variants.
 
-    global   eq. 5 over all cells       motion   eq. 6 in a mask       hybrid   mixing global + (1 - mixing) motion, eq. 11
+    global   eq. 5 over all cells     motion   eq. 6 in a mask     hybrid   mixing global + (1 - mixing) motion, eq. 11
 
 with one of the masks of `eval.search.masks` and one of three weightings of the noise levels:
 

@@ -35,8 +35,8 @@ class PruneConfig:
 @dataclass
 class RaceConfig:
     confidence: float = 0.95  # that the winner is that of full scoring
-    first: int = 4  # rounds before the first look
-    every: int = 2  # rounds from look to look
+    first: int = 2  # rounds before the first look
+    every: int = 1  # rounds from look to look
 
 
 @dataclass

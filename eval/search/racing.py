@@ -20,7 +20,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-PRIOR = 4.0  # rounds that the variance of all rivals together counts for
+PRIOR = 8.0  # rounds that the variance of all rivals together counts for
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def race(
     num_rounds: int,
     *,
     confidence: float = 0.95,
-    first: int = 4,
-    every: int = 2,
+    first: int = 2,
+    every: int = 1,
 ) -> Race:
     """Find the candidate with the lowest mean over all rounds.
 

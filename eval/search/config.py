@@ -30,6 +30,7 @@ class PruneConfig:
     steps: list[int] = field(default_factory=list)  # sampling steps after which to look; none: no pruning
     keep: float = 0.5  # share of the candidates that is finished
     scorers: list[str] = field(default_factory=lambda: ["most_motion", "residual_per_motion"])  # that look
+    draws: int = 1  # of noise for these looks, in place of residuals.draws: an early look should be cheap
 
 
 @dataclass

@@ -16,7 +16,7 @@ made again: a run that was stopped continues, and a scorer that is added to the 
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,16 @@ class Work:
         if config.search.lora:
             attach_trained(config.search.lora, self.backbone.experts, fingerprint=self.backbone.fingerprint)
             self.lora = hashlib.sha256(weights_path(config.search.lora).read_bytes()).hexdigest()
-        wanted = {*config.search.scorers, config.search.chosen_by, *config.search.prune.scorers}
-        self.scorers: dict[str, Scorer] = {
-            name: SCORERS[name](config.search, self.backbone, config.video.fps) for name in sorted(wanted)
-        }
+        self.scorers = self._build(config.search, config.search.scorers)
+        early = replace(config.search.residuals, draws=config.search.prune.draws)
+        self.early_scorers = self._build(replace(config.search, residuals=early), config.search.prune.scorers)
         self.decode = decoder(self.backbone, config.search.batch_size)
         self.negative = None
         if sampling_passes(self.backbone, config.sampler) > config.sampler.steps:  # some step is guided
             self.negative = Conditioning(self.backbone.encode_text([config.sampler.negative_prompt]))
+
+    def _build(self, config: SearchConfig, names: Sequence[str]) -> dict[str, Scorer]:
+        return {name: SCORERS[name](config, self.backbone, self.config.video.fps) for name in names}
 
     # What files depend on
 
@@ -144,17 +146,19 @@ class Work:
         return self.folder / "prompts" / f"{job.key}.json"
 
     def record(self, job: Job) -> dict[str, Any]:
-        return read_record(self.path(job), self.candidates_digest(job))
+        """What is known of the prompt with these candidates, without what was asked for in another run only."""
+        record = read_record(self.path(job), self.candidates_digest(job))
+        wanted = self._parts(job)
+        return {name: value for name, value in record.items() if name in wanted or name not in ("race", "prune")}
 
     # The work
 
     def do(self, job: Job) -> None:
         """Whatever is missing of one prompt. The record is written after each part."""
-        record, tensors = self.record(job), None
-        todo = [name for name in self._parts(job) if record.get("parts", {}).get(name) != self._parts(job)[name]]
+        record, parts, made = self.record(job), self._parts(job), self.candidates_digest(job)
+        todo = [name for name in parts if record.get("parts", {}).get(name) != parts[name]]
         if not todo:
             return
-        made = self.candidates_digest(job)
         candidates, tensors, facts = self.candidates(job, made)
         record = record or {"candidates": made, "key": job.key, "prompt": job.prompt, "seeds": job.seeds, "parts": {}}
         record |= {"generation": facts, "motion": motion_energy(candidates.latents).tolist()}
@@ -162,7 +166,7 @@ class Work:
         for name in todo:
             make = makers.get(name) or partial(self.score, name=name.removeprefix("scorer "))
             make(candidates, record, tensors=tensors, job=job)
-            record["parts"][name] = self._parts(job)[name]
+            record["parts"][name] = parts[name]
             write_record(self.path(job), record)
 
     def _parts(self, job: Job) -> dict[str, str]:
@@ -235,7 +239,7 @@ class Work:
                 candidates.fps,
             )  # fmt: skip
             for name in search.prune.scorers:
-                values, cost = early.measure(self.scorers[name])
+                values, cost = early.measure(self.early_scorers[name])
                 kept = promising(values, keep)
                 chosen = min(kept, key=lambda index: final["values"][index])
                 passes = count * sampling_passes(self.backbone, sampler, 0, step) + cost.passes
@@ -251,7 +255,7 @@ class Work:
 
 
 def list_jobs(config: Config) -> list[Job]:
-    texts, _ = sandbox.prompts(config.search.sandbox, config.video)
+    texts = sandbox.texts(config.search.sandbox, config.video)
     count, first = config.search.num_candidates, config.seed * 10**9
     return [
         Job(number, make_key(number, text), text, [first + number * SEEDS_A_PROMPT + index for index in range(count)])

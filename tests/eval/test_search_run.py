@@ -52,7 +52,7 @@ def test_records_hold_every_scorer_and_the_choice(searched):
         assert record["generation"]["passes"] == 9 and len(record["truth"]["physical"]) == 3
         assert record["race"]["passes"] == sum(record["race"]["rounds"]) <= 12
         for look in record["prune"]:
-            early = {"most_motion": 0, "residual_per_motion": 12}[look["scorer"]]
+            early = {"most_motion": 0, "residual_per_motion": 6}[look["scorer"]]
             assert look["passes"] == 3 * look["step"] + early + 2 * (3 - look["step"]) + 8  # 2 of 3 are finished
             assert look["chosen"] in look["kept"] and len(look["kept"]) == 2
     assert json.loads((folder / "search" / "results.json").read_text(encoding="utf-8")) == results

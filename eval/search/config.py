@@ -44,7 +44,7 @@ class RaceConfig:
 class SearchConfig:
     folder: str = "${output}/search"  # everything goes here
     num_candidates: int = 16  # N, clips a prompt
-    batch_size: int = 16  # clips sampled or decoded together, per GPU
+    batch_size: int = 1  # clips sampled or decoded together, per GPU
     lora: str = ""  # search with this LoRA or full weights attached; empty: the base model
     scorers: list[str] = field(default_factory=lambda: list(DEFAULT_SCORERS))  # keys of eval.search.scorers.SCORERS
     chosen_by: str = "residual_per_motion"  # the scorer whose choice the page marks, that races and chooses at the end

@@ -25,7 +25,7 @@ class ResidualConfig:
     t_min: float = 0.3  # in [0, 1], 1 is noise
     t_max: float = 0.6
     draws: int = 4  # of noise, at each level
-    batch_size: int = 16  # clips in a network pass, per GPU
+    batch_size: int = 1  # clips in a network pass, per GPU
     seed: int = 0  # of the noise
 
 

@@ -147,9 +147,11 @@ class Work:
 
     def record(self, job: Job) -> dict[str, Any]:
         """What is known of the prompt with these candidates, without what was asked for in another run only."""
-        record = read_record(self.path(job), self.candidates_digest(job))
-        wanted = self._parts(job)
-        return {name: value for name, value in record.items() if name in wanted or name not in ("race", "prune")}
+        record, wanted = read_record(self.path(job), self.candidates_digest(job)), self._parts(job)
+        for name in {"race", "prune"} - set(wanted):
+            record.pop(name, None)
+            record.get("parts", {}).pop(name, None)
+        return record
 
     # The work
 

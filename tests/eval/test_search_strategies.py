@@ -60,12 +60,13 @@ def test_a_race_finds_the_winner_of_full_scoring_at_no_more_than_half_the_passes
 
 @pytest.mark.parametrize("spread, noise", [(0.0, 0.2), (0.2, 0.3), (1.0, 0.3)])
 def test_hard_races_take_longer_but_keep_the_winner(spread, noise):
-    generator, same, problems = torch.Generator().manual_seed(1), 0, 200
+    """The standard error of the share is 1.1%: at most two of them below what is stated."""
+    generator, same, problems = torch.Generator().manual_seed(1), 0, 400
     for _ in range(problems):
         values = simulate(generator, spread=spread, noise=noise)
         result = race(lambda number, chosen, values=values: values[chosen, number], 16, 16)
         same += result.winner == int(values.mean(1).argmin())
-    assert same >= 0.95 * problems
+    assert same >= (0.95 - 2 * 0.011) * problems
 
 
 def test_without_noise_all_but_the_winner_leave_at_the_first_look():
@@ -77,8 +78,8 @@ def test_without_noise_all_but_the_winner_leave_at_the_first_look():
         return values[chosen, number]
 
     result = race(observe, 3, 16)
-    assert result.winner == 1 and result.rounds == [2, 2, 2] and result.passes == 6
-    assert asked == [(0, [0, 1, 2]), (1, [0, 1, 2])]
+    assert result.winner == 1 and result.rounds == [3, 3, 3] and result.passes == 9
+    assert asked == [(number, [0, 1, 2]) for number in range(3)]
     assert result.scores.tolist() == [3.0, 1.0, 2.0]
 
 

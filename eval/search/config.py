@@ -20,8 +20,11 @@ DEFAULT_SCORERS = [
     "proprio_hybrid-uniform",
     "proprio_global-uniform",
     "proprio_motion-uniform",
+    "proprio_motion-text-uniform",
+    "proprio_motion-attention-uniform",
     "masked_residual_per_motion",
     "residual_per_motion",
+    "rank_sum",
 ]
 
 
@@ -54,7 +57,9 @@ class SearchConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
     judge_aspect: str = "physical"  # physical | semantic | both: what the scorers "judge" and "vlm" look at
     vlm: VlmJudgeConfig = field(default_factory=VlmJudgeConfig)  # of the scorer "vlm"
-    combined: list[str] = field(default_factory=lambda: ["most_motion", "proprio_hybrid"])  # of the scorer "rank_sum"
+    combined: list[str] = field(  # of the scorer "rank_sum"
+        default_factory=lambda: ["residual_per_motion", "proprio_motion-text-uniform"]
+    )
     prune: PruneConfig = field(default_factory=PruneConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
     shown: int = 24  # prompts on the page

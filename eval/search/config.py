@@ -38,7 +38,7 @@ class PruneConfig:
 
 @dataclass
 class RaceConfig:
-    confidence: float = 0.95  # that the winner is that of full scoring
+    confidence: float = 0.98  # that the winner is that of full scoring
     first: int = 3  # rounds before the first look
     every: int = 1  # rounds from look to look
 

@@ -41,7 +41,7 @@ def race(
     num_candidates: int,
     num_rounds: int,
     *,
-    confidence: float = 0.95,
+    confidence: float = 0.98,
     first: int = 3,
     every: int = 1,
 ) -> Race:

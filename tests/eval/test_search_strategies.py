@@ -64,7 +64,7 @@ def test_hard_races_take_longer_but_keep_the_winner(spread, noise):
     generator, same, problems = torch.Generator().manual_seed(1), 0, 400
     for _ in range(problems):
         values = simulate(generator, spread=spread, noise=noise)
-        result = race(lambda number, chosen, values=values: values[chosen, number], 16, 16)
+        result = race(lambda number, chosen, values=values: values[chosen, number], 16, 16, confidence=0.95)
         same += result.winner == int(values.mean(1).argmin())
     assert same >= (0.95 - 2 * 0.011) * problems
 

@@ -39,6 +39,7 @@ SECTIONS = {
     "pipeline": "from raw clips to preference groups",
     "generate": "from prompts to clips and comparisons",
     "run": "what eval.run generates and scores",
+    "search": "candidates, scorers and what becomes of them",
     "benchmark": "what train.benchmark measures",
     "inspect": "what train.inspect_targets draws",
 }

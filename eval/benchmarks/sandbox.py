@@ -16,6 +16,11 @@ class SandboxConfig:
     seed: int = 0  # of the held-out scenes and of the clips' noise
 
 
+def texts(config: SandboxConfig, video: VideoConfig) -> list[str]:
+    """Prompts that no training set holds, without simulating their clips."""
+    return [clip.prompt for clip in list_clips("mixed", "heldout", config.seed, config.clips, video)]
+
+
 def prompts(config: SandboxConfig, video: VideoConfig) -> tuple[list[str], Tensor]:
     """Prompts that no training set holds, and the true clips (N,T,H,W,3) uint8 that they describe."""
     listed = list_clips("mixed", "heldout", config.seed, config.clips, video)

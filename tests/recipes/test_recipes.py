@@ -21,6 +21,7 @@ ENTRY_POINTS = [
     "data_pipeline.build",
     "eval.generate",
     "eval.run",
+    "eval.search.run",
 ]
 
 

@@ -293,7 +293,7 @@ class Backbone:
         return velocity, tokens.transpose(1, 2).unflatten(2, grid)
 
     def _network(self, expert: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """One pass of any expert, shared by `velocity` and `sample`."""
+        """One pass of any expert, shared by `velocity` and `velocity_at`."""
         batch, text = latents.shape[0], conditioning.text
         if t.shape != (batch,) or len(conditioning) != batch:
             raise ValueError(f"{batch} latents with t of shape {tuple(t.shape)} and {len(conditioning)} conditionings")
@@ -359,30 +359,59 @@ class Backbone:
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"the initial latents have shape {tuple(latents.shape)}, the video needs {shape}")
-        latents = self._start(latents.to(self.device, torch.float32), conditioning)
+        latents = self.start(latents.to(self.device, torch.float32), conditioning)
 
-        scales = dict.fromkeys(self.expert_folders, guidance)
-        if guidance_low is not None and "low_noise" in scales:
-            scales["low_noise"] = guidance_low
-        without = None
-        if any(scale != 1 for scale in scales.values()):
-            if isinstance(negative, str):
-                negative = Conditioning(self.encode_text([negative]))
-            without = Conditioning(negative.to(self.device).expand(batch).text, conditioning.image)
+        if isinstance(negative, str):
+            guided = any(self.guidance_at(t, guidance, guidance_low) != 1 for t in (0.0, 1.0))
+            negative = Conditioning(self.encode_text([negative])) if guided else None
+        scales = {"negative": negative, "guidance": guidance, "guidance_low": guidance_low}
         sigmas = sigma_grid(steps, shift)
         for step in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
-            name = self._expert_at(sigmas[step])
-            if name not in self.experts:
-                raise ValueError(f"t={sigmas[step]:.3f} needs the {name} expert: load the part 'transformer'")
-            t = sigmas[step].expand(batch).to(self.device)
-            velocity = self._network(self.experts[name], latents, t, conditioning)
-            if scales[name] != 1:
-                negative_velocity = self._network(self.experts[name], latents, t, without)
-                velocity = negative_velocity + scales[name] * (velocity - negative_velocity)
+            velocity = self.velocity_at(latents, sigmas[step], conditioning, **scales)
             latents = latents + (sigmas[step + 1] - sigmas[step]).to(self.device) * velocity
         return latents
 
-    def _start(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity_at(
+        self,
+        latents: Tensor,
+        t: Tensor | float,
+        conditioning: Conditioning,
+        *,
+        negative: Conditioning | None = None,
+        guidance: float = 1.0,
+        guidance_low: float | None = None,
+    ) -> Tensor:
+        """Velocity (B, C, F, H, W) float32 of the expert that serves time t, a scalar in [0, 1]: one sampling step's.
+
+        With classifier-free guidance as in `sample`, `negative` being the encoded negative prompt of 1 or B clips.
+        Differentiable in the latents. ValueError where that expert is not loaded.
+        """
+        t = torch.as_tensor(t, dtype=torch.float32)
+        expert, scale = self.expert_serving(t), self.guidance_at(t, guidance, guidance_low)
+        batch = latents.shape[0]
+        times = t.expand(batch).to(latents.device)
+        velocity = self._network(expert, latents, times, conditioning)
+        if scale == 1:
+            return velocity
+        if negative is None:
+            raise ValueError(f"guidance={scale:g} at t={t:.3f} needs the encoded negative prompt")
+        without = Conditioning(negative.to(self.device).expand(batch).text, conditioning.image)
+        negative_velocity = self._network(expert, latents, times, without)
+        return negative_velocity + scale * (velocity - negative_velocity)
+
+    def expert_serving(self, t: Tensor | float) -> nn.Module:
+        """The network that serves time t, a scalar in [0, 1]; ValueError where it is not loaded."""
+        name = self._expert_at(torch.as_tensor(t, dtype=torch.float32))
+        if name not in self.experts:
+            raise ValueError(f"t={t:.3f} needs the {name} expert: load the part 'transformer'")
+        return self.experts[name]
+
+    def guidance_at(self, t: Tensor | float, guidance: float, guidance_low: float | None) -> float:
+        """The guidance scale at time t: `guidance_low`, where there is one, for a low-noise expert."""
+        low = self._expert_at(torch.as_tensor(t, dtype=torch.float32)) == "low_noise"
+        return guidance_low if low and guidance_low is not None else guidance
+
+    def start(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """The initial noise, with whatever the family holds fixed put in its place."""
         return latents
 

@@ -27,7 +27,7 @@ class Wan22TI2V(Backbone):
         """First frame (B, 3, H, W) in [-1, 1] -> its latent frame (B, C, 1, H, W), whatever `num_frames` is."""
         return self.encode_video(first_frame.unsqueeze(2))
 
-    def _start(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+    def start(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         if conditioning.image is None:
             return latents
         return torch.cat([conditioning.image.to(latents), latents[:, :, 1:]], dim=2)
@@ -46,4 +46,4 @@ class Wan22TI2V(Backbone):
         later = torch.ones(frames, device=latents.device)
         later[0] = 0
         tokens = later.repeat_interleave((rows // patch_rows) * (columns // patch_columns))  # (N,), frame by frame
-        return self._start(latents, conditioning), timestep[:, None] * tokens
+        return self.start(latents, conditioning), timestep[:, None] * tokens

@@ -1,0 +1,66 @@
+"""Settings of a search: the section `search` of a recipe."""
+
+from dataclasses import dataclass, field
+
+from eval.benchmarks.sandbox import SandboxConfig
+from eval.judges import JudgeConfig
+from eval.judges.vlm import VlmJudgeConfig
+from eval.search.residuals import ResidualConfig
+from eval.search.scorers.surprise import SurpriseConfig
+
+DEFAULT_SCORERS = [
+    "random",
+    "most_motion",
+    "proprio_global",
+    "proprio_motion",
+    "proprio_hybrid",
+    "proprio_motion-text",
+    "proprio_motion-attention",
+    "proprio_hybrid-pooled",
+    "proprio_hybrid-uniform",
+    "proprio_global-uniform",
+    "proprio_motion-uniform",
+    "proprio_motion-text-uniform",
+    "proprio_motion-attention-uniform",
+    "masked_residual_per_motion",
+    "residual_per_motion",
+    "rank_sum",
+]
+
+
+@dataclass
+class PruneConfig:
+    steps: list[int] = field(default_factory=list)  # sampling steps after which to look; none: no pruning
+    keep: float = 0.5  # share of the candidates that is finished
+    scorers: list[str] = field(default_factory=lambda: ["most_motion", "residual_per_motion"])  # that look
+    draws: int = 1  # of noise for these looks, in place of residuals.draws: an early look should be cheap
+
+
+@dataclass
+class RaceConfig:
+    confidence: float = 0.98  # that the winner is that of full scoring
+    first: int = 3  # rounds before the first look
+    every: int = 1  # rounds from look to look
+
+
+@dataclass
+class SearchConfig:
+    folder: str = "${output}/search"  # everything goes here
+    num_candidates: int = 16  # N, clips a prompt
+    batch_size: int = 1  # clips sampled or decoded together, per GPU
+    lora: str = ""  # search with this LoRA or full weights attached; empty: the base model
+    scorers: list[str] = field(default_factory=lambda: list(DEFAULT_SCORERS))  # keys of eval.search.scorers.SCORERS
+    chosen_by: str = "residual_per_motion"  # the scorer whose choice the page marks, that races and chooses at the end
+    residuals: ResidualConfig = field(default_factory=ResidualConfig)  # of the self-scores
+    mixing: float = 0.2  # share of the global score in the hybrid one
+    surprise: SurpriseConfig = field(default_factory=SurpriseConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
+    judge_aspect: str = "physical"  # physical | semantic | both: what the scorers "judge" and "vlm" look at
+    vlm: VlmJudgeConfig = field(default_factory=VlmJudgeConfig)  # of the scorer "vlm"
+    combined: list[str] = field(  # of the scorer "rank_sum"
+        default_factory=lambda: ["residual_per_motion", "proprio_motion-text-uniform"]
+    )
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    race: RaceConfig = field(default_factory=RaceConfig)
+    shown: int = 24  # prompts on the page
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)  # the prompts, and the truth that scorers are held to

@@ -1,0 +1,106 @@
+"""How well the generator explains its own clips: squared flow residuals under shared noise (Proprio eqs. 2-5).
+
+A clip is noised to each of a few mid levels with each of a few draws, the network predicts the velocity, and the
+squared difference to noise - clip, averaged over channels, is kept cell by cell. Masks and aggregation come later
+(`losses.self_score`, `eval.search.scorers.proprio`), so all variants of the score share the same passes.
+
+The same noise meets all candidates of a prompt: what it does to all of them cancels in their comparison. It depends on
+the search's seed, the prompt's key, the level and the draw alone. Nothing is decoded.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eval.search.candidates import Candidates
+from losses.flow_matching import interpolate, velocity_target
+from train.backbones.base import Backbone, Conditioning
+
+
+@dataclass
+class ResidualConfig:
+    levels: int = 4  # noise levels, evenly spaced from t_min to t_max; appendix E
+    t_min: float = 0.3  # in [0, 1], 1 is noise
+    t_max: float = 0.6
+    draws: int = 4  # of noise, at each level
+    batch_size: int = 1  # clips in a network pass, per GPU
+    seed: int = 0  # of the noise
+
+
+class Residuals:
+    """The probe of one backbone. With two experts each level is served by the expert that samples there."""
+
+    def __init__(self, backbone: Backbone, config: ResidualConfig):
+        if config.levels < 1 or config.draws < 1 or config.batch_size < 1:
+            raise ValueError(f"levels={config.levels}, draws={config.draws}, batch_size={config.batch_size}: use 1 up")
+        if not 0 < config.t_min <= config.t_max < 1:
+            raise ValueError(f"t_min={config.t_min} and t_max={config.t_max} must lie in (0, 1), in this order")
+        self.backbone, self.config = backbone, config
+        self.times = torch.linspace(config.t_min, config.t_max, config.levels, dtype=torch.float64).tolist()
+
+    def maps(self, candidates: Candidates) -> Tensor:
+        """Squared residuals of all candidates, (N, levels, draws, F, H, W) float32 on the CPU, made once."""
+
+        def make() -> tuple[Tensor, int]:
+            rounds = [self.round(candidates, number) for number in range(self.num_rounds)]
+            stacked = torch.stack(rounds, dim=1).unflatten(1, (self.config.draws, self.config.levels))
+            return stacked.transpose(1, 2), len(candidates) * self.num_rounds
+
+        return candidates.shared(self._name, make)
+
+    @property
+    def _name(self) -> tuple:
+        config = self.config
+        return "residuals", config.levels, config.t_min, config.t_max, config.draws, config.seed
+
+    @property
+    def num_rounds(self) -> int:
+        return self.config.levels * self.config.draws
+
+    @torch.no_grad()
+    def round(self, candidates: Candidates, number: int, chosen: list[int] | None = None) -> Tensor:
+        """One pass of each candidate (or of the `chosen`): (n, F, H, W) float32 on the CPU.
+
+        Rounds go through the levels first: round r is level r % levels, draw r // levels. Taken from `maps` where they
+        have been made.
+        """
+        draw, level = divmod(number, self.config.levels)
+        if candidates.has(self._name):
+            maps = self.maps(candidates)[:, level, draw]
+            return maps if chosen is None else maps[chosen]
+        t, noise = self.times[level], self.noise(candidates, level, draw)
+        latents = candidates.latents if chosen is None else candidates.latents[chosen]
+        return torch.cat(
+            [self.squared(part, noise, t, candidates.conditioning) for part in latents.split(self.config.batch_size)]
+        ).cpu()
+
+    def squared(self, latents: Tensor, noise: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """Squared residual, mean over channels: latents (N, C, F, H, W), noise (C, F, H, W) -> (N, F, H, W) float32.
+
+        Frames that the family holds fixed (the image of wan22_ti2v) are 0: nothing is predicted there.
+        """
+        backbone = self.backbone
+        latents, noise = latents.to(backbone.device), noise.to(backbone.device).expand_as(latents)
+        conditioning = conditioning.expand(len(latents)).to(backbone.device)
+        noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=backbone.device))
+        noisy = backbone.start(noisy, conditioning)
+        velocity = backbone.velocity_at(noisy, t, conditioning)
+        squared = (velocity - velocity_target(latents, noise)).square().mean(dim=1)
+        squared[:, : held_frames(conditioning, latents.shape[2])] = 0
+        return squared
+
+    def noise(self, candidates: Candidates, level: int, draw: int) -> Tensor:
+        """(C, F, H, W) float32, from a CPU generator of its own."""
+        name = f"{self.config.seed}/{candidates.key}/{self.times[level]:.9g}/{draw}"
+        seed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big") >> 1
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randn(candidates.latents.shape[1:], generator=generator)
+
+
+def held_frames(conditioning: Conditioning, num_frames: int) -> int:
+    """Leading latent frames that are the image itself: wan22_ti2v's one, none elsewhere."""
+    if conditioning.image is None or conditioning.image.shape[2] == num_frames:
+        return 0
+    return conditioning.image.shape[2]

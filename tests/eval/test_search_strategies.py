@@ -1,0 +1,181 @@
+"""Racing, pruning and best of N: the winner of full scoring, for fewer passes; clips that are the sampler's own."""
+
+import pytest
+import torch
+
+from eval.search import racing
+from eval.search.best_of_n import best_of_n, run_race
+from eval.search.candidates import Candidates
+from eval.search.config import RaceConfig
+from eval.search.pruning import begin, finish, promising, sampling_passes
+from eval.search.racing import race
+from eval.search.residuals import ResidualConfig, Residuals
+from eval.search.scorers.most_motion import most_motion
+from eval.search.scorers.proprio import Proprio
+from train.backbones import load_backbone
+from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.tiny import write_tiny_pipeline
+from train.clips import VideoConfig
+from train.sampling import SamplerConfig, sample_clips
+
+VIDEO = VideoConfig(32, 32, 9, 8.0)
+
+
+def load(path, family="wan21"):
+    config = BackboneConfig(family=family, path=str(path), dtype="float32", text_length=12, architecture="tiny")
+    return load_backbone(config, "cpu", parts=("transformer", "vae"))
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_pipeline):
+    return load(tiny_pipeline)
+
+
+def text(seed=3):
+    return Conditioning(torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(seed)))
+
+
+# Racing
+
+
+def simulate(generator, *, spread, noise, levels=4, draws=4, count=16):
+    """Errors (count, rounds): a quality, a level's scale, noise that all share and noise of each one's own."""
+    quality = 1 + spread * torch.rand(count, generator=generator)
+    scale = torch.linspace(1.3, 0.7, levels).repeat(draws)
+    shared = 0.3 * torch.randn(levels * draws, generator=generator)
+    own = noise * torch.randn(count, levels * draws, generator=generator)
+    return scale * (quality[:, None] + shared + own)
+
+
+def test_a_race_finds_the_winner_of_full_scoring_at_no_more_than_half_the_passes():
+    generator, same, passes, problems = torch.Generator().manual_seed(0), 0, 0, 300
+    for _ in range(problems):
+        values = simulate(generator, spread=1.0, noise=0.05)
+        result = race(lambda number, chosen, values=values: values[chosen, number], 16, 16)
+        same += result.winner == int(values.mean(1).argmin())
+        passes += result.passes
+    assert same >= 0.95 * problems
+    assert passes <= 0.5 * problems * 16 * 16
+
+
+@pytest.mark.parametrize("spread, noise", [(0.0, 0.2), (0.2, 0.3), (1.0, 0.3)])
+def test_hard_races_take_longer_but_keep_the_winner(spread, noise):
+    """The standard error of the share is 1.1%: at most two of them below what is stated."""
+    generator, same, problems = torch.Generator().manual_seed(1), 0, 400
+    for _ in range(problems):
+        values = simulate(generator, spread=spread, noise=noise)
+        result = race(lambda number, chosen, values=values: values[chosen, number], 16, 16, confidence=0.95)
+        same += result.winner == int(values.mean(1).argmin())
+    assert same >= (0.95 - 2 * 0.011) * problems
+
+
+def test_without_noise_all_but_the_winner_leave_at_the_first_look():
+    values = torch.tensor([3.0, 1.0, 2.0])[:, None].expand(3, 16)
+    asked = []
+
+    def observe(number, chosen):
+        asked.append((number, list(chosen)))
+        return values[chosen, number]
+
+    result = race(observe, 3, 16)
+    assert result.winner == 1 and result.rounds == [3, 3, 3] and result.passes == 9
+    assert asked == [(number, [0, 1, 2]) for number in range(3)]
+    assert result.scores.tolist() == [3.0, 1.0, 2.0]
+
+
+def test_equal_candidates_run_to_the_end_and_one_candidate_runs_once():
+    values = torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 16)
+    tied = race(lambda number, chosen: values[chosen, number], 2, 16)
+    assert tied.winner == 0 and tied.rounds == [16, 16]
+    assert race(lambda number, chosen: values[chosen, number], 1, 16).rounds == [1]
+
+
+def test_survivors_by_hand(monkeypatch):
+    """Two rivals of a leader at 0, n = 4 of R = 16: mean 1, variances 4/3 and 0; PRIOR 0 leaves them as they are."""
+    monkeypatch.setattr(racing, "PRIOR", 0.0)
+    values = torch.tensor([[0.0, 0, 0, 0], [0, 0, 2, 2], [1, 1, 1, 1]], dtype=torch.float64)
+    error = (4 / 3 / 4 * (1 - 4 / 16)) ** 0.5  # 0.5
+    assert error == 0.5
+    assert racing.survivors(values, [0, 1, 2], 16, 1.99) == [0]
+    assert racing.survivors(values, [0, 1, 2], 16, 2.01) == [0, 1]
+
+
+@pytest.mark.parametrize("change", [{"confidence": 1.0}, {"first": 1}, {"every": 0}])
+def test_a_race_refuses_what_cannot_work(change):
+    with pytest.raises(ValueError):
+        race(lambda number, chosen: torch.zeros(len(chosen)), 3, 16, **change)
+
+
+# Pruning
+
+
+@pytest.mark.parametrize("family", ["wan21", "wan22_t2v", "wan22_ti2v"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_finished_clip_is_the_samplers(family, guidance, tiny_pipeline, tmp_path):
+    pipeline = tiny_pipeline if family == "wan21" else write_tiny_pipeline(family, tmp_path)
+    backbone, conditioning, negative = load(pipeline, family), text(), text(4)
+    sampler = SamplerConfig(steps=4, guidance=guidance, guidance_low=3.0 if guidance > 1 else None)
+    if family == "wan22_ti2v":
+        shape = backbone.latent_shape(32, 32, 9)
+        image = torch.randn(1, shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(5))
+        conditioning = Conditioning(conditioning.text, image)
+    seeds = [7, 8]
+    expected = sample_clips(backbone, conditioning, seeds, VIDEO, sampler, negative=negative, progress=False)
+    partial = begin(backbone, conditioning, seeds, VIDEO, sampler, stop=2, negative=negative)
+    assert torch.equal(finish(backbone, conditioning, partial, sampler, negative=negative), expected)
+    alone = finish(backbone, conditioning, partial.select([1]), sampler, negative=negative)
+    torch.testing.assert_close(alone[0], expected[1], rtol=1e-4, atol=1e-4)
+    last = begin(backbone, conditioning, seeds, VIDEO, sampler, stop=4, negative=negative)
+    torch.testing.assert_close(last.clean, expected, rtol=1e-5, atol=1e-5)  # the end of the line is the clip
+
+
+def test_the_predicted_clean_latents_need_no_further_pass(backbone):
+    """x_k - s_k v of the step just made, with s = 1, .9, .75, .5, 0."""
+    conditioning, sampler, calls = text(), SamplerConfig(steps=4, guidance=1.0, shift=3.0), []
+    handle = backbone.transformer.register_forward_hook(lambda *arguments: calls.append(arguments[2][0]))
+    partial = begin(backbone, conditioning, [7], VIDEO, sampler, stop=2)
+    handle.remove()
+    assert len(calls) == 2
+    torch.testing.assert_close(partial.clean, partial.latents - 0.75 * calls[1], rtol=1e-5, atol=1e-5)
+
+
+def test_passes_of_guided_and_unguided_steps(backbone, tmp_path):
+    assert sampling_passes(backbone, SamplerConfig(steps=4, guidance=1.0)) == 4
+    assert sampling_passes(backbone, SamplerConfig(steps=4, guidance=5.0)) == 8
+    assert sampling_passes(backbone, SamplerConfig(steps=4, guidance=5.0), 1, 3) == 4
+    experts = load(write_tiny_pipeline("wan22_t2v", tmp_path), "wan22_t2v")
+    half = SamplerConfig(steps=4, guidance=5.0, guidance_low=1.0)  # t = 1, .9 | .75, .5 about the boundary of .875
+    assert sampling_passes(experts, half) == 6
+
+
+def test_promising_and_a_step_that_is_not_there(backbone):
+    assert promising(torch.tensor([0.3, torch.inf, 0.1, 0.1]), 2) == [2, 3]
+    with pytest.raises(ValueError, match="stop=5"):
+        begin(backbone, text(), [7], VIDEO, SamplerConfig(steps=4, guidance=1.0), stop=5)
+
+
+# Best of N
+
+
+def test_best_of_n_with_pruning_and_racing(backbone):
+    sampler, conditioning, seeds = SamplerConfig(steps=3, guidance=1.0), text(), [1, 2, 3, 4]
+    clips = sample_clips(backbone, conditioning, seeds, VIDEO, sampler, progress=False)
+    scorer = Proprio(Residuals(backbone, ResidualConfig(levels=2, draws=2)), "global", "motion", "uniform")
+    common = {"key": "a", "batch_size": 3}
+    arguments = (backbone, "a ball", conditioning, seeds, VIDEO, sampler, scorer)
+    full = best_of_n(*arguments, **common)
+    assert full.index == int(full.values.argmin()) and full.generation.passes == 12 and full.scoring.passes == 16
+    torch.testing.assert_close(full.latents[0], clips[full.index], rtol=1e-4, atol=1e-4)
+    pruned = best_of_n(*arguments, **common, prune_step=1, keep=0.5, early_scorer=most_motion)
+    assert pruned.values.isfinite().sum() == 2 and pruned.values[pruned.index] == pruned.values.min()
+    assert pruned.generation.passes == 4 * 1 + 2 * 2 and pruned.scoring.passes == 2 * 4
+    kept = pruned.values.isfinite()
+    torch.testing.assert_close(pruned.values[kept], full.values[kept], rtol=1e-3, atol=0)
+    raced = best_of_n(*arguments, **common, race_config=RaceConfig(confidence=0.5))
+    assert raced.scoring.passes <= 16 and raced.index in range(4)
+
+
+def test_only_a_mean_over_passes_races():
+    found = Candidates("a", "a", torch.zeros(2, 1, 1, 1, 1), text(), lambda z: z, 8.0)
+    with pytest.raises(ValueError, match="cannot race"):
+        run_race(found, most_motion, RaceConfig())

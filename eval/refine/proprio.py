@@ -57,7 +57,7 @@ class ProprioRefineConfig:
     def __post_init__(self) -> None:
         if self.updates < 0 or self.levels < 1 or self.draws < 1:
             raise ValueError(
-                f"updates={self.updates}, levels={self.levels}, draws={self.draws}: use updates from 0, the others from 1"
+                f"updates={self.updates}, levels={self.levels}, draws={self.draws}: use 0, 1 and 1 or more"
             )
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):

@@ -56,16 +56,15 @@ def test_scale_0_is_plain_sampling_bit_for_bit(backbone, image_backbone, image):
     network = image_backbone if image else backbone
     conditioning, noise, negative = conditioning_of(network, image), noise_for(network), network.condition([""])
     sampler = SamplerConfig(steps=3, guidance=2.0)
-    found = sample_guided(
-        network, conditioning, noise, sampler, darkness, GuidanceConfig(scale=0.0), negative=negative
-    )
+    found = sample_guided(network, conditioning, noise, sampler, darkness, GuidanceConfig(scale=0.0), negative=negative)
     assert torch.equal(found.latents, plain(network, conditioning, noise, sampler, negative=negative))
     assert found.steps == [] and found.rewards.shape == (0, 2)
 
 
-@pytest.mark.parametrize("through_network", [True, False])
-@pytest.mark.parametrize("reward", [darkness, stillness])
-@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize(
+    ("image", "reward", "through_network"),
+    [(False, darkness, True), (False, stillness, False), (True, stillness, True)],
+)
 def test_the_reward_of_every_clip_goes_up(backbone, image_backbone, image, reward, through_network):
     network = image_backbone if image else backbone
     conditioning, noise = conditioning_of(network, image), noise_for(network)

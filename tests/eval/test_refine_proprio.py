@@ -15,7 +15,7 @@ from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
 from train.backbones.tiny import write_tiny_pipeline
 from train.sampling import SamplerConfig
 
-SIZE = {"height": 64, "width": 64, "num_frames": 9}
+SIZE = {"height": 32, "width": 32, "num_frames": 5}
 FEW = SamplerConfig(steps=2, guidance=1.0)
 QUICK = {"levels": 2, "draws": 2}
 
@@ -35,9 +35,8 @@ def image_backbone(tmp_path_factory):
     return load("wan22_ti2v", write_tiny_pipeline("wan22_ti2v", tmp_path_factory.mktemp("ti2v")))
 
 
-def noise_for(backbone, batch=2, frames=9):
-    shape = backbone.latent_shape(64, 64, frames)
-    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(7))
+def noise_for(backbone):
+    return torch.randn((2, *backbone.latent_shape(**SIZE)), generator=torch.Generator().manual_seed(7))
 
 
 def plain(backbone, conditioning, noise, sampler=FEW, **more):
@@ -55,8 +54,8 @@ def plain(backbone, conditioning, noise, sampler=FEW, **more):
 
 
 def conditioning_of(backbone, image=False):
-    first = torch.rand((2, 3, 64, 64), generator=torch.Generator().manual_seed(3)) * 2 - 1 if image else None
-    return backbone.condition(["a ball falls", "a cup breaks"], first, num_frames=9)
+    first = torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(3)) * 2 - 1 if image else None
+    return backbone.condition(["a ball falls", "a cup breaks"], first, num_frames=5)
 
 
 @pytest.mark.parametrize("image", [False, True])
@@ -231,7 +230,9 @@ def test_what_does_not_fit_is_named(backbone):
     with pytest.raises(ValueError, match="needs the encoded negative prompt"):
         refine(backbone, conditioning, noise, SamplerConfig(steps=2), ProprioRefineConfig())
     with pytest.raises(ValueError, match="the score gave .*nan"):
-        refine(backbone, conditioning, noise, FEW, ProprioRefineConfig(), score=lambda z: z.sum((1, 2, 3, 4)) * torch.nan)
+        refine(
+            backbone, conditioning, noise, FEW, ProprioRefineConfig(), score=lambda z: z.sum((1, 2, 3, 4)) * torch.nan
+        )
     for bad in ({"updates": -1}, {"clip": 0}, {"kl_weight": -1}, {"t_max": 1.0}, {"score": "x"}, {"mixing": 2}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ProprioRefineConfig(**bad)

@@ -250,16 +250,16 @@ class PromptRefiner:
 
     # On disk
 
-    def _digest(self, prompt: Prompt) -> str:
-        """Of all that rounds depend on, apart from when they end."""
-        config = self.config
+    def _digest(self, one: Refinement, number: int) -> str:
+        """Of all that a round depends on: the settings, apart from when rounds end, and the round before."""
+        config, prompt = self.config, one.prompt
         models = [
             [one.model, one.frames, one.frame_height, one.temperature, one.seed] for one in (config.vlm, config.llm)
         ]
         image = hashlib.sha256(prompt.image.read_bytes()).hexdigest() if prompt.image else ""
         rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
         settings = [prompt.text, image, models, config.encoder, config.max_prompt_chars, rules]
-        settings += [self.made_with, asdict(self.video)]
+        settings += [self.made_with, asdict(self.video), [asdict(before) for before in one.rounds[: number - 1][-1:]]]
         return hashlib.sha256(json.dumps(settings).encode("ascii")).hexdigest()
 
     def _load(self, prompt: Prompt) -> Refinement:
@@ -267,11 +267,10 @@ class PromptRefiner:
         if not prompt.key or slug(prompt.key) != prompt.key:
             raise ValueError(f"key {prompt.key!r} is to name a folder: use a-z, 0-9 and single hyphens")
         one = Refinement(prompt, self.folder / prompt.key, [])
-        digest = self._digest(prompt)
         for number in range(1, self.config.rounds + 1):
             try:
                 record = json.loads(_round_file(one.folder, number).read_text(encoding="utf-8"))
-                if record.pop("digest") != digest:
+                if record.pop("digest") != self._digest(one, number):
                     break
                 last = Round(**record)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -288,8 +287,9 @@ class PromptRefiner:
         return one
 
     def _save(self, one: Refinement) -> None:
-        record = {"digest": self._digest(one.prompt)} | asdict(one.rounds[-1])
-        _write_json(_round_file(one.folder, one.rounds[-1].number), record)
+        last = one.rounds[-1]
+        record = {"digest": self._digest(one, last.number)} | asdict(last)
+        _write_json(_round_file(one.folder, last.number), record)
 
     def _choose(self, one: Refinement, scorer: ClipScorer | None) -> None:
         if one.clips:

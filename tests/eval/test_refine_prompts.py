@@ -211,6 +211,17 @@ def test_other_settings_and_lost_clips_are_made_again(tmp_path):
         assert len(generate.calls) == 5
 
 
+def test_a_round_whose_critique_changed_takes_the_later_ones_with_it(tmp_path):
+    generate = Generator()
+    with StubServer(Models()) as server:
+        refiner(server, tmp_path, generate, rounds=2).run([BALL])
+    (tmp_path / "ball/round-01.mp4").unlink()
+    other = json.dumps({"violations": WRONG, "description": "It falls and bounces."})
+    with StubServer(Models(**{"check the physics": other})) as server:
+        (found,) = refiner(server, tmp_path, generate, rounds=2).run([BALL])
+    assert [one.description for one in found.rounds] == ["It falls and bounces."] * 2 and len(generate.calls) == 4
+
+
 HOSTILE = {
     "no json": "import os; os.system('true')",
     "a list": "[]",

@@ -1,0 +1,245 @@
+"""Refinement of the initial noise on tiny pipelines: identity, trace, an independent reference, memory."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eval.refine import proprio
+from eval.refine.proprio import ProprioRefineConfig, SelfScore, kl_to_standard_normal, refine
+from losses.self_score import motion_mask
+from train.backbones import load_backbone
+from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
+from train.backbones.tiny import write_tiny_pipeline
+from train.sampling import SamplerConfig
+
+SIZE = {"height": 32, "width": 32, "num_frames": 5}
+FEW = SamplerConfig(steps=2, guidance=1.0)
+QUICK = {"levels": 2, "draws": 2}
+
+
+def load(family, path):
+    config = BackboneConfig(family=family, path=str(path), dtype="float32", text_length=16)
+    return load_backbone(config, torch.device("cpu"), parts=("text", "vae", "transformer"))
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_pipeline):
+    return load("wan21", tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def image_backbone(tmp_path_factory):
+    return load("wan22_ti2v", write_tiny_pipeline("wan22_ti2v", tmp_path_factory.mktemp("ti2v")))
+
+
+def noise_for(backbone):
+    return torch.randn((2, *backbone.latent_shape(**SIZE)), generator=torch.Generator().manual_seed(7))
+
+
+def plain(backbone, conditioning, noise, sampler=FEW, **more):
+    return backbone.sample(
+        conditioning,
+        None,
+        **SIZE,
+        latents=noise,
+        steps=sampler.steps,
+        guidance=sampler.guidance,
+        shift=sampler.shift,
+        progress=False,
+        **more,
+    )
+
+
+def conditioning_of(backbone, image=False):
+    first = torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(3)) * 2 - 1 if image else None
+    return backbone.condition(["a ball falls", "a cup breaks"], first, num_frames=5)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_no_update_is_the_plain_sample(backbone, image_backbone, image):
+    network = image_backbone if image else backbone
+    conditioning, noise = conditioning_of(network, image), noise_for(network)
+    sampler = SamplerConfig(steps=2, guidance=3.0)
+    negative = network.condition([""])
+    found = refine(network, conditioning, noise, sampler, ProprioRefineConfig(updates=0, **QUICK), negative=negative)
+    assert torch.equal(found.latents, plain(network, conditioning, noise, sampler, negative=negative))
+    assert torch.equal(found.noise, noise)
+    assert not found.mean.any() and not found.log_scale.any() and found.trace.shape == (1, 2)
+    assert found.passes == 2 * 2 + 4
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_the_best_iterate_is_returned_and_its_noise_gives_it_again(backbone, image_backbone, image):
+    network = image_backbone if image else backbone
+    conditioning, noise = conditioning_of(network, image), noise_for(network)
+    config = ProprioRefineConfig(updates=3, learning_rate=0.02, **QUICK)
+    found = refine(network, conditioning, noise, FEW, config)
+    assert found.trace.shape == (4, 2) and torch.equal(found.score, found.trace.amin(dim=0))
+    assert (found.score < found.trace[0]).all()
+    assert torch.equal(found.latents, plain(network, conditioning, found.noise))
+    mask = motion_mask(plain(network, conditioning, noise))
+    assert torch.equal(SelfScore(network, conditioning, mask, config)(found.latents), found.score)
+    if image:
+        assert torch.equal(found.latents[:, :, :1], conditioning.image)
+
+
+def test_a_score_that_gets_worse_returns_the_start(backbone):
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    count = iter(range(10))
+
+    def worse(latents):
+        return latents.flatten(1).mean(dim=1) * 0 + next(count)
+
+    found = refine(backbone, conditioning, noise, FEW, ProprioRefineConfig(updates=3), score=worse)
+    assert torch.equal(found.latents, plain(backbone, conditioning, noise))
+    assert found.trace[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_clips_do_not_influence_each_other(backbone):
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    config = ProprioRefineConfig(updates=2, learning_rate=0.02, **QUICK)
+    both = refine(backbone, conditioning, noise, FEW, config)
+    alone = refine(backbone, conditioning[1:], noise[1:], FEW, config)
+    torch.testing.assert_close(both.latents[1:], alone.latents, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both.trace[:, 1:], alone.trace)
+
+
+def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(backbone):
+    """Sampler, score, KL, clipping and Adam once more, in numbers of double length and without checkpoints."""
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    config = ProprioRefineConfig(updates=2, learning_rate=0.02, kl_weight=0.3, clip=1e-3, score="hybrid", **QUICK)
+    found = refine(backbone, conditioning, noise, FEW, config)
+
+    sigmas = sigma_grid(2, FEW.shift).double()
+    draws = [
+        torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(number)).double() for number in range(4)
+    ]
+    mask = motion_mask(plain(backbone, conditioning, noise)).double()
+    for clip in range(2):
+        told = conditioning[clip : clip + 1]
+
+        def velocity(latents, t, told=told):
+            return backbone.velocity(latents.float(), torch.tensor([t]), told).double()
+
+        parameters = torch.zeros(2, 16, dtype=torch.float64, requires_grad=True)  # mean, log scale
+        first, second = torch.zeros(2, 16, dtype=torch.float64), torch.zeros(2, 16, dtype=torch.float64)
+        for update in range(3):
+            mean, log_scale = (row.view(1, -1, 1, 1, 1) for row in parameters)
+            latents = mean + log_scale.exp() * noise[clip : clip + 1].double()
+            for t, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+                latents = latents + (following - t) * velocity(latents, float(t))
+            whole, motion = [], []
+            for level, t in enumerate((0.3, 0.6)):
+                errors = []
+                for draw in draws[2 * level : 2 * level + 2]:
+                    noisy = (1 - t) * latents + t * draw
+                    error = ((velocity(noisy, t) - (draw - latents)) ** 2).mean(dim=1)[0]  # (F,H,W)
+                    errors.append(torch.stack([error.mean(), (mask[clip] * error).sum() / (mask[clip].sum() + 1e-6)]))
+                whole.append(torch.stack(errors)[:, 0])
+                motion.append(torch.stack(errors)[:, 1])
+            scores = []
+            for levels in (whole, motion):
+                weights = torch.stack([1 / (errors.var(correction=0) + 1e-8) for errors in levels])
+                scores.append((weights * torch.stack([errors.mean() for errors in levels])).sum() / weights.sum())
+            score = 0.2 * scores[0] + 0.8 * scores[1]
+            assert float(found.trace[update, clip]) == pytest.approx(score.item(), rel=2e-4)
+            kl = 0.5 * (parameters[0] ** 2 + (2 * parameters[1]).exp() - 1 - 2 * parameters[1]).mean()
+            (gradient,) = torch.autograd.grad(score + config.kl_weight * kl, parameters)
+            gradient = gradient * min(1.0, config.clip / float(gradient.norm()))
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            step = first / (1 - 0.9 ** (update + 1)) / ((second / (1 - 0.999 ** (update + 1))).sqrt() + 1e-8)
+            parameters = (parameters - config.learning_rate * step).detach().requires_grad_()
+
+
+def test_kl_by_hand():
+    mean, log_scale = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert kl_to_standard_normal(mean, log_scale).item() == pytest.approx((0.5 + (torch.e**2 - 3) / 2) / 2)
+
+
+def test_the_kl_term_pulls_back_to_the_prior(backbone):
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+
+    def drift(kl_weight):
+        config = ProprioRefineConfig(updates=6, learning_rate=0.05, kl_weight=kl_weight)
+        found = refine(backbone, conditioning, noise, FEW, config, score=lambda z: z.flatten(1).mean(dim=1))
+        return kl_to_standard_normal(found.mean, found.log_scale)
+
+    assert (drift(10.0) < drift(0.0)).all()
+
+
+class Live(TorchDispatchMode):
+    """Largest number of bytes of tensor storage that operations made and that was alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, size):
+        self.now -= size
+
+
+def peak(backbone, steps, draws):
+    """Bytes at the peak of one update."""
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    config = ProprioRefineConfig(updates=1, levels=1, draws=draws)
+    with Live() as live:
+        refine(backbone, conditioning, noise, SamplerConfig(steps=steps, guidance=1.0), config)
+    return live.peak
+
+
+def test_memory_is_that_of_one_network_pass(backbone, monkeypatch):
+    latents = noise_for(backbone).nbytes
+    few, many, drawn = peak(backbone, 1, 1), peak(backbone, 6, 1), peak(backbone, 1, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(proprio, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+        held, held_drawn = peak(backbone, 6, 1), peak(backbone, 1, 6)
+    assert (many - few) / 5 <= 2 * latents and (drawn - few) / 5 <= 2 * latents
+    assert (held - many) / 5 > 20 * latents and (held_drawn - drawn) / 5 > 20 * latents  # what it would be otherwise
+
+
+def test_the_networks_own_checkpoints_may_be_on(backbone):
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    config = ProprioRefineConfig(updates=2, learning_rate=0.02, **QUICK)
+    without = refine(backbone, conditioning, noise, FEW, config)
+    backbone.transformer.enable_gradient_checkpointing()
+    try:
+        within = refine(backbone, conditioning, noise, FEW, config)
+    finally:
+        backbone.transformer.disable_gradient_checkpointing()
+    assert torch.equal(without.trace, within.trace)
+
+
+def test_what_does_not_fit_is_named(backbone):
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    with pytest.raises(ValueError, match=r"noise of shape \(1, .* with 2 conditionings"):
+        refine(backbone, conditioning, noise[:1], FEW, ProprioRefineConfig())
+    with pytest.raises(ValueError, match="needs the encoded negative prompt"):
+        refine(backbone, conditioning, noise, SamplerConfig(steps=2), ProprioRefineConfig())
+    with pytest.raises(ValueError, match="the score gave .*nan"):
+        refine(
+            backbone, conditioning, noise, FEW, ProprioRefineConfig(), score=lambda z: z.sum((1, 2, 3, 4)) * torch.nan
+        )
+    for bad in ({"updates": -1}, {"clip": 0}, {"kl_weight": -1}, {"t_max": 1.0}, {"score": "x"}, {"mixing": 2}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ProprioRefineConfig(**bad)
+
+
+def test_the_global_random_generator_is_left_alone(backbone):
+    before = torch.get_rng_state()
+    conditioning = Conditioning(conditioning_of(backbone).text)
+    refine(backbone, conditioning, noise_for(backbone), FEW, ProprioRefineConfig(updates=1, **QUICK))
+    assert torch.equal(before, torch.get_rng_state())

@@ -148,21 +148,24 @@ def preference(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, defaults, "gdpo")
 
 
-W_PIX, W_SEM, W_SELF = 10.0, 1.0, 1.0  # of the physics rows on SFT; on PhyGDPO times its own anchor, objective.w_fm
+W_PIX, W_SEM, W_SELF = 10.0, 1.0, 10.0  # beside SFT's flow error, whose weight is 1
+# On PhyGDPO, whose anchor weighs the same error by 200: what a quarter of it did was better than the whole.
+ON_GDPO = {"physics.w_pix": 50.0, "physics.w_sem": 50.0, "self_score.weight": 200.0}
 MIDDLE, BLOCKS = 3, (0, 1, 2, 4, 5)  # of the sandbox's six blocks
-WEIGHT_FACTORS = (1 / 10, 1 / 3, 3, 10)
+FACTORS = (1 / 10, 10)
+SELF_FACTORS = (1 / 3, 3)
 
 
 def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
-    """The physics rows. On PhyGDPO the terms' weights are multiplied by the anchor's, so that they stand to the
-    winner's flow error as they do in SFT."""
-    anchor = recipe["objective"].get("w_fm", 0.0) or 1.0
+    """The physics rows; all train on the same clips. The self-score is asked every step: the networks are small."""
 
     def row(name: str, label: str, *, pix: float = 0, sem: float = 0, own: float = 0, more=(), **options) -> Row:
         trainer = "train.sft" if name.startswith("sft") else "train.gdpo"
-        scale = anchor if trainer == "train.gdpo" else 1.0
         weights = {"physics.w_pix": pix, "physics.w_sem": sem, "self_score.weight": own}
-        overrides = tuple(f"{key}={value * scale:g}" for key, value in weights.items() if value)
+        if trainer == "train.gdpo":
+            weights = {key: value * ON_GDPO[key] for key, value in weights.items()}
+        overrides = [f"{key}={value:g}" for key, value in weights.items() if value]
+        overrides += ["self_score.every=1"] if own else []
         against = "sft" if trainer == "train.sft" else "gdpo"
         return Row(name, label, trainer, (*overrides, *more), **{"groups": "targets", "against": against} | options)
 
@@ -181,6 +184,7 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
         row("sft_sem_everywhere", "SFT + relations of all tokens", sem=W_SEM, **everywhere),
         row("sft_both_everywhere", "SFT + both, everywhere", **both, **everywhere, paper=(("PF5", "everywhere"),)),
         row("sft_self", "SFT + self-score", own=W_SELF),
+        row("sft_all", "SFT + all three", **both, own=W_SELF),
         row("gdpo", "PhyGDPO (recipe)"),
         row("gdpo_both", "PhyGDPO + both", **both),
         row("gdpo_self", "PhyGDPO + self-score", own=W_SELF),
@@ -188,10 +192,12 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     ]
     for block in BLOCKS:
         rows.append(swept(f"sft_block_{block}", "block", block, **both, more=(f"physics.block={block}",)))
-    for factor in WEIGHT_FACTORS:
+    for factor in FACTORS:
         rows.append(swept(f"sft_pix_x{factor:.2g}", "w_pix", W_PIX * factor, pix=W_PIX * factor, sem=W_SEM))
-    for factor in WEIGHT_FACTORS:
+    for factor in FACTORS:
         rows.append(swept(f"sft_sem_x{factor:.2g}", "w_sem", W_SEM * factor, pix=W_PIX, sem=W_SEM * factor))
+    for factor in SELF_FACTORS:
+        rows.append(row(f"sft_self_x{factor:.2g}", f"SFT + self-score x {factor:.2g}", own=W_SELF * factor))
     return Suite({row.name: row for row in rows}, {"block": MIDDLE, "w_pix": W_PIX, "w_sem": W_SEM}, "sft_both")
 
 

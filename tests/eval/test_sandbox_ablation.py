@@ -313,11 +313,15 @@ def test_the_papers_figures():
     assert overall["lam_0.3"] == [0.1592] and overall["lam_0.9"] == []
 
 
-def test_the_physics_terms_stand_to_the_flow_error_alike_in_both_trainers():
-    """PhyGDPO's anchor weighs the winner's flow error by w_fm = 200, SFT by 1."""
-    weights = {name: dict(pair.split("=") for pair in PHYSICS[name].overrides) for name in ("sft_both", "gdpo_all")}
-    for key in ("physics.w_pix", "physics.w_sem"):
-        assert float(weights["gdpo_all"][key]) == 200 * float(weights["sft_both"][key]) > 0
+def test_the_physics_rows_differ_in_their_terms_alone():
+    def weights(name):
+        return dict(pair.split("=") for pair in PHYSICS[name].overrides)
+
+    both = {"physics.w_pix": "10", "physics.w_sem": "1"}
+    own = {"self_score.weight": "10", "self_score.every": "1"}
+    assert weights("sft_both") == both and weights("sft_self") == own and weights("sft_all") == both | own
+    assert weights("sft") == weights("gdpo") == {}
+    assert weights("gdpo_all") == {"physics.w_pix": "500", "physics.w_sem": "50"} | own | {"self_score.weight": "2000"}
     assert PHYSICS["gdpo_all"].against == "gdpo" and PHYSICS["sft_both"].against == "sft"
     trained = [row for row in PHYSICS.values() if row.trainer]
     assert {row.groups for row in trained} == {"targets", "everywhere"}  # all rows train on the same clips

@@ -340,6 +340,7 @@ def simulated(model: Path, output: Path, *more: str) -> list[str]:
     return arguments(model, Path("sandbox:mixed:6"), output, *settings)
 
 
+@pytest.mark.slow
 def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypatch):
     asked = []
     real = stages.load_backbone
@@ -373,6 +374,7 @@ def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypa
     assert all(key not in other or not torch.equal(other[key].winner, groups[key].winner) for key in groups)
 
 
+@pytest.mark.slow
 def test_simulated_clips_with_losers_and_in_one_batch_or_several(model, tmp_path):
     build.main(simulated(model, tmp_path / "three"))
     build.main(simulated(model, tmp_path / "one", "pipeline.encode_batch=1"))
@@ -411,6 +413,7 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
     assert (mixed[first].losers_info[1].semantic, mixed[first].losers_info[1].physical) == (0.25, 0.75)
 
 
+@pytest.mark.slow
 def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
     more = ("pipeline.targets.tracks=simulator", "pipeline.targets.grid=4", "pipeline.num_losers=0")
     build.main(simulated(model, tmp_path / "out", *more))
@@ -496,6 +499,7 @@ def test_dry_run_needs_no_model_at_all(built, capsys):
     assert "latent shape        (16, 21, 60, 104)" in printed and "tokens              32760" in printed
 
 
+@pytest.mark.slow
 def test_stages_run_alone_and_in_ranges_and_leave_tables(built, model, tmp_path, capsys):
     def run(stage):
         build.main(arguments(model, built / "clips.csv", tmp_path / "out", f"pipeline.stage={stage}"))

@@ -104,6 +104,7 @@ def test_the_difficult_are_taken_more_often(model, manifest, judge, tmp_path, ca
     assert "actions before and after" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_made_again(model, manifest, judge, tmp_path, monkeypatch):
     output = tmp_path / "out"
     run(model, manifest, output)

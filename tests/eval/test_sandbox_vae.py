@@ -71,6 +71,7 @@ def thin(monkeypatch):
     monkeypatch.setitem(ARCHITECTURE, "base_dim", 8)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_and_repeats_itself(thin):
     clips = simulate("mixed", 4, torch.Generator().manual_seed(9))
     state = torch.random.get_rng_state()

@@ -89,6 +89,7 @@ def test_running_again_computes_nothing_and_another_scorer_is_all_that_is_added(
     assert all(before[path] == time for path, time in after.items())
 
 
+@pytest.mark.slow
 def test_other_settings_make_other_candidates(searched, tmp_path):
     folder, _ = searched
     arguments = [*COMMON, f"backbone.path={folder / 'model'}", "search.scorers=[most_motion]"]

@@ -254,6 +254,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(tiny, trained, tmp_path_fac
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_validation_clips_compare_with_the_same_base(tiny, tmp_path, monkeypatch):
     pairs = []  # (base, tuned) frames in the order made: two prompts at steps 0, 2, 4 and 5
     side_by_side = train.validation.side_by_side

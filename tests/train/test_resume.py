@@ -100,6 +100,7 @@ def test_other_ranks_go_on_with_the_same_stream(tiny, tmp_path, world):
     assert [t for round_ in zip(*(times(rank, world, 4) for rank in range(world)), strict=True) for t in round_] == one
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tiny, tmp_path, twelve_steps):
     """SIGKILL at seeded moments, each time past the start of the loop; every step writes a checkpoint."""
     delays, kills = random.Random(0), 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.search.candidates import Candidates
+from eval.search.world_model import WorldModel
 
 
 @dataclass
@@ -33,8 +34,6 @@ class Surprise:
 
     def __call__(self, candidates: Candidates) -> Tensor:
         if self.model is None:
-            from eval.search.world_model import WorldModel  # only where it is used: it brings V-JEPA along
-
             self.model = WorldModel(self.config.path, self.device)
         config = self.config
         with torch.no_grad():

@@ -271,21 +271,32 @@ def _apply(stage: Stage, settings: Settings, frozen: Frozen, inputs: tuple[Tenso
     return stage.run(settings, frozen, adapters, *inputs)
 
 
+class Graphs:
+    """`forward` and `backward` for one level; all blocks of the level share them."""
+
+    def __init__(self, settings: Settings, keep: tuple[str, ...], compiled: bool):
+        def run_forward(frozen, adapters, hidden):
+            return forward(settings, keep, frozen, adapters, hidden)
+
+        def run_backward(frozen, adapters, hidden, kept, grad):
+            return backward(settings, keep, frozen, adapters, hidden, kept, grad)
+
+        wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda function: function
+        self.forward, self.backward = wrap(run_forward), wrap(run_backward)
+
+
 class FusedBlock:
     """Stands in for one block's `forward`; what it computes with are the block's own parameters.
 
     Called as diffusers calls a block. Under ZeRO-3 the block's hooks gather it as a whole before either pass.
     """
 
-    def __init__(self, block: nn.Module, switch: LoraSwitch, settings: Settings, keep: tuple[str, ...], compiled: bool):
+    def __init__(self, block: nn.Module, switch: LoraSwitch, graphs: Graphs):
         self.parameters = dict(block.named_parameters())
         self.state = switch.state
         layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, SwitchedLinear)}
         self.adapters = {name: (layer.lora_down, layer.lora_up) for name, layer in layers.items()}
-        self.keep = keep
-        wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda function: function
-        self.run_forward = wrap(partial(forward, settings, keep))
-        self.run_backward = wrap(partial(backward, settings, keep))
+        self.graphs = graphs
 
     def __call__(self, hidden: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         flat = [weight for pair in self.adapters.values() for weight in pair]
@@ -295,6 +306,7 @@ class FusedBlock:
         return self.parameters | {"text": text, "temb": temb, "cos": cos, "sin": sin, "gate": gate}
 
     def pairs(self, flat: tuple[Tensor, ...]) -> Adapters:
+        flat = tuple(weight.detach() for weight in flat)
         return dict(zip(self.adapters, zip(flat[::2], flat[1::2], strict=True), strict=True))
 
 
@@ -302,7 +314,8 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: FusedBlock, gate, hidden, text, temb, cos, sin, *flat) -> Tensor:
         frozen = block.frozen(text, temb, cos, sin, gate)
-        output, kept = block.run_forward(frozen, block.pairs(flat), hidden)
+        # Detached: whether an input requires a gradient is part of what a graph is compiled for.
+        output, kept = block.graphs.forward(frozen, block.pairs(flat), hidden.detach())
         ctx.block = block
         ctx.save_for_backward(gate, hidden, text, temb, cos, sin, *flat, *kept)
         return output
@@ -314,8 +327,8 @@ class _BlockFunction(torch.autograd.Function):
         gate, hidden, text, temb, cos, sin, *rest = ctx.saved_tensors
         count = 2 * len(block.adapters)
         frozen = block.frozen(text, temb, cos, sin, gate)
-        hidden_grad, adapter_grads = block.run_backward(
-            frozen, block.pairs(tuple(rest[:count])), hidden, rest[count:], grad.contiguous()
+        hidden_grad, adapter_grads = block.graphs.backward(
+            frozen, block.pairs(rest[:count]), hidden.detach(), list(rest[count:]), grad.contiguous()
         )
         flat = [weight for name in block.adapters for weight in adapter_grads[name]]
         return None, None, hidden_grad, None, None, None, None, *flat
@@ -351,5 +364,6 @@ def fuse_blocks(network: nn.Module, switch: LoraSwitch, levels: list[int], *, co
     """Replace every block's forward; `levels` says for each what it keeps (index of LEVELS). Hooks stay outside."""
     block = network.blocks[0]
     settings = Settings(block.attn1.heads, block.norm1.eps, KERNELS[kernel_name(network)])
+    graphs = {level: Graphs(settings, LEVELS[level], compiled) for level in set(levels)}
     for block, level in zip(network.blocks, levels, strict=True):
-        block.forward = FusedBlock(block, switch, settings, LEVELS[level], compiled)
+        block.forward = FusedBlock(block, switch, graphs[level])

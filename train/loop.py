@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import recipes
-from train import checkpoint, export, parallel
+from train import checkpoint, export, memory, parallel
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
+from train.backbones.fused_block import fuse_blocks, unfit
 from train.checkpoint import Trainable
 from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream, Sample, positions
@@ -50,6 +51,9 @@ class TrainConfig:
     pairs_per_pass: int = 1  # groups in one network pass, per GPU; 1 keeps one sample's activations at a time
     activation_checkpointing: bool = True  # keep only each block's input, recompute the rest in backward
     compile: bool = False  # torch.compile the transformer block, once for all layers
+    # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed (the
+    # least is what activation_checkpointing keeps). 0: nine tenths of the GPU; on a CPU no limit.
+    memory_budget_gib: float = 0.0
     num_workers: int = 2  # loader processes per GPU
     checkpoint_every: int = 200  # steps
     keep_checkpoints: int = 3  # newest checkpoints kept
@@ -282,7 +286,17 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
 
 
 def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) -> None:
-    """Switch on activation checkpointing and compilation, as configured."""
+    """Switch on activation checkpointing and compilation, as configured.
+
+    Raises ValueError for a negative memory budget.
+    """
+    if config.memory_budget_gib < 0:
+        raise ValueError(
+            f"train.memory_budget_gib={config.memory_budget_gib}: give GiB per GPU, or 0: what the GPU has"
+        )
+    if config.compile and not unfit(network, switch):
+        fuse_blocks(network, switch, memory.plan(network, switch.parameters(), config))
+        return
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
     if config.compile:

@@ -20,7 +20,7 @@ timestep embeddings get none, and there is no second derivative.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -281,7 +281,7 @@ class Graphs:
         def run_backward(frozen, adapters, hidden, kept, grad):
             return backward(settings, keep, frozen, adapters, hidden, kept, grad)
 
-        wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda function: function
+        wrap = partial(torch.compile, dynamic=False) if compiled else lambda function: function
         self.forward, self.backward = wrap(run_forward), wrap(run_backward)
 
 
@@ -291,16 +291,17 @@ class FusedBlock:
     Called as diffusers calls a block. Under ZeRO-3 the block's hooks gather it as a whole before either pass.
     """
 
-    def __init__(self, block: nn.Module, switch: LoraSwitch, graphs: Graphs):
+    def __init__(self, block: nn.Module, switch: LoraSwitch, choose: Callable[[torch.Size], Graphs]):
         self.parameters = dict(block.named_parameters())
         self.state = switch.state
         layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, SwitchedLinear)}
         self.adapters = {name: (layer.lora_down, layer.lora_up) for name, layer in layers.items()}
-        self.graphs = graphs
+        self.choose = choose
 
     def __call__(self, hidden: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         flat = [weight for pair in self.adapters.values() for weight in pair]
-        return _BlockFunction.apply(self, self.state.gate, hidden, text, temb, *rotary, *flat)
+        graphs = self.choose(hidden.shape)
+        return _BlockFunction.apply(self, graphs, self.state.gate, hidden, text, temb, *rotary, *flat)
 
     def frozen(self, text: Tensor, temb: Tensor, cos: Tensor, sin: Tensor, gate: Tensor) -> Frozen:
         return self.parameters | {"text": text, "temb": temb, "cos": cos, "sin": sin, "gate": gate}
@@ -312,11 +313,11 @@ class FusedBlock:
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block: FusedBlock, gate, hidden, text, temb, cos, sin, *flat) -> Tensor:
+    def forward(ctx: Any, block: FusedBlock, graphs: Graphs, gate, hidden, text, temb, cos, sin, *flat) -> Tensor:
         frozen = block.frozen(text, temb, cos, sin, gate)
         # Detached: whether an input requires a gradient is part of what a graph is compiled for.
-        output, kept = block.graphs.forward(frozen, block.pairs(flat), hidden.detach())
-        ctx.block = block
+        output, kept = graphs.forward(frozen, block.pairs(flat), hidden.detach())
+        ctx.block, ctx.graphs = block, graphs
         ctx.save_for_backward(gate, hidden, text, temb, cos, sin, *flat, *kept)
         return output
 
@@ -327,11 +328,11 @@ class _BlockFunction(torch.autograd.Function):
         gate, hidden, text, temb, cos, sin, *rest = ctx.saved_tensors
         count = 2 * len(block.adapters)
         frozen = block.frozen(text, temb, cos, sin, gate)
-        hidden_grad, adapter_grads = block.graphs.backward(
+        hidden_grad, adapter_grads = ctx.graphs.backward(
             frozen, block.pairs(rest[:count]), hidden.detach(), list(rest[count:]), grad.contiguous()
         )
         flat = [weight for name in block.adapters for weight in adapter_grads[name]]
-        return None, None, hidden_grad, None, None, None, None, *flat
+        return None, None, None, hidden_grad, None, None, None, None, *flat
 
 
 def unfit(network: nn.Module, switch: Any) -> str:
@@ -360,10 +361,16 @@ def kernel_name(network: nn.Module) -> str | None:
     return {"_native_cudnn": "cudnn", None: "flash", "native": "flash", "_native_flash": "flash"}.get(name)
 
 
-def fuse_blocks(network: nn.Module, switch: LoraSwitch, levels: list[int], *, compiled: bool = True) -> None:
-    """Replace every block's forward; `levels` says for each what it keeps (index of LEVELS). Hooks stay outside."""
+def fuse_blocks(
+    network: nn.Module, switch: LoraSwitch, plan: Callable[[torch.Size], list[int]], *, compiled: bool = True
+) -> None:
+    """Replace every block's forward. Hooks stay outside the graphs.
+
+    `plan` gives, for hidden states of shape (B, N, D), each block's index of LEVELS: asked once a shape.
+    """
     block = network.blocks[0]
     settings = Settings(block.attn1.heads, block.norm1.eps, KERNELS[kernel_name(network)])
-    graphs = {level: Graphs(settings, LEVELS[level], compiled) for level in set(levels)}
-    for block, level in zip(network.blocks, levels, strict=True):
-        block.forward = FusedBlock(block, switch, graphs[level])
+    graphs = [Graphs(settings, keep, compiled) for keep in LEVELS]
+    plan = cache(plan)
+    for index, block in enumerate(network.blocks):
+        block.forward = FusedBlock(block, switch, lambda shape, index=index: graphs[plan(shape)[index]])

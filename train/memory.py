@@ -1,0 +1,98 @@
+"""Which block keeps what for its backward pass, so that a step's peak stays within a budget.
+
+Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden state) and w = u ffn / width:
+
+    peak = resident + 4 adapters + sum over blocks of kept(level) + workspace(highest level)
+
+`resident` is what is allocated before the first step; four times the adapters' bytes are AdamW's two moments and two
+sets of gradients. Kept: its input, and by `train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp),
+three more hidden states (3 u), everything (3 u + w). The workspace, fitted to measured peaks, is what one block's
+backward pass holds besides: it recomputes less the more was kept.
+
+Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
+the backward pass starts, and a block that kept more needs less workspace.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GIB = 2**30
+WORKSPACE = (16.0, 13.0, 11.0, 9.0)  # hidden states u, by level
+WIDE_WORKSPACE = 2.5  # feed-forward activations w
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the bytes. `hidden_bytes` of one number; `tokens` of all clips in one pass."""
+
+    tokens: int
+    width: int
+    ffn: int
+    heads: int
+    blocks: int
+    hidden_bytes: int = 2
+
+    @property
+    def hidden(self) -> int:
+        return self.tokens * self.width * self.hidden_bytes
+
+    @property
+    def wide(self) -> int:
+        return self.tokens * self.ffn * self.hidden_bytes
+
+    def kept(self, level: int) -> int:
+        """Bytes that one block keeps, its input included."""
+        attention = self.hidden + 4 * self.tokens * self.heads
+        return self.hidden + (0, attention, attention + 3 * self.hidden, attention + 6 * self.hidden + self.wide)[level]
+
+    def workspace(self, level: int) -> float:
+        """Bytes that a block's backward pass holds beside what was kept."""
+        return WORKSPACE[level] * self.hidden + WIDE_WORKSPACE * self.wide
+
+
+def predict(sizes: Sizes, levels: list[int]) -> float:
+    """Bytes of activations at the peak, when the last block's backward pass runs."""
+    return sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1])
+
+
+def choose_levels(sizes: Sizes, available: float) -> list[int]:
+    """A level for each block whose predicted activations fit `available` bytes; all 0 where nothing does.
+
+    More bytes never lower a block's level.
+    """
+    levels = [0] * sizes.blocks
+    for level in (1, 2, 3):
+        for index in reversed(range(sizes.blocks)):
+            raised = [*levels[:index], level, *levels[index + 1 :]]
+            if predict(sizes, raised) > available:
+                return levels
+            levels = raised
+    return levels
+
+
+def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[torch.Size], list[int]]:
+    """Levels of a Wan network's blocks for hidden states of a shape (B, N, D), by the train section `config`.
+
+    Call it when everything but the optimizer is in place: what is allocated now counts as resident.
+    """
+    device = adapters[0].device
+    trained = sum(weight.numel() * weight.element_size() for weight in adapters)
+    budget = config.memory_budget_gib * GIB
+    if device.type == "cuda":
+        available = (budget or 0.9 * torch.cuda.mem_get_info(device)[1]) - torch.cuda.memory_allocated(device)
+    else:
+        weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
+        available = (budget or float("inf")) - weights - trained
+    available -= 4 * trained
+
+    def levels(shape: torch.Size) -> list[int]:
+        shapes = network.config
+        blocks, dtype = shapes.num_layers, network.dtype
+        sizes = Sizes(shape[0] * shape[1], shape[2], shapes.ffn_dim, shapes.num_attention_heads, blocks, dtype.itemsize)
+        return choose_levels(sizes, available if config.activation_checkpointing else float("inf"))
+
+    return levels

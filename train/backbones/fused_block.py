@@ -103,7 +103,7 @@ def _linear(frozen: Frozen, adapters: Adapters, name: str, x: Tensor) -> Tensor:
 
 
 def _modulation(frozen: Frozen, index: int) -> Tensor:
-    """Row `index` of (shift, scale, gate) x (self-attention, feed-forward), float32, (B, 1, D) or, a token, (B, N, D)."""
+    """Row `index` of shift, scale, gate (self-attention, then feed-forward): float32 (B, 1, D) or (B, N, D)."""
     temb = frozen["temb"]  # (B, 6, D) or (B, N, 6, D)
     row = temb[..., index, :].float() + frozen["scale_shift_table"][:, index]
     return row.unsqueeze(1) if temb.ndim == 3 else row

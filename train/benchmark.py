@@ -11,7 +11,10 @@ arithmetic limit is counted, without recomputation, at the ceilings' rates:
     pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =
     W / matrix + 2.5 A / backward
 
-Results go to `<output>/benchmark.json`. Seconds are medians over `benchmark.repeats` steps after a first one,
+The ceilings are measured twice: in a burst of a few products, as a cool chip runs them, and `sustained` over seconds,
+at which the chip's power limit lowers its clock; the limit is counted at either.
+
+Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`), and `.png`. Seconds are medians over `benchmark.repeats` steps after a first one,
 optimizer included.
 """
 
@@ -22,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +41,14 @@ from losses.preference import pairwise_bound
 from train import gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
+from train.breakdown import draw_chart, where_time_goes
 from train.loop import Policy, prepare_network
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
 from train.tracking import peak_memory_gib, transformer_flops
 
 PARTS = ("ceilings", "plain", "ours", "groupwise", "copy")
+KINDS = ("", "_sustained")  # of ceilings
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
 
@@ -102,6 +108,7 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
 
     left, right = random(tokens, width), random(width, ffn)
     rates = {"matrix": 2 * tokens * width * ffn / seconds(lambda: left @ right, backbone.device, 10) / 1e12}
+    rates["matrix_sustained"] = 2 * tokens * width * ffn / sustained(lambda: left @ right, backbone.device) / 1e12
     query, key, value = (random(1, heads, tokens, size).requires_grad_() for _ in range(3))
     flops = 4 * tokens**2 * width
     for name, backend in BACKENDS.items():
@@ -111,35 +118,35 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
             with sdpa_kernel(backend):
                 with torch.no_grad():
                     forward = seconds(lambda: F.scaled_dot_product_attention(query, key, value), backbone.device, 5)
+                    slower = sustained(lambda: F.scaled_dot_product_attention(query, key, value), backbone.device)
                 out = F.scaled_dot_product_attention(query, key, value)
                 grad = torch.randn_like(out)
-                backward = seconds(
-                    lambda out=out, grad=grad: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True),
-                    backbone.device,
-                    5,
-                )
+                run = partial(torch.autograd.grad, out, (query, key, value), grad, retain_graph=True)
+                backward, slower_backward = seconds(run, backbone.device, 5), sustained(run, backbone.device)
         except RuntimeError as error:
             print(f"attention kernel {name} does not run here: {str(error).splitlines()[0]}")
             continue
         rates[f"attention_{name}"] = flops / forward / 1e12
         rates[f"attention_{name}_backward"] = 2.5 * flops / backward / 1e12
+        rates[f"attention_{name}_sustained"] = flops / slower / 1e12
+        rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / slower_backward / 1e12
     names = [name for name in BACKENDS if f"attention_{name}" in rates]
-    rates["attention"] = max(rates[f"attention_{name}"] for name in names)
-    rates["attention_backward"] = max(rates[f"attention_{name}_backward"] for name in names)
+    for kind in ("", "_backward", "_sustained", "_backward_sustained"):
+        rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in names)
     return rates
 
 
-def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips: int) -> float:
-    """Seconds of a step over `clips` clips at the measured rates, nothing recomputed, nothing but matrix products and
-    attention."""
+def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips: int, kind: str = "") -> float:
+    """Seconds of a step over `clips` clips at the measured rates (`kind`: "" or "_sustained"), nothing recomputed,
+    nothing but matrix products and attention."""
     network, video = backbone.architecture["transformer"], config.video
     width = network["num_attention_heads"] * network["attention_head_dim"]
     tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
     matrix, attention = transformer_flops(
         tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"]
     )
-    forward = matrix / rates["matrix"] + attention / rates["attention"]
-    backward = matrix / rates["matrix"] + 2.5 * attention / rates["attention_backward"]
+    forward = matrix / rates[f"matrix{kind}"] + attention / rates[f"attention{kind}"]
+    backward = matrix / rates[f"matrix{kind}"] + 2.5 * attention / rates[f"attention_backward{kind}"]
     return clips * (2 * forward + backward) / 1e12
 
 
@@ -213,8 +220,9 @@ def _preference_step(config: Config, policy: Policy, losers: int) -> dict[str, f
 
     measured = time_step(run, config, policy.backbone.device)
     return measured | {
-        "untrained_gap": gaps[0]
-    }  # before the first update policy and reference are equal, so this should be 0
+        "untrained_gap": gaps[0],  # before the first update policy and reference are equal, so this should be 0
+        "time": where_time_goes(run, policy.backbone.device),
+    }
 
 
 def plain(config: Config, backbone: Backbone) -> dict[str, float]:
@@ -267,7 +275,7 @@ def plain(config: Config, backbone: Backbone) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return time_step(run, config, backbone.device)
+    return time_step(run, config, backbone.device) | {"time": where_time_goes(run, backbone.device)}
 
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int, *, warmup: int = 2) -> float:
@@ -281,6 +289,18 @@ def seconds(run: Callable[[], Any], device: torch.device, repeats: int, *, warmu
         if index >= warmup:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def sustained(run: Callable[[], Any], device: torch.device, *, span: float = 1.5) -> float:
+    """Mean wall seconds of `run` in the second half of `span` seconds (on a CPU of two runs) without a pause."""
+    repeats = max(2, round(span / seconds(run, device, 1, warmup=0))) if device.type == "cuda" else 2
+    for index in range(repeats):
+        if index == repeats // 2:
+            _synchronize(device)
+            start = time.perf_counter()
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - start) / (repeats - repeats // 2)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -319,20 +339,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         backbone = load_backbone(config.backbone, device, parts=("expert",))
         if part == "ceilings":
             rates = measure_ceilings(config, backbone)
-            results[part] = rates | {"pair_limit_seconds": limit(config, backbone, rates, clips=2)}
+            both = {f"pair_limit{kind}_seconds": limit(config, backbone, rates, clips=2, kind=kind) for kind in KINDS}
+            results[part] = rates | both
         else:
             results[part] = measures[part](config, backbone)
             if "ceilings" in results:
                 clips = 1 + config.benchmark.losers if part == "groupwise" else 2
                 results[part]["limit_seconds"] = limit(config, backbone, results["ceilings"], clips=clips)
-        print(part, "  ".join(f"{key} {value:.4g}" for key, value in results[part].items()), flush=True)
+        measured = results[part] | results[part].get("time", {})
+        numbers = (f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, int | float))
+        print(part, "  ".join(numbers), flush=True)
         path.write_text(json.dumps(results, indent=1), encoding="utf-8")
         del backbone
         gc.collect()
         torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print(f"wrote {path}")
+    draw_chart(results, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
     return results
 
 

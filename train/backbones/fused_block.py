@@ -1,22 +1,22 @@
-"""Wan's transformer block as seven stages of plain tensor functions, compiled whole, with a backward pass of our own.
+"""Wan's transformer block as stages of plain tensor functions, compiled whole, with a backward pass of our own.
 
-    modulated norm -> q, k, v -> rotary -> attention -> out, gate -> cross-attention -> feed-forward, gate
+    norm, modulation -> q, k, v -> rotary -> attention -> out -> gate -> cross-attention -> feed-forward -> gate
 
 Why not diffusers' block under `torch.compile` and `torch.utils.checkpoint`: that recomputes the whole block, attention
 and the last product included, runs the reference in grad mode, and keeps either nothing or everything. Here
 
 - the forward pass is one graph without autograd, whatever the grad mode: policy and reference share it bit for bit;
 - the backward pass is one graph too: it recomputes only what was not kept and what a gradient needs (never the last
-  product of the feed-forward), stage by stage with `torch.func.vjp`;
+  product of the feed-forward). Products and attention are differentiated by hand, the rest by `torch.func.vjp`;
 - what a block keeps is a level of LEVELS, chosen for each block (`train.memory`), least memory for most time first.
 
 Both graphs take weights and adapters as arguments, so that one compilation serves all blocks. The adapters' gate is an
 argument as well and is remembered with the pass: backward recomputes with the switch as it stood in forward.
 
 The arithmetic is that of diffusers' WanTransformerBlock (0.42): norms, modulation and gates in float32, products in
-the weights' dtype. Two roundings to that dtype are left out, after the norm of queries and keys and after each product
-that is gated, which are float32 inside one kernel here. Gradients flow to the hidden states and the adapters; text and
-timestep embeddings get none, and there is no second derivative.
+the weights' dtype. Two roundings to that dtype are left out, after the norm of queries and keys and before each gate,
+where one kernel holds the float32 value. Gradients flow to the hidden states and the adapters; text and timestep
+embeddings get none, and there is no second derivative.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.backbones import float8
 from train.lora_switch import LoraSwitch, SwitchedLinear
 
 Frozen = dict[str, Tensor]  # the block's weights by name, and text, temb, cos, sin, gate
@@ -89,17 +90,10 @@ class Settings(NamedTuple):
     heads: int
     eps: float
     kernel: Kernel
+    float8: bool = False
 
 
-# Stages. Hidden states are (B, N, D); B batch, N tokens, D width, L text tokens, R rank.
-
-
-def _linear(frozen: Frozen, adapters: Adapters, name: str, x: Tensor) -> Tensor:
-    y = F.linear(x, frozen[f"{name}.weight"], frozen[f"{name}.bias"])
-    if name not in adapters:
-        return y
-    down, up = adapters[name]
-    return y + F.linear(F.linear(x, down.to(x.dtype)), (up * frozen["gate"]).to(x.dtype))
+# Stages between products. Hidden states are (B, N, D); B batch, N tokens, D width, L text tokens, R rank.
 
 
 def _modulation(frozen: Frozen, index: int) -> Tensor:
@@ -107,10 +101,6 @@ def _modulation(frozen: Frozen, index: int) -> Tensor:
     temb = frozen["temb"]  # (B, 6, D) or (B, N, 6, D)
     row = temb[..., index, :].float() + frozen["scale_shift_table"][:, index]
     return row.unsqueeze(1) if temb.ndim == 3 else row
-
-
-def _norm(settings: Settings, x: Tensor) -> Tensor:
-    return F.layer_norm(x.float(), x.shape[-1:], eps=settings.eps)
 
 
 def _heads(settings: Settings, x: Tensor) -> Tensor:
@@ -124,103 +114,164 @@ def _root_mean_square_norm(settings: Settings, x: Tensor, weight: Tensor) -> Ten
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + settings.eps) * weight.float()
 
 
-def _project(settings: Settings, frozen: Frozen, adapters: Adapters, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x = (_norm(settings, hidden) * (1 + _modulation(frozen, 1)) + _modulation(frozen, 0)).to(hidden.dtype)
-    names = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-    outputs = {n: F.linear(x, frozen[f"{n}.weight"], frozen[f"{n}.bias"]) for n in names}
-    adapted = [name for name in names if name in adapters]
-    if adapted:  # one reading of x for all down-projections
-        downs = F.linear(x, torch.cat([adapters[name][0] for name in adapted]).to(x.dtype))  # (B, N, sum of R)
-        parts = downs.split([adapters[name][0].shape[0] for name in adapted], dim=-1)
-        for name, part in zip(adapted, parts, strict=True):
-            outputs[name] = outputs[name] + F.linear(part, (adapters[name][1] * frozen["gate"]).to(x.dtype))
-    return tuple(outputs[name] for name in names)
+def _modulated_norm(first: int):
+    """Layer norm with the modulation's rows `first` (shift) and the next (scale)."""
+
+    def run(settings: Settings, frozen: Frozen, hidden: Tensor) -> Tensor:
+        x = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=settings.eps)
+        return (x * (1 + _modulation(frozen, first + 1)) + _modulation(frozen, first)).to(hidden.dtype)
+
+    return run
 
 
-def _rotate(settings: Settings, frozen: Frozen, adapters: Adapters, query: Tensor, key: Tensor, value: Tensor):
-    """(B, heads, N, D / heads) each; query and key normed over all heads, channel pairs (2i, 2i + 1) rotated."""
-    cos, sin = frozen["cos"], frozen["sin"]  # (1, N, 1, D / heads), each pair's value twice
-    sign = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
+def _gate(index: int):
+    """Residual addition of what a row of the modulation scales."""
 
-    def rotate(x: Tensor, weight: Tensor) -> Tensor:
-        x32 = _root_mean_square_norm(settings, x, weight).unflatten(2, (settings.heads, -1))  # (B, N, heads, D / heads)
-        swapped = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return (x32 * cos + swapped * (sin * sign)).to(x.dtype).transpose(1, 2)
+    def run(settings: Settings, frozen: Frozen, hidden: Tensor, out: Tensor) -> Tensor:
+        return (hidden.float() + out.float() * _modulation(frozen, index)).to(hidden.dtype)
 
-    query, key = rotate(query, frozen["attn1.norm_q.weight"]), rotate(key, frozen["attn1.norm_k.weight"])
-    return query, key, _heads(settings, value)
+    return run
 
 
-def _self_output(settings: Settings, frozen: Frozen, adapters: Adapters, hidden: Tensor, attended: Tensor):
-    out = _linear(frozen, adapters, "attn1.to_out.0", attended.transpose(1, 2).flatten(2))
-    return ((hidden.float() + out * _modulation(frozen, 2)).to(hidden.dtype),)
+def _cross_norm(settings: Settings, frozen: Frozen, hidden: Tensor) -> Tensor:
+    if "norm2.weight" not in frozen:
+        return hidden
+    weight, bias = frozen["norm2.weight"].float(), frozen["norm2.bias"].float()
+    return F.layer_norm(hidden.float(), hidden.shape[-1:], weight, bias, settings.eps).to(hidden.dtype)
 
 
-def _cross_query(settings: Settings, frozen: Frozen, adapters: Adapters, after_self: Tensor):
-    x = after_self
-    if "norm2.weight" in frozen:
-        x = F.layer_norm(x.float(), x.shape[-1:], frozen["norm2.weight"], frozen["norm2.bias"], settings.eps)
-    return (_linear(frozen, adapters, "attn2.to_q", x.to(after_self.dtype)),)
+def _rotate(name: str):
+    """Norm over all heads and rotary embedding of channel pairs (2i, 2i + 1): (B, N, D) -> (B, heads, N, D / heads)."""
+
+    def run(settings: Settings, frozen: Frozen, x: Tensor) -> Tensor:
+        cos, sin = frozen["cos"], frozen["sin"]  # (1, N, 1, D / heads), each pair's value twice
+        sign = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
+        y = _root_mean_square_norm(settings, x, frozen[name]).unflatten(2, (settings.heads, -1))
+        swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return (y * cos + swapped * (sin * sign)).to(x.dtype).transpose(1, 2)
+
+    return run
 
 
-def _cross_output(settings: Settings, frozen: Frozen, adapters: Adapters, after_self: Tensor, cross_query: Tensor):
-    text, dtype = frozen["text"], after_self.dtype  # (B, L, D)
+def _cross_attend(settings: Settings, frozen: Frozen, cross_query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    dtype = cross_query.dtype
     query = _root_mean_square_norm(settings, cross_query, frozen["attn2.norm_q.weight"]).to(dtype)
-    key = _linear(frozen, adapters, "attn2.to_k", text)
     key = _root_mean_square_norm(settings, key, frozen["attn2.norm_k.weight"]).to(dtype)
-    value = _linear(frozen, adapters, "attn2.to_v", text)
     attended, _ = settings.kernel.forward(*(_heads(settings, x) for x in (query, key, value)))
-    return (after_self + _linear(frozen, adapters, "attn2.to_out.0", attended.transpose(1, 2).flatten(2)),)
+    return attended.transpose(1, 2).flatten(2)
 
 
-def _widen(settings: Settings, frozen: Frozen, adapters: Adapters, after_cross: Tensor):
-    x = _norm(settings, after_cross) * (1 + _modulation(frozen, 4)) + _modulation(frozen, 3)
-    return (_linear(frozen, adapters, "ffn.net.0.proj", x.to(after_cross.dtype)),)
+# Products: a frozen linear layer and, where it has one, its gated adapter.
 
 
-def _narrow(settings: Settings, frozen: Frozen, adapters: Adapters, after_cross: Tensor, wide: Tensor):
-    out = _linear(frozen, adapters, "ffn.net.2", F.gelu(wide, approximate="tanh"))
-    return ((after_cross.float() + out.float() * _modulation(frozen, 5)).to(after_cross.dtype),)
+def _products(settings: Settings, frozen: Frozen, adapters: Adapters, layers: tuple[str, ...], x: Tensor):
+    """What the layers make of one input, a tuple of (B, N, out); the adapters read it once."""
+    outputs = {}
+    for name in layers:
+        weight, bias = frozen[f"{name}.weight"], frozen[f"{name}.bias"]
+        outputs[name] = float8.linear(x, weight) + bias if settings.float8 else F.linear(x, weight, bias)
+    for name, down in _down(adapters, layers, x).items():
+        outputs[name] = outputs[name] + F.linear(down, (adapters[name][1] * frozen["gate"]).to(x.dtype))
+    return tuple(outputs.values())
 
 
-class Stage(NamedTuple):
-    run: Callable[..., tuple[Tensor, ...]]
+def _down(adapters: Adapters, layers: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
+    """The adapted layers' down-projections of x, (B, N, R) each."""
+    names = [name for name in layers if name in adapters]
+    if not names:
+        return {}
+    stacked = F.linear(x, torch.cat([adapters[name][0] for name in names]).to(x.dtype))
+    return dict(zip(names, stacked.split([adapters[name][0].shape[0] for name in names], dim=-1), strict=True))
+
+
+def _products_backward(
+    settings: Settings, frozen: Frozen, adapters: Adapters, layers: tuple[str, ...], x: Tensor, grads: list[Tensor]
+) -> tuple[Tensor, Adapters]:
+    """Gradients of x and of the layers' adapters, from those of the layers' outputs."""
+    x_grad, dtype = None, x.dtype
+    for name, grad in zip(layers, grads, strict=True):
+        weight = frozen[f"{name}.weight"]
+        part = float8.linear(grad, weight.t()) if settings.float8 else grad @ weight
+        x_grad = part if x_grad is None else x_grad + part
+    downs = _down(adapters, layers, x)
+    if not downs:
+        return x_grad, {}
+    given = dict(zip(layers, grads, strict=True))
+    down_grads = [given[name] @ (adapters[name][1] * frozen["gate"]).to(dtype) for name in downs]  # (B, N, R) each
+    stacked = torch.cat(down_grads, dim=-1)
+    x_grad = x_grad + stacked @ torch.cat([adapters[name][0] for name in downs]).to(dtype)
+    first = (stacked.flatten(0, 1).t() @ x.flatten(0, 1)).float().split([grad.shape[-1] for grad in down_grads])
+    own = {}
+    for (name, down), down_weight in zip(downs.items(), first, strict=True):
+        up_weight = (given[name].flatten(0, 1).t() @ down.flatten(0, 1)).float() * frozen["gate"]
+        own[name] = (down_weight, up_weight)
+    return x_grad, own
+
+
+class Between(NamedTuple):
+    """A stage that `torch.func.vjp` differentiates: norms, gates, rotary, cross-attention."""
+
+    run: Callable[..., Tensor]
     inputs: tuple[str, ...]
+    output: str
+
+
+class Products(NamedTuple):
+    layers: tuple[str, ...]
+    input: str
     outputs: tuple[str, ...]
-    layers: tuple[str, ...] = ()  # the linear layers inside, which may have adapters
 
 
-ATTEND = Stage(lambda *_: (), ("query_heads", "key_heads", "value_heads"), ("attended", "logsumexp"))
+class Attention(NamedTuple):
+    """Self-attention; its output is (B, N, D)."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, str]
+
+
 STAGES = (
-    Stage(_project, ("hidden",), ("query", "key", "value"), ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
-    Stage(_rotate, ("query", "key", "value"), ("query_heads", "key_heads", "value_heads")),
-    ATTEND,
-    Stage(_self_output, ("hidden", "attended"), ("after_self",), ("attn1.to_out.0",)),
-    Stage(_cross_query, ("after_self",), ("cross_query",), ("attn2.to_q",)),
-    Stage(
-        _cross_output,
-        ("after_self", "cross_query"),
-        ("after_cross",),
-        ("attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-    ),
-    Stage(_widen, ("after_cross",), ("wide",), ("ffn.net.0.proj",)),
-    Stage(_narrow, ("after_cross", "wide"), ("output",), ("ffn.net.2",)),
+    Between(_modulated_norm(0), ("hidden",), "self_input"),
+    Products(("attn1.to_q", "attn1.to_k", "attn1.to_v"), "self_input", ("query", "key", "value")),
+    Between(_rotate("attn1.norm_q.weight"), ("query",), "query_heads"),
+    Between(_rotate("attn1.norm_k.weight"), ("key",), "key_heads"),
+    Between(lambda settings, frozen, value: _heads(settings, value), ("value",), "value_heads"),
+    Attention(("query_heads", "key_heads", "value_heads"), ("attended", "logsumexp")),
+    Products(("attn1.to_out.0",), "attended", ("self_output",)),
+    Between(_gate(2), ("hidden", "self_output"), "after_self"),
+    Between(_cross_norm, ("after_self",), "cross_input"),
+    Products(("attn2.to_q",), "cross_input", ("cross_query",)),
+    Products(("attn2.to_k", "attn2.to_v"), "text", ("text_key", "text_value")),
+    Between(_cross_attend, ("cross_query", "text_key", "text_value"), "cross_attended"),
+    Products(("attn2.to_out.0",), "cross_attended", ("cross_output",)),
+    Between(lambda settings, frozen, hidden, out: hidden + out, ("after_self", "cross_output"), "after_cross"),
+    Between(_modulated_norm(3), ("after_cross",), "wide_input"),
+    Products(("ffn.net.0.proj",), "wide_input", ("wide",)),
+    Between(lambda settings, frozen, wide: F.gelu(wide, approximate="tanh"), ("wide",), "activated"),
+    Products(("ffn.net.2",), "activated", ("narrow",)),
+    Between(_gate(5), ("after_cross", "narrow"), "output"),
 )
-LAYERS = frozenset(layer for stage in STAGES for layer in stage.layers)
+LAYERS = frozenset(layer for stage in STAGES if isinstance(stage, Products) for layer in stage.layers)
+
+
+def _attend(settings: Settings, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    attended, logsumexp = settings.kernel.forward(query, key, value)
+    return attended.transpose(1, 2).flatten(2), logsumexp  # a view: kernels lay the output out as the query
 
 
 def forward(
     settings: Settings, keep: tuple[str, ...], frozen: Frozen, adapters: Adapters, hidden: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The block's output (B, N, D) and what `keep` names."""
-    values = {"hidden": hidden}
+    values = {"hidden": hidden, "text": frozen["text"]}
     for stage in STAGES:
-        inputs = [values[name] for name in stage.inputs]
-        if stage is ATTEND:
-            outputs = settings.kernel.forward(*inputs)
+        if isinstance(stage, Between):
+            values[stage.output] = stage.run(settings, frozen, *(values[name] for name in stage.inputs))
+        elif isinstance(stage, Products):
+            outputs = _products(settings, frozen, adapters, stage.layers, values[stage.input])
+            values.update(zip(stage.outputs, outputs, strict=True))
         else:
-            outputs = stage.run(settings, frozen, adapters, *inputs)
-        values |= zip(stage.outputs, outputs, strict=True)
+            attended = _attend(settings, *(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, attended, strict=True))
     return values["output"], [values[name] for name in keep]
 
 
@@ -235,40 +286,47 @@ def backward(
 ) -> tuple[Tensor, Adapters]:
     """Gradients of the hidden states (B, N, D) and of the adapters, from the output's.
 
-    What was kept stands in for what the stages give, whose computation then has no use and is dropped when compiled.
+    What was kept stands in for what the stages give; what then has no use is dropped when compiled.
     """
-    values = {"hidden": hidden} | dict(zip(keep, kept, strict=True))
-    pullbacks = []
+    values = {"hidden": hidden, "text": frozen["text"]} | dict(zip(keep, kept, strict=True))
+    pullbacks = {}
     for stage in STAGES:
-        inputs = tuple(values[name] for name in stage.inputs)
-        if stage is ATTEND:
-            if "attended" not in values:
-                values |= zip(stage.outputs, settings.kernel.forward(*inputs), strict=True)
-            pullbacks.append(None)
-            continue
-        own = {name: adapters[name] for name in stage.layers if name in adapters}
-        run = partial(_apply, stage, settings, frozen)
-        outputs, pullback = torch.func.vjp(run, inputs, own)
-        pullbacks.append(pullback)
-        values = dict(zip(stage.outputs, outputs, strict=True)) | values
+        if isinstance(stage, Between):
+            run = partial(stage.run, settings, frozen)
+            output, pullbacks[stage.output] = torch.func.vjp(run, *(values[name] for name in stage.inputs))
+            values.setdefault(stage.output, output)
+        elif isinstance(stage, Products):
+            if stage.outputs[0] not in values:
+                outputs = _products(settings, frozen, adapters, stage.layers, values[stage.input])
+                values.update(zip(stage.outputs, outputs, strict=True))
+        elif "attended" not in values:
+            attended = _attend(settings, *(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, attended, strict=True))
 
     grads: dict[str, Tensor] = {"output": grad}
     adapter_grads: Adapters = {}
-    for stage, pullback in zip(reversed(STAGES), reversed(pullbacks), strict=True):
-        if stage is ATTEND:
-            inputs = [values[name] for name in stage.inputs]
-            out_grad, out, logsumexp = grads["attended"], values["attended"], values["logsumexp"]
-            given = settings.kernel.backward(out_grad, *inputs, out, logsumexp)
+
+    def give(name: str, value: Tensor) -> None:
+        grads[name] = grads[name] + value if name in grads else value
+
+    for stage in reversed(STAGES):
+        if isinstance(stage, Between):
+            for name, value in zip(stage.inputs, pullbacks[stage.output](grads[stage.output]), strict=True):
+                give(name, value)
+        elif isinstance(stage, Products):
+            outputs = [grads[name] for name in stage.outputs]
+            x_grad, own = _products_backward(settings, frozen, adapters, stage.layers, values[stage.input], outputs)
+            give(stage.input, x_grad)
+            adapter_grads.update(own)
         else:
-            given, own = pullback(tuple(grads[name] for name in stage.outputs))
-            adapter_grads |= own
-        for name, value in zip(stage.inputs, given, strict=True):
-            grads[name] = grads[name] + value if name in grads else value
+            attended, logsumexp = (values[name] for name in stage.outputs)
+            inputs = [values[name] for name in stage.inputs]
+            out_grad, out = _heads(settings, grads["attended"]), _heads(settings, attended)
+            for name, value in zip(
+                stage.inputs, settings.kernel.backward(out_grad, *inputs, out, logsumexp), strict=True
+            ):
+                give(name, value)
     return grads["hidden"], adapter_grads
-
-
-def _apply(stage: Stage, settings: Settings, frozen: Frozen, inputs: tuple[Tensor, ...], adapters: Adapters):
-    return stage.run(settings, frozen, adapters, *inputs)
 
 
 class Graphs:
@@ -362,14 +420,19 @@ def kernel_name(network: nn.Module) -> str | None:
 
 
 def fuse_blocks(
-    network: nn.Module, switch: LoraSwitch, plan: Callable[[torch.Size], list[int]], *, compiled: bool = True
+    network: nn.Module,
+    switch: LoraSwitch,
+    plan: Callable[[torch.Size], list[int]],
+    *,
+    float8: bool = False,
+    compiled: bool = True,
 ) -> None:
     """Replace every block's forward. Hooks stay outside the graphs.
 
     `plan` gives, for hidden states of shape (B, N, D), each block's index of LEVELS: asked once a shape.
     """
     block = network.blocks[0]
-    settings = Settings(block.attn1.heads, block.norm1.eps, KERNELS[kernel_name(network)])
+    settings = Settings(block.attn1.heads, block.norm1.eps, KERNELS[kernel_name(network)], float8)
     graphs = [Graphs(settings, keep, compiled) for keep in LEVELS]
     plan = cache(plan)
     for index, block in enumerate(network.blocks):

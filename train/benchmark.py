@@ -14,8 +14,8 @@ arithmetic limit is counted, without recomputation, at the ceilings' rates:
 The ceilings are measured twice: in a burst of a few products, as a cool chip runs them, and `sustained` over seconds,
 at which the chip's power limit lowers its clock; the limit is counted at either.
 
-Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`), and `.png`. Seconds are medians over `benchmark.repeats` steps after a first one,
-optimizer included.
+Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`), and as bars to `.png`. Seconds
+are medians over `benchmark.repeats` steps after a first one, optimizer included.
 """
 
 import gc

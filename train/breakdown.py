@@ -54,7 +54,7 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     )
     colours = dict(zip([*KINDS, "idle"], ("#9467bd", "#f0b35a", "#3b6ea5", "#79b4a9", "#dddddd"), strict=True))
     shown = set()
-    for row, (name, part) in enumerate(parts.items()):
+    for row, part in enumerate(parts.values()):
         kinds = part.get("time") or {}
         scale = part["seconds"] / max(sum(kinds.values()), part["seconds"])
         left = 0.0

@@ -4,8 +4,8 @@
     architecture, one GPU python -m train.benchmark recipe=wan1_3b benchmark.parts=[ceilings,ours,copy]
 
 In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
-diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same with the exact eq. 6 over four losers
-(`groupwise`), and full fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`). The
+diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keeping only each block's input
+(`low_memory`), with 8-bit products (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`). The
 arithmetic limit is counted, without recomputation, at the ceilings' rates:
 
     pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =
@@ -24,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
 from train.tracking import peak_memory_gib, transformer_flops
 
-PARTS = ("ceilings", "plain", "ours", "groupwise", "copy")
+PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy")
 KINDS = ("", "_sustained")  # of ceilings
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
@@ -57,6 +57,7 @@ class BenchmarkConfig:
     parts: list[str] = field(default_factory=lambda: ["ceilings", "plain", "ours", "groupwise"])  # of PARTS
     repeats: int = 3  # timed steps, after one that compiles and allocates
     losers: int = 4  # of `groupwise`
+    breakdown: bool = True  # one more step each, for the time by kind of kernel
 
 
 @dataclass
@@ -174,16 +175,17 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
     return batch
 
 
-def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, float]:
-    """First-step seconds, median seconds of the next ones, and their peak memory."""
+def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, Any]:
+    """First-step seconds, median seconds of the next ones, their peak memory, and the time by kind of one more."""
     first = seconds(run, device, 1, warmup=0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    return {
+    measured = {
         "seconds": seconds(run, device, config.benchmark.repeats, warmup=0),
         "first_seconds": first,
         "memory_gib": peak_memory_gib(device),
     }
+    return measured | ({"time": where_time_goes(run, device)} if config.benchmark.breakdown else {})
 
 
 def ours(config: Config, backbone: Backbone, *, losers: int = 1, loss: str = "bound") -> dict[str, float]:
@@ -219,10 +221,8 @@ def _preference_step(config: Config, policy: Policy, losers: int) -> dict[str, f
         assert torch.isfinite(metrics["loss"]).item()
 
     measured = time_step(run, config, policy.backbone.device)
-    return measured | {
-        "untrained_gap": gaps[0],  # before the first update policy and reference are equal, so this should be 0
-        "time": where_time_goes(run, policy.backbone.device),
-    }
+    # Before the first update policy and reference are equal, so the gap should be 0.
+    return measured | {"untrained_gap": gaps[0]}
 
 
 def plain(config: Config, backbone: Backbone) -> dict[str, float]:
@@ -275,7 +275,7 @@ def plain(config: Config, backbone: Backbone) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return time_step(run, config, backbone.device) | {"time": where_time_goes(run, backbone.device)}
+    return time_step(run, config, backbone.device)
 
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int, *, warmup: int = 2) -> float:
@@ -330,6 +330,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     measures = {
         "plain": plain,
         "ours": ours,
+        "low_memory": lambda c, b: ours(replace(c, train=replace(c.train, memory_budget_gib=1e-3)), b),
+        "float8": lambda c, b: ours(replace(c, train=replace(c.train, float8=True)), b),
         "groupwise": lambda c, b: ours(c, b, losers=c.benchmark.losers, loss="plackett_luce"),
         "copy": copied,
     }

@@ -5,6 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch._dynamo.utils import counters
 
+from train.backbones import float8
 from train.backbones.architecture import wan_architecture
 from train.backbones.fused_block import LEVELS, fuse_blocks, kernel_name, unfit
 from train.backbones.loading import random_transformer
@@ -139,3 +140,22 @@ def test_what_cannot_be_fused_says_why():
     assert "outside" in unfit(network, switch)
     network, _ = make()
     assert "all weights" in unfit(network, FullParameters(network))
+
+
+def test_float8_products_are_off_by_a_few_percent_and_feed_gradients_too():
+    x, weight = draw(64, 256), draw(128, 256, seed=1)
+    exact = x @ weight.t()
+    assert 0.01 < (float8.linear(x, weight) - exact).norm() / exact.norm() < 0.05
+    expected = through_both(*make())
+    network, switch = make()
+    fuse_blocks(network, switch, lambda shape: [1] * 3, float8=True, compiled=False)
+    found = through_both(network, switch)
+    assert_same(found, expected, 0.2)
+    assert (found[0] - expected[0]).norm() > 1e-3 * expected[0].norm()
+
+
+def test_float8_scales_rows_apart():
+    x = torch.tensor([[1.0, -2.0], [1e-4, 3e-4], [0.0, 0.0]])
+    quantized, scale = float8.quantize(x)
+    torch.testing.assert_close(quantized.float() * scale, x, rtol=2**-4, atol=0)
+    assert quantized.float().abs().amax(-1).tolist() == [448, 448, 0]

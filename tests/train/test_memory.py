@@ -68,3 +68,10 @@ def test_a_larger_batch_keeps_less():
 def test_a_negative_budget_is_refused():
     with pytest.raises(ValueError, match="train.memory_budget_gib=-1: give GiB per GPU"):
         loop.prepare_network(network(), None, loop.TrainConfig(memory_budget_gib=-1))
+
+
+def test_float8_without_fused_blocks_is_refused():
+    with pytest.raises(
+        ValueError, match="train.float8=true needs compiled blocks with LoRA, but train.compile is false"
+    ):
+        loop.prepare_network(network(), None, loop.TrainConfig(float8=True))

@@ -5,7 +5,8 @@
 
 In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
 diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keeping only each block's input
-(`low_memory`), with 8-bit products (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`). The
+(`low_memory`), with 8-bit products (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full
+fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`). The
 arithmetic limit is counted, without recomputation, at the ceilings' rates:
 
     pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =

@@ -134,7 +134,7 @@ def test_compiled_blocks_share_a_graph_a_pass_and_never_compile_again(monkeypatc
 def test_what_cannot_be_fused_says_why():
     network, switch = make()
     assert unfit(network, switch) == "" and kernel_name(network) == "cpu"
-    network.set_attention_backend("flex")
+    network.blocks[0].attn1.processor._attention_backend = "flex"
     assert "logsumexp" in unfit(network, switch)
     network, switch = make(["condition_embedder.time_proj"])
     assert "outside" in unfit(network, switch)

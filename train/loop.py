@@ -36,6 +36,7 @@ from train.checkpoint import Trainable
 from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream, Sample, positions
 from train.lora_switch import LoraSwitch
+from train.offload import HostStore
 from train.optimizer import build_optimizer, learning_rate
 from train.tracking import Tracker, device_peak_tflops, peak_memory_gib, transformer_flops
 from train.validation import Validation
@@ -54,6 +55,9 @@ class TrainConfig:
     # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed (the
     # least is what activation_checkpointing keeps). 0: nine tenths of the GPU; on a CPU no limit.
     memory_budget_gib: float = 0.0
+    offload_gib: float = (
+        0.0  # host memory per GPU, page-locked, for what blocks keep beyond that; with compile and LoRA
+    )
     # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.backbones.float8). Faster; the
     # adapters' gradients differ by about 5 %.
     float8: bool = False
@@ -300,7 +304,8 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) 
     reason = unfit(network, switch) if config.compile else "train.compile is false"
     if not reason:
         plan = memory.plan(network, switch.parameters(), config)
-        fuse_blocks(network, switch, plan, float8=config.float8)
+        store = HostStore(int(config.offload_gib * memory.GIB), network.device) if config.offload_gib else None
+        fuse_blocks(network, switch, plan, store=store, float8=config.float8)
         return
     if config.float8:
         raise ValueError(f"train.float8=true needs compiled blocks with LoRA, but {reason}: set train.float8=false")

@@ -6,8 +6,8 @@ Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden sta
 
 `resident` is what is allocated before the first step; four times the adapters' bytes are AdamW's two moments and two
 sets of gradients. Kept: its input, and by `train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp),
-three more hidden states (3 u), everything (3 u + w). The workspace, fitted to measured peaks, is what one block's
-backward pass holds besides: it recomputes less the more was kept.
+three more hidden states (3 u), everything (3 u + w), or everything in host memory. The workspace, fitted to measured
+peaks, is what one block's backward pass holds besides: it recomputes less the more was kept.
 
 Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
 the backward pass starts, and a block that kept more needs less workspace.
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 GIB = 2**30
-WORKSPACE = (16.0, 13.0, 11.0, 9.0)  # hidden states u, by level
+OFFLOADED = 4  # the level of `train.backbones.fused_block` that keeps everything on the host
+WORKSPACE = (16.0, 13.0, 11.0, 9.0)  # hidden states u, by level; the last block, where the peak is, is not offloaded
 WIDE_WORKSPACE = 2.5  # feed-forward activations w
 
 
@@ -45,9 +46,15 @@ class Sizes:
         return self.tokens * self.ffn * self.hidden_bytes
 
     def kept(self, level: int) -> int:
-        """Bytes that one block keeps, its input included."""
+        """Bytes that one block keeps on the device, its input included."""
         attention = self.hidden + 4 * self.tokens * self.heads
-        return self.hidden + (0, attention, attention + 3 * self.hidden, attention + 6 * self.hidden + self.wide)[level]
+        everything = attention + 6 * self.hidden + self.wide
+        return self.hidden + (0, attention, attention + 3 * self.hidden, everything, 0)[level]
+
+    @property
+    def offloaded(self) -> int:
+        """Bytes that one offloaded block keeps on the host."""
+        return self.kept(3) - self.hidden
 
     def workspace(self, level: int) -> float:
         """Bytes that a block's backward pass holds beside what was kept."""
@@ -55,18 +62,24 @@ class Sizes:
 
 
 def predict(sizes: Sizes, levels: list[int]) -> float:
-    """Bytes of activations at the peak, when the last block's backward pass runs."""
-    return sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1])
+    """Bytes of activations at the peak, when the last block's backward pass runs and one block's come back."""
+    coming = sizes.offloaded if OFFLOADED in levels else 0
+    return sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming
 
 
-def choose_levels(sizes: Sizes, available: float) -> list[int]:
-    """A level for each block whose predicted activations fit `available` bytes; all 0 where nothing does.
+def choose_levels(sizes: Sizes, available: float, host: float = 0.0) -> list[int]:
+    """A level for each block whose predicted activations fit `available` bytes on the device and `host` bytes there.
 
-    More bytes never lower a block's level.
+    What the host has room for is offloaded, spread over the network so that copies have blocks to hide behind; the
+    last block never is. The other blocks' levels do not fall as `available` grows; all are 0 where nothing fits.
     """
-    levels = [0] * sizes.blocks
+    count = min(int(host // sizes.offloaded), sizes.blocks - 1)
+    offloaded = {(2 * n + 1) * (sizes.blocks - 1) // (2 * count) for n in range(count)}
+    levels = [OFFLOADED if index in offloaded else 0 for index in range(sizes.blocks)]
     for level in (1, 2, 3):
         for index in reversed(range(sizes.blocks)):
+            if levels[index] == OFFLOADED:
+                continue
             raised = [*levels[:index], level, *levels[index + 1 :]]
             if predict(sizes, raised) > available:
                 return levels
@@ -92,7 +105,10 @@ def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[t
     def levels(shape: torch.Size) -> list[int]:
         shapes = network.config
         blocks, dtype = shapes.num_layers, network.dtype
+        available_here, host = available, config.offload_gib * GIB
         sizes = Sizes(shape[0] * shape[1], shape[2], shapes.ffn_dim, shapes.num_attention_heads, blocks, dtype.itemsize)
-        return choose_levels(sizes, available if config.activation_checkpointing else float("inf"))
+        if not config.activation_checkpointing:
+            available_here, host = float("inf"), 0.0
+        return choose_levels(sizes, available_here, host)
 
     return levels

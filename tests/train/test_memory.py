@@ -37,6 +37,16 @@ def test_attention_is_kept_everywhere_before_anything_else_and_the_last_blocks_f
     assert len({tuple(levels) for levels in seen}) > 50
 
 
+def test_what_the_host_takes_is_spread_and_never_the_last_block():
+    host = 10.5 * WAN_14B.offloaded
+    levels = choose_levels(WAN_14B, 30 * GIB, host)
+    places = [index for index, level in enumerate(levels) if level == 4]
+    assert len(places) == 10 and {later - earlier for earlier, later in zip(places, places[1:], strict=False)} == {4, 3}
+    assert levels[-1] < 4 and predict(WAN_14B, levels) <= 30 * GIB
+    assert sum(choose_levels(WAN_14B, 30 * GIB)) < sum(levels)
+    assert choose_levels(WAN_14B, 1e15, 1e15).count(4) == 39
+
+
 def network(device="cpu"):
     shapes = SimpleNamespace(num_layers=2, ffn_dim=16, num_attention_heads=2)
     made = nn.Linear(4, 4, device=device)
@@ -66,8 +76,9 @@ def test_a_larger_batch_keeps_less():
 
 
 def test_a_negative_budget_is_refused():
-    with pytest.raises(ValueError, match="train.memory_budget_gib=-1: give GiB per GPU"):
-        loop.prepare_network(network(), None, loop.TrainConfig(memory_budget_gib=-1))
+    for key in ("memory_budget_gib", "offload_gib"):
+        with pytest.raises(ValueError, match=f"train.{key}=-1: give GiB per GPU"):
+            loop.prepare_network(network(), None, loop.TrainConfig(**{key: -1}))
 
 
 def test_float8_without_fused_blocks_is_refused():

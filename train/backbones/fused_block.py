@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from train.backbones import float8
 from train.lora_switch import LoraSwitch, SwitchedLinear
+from train.offload import HostStore
 
 Frozen = dict[str, Tensor]  # the block's weights by name, and text, temb, cos, sin, gate
 Adapters = dict[str, tuple[Tensor, Tensor]]  # layer name -> (down (rank, in), up (out, rank))
@@ -39,7 +40,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("attended", "logsumexp"),
     ("attended", "logsumexp", "after_self", "cross_query", "after_cross"),
     ("attended", "logsumexp", "after_self", "cross_query", "after_cross", "query", "key", "value", "wide"),
+    ("attended", "logsumexp", "after_self", "cross_query", "after_cross", "query", "key", "value", "wide"),
 )
+OFFLOADED = 4  # the level whose activations wait in host memory (`train.offload`)
 
 
 class Kernel(NamedTuple):
@@ -332,7 +335,10 @@ def backward(
 class Graphs:
     """`forward` and `backward` for one level; all blocks of the level share them."""
 
-    def __init__(self, settings: Settings, keep: tuple[str, ...], compiled: bool):
+    def __init__(self, settings: Settings, level: int, compiled: bool):
+        keep = LEVELS[level]
+        self.offloaded = level == OFFLOADED
+
         def run_forward(frozen, adapters, hidden):
             return forward(settings, keep, frozen, adapters, hidden)
 
@@ -349,17 +355,24 @@ class FusedBlock:
     Called as diffusers calls a block. Under ZeRO-3 the block's hooks gather it as a whole before either pass.
     """
 
-    def __init__(self, block: nn.Module, switch: LoraSwitch, choose: Callable[[torch.Size], Graphs]):
+    def __init__(
+        self,
+        block: nn.Module,
+        switch: LoraSwitch,
+        choose: Callable[[torch.Size], Graphs],
+        store: HostStore | None = None,
+    ):
         self.parameters = dict(block.named_parameters())
         self.state = switch.state
         layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, SwitchedLinear)}
         self.adapters = {name: (layer.lora_down, layer.lora_up) for name, layer in layers.items()}
-        self.choose = choose
+        self.choose, self.store = choose, store
 
     def __call__(self, hidden: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         flat = [weight for pair in self.adapters.values() for weight in pair]
         graphs = self.choose(hidden.shape)
-        return _BlockFunction.apply(self, graphs, self.state.gate, hidden, text, temb, *rotary, *flat)
+        store = self.store if torch.is_grad_enabled() else None  # inside the function grad mode is always off
+        return _BlockFunction.apply(self, graphs, store, self.state.gate, hidden, text, temb, *rotary, *flat)
 
     def frozen(self, text: Tensor, temb: Tensor, cos: Tensor, sin: Tensor, gate: Tensor) -> Frozen:
         return self.parameters | {"text": text, "temb": temb, "cos": cos, "sin": sin, "gate": gate}
@@ -371,11 +384,21 @@ class FusedBlock:
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block: FusedBlock, graphs: Graphs, gate, hidden, text, temb, cos, sin, *flat) -> Tensor:
+    def forward(
+        ctx: Any, block: FusedBlock, graphs: Graphs, store: HostStore | None, gate, hidden, text, temb, cos, sin, *flat
+    ) -> Tensor:
         frozen = block.frozen(text, temb, cos, sin, gate)
         # Detached: whether an input requires a gradient is part of what a graph is compiled for.
         output, kept = graphs.forward(frozen, block.pairs(flat), hidden.detach())
         ctx.block, ctx.graphs = block, graphs
+        ctx.earlier = ctx.parcel = None
+        if store is not None:
+            ctx.earlier = store.newest()
+            store.settle()
+            if graphs.offloaded:
+                ctx.parcel = store.send(kept)
+        if ctx.parcel is not None:
+            kept = []
         ctx.save_for_backward(gate, hidden, text, temb, cos, sin, *flat, *kept)
         return output
 
@@ -385,12 +408,16 @@ class _BlockFunction(torch.autograd.Function):
         block = ctx.block
         gate, hidden, text, temb, cos, sin, *rest = ctx.saved_tensors
         count = 2 * len(block.adapters)
+        kept = list(rest[count:]) if ctx.parcel is None else ctx.parcel.fetch()
+        if ctx.earlier is not None:
+            ctx.earlier.prefetch()
+        ctx.earlier = ctx.parcel = None  # this function outlives the pass, its parcel's memory must not
         frozen = block.frozen(text, temb, cos, sin, gate)
         hidden_grad, adapter_grads = ctx.graphs.backward(
-            frozen, block.pairs(rest[:count]), hidden.detach(), list(rest[count:]), grad.contiguous()
+            frozen, block.pairs(rest[:count]), hidden.detach(), kept, grad.contiguous()
         )
         flat = [weight for name in block.adapters for weight in adapter_grads[name]]
-        return None, None, None, hidden_grad, None, None, None, None, *flat
+        return None, None, None, None, hidden_grad, None, None, None, None, *flat
 
 
 def unfit(network: nn.Module, switch: Any) -> str:
@@ -424,16 +451,18 @@ def fuse_blocks(
     switch: LoraSwitch,
     plan: Callable[[torch.Size], list[int]],
     *,
+    store: HostStore | None = None,
     float8: bool = False,
     compiled: bool = True,
 ) -> None:
     """Replace every block's forward. Hooks stay outside the graphs.
 
-    `plan` gives, for hidden states of shape (B, N, D), each block's index of LEVELS: asked once a shape.
+    `plan` gives, for hidden states of shape (B, N, D), each block's index of LEVELS: asked once a shape. `store` is for
+    blocks that are OFFLOADED; without it, or where it is full, they keep everything on the device.
     """
     block = network.blocks[0]
     settings = Settings(block.attn1.heads, block.norm1.eps, KERNELS[kernel_name(network)], float8)
-    graphs = [Graphs(settings, keep, compiled) for keep in LEVELS]
+    graphs = [Graphs(settings, level, compiled) for level in range(len(LEVELS))]
     plan = cache(plan)
     for index, block in enumerate(network.blocks):
-        block.forward = FusedBlock(block, switch, lambda shape, index=index: graphs[plan(shape)[index]])
+        block.forward = FusedBlock(block, switch, lambda shape, index=index: graphs[plan(shape)[index]], store)

@@ -41,7 +41,7 @@ def test_what_the_host_takes_is_spread_and_never_the_last_block():
     host = 10.5 * WAN_14B.offloaded
     levels = choose_levels(WAN_14B, 30 * GIB, host)
     places = [index for index, level in enumerate(levels) if level == 4]
-    assert len(places) == 10 and {later - earlier for earlier, later in zip(places, places[1:], strict=False)} == {4, 3}
+    assert len(places) == 10 and {later - earlier for earlier, later in zip(places, places[1:], strict=False)} <= {3, 4}
     assert levels[-1] < 4 and predict(WAN_14B, levels) <= 30 * GIB
     assert sum(choose_levels(WAN_14B, 30 * GIB)) < sum(levels)
     assert choose_levels(WAN_14B, 1e15, 1e15).count(4) == 39

@@ -55,9 +55,9 @@ class TrainConfig:
     # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed (the
     # least is what activation_checkpointing keeps). 0: nine tenths of the GPU; on a CPU no limit.
     memory_budget_gib: float = 0.0
-    offload_gib: float = (
-        0.0  # host memory per GPU, page-locked, for what blocks keep beyond that; with compile and LoRA
-    )
+    # Of host memory, page-locked, for activations that go there and come back while other blocks compute. For networks
+    # as large as 14B; 0: none.
+    offload_gib: float = 0.0
     # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.backbones.float8). Faster; the
     # adapters' gradients differ by about 5 %.
     float8: bool = False
@@ -295,12 +295,11 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
 def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) -> None:
     """Switch on activation checkpointing and compilation, as configured.
 
-    Raises ValueError for a negative memory budget, and for float8 where the blocks cannot be fused.
+    Raises ValueError for negative memory, and for float8 where the blocks cannot be fused.
     """
-    if config.memory_budget_gib < 0:
-        raise ValueError(
-            f"train.memory_budget_gib={config.memory_budget_gib}: give GiB per GPU, or 0: what the GPU has"
-        )
+    for key in ("memory_budget_gib", "offload_gib"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
     reason = unfit(network, switch) if config.compile else "train.compile is false"
     if not reason:
         plan = memory.plan(network, switch.parameters(), config)

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import recipes
@@ -177,14 +178,17 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
 
 
 def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, Any]:
-    """First-step seconds, median seconds of the next ones, their peak memory, and the time by kind of one more."""
+    """First-step seconds, median seconds of the next ones, their peak memory and graphs that only they compiled, and
+    the time by kind of one more step."""
     first = seconds(run, device, 1, warmup=0)
+    graphs = counters["stats"]["unique_graphs"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     measured = {
         "seconds": seconds(run, device, config.benchmark.repeats, warmup=0),
         "first_seconds": first,
         "memory_gib": peak_memory_gib(device),
+        "compiled_later": counters["stats"]["unique_graphs"] - graphs,
     }
     return measured | ({"time": where_time_goes(run, device)} if config.benchmark.breakdown else {})
 

@@ -295,7 +295,7 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
 def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) -> None:
     """Switch on activation checkpointing and compilation, as configured.
 
-    Raises ValueError for negative memory, and for float8 where the blocks cannot be fused.
+    Raises ValueError for negative memory, and for float8 or offloading where blocks cannot be fused.
     """
     for key in ("memory_budget_gib", "offload_gib"):
         if getattr(config, key) < 0:
@@ -303,11 +303,14 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) 
     reason = unfit(network, switch) if config.compile else "train.compile is false"
     if not reason:
         plan = memory.plan(network, switch.parameters(), config)
-        store = HostStore(int(config.offload_gib * memory.GIB), network.device) if config.offload_gib else None
+        store = None
+        if config.offload_gib:
+            store = HostStore(int(config.offload_gib * memory.GIB), network.device)
         fuse_blocks(network, switch, plan, store=store, float8=config.float8)
         return
-    if config.float8:
-        raise ValueError(f"train.float8=true needs compiled blocks with LoRA, but {reason}: set train.float8=false")
+    for key in ("float8", "offload_gib"):
+        if getattr(config, key):
+            raise ValueError(f"train.{key} needs compiled blocks with LoRA, but {reason}: leave it at its default")
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
     if config.compile:

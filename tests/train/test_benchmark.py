@@ -16,6 +16,7 @@ def test_all_parts_run_and_are_written(tmp_path):
     for part in ("plain", "ours", "low_memory", "groupwise", "copy"):
         assert results[part]["seconds"] > 0 and results[part]["memory_gib"] > 0
         assert results[part]["time"]["matrix"] > 0 and results[part]["time"]["attention"] > 0
+        assert results[part]["compiled_later"] == 0
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     # Without training, the switch's policy is its reference to the last bit.
     assert results["ours"]["untrained_gap"] == results["groupwise"]["untrained_gap"] == 0

@@ -36,6 +36,12 @@ def gradients(network, switch, seed):
     return torch.autograd.grad(velocity.float().square().mean(), switch.parameters())
 
 
+def assert_close(found, expected):
+    """Attention's backward pass adds in any order on a GPU, so that bfloat16 gradients differ in their last bit."""
+    for value, other in zip(found, expected, strict=True):
+        assert (value - other).norm() <= 5e-3 * other.norm() and other.norm() > 0
+
+
 def test_gradients_are_those_of_kept_activations_in_every_step():
     levels = [4, 1, 4, 4, 3]
     store = HostStore(2**27, torch.device(GPU))
@@ -43,8 +49,7 @@ def test_gradients_are_those_of_kept_activations_in_every_step():
     kept, kept_switch = make([3 if level == 4 else level for level in levels])
     used = []
     for seed in range(3):
-        for found, expected in zip(gradients(network, switch, seed), gradients(kept, kept_switch, seed), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        assert_close(gradients(network, switch, seed), gradients(kept, kept_switch, seed))
         used.append(store.used)
         assert store.newest() is None  # every parcel is gone when its pass is
     assert used[0] == used[2] > 0
@@ -54,8 +59,7 @@ def test_a_full_host_keeps_on_the_device():
     store = HostStore(2**21, torch.device(GPU))
     network, switch = make([4, 4, 4], store)
     kept, kept_switch = make([3, 3, 3])
-    for found, expected in zip(gradients(network, switch, 0), gradients(kept, kept_switch, 0), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert_close(gradients(network, switch, 0), gradients(kept, kept_switch, 0))
 
 
 def test_the_memory_is_unlocked_and_locked_again():

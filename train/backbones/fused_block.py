@@ -34,14 +34,12 @@ from train.offload import HostStore
 Frozen = dict[str, Tensor]  # the block's weights by name, and text, temb, cos, sin, gate
 Adapters = dict[str, tuple[Tensor, Tensor]]  # layer name -> (down (rank, in), up (out, rank))
 
-# What a block keeps for backward beside its input, cheapest second per byte first; each includes those before it.
-LEVELS: tuple[tuple[str, ...], ...] = (
-    (),
-    ("attended", "logsumexp"),
-    ("attended", "logsumexp", "after_self", "cross_query", "after_cross"),
-    ("attended", "logsumexp", "after_self", "cross_query", "after_cross", "query", "key", "value", "wide"),
-    ("attended", "logsumexp", "after_self", "cross_query", "after_cross", "query", "key", "value", "wide"),
-)
+# What a block keeps for backward beside its input, cheapest second per byte first; each includes those before it. The
+# last keeps as much as the one before, in host memory.
+ATTENTION = ("attended", "logsumexp")
+HIDDEN = (*ATTENTION, "after_self", "cross_query", "after_cross")
+EVERYTHING = (*HIDDEN, "query", "key", "value", "wide")
+LEVELS: tuple[tuple[str, ...], ...] = ((), ATTENTION, HIDDEN, EVERYTHING, EVERYTHING)
 OFFLOADED = 4  # the level whose activations wait in host memory (`train.offload`)
 
 

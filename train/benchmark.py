@@ -4,17 +4,21 @@
     architecture, one GPU python -m train.benchmark recipe=wan1_3b benchmark.parts=[ceilings,ours,copy]
 
 In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
-diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same with the exact eq. 6 over four losers
-(`groupwise`), and full fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`); `ours`
-with the physics terms on stored targets (`physics`), and in a step in which the self-score regulariser is due
-(`self_score`; `amortised` is over `self_score.every` steps), both with their ratio to `ours` in the same run. The
+diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keeping only each block's input
+(`low_memory`), with 8-bit products (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full
+fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`); `ours` with the physics terms
+on stored targets (`physics`), and in a step in which the self-score regulariser is due (`self_score`; `amortised` is
+over `self_score.every` steps), both with their ratio to `ours` in the same run. The
 arithmetic limit is counted, without recomputation, at the ceilings' rates:
 
     pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =
     W / matrix + 2.5 A / backward
 
-Results go to `<output>/benchmark.json`. Seconds are medians over `benchmark.repeats` steps after a first one,
-optimizer included.
+The ceilings are measured twice: in a burst of a few products, as a cool chip runs them, and `sustained` over seconds,
+at which the chip's power limit lowers its clock; the limit is counted at either.
+
+Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`), and as bars to `.png`. Seconds
+are medians over `benchmark.repeats` steps after a first one, optimizer included.
 """
 
 import gc
@@ -24,6 +28,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import recipes
@@ -39,6 +45,7 @@ from losses.preference import pairwise_bound
 from train import gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
+from train.breakdown import draw_chart, where_time_goes
 from train.loop import Policy, build_heads, prepare_network
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
@@ -47,7 +54,8 @@ from train.self_score import draws
 from train.teachers.points import pack, query_grid
 from train.tracking import peak_memory_gib, transformer_flops
 
-PARTS = ("ceilings", "plain", "ours", "groupwise", "copy", "physics", "self_score")
+PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score")
+KINDS = ("", "_sustained")  # of ceilings
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
 
@@ -58,6 +66,7 @@ class BenchmarkConfig:
     losers: int = 4  # of `groupwise`
     relation_grid: list[int] = field(default_factory=lambda: [32, 16, 16])  # of `physics`: V-JEPA 2 ViT-L's tokens
     relation_width: int = 1024  # and their width; 512 of them, the most that a group has
+    breakdown: bool = True  # one more step each, for the time by kind of kernel
 
 
 @dataclass
@@ -109,6 +118,7 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
 
     left, right = random(tokens, width), random(width, ffn)
     rates = {"matrix": 2 * tokens * width * ffn / seconds(lambda: left @ right, backbone.device, 10) / 1e12}
+    rates["matrix_sustained"] = 2 * tokens * width * ffn / sustained(lambda: left @ right, backbone.device) / 1e12
     query, key, value = (random(1, heads, tokens, size).requires_grad_() for _ in range(3))
     flops = 4 * tokens**2 * width
     for name, backend in BACKENDS.items():
@@ -118,35 +128,35 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
             with sdpa_kernel(backend):
                 with torch.no_grad():
                     forward = seconds(lambda: F.scaled_dot_product_attention(query, key, value), backbone.device, 5)
+                    slower = sustained(lambda: F.scaled_dot_product_attention(query, key, value), backbone.device)
                 out = F.scaled_dot_product_attention(query, key, value)
                 grad = torch.randn_like(out)
-                backward = seconds(
-                    lambda out=out, grad=grad: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True),
-                    backbone.device,
-                    5,
-                )
+                run = partial(torch.autograd.grad, out, (query, key, value), grad, retain_graph=True)
+                backward, slower_backward = seconds(run, backbone.device, 5), sustained(run, backbone.device)
         except RuntimeError as error:
             print(f"attention kernel {name} does not run here: {str(error).splitlines()[0]}")
             continue
         rates[f"attention_{name}"] = flops / forward / 1e12
         rates[f"attention_{name}_backward"] = 2.5 * flops / backward / 1e12
+        rates[f"attention_{name}_sustained"] = flops / slower / 1e12
+        rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / slower_backward / 1e12
     names = [name for name in BACKENDS if f"attention_{name}" in rates]
-    rates["attention"] = max(rates[f"attention_{name}"] for name in names)
-    rates["attention_backward"] = max(rates[f"attention_{name}_backward"] for name in names)
+    for kind in ("", "_backward", "_sustained", "_backward_sustained"):
+        rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in names)
     return rates
 
 
-def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips: int) -> float:
-    """Seconds of a step over `clips` clips at the measured rates, nothing recomputed, nothing but matrix products and
-    attention."""
+def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips: int, kind: str = "") -> float:
+    """Seconds of a step over `clips` clips at the measured rates (`kind`: "" or "_sustained"), nothing recomputed,
+    nothing but matrix products and attention."""
     network, video = backbone.architecture["transformer"], config.video
     width = network["num_attention_heads"] * network["attention_head_dim"]
     tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
     matrix, attention = transformer_flops(
         tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"]
     )
-    forward = matrix / rates["matrix"] + attention / rates["attention"]
-    backward = matrix / rates["matrix"] + 2.5 * attention / rates["attention_backward"]
+    forward = matrix / rates[f"matrix{kind}"] + attention / rates[f"attention{kind}"]
+    backward = matrix / rates[f"matrix{kind}"] + 2.5 * attention / rates[f"attention_backward{kind}"]
     return clips * (2 * forward + backward) / 1e12
 
 
@@ -193,16 +203,20 @@ def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tens
     }
 
 
-def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, float]:
-    """First-step seconds, median seconds of the next ones, and their peak memory."""
+def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, Any]:
+    """First-step seconds, median seconds of the next ones, their peak memory and graphs that only they compiled, and
+    the time by kind of one more step."""
     first = seconds(run, device, 1, warmup=0)
+    graphs = counters["stats"]["unique_graphs"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    return {
+    measured = {
         "seconds": seconds(run, device, config.benchmark.repeats, warmup=0),
         "first_seconds": first,
         "memory_gib": peak_memory_gib(device),
+        "compiled_later": counters["stats"]["unique_graphs"] - graphs,
     }
+    return measured | ({"time": where_time_goes(run, device)} if config.benchmark.breakdown else {})
 
 
 def ours(
@@ -266,9 +280,8 @@ def _preference_step(config: Config, policy: Policy, losers: int) -> dict[str, f
         assert torch.isfinite(metrics["loss"]).item()
 
     measured = time_step(run, config, policy.backbone.device)
-    return measured | {
-        "untrained_gap": gaps[0]
-    }  # before the first update policy and reference are equal, so this should be 0
+    # Before the first update policy and reference are equal, so the gap should be 0.
+    return measured | {"untrained_gap": gaps[0]}
 
 
 def plain(config: Config, backbone: Backbone) -> dict[str, float]:
@@ -337,6 +350,18 @@ def seconds(run: Callable[[], Any], device: torch.device, repeats: int, *, warmu
     return statistics.median(times)
 
 
+def sustained(run: Callable[[], Any], device: torch.device, *, span: float = 1.5) -> float:
+    """Mean wall seconds of `run` in the second half of `span` seconds (on a CPU of two runs) without a pause."""
+    repeats = max(2, round(span / seconds(run, device, 1, warmup=0))) if device.type == "cuda" else 2
+    for index in range(repeats):
+        if index == repeats // 2:
+            _synchronize(device)
+            start = time.perf_counter()
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - start) / (repeats - repeats // 2)
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -364,6 +389,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     measures = {
         "plain": plain,
         "ours": ours,
+        "low_memory": lambda c, b: ours(replace(c, train=replace(c.train, memory_budget_gib=1e-3)), b),
+        "float8": lambda c, b: ours(replace(c, train=replace(c.train, float8=True)), b),
         "groupwise": lambda c, b: ours(c, b, losers=c.benchmark.losers, loss="plackett_luce"),
         "copy": copied,
         "physics": lambda c, b: ours(c, b, physics=True),
@@ -375,21 +402,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         backbone = load_backbone(config.backbone, device, parts=("expert",))
         if part == "ceilings":
             rates = measure_ceilings(config, backbone)
-            results[part] = rates | {"pair_limit_seconds": limit(config, backbone, rates, clips=2)}
+            both = {f"pair_limit{kind}_seconds": limit(config, backbone, rates, clips=2, kind=kind) for kind in KINDS}
+            results[part] = rates | both
         else:
             results[part] = measures[part](config, backbone)
             if "ceilings" in results:
                 clips = 1 + config.benchmark.losers if part == "groupwise" else 2
                 results[part]["limit_seconds"] = limit(config, backbone, results["ceilings"], clips=clips)
             results[part] |= against_ours(config, part, results)
-        print(part, "  ".join(f"{key} {value:.4g}" for key, value in results[part].items()), flush=True)
+        measured = results[part] | results[part].get("time", {})
+        numbers = (f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, int | float))
+        print(part, "  ".join(numbers), flush=True)
         path.write_text(json.dumps(results, indent=1), encoding="utf-8")
         del backbone
         gc.collect()
         torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print(f"wrote {path}")
+    draw_chart(results, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
     return results
 
 

@@ -29,14 +29,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import recipes
-from train import checkpoint, export, parallel
+from train import checkpoint, export, memory, parallel
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
+from train.backbones.fused_block import fuse_blocks, unfit
 from train.checkpoint import Trainable
 from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream, Sample, positions
 from train.live_targets import LiveTargets
 from train.lora_switch import LoraSwitch
+from train.offload import HostStore
 from train.optimizer import build_optimizer, learning_rate
 from train.physics import PhysicsHeads, feature_block, lacks_targets
 from train.self_score import check_resume
@@ -54,6 +56,15 @@ class TrainConfig:
     pairs_per_pass: int = 1  # groups in one network pass, per GPU; 1 keeps one sample's activations at a time
     activation_checkpointing: bool = True  # keep only each block's input, recompute the rest in backward
     compile: bool = False  # torch.compile the transformer block, once for all layers
+    # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed (the
+    # least is what activation_checkpointing keeps). 0: nine tenths of the GPU; on a CPU no limit.
+    memory_budget_gib: float = 0.0
+    # Of host memory, page-locked, for activations that go there and come back while other blocks compute. For networks
+    # as large as 14B; 0: none.
+    offload_gib: float = 0.0
+    # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.backbones.float8). Faster; the
+    # adapters' gradients differ by about 5 %.
+    float8: bool = False
     num_workers: int = 2  # loader processes per GPU
     checkpoint_every: int = 200  # steps
     keep_checkpoints: int = 3  # newest checkpoints kept
@@ -325,7 +336,24 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
 
 
 def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) -> None:
-    """Switch on activation checkpointing and compilation, as configured."""
+    """Switch on activation checkpointing and compilation, as configured.
+
+    Raises ValueError for negative memory, and for float8 or offloading where blocks cannot be fused.
+    """
+    for key in ("memory_budget_gib", "offload_gib"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
+    reason = unfit(network, switch) if config.compile else "train.compile is false"
+    if not reason:
+        plan = memory.plan(network, switch.parameters(), config)
+        store = None
+        if config.offload_gib:
+            store = HostStore(int(config.offload_gib * memory.GIB), network.device)
+        fuse_blocks(network, switch, plan, store=store, float8=config.float8)
+        return
+    for key in ("float8", "offload_gib"):
+        if getattr(config, key):
+            raise ValueError(f"train.{key} needs compiled blocks with LoRA, but {reason}: leave it at its default")
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
     if config.compile:

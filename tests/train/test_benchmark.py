@@ -5,15 +5,19 @@ import json
 import pytest
 
 from train import benchmark
+from train.breakdown import kind_of
 
 
 def test_all_parts_run_and_are_written(tmp_path):
-    parts = "benchmark.parts=[ceilings,plain,ours,groupwise,copy,physics,self_score]"
+    parts = "benchmark.parts=[ceilings,plain,ours,low_memory,groupwise,copy,physics,self_score]"
     arguments = ["recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", parts]
     results = benchmark.main(arguments)
     assert json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8")) == results
-    for part in ("plain", "ours", "groupwise", "copy", "physics", "self_score"):
+    for part in ("plain", "ours", "low_memory", "groupwise", "copy", "physics", "self_score"):
         assert results[part]["seconds"] > 0 and results[part]["memory_gib"] > 0
+        assert results[part]["time"]["matrix"] > 0 and results[part]["time"]["attention"] > 0
+        assert results[part]["compiled_later"] == 0
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     # Without training, the switch's policy is its reference to the last bit.
     assert results["ours"]["untrained_gap"] == results["groupwise"]["untrained_gap"] == 0
     # Two clips against five: the limit is proportional to the clips.
@@ -27,3 +31,19 @@ def test_all_parts_run_and_are_written(tmp_path):
 def test_unknown_part_is_refused():
     with pytest.raises(ValueError, match="benchmark.parts: unknown theirs"):
         benchmark.main(["recipe=tiny", "benchmark.parts=[theirs]"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>", "attention"),
+        ("nvjet_sm90_tst_256x152_64x4_1x2_h_bz_coopA_bias_TNT", "matrix"),
+        ("void cublasLt::splitKreduce_kernel", "matrix"),
+        ("triton_red_fused__scaled_dot_product_cudnn_attention__to_copy_add_mul", "elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
+        ("ncclDevKernel_AllGather_RING_LL", "communication"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert kind_of(kernel) == kind

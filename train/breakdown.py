@@ -1,0 +1,87 @@
+"""Where a step's time goes, by kind of kernel, and a bar chart of what a benchmark measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# The first kind of which a part stands in the kernel's or operator's name, in lower case. cuDNN and PyTorch's flash
+# kernels; cuBLAS's (nvjet, cutlass, xmma) and MKL's products; NCCL's collectives.
+KINDS = {
+    "communication": ("nccl", "gloo"),
+    "elementwise": ("triton", "elementwise"),  # what Inductor made, even where it names an attention beside it
+    "attention": ("sdpa", "flash", "fmha", "cudnn::fusion", "scaled_dot_product"),
+    "matrix": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "addmm", "aten::mm", "aten::bmm"),
+}
+REST = "elementwise"
+
+
+def kind_of(kernel: str) -> str:
+    """Key of KINDS for a kernel's name; what is nowhere named moves or combines numbers one by one."""
+    name = kernel.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), REST)
+
+
+def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Seconds of device time (on a CPU of operators' own time) in one run, by kind.
+
+    Kinds that run side by side, communication beside products, add up to more than the wall time.
+    """
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    totals = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        totals[kind_of(event.key)] += microseconds / 1e6
+    return totals
+
+
+def draw_chart(results: dict[str, Any], path: Path) -> None:
+    """Seconds a step of each measured part, stacked by kind where that was measured, beside the limit; peak memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = {name: part for name, part in results.items() if isinstance(part, dict) and "seconds" in part}
+    figure, (time, memory) = pyplot.subplots(
+        1, 2, figsize=(9, 0.7 * len(parts) + 1.8), sharey=True, width_ratios=(2, 1)
+    )
+    colours = dict(zip([*KINDS, "idle"], ("#9467bd", "#f0b35a", "#3b6ea5", "#79b4a9", "#dddddd"), strict=True))
+    shown = set()
+    for row, part in enumerate(parts.values()):
+        kinds = part.get("time") or {}
+        scale = part["seconds"] / max(sum(kinds.values()), part["seconds"])
+        left = 0.0
+        for kind, seconds in kinds.items():
+            if seconds > 0:
+                time.barh(row, seconds * scale, left=left, color=colours[kind], label=None if kind in shown else kind)
+                left += seconds * scale
+                shown.add(kind)
+        time.barh(row, part["seconds"] - left, left=left, color=colours["idle"])
+        time.text(part["seconds"], row, f" {part['seconds']:.3g}", va="center")
+        if "limit_seconds" in part:
+            label = None if "limit" in shown else "arithmetic limit"
+            time.plot([part["limit_seconds"]] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2, label=label)
+            shown.add("limit")
+        memory.barh(row, part["memory_gib"], color="#8c8c8c")
+        memory.text(part["memory_gib"], row, f" {part['memory_gib']:.3g}", va="center")
+    time.set_yticks(range(len(parts)), list(parts))
+    time.invert_yaxis()
+    time.set_xlabel("seconds a step")
+    memory.set_xlabel("peak memory, GiB")
+    for axes in (time, memory):
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    rows, columns, frames = results["video"]
+    title = f"{results['architecture']}, {rows}x{columns}x{frames}, {results['device']}, torch {results['torch']}"
+    figure.suptitle(title, fontsize=10)
+    if shown:
+        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)

@@ -1,0 +1,124 @@
+"""What blocks keep for backward, on its way to host memory and back while other blocks compute.
+
+A block's kept activations are written once and read once, seconds later: over PCIe both copies hide behind the blocks
+between, where recomputing them would cost as much time as the block's products. `HostStore.send` starts the copy out,
+`fetch` waits for the copy back, which `prefetch` has started one block earlier.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 4096  # bytes
+
+
+class HostStore:
+    """Page-locked host memory of at most `capacity` bytes, for tensors of one device; regions are used again.
+
+    Raises ValueError where there is no GPU.
+    """
+
+    def __init__(self, capacity: int, device: torch.device):
+        if device.type != "cuda":
+            raise ValueError(f"train.offload_gib is set, but the network is on {device.type}: set train.offload_gib=0")
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.memory = torch.empty(capacity, dtype=torch.uint8)
+        _lock(self.memory)
+        self.free: dict[int, list[int]] = {}  # offsets by size
+        self.used = 0
+        self.last: weakref.ref[Parcel] | None = None
+
+    def send(self, tensors: list[Tensor]) -> "Parcel | None":
+        """Start the copy to the host; None where the memory is used up."""
+        regions = []
+        for tensor in tensors:
+            region = self._take(tensor.nbytes)
+            if region is None:
+                self._give_back(regions)
+                return None
+            regions.append(region)
+        self.settle()
+        parcel = Parcel(self, tensors, regions)
+        self.last = weakref.ref(parcel)
+        return parcel
+
+    def newest(self) -> "Parcel | None":
+        """What was sent last and is still wanted: what backward needs first."""
+        return self.last() if self.last is not None else None
+
+    def settle(self) -> None:
+        """Let the newest parcel's tensors go: called a block after it was sent."""
+        newest = self.newest()
+        if newest is not None:
+            newest.leave()
+
+    def _take(self, size: int) -> tuple[int, int] | None:
+        """(offset, rounded size) of a free region."""
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        if self.free.get(size):
+            return self.free[size].pop(), size
+        if self.used + size > self.memory.numel():
+            return None
+        self.used += size
+        return self.used - size, size
+
+    def _give_back(self, regions: list[tuple[int, int]]) -> None:
+        for offset, size in regions:
+            self.free.setdefault(size, []).append(offset)
+
+
+class Parcel:
+    """Tensors of one block in the host's memory."""
+
+    def __init__(self, store: HostStore, tensors: list[Tensor], regions: list[tuple[int, int]]):
+        self.store, self.regions = store, regions
+        self.leaving: list[Tensor] = tensors
+        self.like = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        self.arrived: list[Tensor] | None = None
+        store.stream.wait_stream(torch.cuda.current_stream(store.device))
+        with torch.cuda.stream(store.stream):
+            for tensor, (offset, _) in zip(tensors, regions, strict=True):
+                self._host(offset, tensor).copy_(tensor, non_blocking=True)
+            self.event = store.stream.record_event()
+
+    def _host(self, offset: int, tensor: Tensor) -> Tensor:
+        """The region as a tensor laid out as `tensor` is, so that a copy is one piece."""
+        flat = self.store.memory[offset : offset + tensor.nbytes].view(tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride())
+
+    def leave(self) -> None:
+        """Let go of the device's tensors once they are copied; work queued from here on may use their memory."""
+        if self.leaving:
+            torch.cuda.current_stream(self.store.device).wait_event(self.event)
+            self.leaving = []
+
+    def prefetch(self) -> None:
+        """Start the copy back, behind the work that is queued now."""
+        if self.arrived is not None:
+            return
+        self.leave()
+        device = self.store.device
+        self.arrived = [torch.empty_strided(*like[:2], dtype=like[2], device=device) for like in self.like]
+        self.store.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.store.stream):
+            for tensor, (offset, _) in zip(self.arrived, self.regions, strict=True):
+                tensor.copy_(self._host(offset, tensor), non_blocking=True)
+            self.event = self.store.stream.record_event()
+
+    def fetch(self) -> list[Tensor]:
+        """The tensors on the device, for work queued from here on."""
+        self.prefetch()
+        torch.cuda.current_stream(self.store.device).wait_event(self.event)
+        return self.arrived
+
+    def __del__(self):
+        self.store._give_back(self.regions)
+
+
+def _lock(memory: Tensor) -> None:
+    """Page-lock a tensor's memory until it is freed. PyTorch's own pinned tensors take the next power of two."""
+    runtime, address = torch.cuda.cudart(), memory.data_ptr()
+    torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), 0))
+    weakref.finalize(memory, runtime.cudaHostUnregister, address)

@@ -12,6 +12,7 @@ from losses.self_score import motion_mask
 from train import checkpoint, gdpo, loop, sft
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
+from train.backbones.fused_block import fuse_blocks
 from train.clips import to_pixels
 from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream
@@ -120,6 +121,20 @@ def test_checkpointing_and_one_graph_change_no_gradient(configure, entry):
     policy.switch.share_graph()  # as compiled: the frozen passes stay in grad mode, the adapters are multiplied by 0
     gated, _ = entry.step(config, policy, batch)
     assert distance(gated, plain) < 1e-5
+
+
+@pytest.mark.parametrize("entry", [gdpo, sft])
+def test_fused_blocks_change_no_gradient(configure, entry):
+    """What train.compile puts in the blocks' place: features, heads and the judge's own gradient pass through it."""
+    config = configure(*PHYSICS, *SELF, *MILD, entry=entry)
+    batch = default_collate(samples(config, [0], entry))
+    expected, metrics = entry.step(config, make_policy(config), batch)
+    policy = make_policy(config)
+    network = policy.backbone.transformer
+    fuse_blocks(network, policy.switch, lambda shape: [1] * len(network.blocks), compiled=False)
+    found, again = entry.step(config, policy, batch)
+    assert distance(found, expected) < 1e-4
+    assert all(again[name] == pytest.approx(metrics[name].item(), rel=1e-3, abs=1e-6) for name in metrics)
 
 
 def test_the_judge_gets_no_gradient(configure):

@@ -1,7 +1,7 @@
 """Attention kernels with forward and backward passes of their own, so that a block's output and logsumexp can be kept.
 
-PyTorch's operators below `scaled_dot_product_attention`, the ones autograd calls; no mask, no dropout. Query, key, value
-and output are (B, heads, N, size), the logsumexp (B, heads, N).
+PyTorch's operators below `scaled_dot_product_attention`, the ones autograd calls; no mask, no dropout. Query, key,
+value and output are (B, heads, N, size), the logsumexp (B, heads, N).
 """
 
 from collections.abc import Callable

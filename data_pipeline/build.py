@@ -1,4 +1,4 @@
-"""Build preference groups from raw clips: eight stages, each of which leaves a table behind and can run alone.
+"""Build preference groups from raw clips: nine stages, each of which leaves a table behind and can run alone.
 
     accelerate launch data_pipeline/build.py recipe=tiny pipeline.manifest=clips.csv
     python -m data_pipeline.build recipe=tiny pipeline.manifest=clips.csv --dry-run      # print the numbers and stop
@@ -8,6 +8,7 @@
     pool       all clips of all sources, with their prompts                        sources.py
     filter     a language model keeps the physics-rich ones                        cot_filter.py
     cluster    an action for each                                                  cluster.py
+    difficulty how well the model does each action already                         difficulty.py
     resample   as many of each action as its difficulty asks for                   resample.py
     generate   the losers: the model's own clips                                   generate.py
     judge      scores of the losers                                                judge.py
@@ -105,7 +106,7 @@ def plan(config: Config) -> str:
     text_bytes = 2 * config.backbone.text_length * architecture["transformer"]["text_dim"]
     pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(sources_of(config), settings.table_rows)]
     usable = sum(kept for kept, _ in pieces)
-    most = usable
+    most = min(usable, settings.resample.budget or usable)
     lines = {
         "rows": f"{sum(map(sum, pieces))}, of which {usable} usable before their clips are read",
         "groups": f"{most} at most",

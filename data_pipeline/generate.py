@@ -29,18 +29,16 @@ OPEN_FILES = 16  # clips looked at together: over a network each takes milliseco
 PARTS = ("text", "vae", "transformer")
 
 
-class Generate(Stage):
-    """See the module.
+class LoserMaker:
+    """Makes the losers of rows and keeps them in `store`: {"losers": (M, C, F, H, W) bfloat16} each.
 
     load: loads parts of the backbone. settings: plain values that the losers depend on. batch_size: clips sampled
     together; whole rows are, where it covers more than one.
     """
 
-    name = "generate"
-
     def __init__(
         self,
-        folder: Path,
+        store: Store,
         load: Callable[[Sequence[str]], Backbone],
         settings: Mapping[str, Any],
         video: VideoConfig,
@@ -49,13 +47,10 @@ class Generate(Stage):
         *,
         seed: int,
         num_losers: int,
-        unit_size: int,
         batch_size: int,
     ):
-        super().__init__(folder)
-        self.load, self.settings, self.video, self.sampler = load, settings, video, sampler
-        self.seed, self.num_losers, self.unit_size, self.batch_size = seed, num_losers, unit_size, batch_size
-        self.store = losers_of(folder)
+        self.store, self.load, self.settings, self.video, self.sampler = store, load, settings, video, sampler
+        self.seed, self.num_losers, self.batch_size = seed, num_losers, batch_size
         self.reader = FrameReader(video, device)
 
     @cached_property
@@ -66,30 +61,18 @@ class Generate(Stage):
     def negative(self) -> Conditioning:
         return self.backbone.condition([self.sampler.negative_prompt])
 
-    def plan(self, before: Table) -> list[Unit]:
-        units = []
-        with ThreadPoolExecutor(OPEN_FILES) as pool:
-            for first in range(0, len(before), self.unit_size):
-                records = before.rows(first, self.unit_size).to_pylist()
-                identities = list(pool.map(clip_identity, map(row_of, records)))
-                units.append(Unit(len(units), digest([records, identities, self.settings]), first, len(records)))
-        return units
-
-    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
-        """Generate what is missing; rows whose clip cannot be read are dropped."""
-        found = [row_of(record) for record in rows.to_pylist()]
-        identities = [clip_identity(row) for row in found]
+    def make(self, rows: Sequence[Row], identities: Sequence[str], advance: Advance) -> dict[int, tuple[str, str]]:
+        """Make what is missing; the places of rows whose clip cannot be read, with the reason and the detail."""
         bad: dict[int, tuple[str, str]] = {}
         together = max(1, self.batch_size // max(1, self.num_losers))  # rows
-        for first in range(0, len(found), together) if self.num_losers else ():
-            batch = range(first, min(first + together, len(found)))
-            bad |= self._make({clip_digest(self.settings, found[i], identities[i]): i for i in batch}, found)
+        for first in range(0, len(rows), together) if self.num_losers else ():
+            batch = range(first, min(first + together, len(rows)))
+            bad |= self._make({self.digest(rows[place], identities[place]): place for place in batch}, rows)
             advance(len(batch))
-        columns = {"seeds": list(map(self._seeds, found)), "identity": identities}
-        return drop(add_columns(rows, self.name, columns), bad)
+        return bad
 
     def _make(self, batch: Mapping[str, int], rows: Sequence[Row]) -> dict[int, tuple[str, str]]:
-        """Generate the losers of a batch (digest -> place in `rows`); the places of clips that cannot be read."""
+        """Of a batch, digest -> place in `rows`."""
         frames, unread = self.reader.read_all({made: rows[batch[made]] for made in self.store.missing(list(batch))})
         if frames:
             chosen = [rows[batch[made]] for made in frames]
@@ -98,7 +81,7 @@ class Generate(Stage):
                 self.backbone,
                 condition(self.backbone, first, [row.prompt for row in chosen], num_frames=self.video.num_frames),
                 self.negative,
-                list(map(self._seeds, chosen)),
+                list(map(self.seeds, chosen)),
                 self.video,
                 self.sampler,
                 batch_size=self.batch_size,
@@ -106,14 +89,46 @@ class Generate(Stage):
             self.store.save({made: {"losers": latents} for made, latents in zip(frames, losers, strict=True)})
         return {batch[made]: reason for made, reason in unread.items()}
 
-    def _seeds(self, row: Row) -> list[int]:
+    def digest(self, row: Row, identity: str) -> str:
+        return clip_digest(self.settings, row, identity)
+
+    def seeds(self, row: Row) -> list[int]:
         return [loser_seed(self.seed, row.key, loser) for loser in range(self.num_losers)]
+
+
+class Generate(Stage):
+    """See the module."""
+
+    name = "generate"
+
+    def __init__(self, folder: Path, maker: LoserMaker, *, unit_size: int):
+        super().__init__(folder)
+        self.maker, self.unit_size = maker, unit_size
+
+    def plan(self, before: Table) -> list[Unit]:
+        units = []
+        with ThreadPoolExecutor(OPEN_FILES) as pool:
+            for first in range(0, len(before), self.unit_size):
+                records = before.rows(first, self.unit_size).to_pylist()
+                identities = list(pool.map(clip_identity, map(row_of, records)))
+                settings = self.maker.settings
+                units.append(Unit(len(units), digest([records, identities, settings]), first, len(records)))
+        return units
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        """Generate what is missing; rows whose clip cannot be read are dropped."""
+        found = [row_of(record) for record in rows.to_pylist()]
+        identities = [clip_identity(row) for row in found]
+        bad = self.maker.make(found, identities, advance)
+        columns = {"seeds": list(map(self.maker.seeds, found)), "identity": identities}
+        return drop(add_columns(rows, self.name, columns), bad)
 
     def conclude(self, table: Table) -> None:
         records = (record for number in range(len(table.markers)) for record in table.unit(number).to_pylist())
-        wanted = {clip_digest(self.settings, row_of(record), record["identity"]) for record in records}
-        if unused := self.store.unused(wanted):
-            print(f"{unused / 1e9:.3f} GB of {self.store.folder} are of earlier settings: delete them when you like")
+        wanted = {self.maker.digest(row_of(record), record["identity"]) for record in records}
+        if unused := self.maker.store.unused(wanted):
+            folder = self.maker.store.folder
+            print(f"{unused / 1e9:.3f} GB of {folder} are of earlier settings: delete them when you like")
 
 
 def losers_of(folder: Path) -> Store:

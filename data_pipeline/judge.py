@@ -102,7 +102,9 @@ class JudgeLosers(Stage):
                 advance(1)
         bad = {}
         if clips:
-            found, failures = self._judged(torch.stack(clips), [records[place]["prompt"] for place, _ in wanted])
+            found, failures = judge_clips(
+                self.judge, torch.stack(clips), [records[place]["prompt"] for place, _ in wanted]
+            )
             for number, (place, loser) in enumerate(wanted):
                 if number in failures:
                     bad[place] = ("not judged", f"loser {loser}: {failures[number]}")
@@ -111,15 +113,6 @@ class JudgeLosers(Stage):
         pairs = [[NEUTRAL if score is None else score for score in of_row] for of_row in scores]
         columns = {name: [[pair[i] for pair in of_row] for of_row in pairs] for i, name in enumerate(SCORES)}
         return drop(add_columns(rows, self.name, columns), bad)
-
-    def _judged(self, clips: Tensor, prompts: list[str]) -> tuple[dict[int, Score], Mapping[int, str]]:
-        """The scores of clips by number, and why the others have none."""
-        try:
-            scores, numbers, failures = self.judge(clips, prompts), range(len(clips)), {}
-        except Unjudged as refusal:
-            scores, numbers, failures = refusal.scores, refusal.judged, refusal.failures
-        pairs = zip(scores.semantic.tolist(), scores.physical.tolist(), strict=True)
-        return {number: check_scores(*pair) for number, pair in zip(numbers, pairs, strict=True)}, failures
 
     # The losers as files
 
@@ -159,6 +152,16 @@ class JudgeLosers(Stage):
         lines = [(row["key"], j, path, row["prompt"]) for row in rows for j, path in enumerate(self._paths(row["key"]))]
         write_table(self.save_to / "losers.csv", lines)
         print(f"loser clips and their table for a judge: {self.save_to / 'losers.csv'}")
+
+
+def judge_clips(judge: Judge, clips: Tensor, prompts: list[str]) -> tuple[dict[int, Score], Mapping[int, str]]:
+    """The scores of clips (N, T, H, W, 3) uint8 by number, and why the others have none."""
+    try:
+        scores, numbers, failures = judge(clips, prompts), range(len(clips)), {}
+    except Unjudged as refusal:
+        scores, numbers, failures = refusal.scores, refusal.judged, refusal.failures
+    pairs = zip(scores.semantic.tolist(), scores.physical.tolist(), strict=True)
+    return {number: check_scores(*pair) for number, pair in zip(numbers, pairs, strict=True)}, failures
 
 
 def read_scores(path: str | Path) -> Scores:

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
+from data_pipeline import resample
+from data_pipeline.cluster import ActionMatcher, ClusterConfig, match_settings
 from data_pipeline.cot_filter import CotFilter, FilterConfig
+from data_pipeline.difficulty import Difficulty
 from data_pipeline.encode import Encode
-from data_pipeline.generate import Generate, losers_of
+from data_pipeline.generate import Generate, LoserMaker, losers_of
 from data_pipeline.judge import JudgeLosers, Scores, read_scores
-from data_pipeline.selection import Filter
+from data_pipeline.resample import ResampleConfig
+from data_pipeline.selection import Cluster, Filter, Resample
 from data_pipeline.sources import FrameReader, Pool, Source, open_sources
+from data_pipeline.store import Store
 from data_pipeline.tables import PassThrough, Stage
 from data_pipeline.target_stage import Targets
 from data_pipeline.targets import TargetMaker, TargetsConfig
@@ -24,7 +29,7 @@ from train.backbones.base import Backbone, BackboneConfig
 from train.clips import VideoConfig
 from train.sampling import SamplerConfig
 
-STAGES = ("pool", "filter", "cluster", "resample", "generate", "judge", "targets", "encode")
+STAGES = ("pool", "filter", "cluster", "difficulty", "resample", "generate", "judge", "targets", "encode")
 OPERATIONAL = {  # settings of servers and tools that do not change an answer
     "api_key_env",
     "backoff",
@@ -51,8 +56,10 @@ class PipelineConfig:
     batch_size: int = 1  # losers sampled together, per GPU; an interruption costs at most these
     encode_batch: int = 1  # clips encoded or decoded together, per GPU
     filter: FilterConfig = field(default_factory=FilterConfig)  # without filter.vlm.model all rows pass
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # without cluster.model rows keep their actions
+    resample: ResampleConfig = field(default_factory=ResampleConfig)  # without resample.budget all rows stay
     targets: TargetsConfig = field(default_factory=TargetsConfig)  # without targets.tracks there are none
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the losers that have no scores
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of difficulty, and of the losers that have no scores
     scores: str = ""  # CSV with the columns key, loser, semantic, physical; goes before the manifest's own scores
     save_losers: bool = False  # also write every loser as <output>/losers/<key>-<loser>.mp4
     array_index: int = 0  # this process is one of array_count independent ones, see launch/build_array.sbatch
@@ -84,12 +91,20 @@ class Stages:
     def check(self, chosen: Sequence[str]) -> None:
         """ValueError for what would stop one of the chosen stages, before any work."""
         sources_of(self.config)
-        if STAGES.index(chosen[-1]) >= STAGES.index("generate"):
+        if STAGES.index(chosen[-1]) >= STAGES.index("difficulty" if self.tries_the_model else "generate"):
             assert self.winner_settings and self.scores is not None
         if self.config.pipeline.judge.name:
             self.build_judge()
         if "filter" in chosen and self.config.pipeline.filter.vlm.model:
             CotFilter(self.config.pipeline.filter)
+        if "cluster" in chosen and self.config.pipeline.cluster.model:
+            ActionMatcher(self.config.pipeline.cluster, self.device)
+        resample.check(self.config.pipeline.resample)
+        if self.tries_the_model and not self.config.pipeline.judge.name:
+            raise ValueError(
+                f"pipeline.resample.tau={self.config.pipeline.resample.tau:g} needs a judge of the model's own clips:"
+                " set pipeline.judge.name, or tau=0 to take all actions alike"
+            )
         if "targets" in chosen:
             TargetMaker(self.config.pipeline.targets, self.config.video, self.device)
 
@@ -122,12 +137,29 @@ class Stages:
             "video": asdict(config.video),
         }
 
-    @cached_property
+    @property
     def loser_settings(self) -> dict[str, Any]:
-        """What the losers depend on, beside their rows."""
+        return self._settings_of(self.config.pipeline.num_losers)
+
+    def _settings_of(self, num_losers: int) -> dict[str, Any]:
+        """What generated clips depend on, beside their rows."""
         config = self.config
-        more = {"sampler": asdict(config.sampler), "seed": config.seed, "num_losers": config.pipeline.num_losers}
+        more = {"sampler": asdict(config.sampler), "seed": config.seed, "num_losers": num_losers}
         return self.winner_settings | more
+
+    def _loser_maker(self, store: Store, *, num_losers: int) -> LoserMaker:
+        config = self.config
+        return LoserMaker(
+            store,
+            self.load,
+            self._settings_of(num_losers),
+            config.video,
+            config.sampler,
+            self.device,
+            seed=config.seed,
+            num_losers=num_losers,
+            batch_size=config.pipeline.batch_size,
+        )
 
     def _pool(self, folder: Path) -> Stage:
         settings = self.config.pipeline
@@ -144,10 +176,33 @@ class Stages:
         return Filter(folder, settings, outcome_settings(settings), reader)
 
     def _cluster(self, folder: Path) -> Stage:
-        return PassThrough(folder, "cluster")
+        settings = self.config.pipeline.cluster
+        if not settings.model:
+            return PassThrough(folder, "cluster")
+        return Cluster(folder, settings, match_settings(settings), self.device)
+
+    @property
+    def tries_the_model(self) -> bool:
+        """Whether resampling asks how well the model does each action."""
+        return self.config.pipeline.resample.budget > 0 and self.config.pipeline.resample.tau > 0
+
+    def _difficulty(self, folder: Path) -> Stage:
+        if not self.tries_the_model:
+            return PassThrough(folder, "difficulty")
+        return Difficulty(
+            folder,
+            self._loser_maker(Store(folder / "clips"), num_losers=1),
+            self.build_judge,
+            self.judge_settings,
+            representatives=self.config.pipeline.resample.representatives,
+            decode_batch=self.config.pipeline.encode_batch,
+        )
 
     def _resample(self, folder: Path) -> Stage:
-        return PassThrough(folder, "resample")
+        config, settings = self.config, self.config.pipeline.resample
+        if not settings.budget:
+            return PassThrough(folder, "resample")
+        return Resample(folder, settings, seed=config.seed, part_rows=config.pipeline.table_rows)
 
     def _targets(self, folder: Path) -> Stage:
         if not self.config.pipeline.targets.tracks:
@@ -164,19 +219,9 @@ class Stages:
         return {"targets": outcome_settings(self.config.pipeline.targets), "video": asdict(self.config.video)}
 
     def _generate(self, folder: Path) -> Stage:
-        config, settings = self.config, self.config.pipeline
-        return Generate(
-            folder,
-            self.load,
-            self.loser_settings,
-            config.video,
-            config.sampler,
-            self.device,
-            seed=config.seed,
-            num_losers=settings.num_losers,
-            unit_size=settings.unit_size,
-            batch_size=settings.batch_size,
-        )
+        settings = self.config.pipeline
+        maker = self._loser_maker(losers_of(folder), num_losers=settings.num_losers)
+        return Generate(folder, maker, unit_size=settings.unit_size)
 
     def _judge(self, folder: Path) -> Stage:
         config, settings = self.config, self.config.pipeline

@@ -48,6 +48,7 @@ ADDED = {  # columns that each stage adds; filter replaces physics_richness too,
         ("extended", pa.string()),
     ],
     "cluster": [("category", pa.string()), ("action_score", pa.float64())],
+    "difficulty": [("trial", pa.float64())],  # score of the model's own clip, where it was tried on this row
     "resample": [("difficulty", pa.float64())],
     "generate": [("seeds", pa.list_(pa.int64())), ("identity", pa.string())],  # of the losers; of the clip's file
     "judge": [("semantic", pa.list_(pa.float64())), ("physical", pa.list_(pa.float64()))],  # one a loser
@@ -65,6 +66,7 @@ class Unit:
     digest: str  # of everything that the result depends on
     first: int
     count: int
+    places: tuple[int, ...] = ()  # rows of the unit that the stage works on, where those are not all
 
     @property
     def name(self) -> str:

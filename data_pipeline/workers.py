@@ -107,7 +107,7 @@ def conclude_stage(stage: Stage, units: Sequence[Unit], table: Table, *, show: b
     if show and stage.shown:
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary["dropped"].items())
         print(
-            f"{stage.name:<10}{summary['in']} in, {summary['kept']} kept, {summary['in'] - summary['kept']} dropped"
+            f"{stage.name:<12}{summary['in']} in, {summary['kept']} kept, {summary['in'] - summary['kept']} dropped"
             f"{f' ({reasons})' if reasons else ''}, {summary['seconds']} s"
         )
 

@@ -15,7 +15,7 @@ gradient worth keeping.
 import torch
 from torch import Tensor
 
-RULES = ("mean", "top_k")
+RULES = ("mean", "top_k", "all")
 
 
 def motion_magnitude(tracks: Tensor, *, aspect: float = 1.0) -> Tensor:
@@ -38,7 +38,8 @@ def select_tracks(motion: Tensor, foreground: Tensor, *, rule: str = "mean", top
     foreground: nearness of each point in [0, 1]. It is a disparity: a depth would favour the background.
     rule: "mean" (section 3.1) keeps q above its mean over the points; "top_k" (appendix A) keeps the `top_k` points
     with the largest q, among equal ones the first. A point with q = 0 is never kept, so a clip in which nothing moves
-    keeps none under either rule, and `top_k` may keep fewer than top_k points.
+    keeps none under either rule, and `top_k` may keep fewer than top_k points. "all" keeps every point, moving or not:
+    the losses without their focus on regions (Table 5).
 
     Raises ValueError for another rule, and for "top_k" without a top_k of at least 1.
 
@@ -48,6 +49,8 @@ def select_tracks(motion: Tensor, foreground: Tensor, *, rule: str = "mean", top
     score = motion.float() * foreground.float()  # q, (B,N)
     if rule == "mean":
         return score > score.mean(dim=1, keepdim=True)
+    if rule == "all":
+        return torch.ones_like(score, dtype=torch.bool)
     if rule != "top_k":
         raise ValueError(f"rule={rule!r} is unknown: choose one of {', '.join(RULES)}")
     if top_k is None or top_k < 1:

@@ -30,6 +30,8 @@ SECTIONS = {
     "video": "size, length and frame rate of every clip",
     "lora": "the adapters",
     "objective": "the preference loss",
+    "physics": "PhysisForcing's terms on a block's features",
+    "self_score": "the generator's own opinion as a regulariser",
     "optim": "optimizer, schedule, batch, steps",
     "train": "checkpoints, memory, logging",
     "sampler": "how clips are sampled",
@@ -38,6 +40,7 @@ SECTIONS = {
     "generate": "from prompts to clips and comparisons",
     "run": "what eval.run generates and scores",
     "benchmark": "what train.benchmark measures",
+    "inspect": "what train.inspect_targets draws",
 }
 
 C = TypeVar("C")

@@ -83,11 +83,20 @@ def tiny_pipeline(tmp_path_factory) -> Path:
     return write_tiny_pipeline("wan21", tmp_path_factory.mktemp("pipeline"))
 
 
+def make_tiny(pipeline: Path, groups: Path, *, targets: bool) -> Tiny:
+    name = fingerprint("wan21", pipeline)
+    shapes = {"latent_shape": LATENT_SHAPE, "text_shape": TEXT_SHAPE}
+    write_synthetic_groups(groups, num_groups=8, num_losers=4, **shapes, fingerprint=name, targets=targets)
+    return Tiny(pipeline, groups, name)
+
+
 @pytest.fixture(scope="session")
 def tiny(tiny_pipeline, tmp_path_factory) -> Tiny:
     """8 groups of 4 losers each, of the tiny pipeline."""
-    groups, name = tmp_path_factory.mktemp("groups"), fingerprint("wan21", tiny_pipeline)
-    write_synthetic_groups(
-        groups, num_groups=8, num_losers=4, latent_shape=LATENT_SHAPE, text_shape=TEXT_SHAPE, fingerprint=name
-    )
-    return Tiny(tiny_pipeline, groups, name)
+    return make_tiny(tiny_pipeline, tmp_path_factory.mktemp("groups"), targets=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_targets(tiny_pipeline, tmp_path_factory) -> Tiny:
+    """The same groups with random physics targets."""
+    return make_tiny(tiny_pipeline, tmp_path_factory.mktemp("groups_with_targets"), targets=True)

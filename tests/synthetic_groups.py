@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from train.groups import Group, Loser, ShardWriter, write_index
+from train.teachers.points import pack, query_grid
 
 
 def synthetic_group(
@@ -22,8 +23,12 @@ def synthetic_group(
     text_shape: Sequence[int],
     fingerprint: str,
     seed: int,
+    targets: bool = False,
 ) -> Group:
-    """Group `number` of the stream of `seed`: standard normal latents (C, F, H, W) and text (L', D), uniform scores."""
+    """Group `number` of the stream of `seed`: standard normal latents (C, F, H, W) and text (L', D), uniform scores.
+
+    targets: also `random_targets`; everything else is the same without.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -41,7 +46,26 @@ def synthetic_group(
         winner=normal(*latent_shape),
         losers=normal(num_losers, *latent_shape),
         text=normal(*text_shape),
+        extra=random_targets(latent_shape[1], seed * 1_000_003 + number) if targets else {},
     )
+
+
+def random_targets(num_frames: int, seed: int) -> dict[str, torch.Tensor]:
+    """Physics targets of a clip of `num_frames` latent frames, as train/teachers/targets.py makes them: 25 points on
+    straight random paths, some invisible or not kept, and 3 to 12 tokens of width 24 of a 3 x 5 x 4 grid."""
+    generator = torch.Generator().manual_seed(seed)
+    time = torch.linspace(0, 1, 4 * (num_frames - 1) + 1)[:, None, None]
+    goal = torch.rand(25, 2, generator=generator)
+    tracks = (1 - time) * query_grid(5) + time * goal
+    count = 3 + int(torch.randint(10, (), generator=generator))
+    return {
+        "tracks": pack(tracks),
+        "visible": torch.rand(len(tracks), 25, generator=generator) > 0.2,
+        "keep": torch.rand(25, generator=generator) > 0.5,
+        "relation_tokens": torch.randn(count, 24, generator=generator).bfloat16(),
+        "relation_indices": torch.randperm(60, generator=generator)[:count].sort().values.int(),
+        "relation_grid": torch.tensor([3, 5, 4], dtype=torch.int32),
+    }
 
 
 def write_synthetic_groups(
@@ -55,11 +79,13 @@ def write_synthetic_groups(
     seed: int = 0,
     samples_per_shard: int = 4,
     spatial_scale: int = 8,
+    targets: bool = False,
 ) -> dict[str, Any]:
     """Writes `num_groups` groups and their index, which it returns.
 
     num_losers: of every group, or one number for each. latent_shape: (C, F, H, W). text_shape: (L', D).
-    spatial_scale: pixels per latent cell, only for the video size that the index names.
+    spatial_scale: pixels per latent cell, only for the video size that the index names. targets: with random physics
+    targets.
     """
     losers = [num_losers] * num_groups if isinstance(num_losers, int) else list(num_losers)
 
@@ -72,6 +98,7 @@ def write_synthetic_groups(
                 text_shape=text_shape,
                 fingerprint=fingerprint,
                 seed=seed,
+                targets=targets,
             )
 
     for shard, first in enumerate(range(0, num_groups, samples_per_shard)):

@@ -6,7 +6,9 @@
 In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
 diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keeping only each block's input
 (`low_memory`), with 8-bit products (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full
-fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`). The
+fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`); `ours` with the physics terms
+on stored targets (`physics`), and in a step in which the self-score regulariser is due (`self_score`; `amortised` is
+over `self_score.every` steps), both with their ratio to `ours` in the same run. The
 arithmetic limit is counted, without recomputation, at the ceilings' rates:
 
     pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =
@@ -44,12 +46,15 @@ from train import gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
 from train.breakdown import draw_chart, where_time_goes
-from train.loop import Policy, prepare_network
+from train.loop import Policy, build_heads, prepare_network
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
+from train.physics import target_tensors
+from train.self_score import draws
+from train.teachers.points import pack, query_grid
 from train.tracking import peak_memory_gib, transformer_flops
 
-PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy")
+PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score")
 KINDS = ("", "_sustained")  # of ceilings
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
@@ -60,6 +65,8 @@ class BenchmarkConfig:
     repeats: int = 3  # timed steps, after one that compiles and allocates
     losers: int = 4  # of `groupwise`
     breakdown: bool = True  # one more step each, for the time by kind of kernel
+    relation_grid: list[int] = field(default_factory=lambda: [32, 16, 16])  # of `physics`: V-JEPA 2 ViT-L's tokens
+    relation_width: int = 1024  # and their width; 512 of them, the most that a group has
 
 
 @dataclass
@@ -154,7 +161,7 @@ def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips:
 
 
 def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, Tensor]:
-    """One group of random latents in the shapes that `gdpo.prepare` gives, on the device."""
+    """One group of random latents in the shapes that `gdpo.prepare` gives, on the device; with the recipe's terms."""
     video, device = config.video, backbone.device
     shape = backbone.latent_shape(video.height, video.width, video.num_frames)
     generator = torch.Generator().manual_seed(config.seed)
@@ -174,7 +181,26 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
     }
     if config.backbone.family == "wan22_i2v":
         batch["condition"] = torch.randn(1, *shape, generator=generator).to(device, torch.bfloat16)
-    return batch
+    terms = target_tensors(config.physics, random_targets(config, generator), shape[1])
+    terms |= draws(config.self_score, position=0, batch_size=1, shape=shape, generator=generator)
+    return batch | {name: tensor[None].to(device) for name, tensor in terms.items()}
+
+
+def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tensor]:
+    """A clip's physics targets, all that it may have: points on straight random paths, every relation token."""
+    points, frames = config.physics.targets.grid**2, config.video.num_frames
+    time = torch.linspace(0, 1, frames)[:, None, None]
+    start, goal = query_grid(config.physics.targets.grid), torch.rand(points, 2, generator=generator)
+    places = config.benchmark.relation_grid[0] * config.benchmark.relation_grid[1] * config.benchmark.relation_grid[2]
+    count = min(config.physics.targets.max_tokens, places)
+    return {
+        "tracks": pack((1 - time) * start + time * goal),
+        "visible": torch.ones(frames, points, dtype=torch.bool),
+        "keep": torch.ones(points, dtype=torch.bool),
+        "relation_tokens": torch.randn(count, config.benchmark.relation_width, generator=generator).bfloat16(),
+        "relation_indices": torch.randperm(places, generator=generator)[:count].int(),
+        "relation_grid": torch.tensor(config.benchmark.relation_grid),
+    }
 
 
 def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, Any]:
@@ -193,16 +219,43 @@ def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> d
     return measured | ({"time": where_time_goes(run, device)} if config.benchmark.breakdown else {})
 
 
-def ours(config: Config, backbone: Backbone, *, losers: int = 1, loss: str = "bound") -> dict[str, float]:
-    """`gdpo.step`, optimizer included."""
-    config.objective.loss = loss
+def ours(
+    config: Config,
+    backbone: Backbone,
+    *,
+    losers: int = 1,
+    loss: str = "bound",
+    physics: bool = False,
+    self_score: bool = False,
+) -> dict[str, float]:
+    """`gdpo.step`, optimizer included; with the terms that are asked for and no others, whatever the recipe's."""
+    weight = 1.0 if physics else 0.0
+    config = replace(
+        config,
+        objective=replace(config.objective, loss=loss),
+        physics=replace(config.physics, w_pix=weight, w_sem=weight),
+        self_score=replace(config.self_score, weight=1.0 if self_score else 0.0),
+    )
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
     prepare_network(backbone.transformer, switch, config.train)
-    return _preference_step(config, Policy(backbone, switch), losers)
+    return _preference_step(config, Policy(backbone, switch, build_heads(config, backbone)), losers)
+
+
+def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str, float]:
+    """What a part with terms costs beside `ours`: ratio of seconds, GiB more, and for the regulariser the ratio over
+    all steps."""
+    if part not in ("physics", "self_score") or "ours" not in results:
+        return {}
+    measured, plain = results[part], results["ours"]
+    ratio = measured["seconds"] / plain["seconds"]
+    compared = {"ratio": ratio, "more_gib": measured["memory_gib"] - plain["memory_gib"]}
+    return compared | ({"amortised": 1 + (ratio - 1) / config.self_score.every} if part == "self_score" else {})
 
 
 def copied(config: Config, backbone: Backbone) -> dict[str, float]:
-    """Full fine-tuning with a copied reference: the same step and losses."""
+    """Full fine-tuning with a copied reference: the same step and losses, without terms."""
+    config = replace(config, physics=replace(config.physics, w_pix=0.0, w_sem=0.0))
+    config = replace(config, self_score=replace(config.self_score, weight=0.0))
     reference = load_backbone(config.backbone, backbone.device, parts=("expert",)).transformer
     switch = CopiedReference(backbone, reference)
     for network in (reference, backbone.transformer):
@@ -211,16 +264,17 @@ def copied(config: Config, backbone: Backbone) -> dict[str, float]:
 
 
 def _preference_step(config: Config, policy: Policy, losers: int) -> dict[str, float]:
-    batch = random_batch(config, policy.backbone, losers)
-    optimizer = build_optimizer(config.optim, policy.switch.parameters())
+    batch, heads = random_batch(config, policy.backbone, losers), policy.head_parameters()
+    optimizer = build_optimizer(config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr)
     gaps = []
 
     def run() -> None:
         gradients, metrics = gdpo.step(config, policy, batch)
         gaps.append(abs(metrics["policy_winner"] - metrics["reference_winner"]).item())
-        for weight, gradient in zip(policy.switch.parameters(), gradients, strict=True):
+        for weight, gradient in zip(policy.parameters(), gradients, strict=True):
             weight.grad = gradient
         nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
+        nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         assert torch.isfinite(metrics["loss"]).item()
@@ -249,7 +303,7 @@ def plain(config: Config, backbone: Backbone) -> dict[str, float]:
         weight.data = weight.data.float()
     network.train()
     network.enable_gradient_checkpointing()
-    batch = random_batch(config, backbone, 1)
+    batch = random_batch(config, backbone, 1)  # of which the terms are not read
     clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[0]  # (2,C,F,H,W)
     noise, t, text = batch["noise"][0], batch["t"].expand(2), batch["text"].expand(2, -1, -1)
     noisy = interpolate(clips, noise, t).to(torch.bfloat16)
@@ -339,6 +393,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "float8": lambda c, b: ours(replace(c, train=replace(c.train, float8=True)), b),
         "groupwise": lambda c, b: ours(c, b, losers=c.benchmark.losers, loss="plackett_luce"),
         "copy": copied,
+        "physics": lambda c, b: ours(c, b, physics=True),
+        "self_score": lambda c, b: ours(c, b, self_score=True),
     }
     path = Path(config.output) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -353,6 +409,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if "ceilings" in results:
                 clips = 1 + config.benchmark.losers if part == "groupwise" else 2
                 results[part]["limit_seconds"] = limit(config, backbone, results["ceilings"], clips=clips)
+            results[part] |= against_ours(config, part, results)
         measured = results[part] | results[part].get("time", {})
         numbers = (f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, int | float))
         print(part, "  ".join(numbers), flush=True)

@@ -2,6 +2,7 @@
 
     <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets and fingerprint
     as metadata
+                              heads.safetensors   the physics terms' heads, where there are any (train/physics.py)
                               optimizer.safetensors   AdamW moments by weight name
                               state.json   step, samples seen, counters, and the size and sha256 of the other files
 
@@ -28,6 +29,7 @@ from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+HEADS_FILE = "heads.safetensors"
 STATE_FILE = "state.json"
 
 Trainable = LoraSwitch | FullParameters  # what a checkpoint holds: its `file`, `weights`, `describe()`, state dicts
@@ -42,6 +44,7 @@ def save(
     state: dict[str, Any],
     metadata: dict[str, str],
     keep: int,
+    heads: nn.Module | None = None,
 ) -> Path:
     """Write checkpoint `step` under `folder`, then delete all but the newest `keep`. Returns its path. Call on one
     rank.
@@ -54,8 +57,11 @@ def save(
     shutil.rmtree(aside, ignore_errors=True)
     tensors = {
         switch.file: (switch.state_dict(), metadata),
-        OPTIMIZER_FILE: (_optimizer_tensors(switch, optimizer), None),
+        OPTIMIZER_FILE: (_optimizer_tensors(_trained(switch, heads), optimizer), None),
     }
+    if heads is not None:
+        state_of_heads = {name: weight.detach().cpu().clone() for name, weight in heads.named_parameters()}
+        tensors[HEADS_FILE] = (state_of_heads, None)
     try:
         aside.mkdir()
         for name, (content, header) in tensors.items():
@@ -95,14 +101,18 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def load(path: Path, *, switch: Trainable, optimizer: torch.optim.AdamW, fingerprint: str) -> dict[str, Any]:
+def load(
+    path: Path, *, switch: Trainable, optimizer: torch.optim.AdamW, fingerprint: str, heads: nn.Module | None = None
+) -> dict[str, Any]:
     """Restore weights and optimizer from checkpoint `path`; returns its state. Call on every rank.
 
-    Raises ValueError when the checkpoint belongs to another backbone or adapter shape, naming both.
+    Raises ValueError when the checkpoint belongs to another backbone or adapter shape, naming both, and where its heads
+    are not those of this run.
     """
     load_weights(path / switch.file, switch, fingerprint=fingerprint)
+    load_heads(path, heads)
     moments = load_file(path / OPTIMIZER_FILE)
-    for name, weight in switch.weights.items():
+    for name, weight in _trained(switch, heads).items():
         if f"{name}.step" in moments:
             optimizer.state[weight] = {
                 "step": moments[f"{name}.step"].clone().to(weight.device if weight.is_cuda else "cpu"),
@@ -110,6 +120,26 @@ def load(path: Path, *, switch: Trainable, optimizer: torch.optim.AdamW, fingerp
                 "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(weight.device),
             }
     return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def load_heads(path: Path, heads: nn.Module | None) -> None:
+    """Load the heads of checkpoint folder `path`; ValueError unless it has just those of `heads`."""
+    file = path / HEADS_FILE
+    if heads is None and not file.exists():
+        return
+    found = load_file(file) if file.exists() else {}
+    wanted = {} if heads is None else dict(heads.named_parameters())
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
+    if shapes[0] != shapes[1]:
+        said = [", ".join(f"{n} {shape}" for n, shape in one.items()) or "none" for one in shapes]
+        raise ValueError(
+            f"checkpoint {path} holds heads of physics terms: {said[0]}; this recipe has: {said[1]}. Restore"
+            " physics.w_pix, physics.w_sem and the widths that it was trained with, or choose another output folder to"
+            " train anew."
+        )
+    with torch.no_grad():
+        for name, weight in wanted.items():
+            weight.copy_(found[name])
 
 
 def weights_metadata(switch: Trainable, *, fingerprint: str, expert: str) -> dict[str, str]:
@@ -205,9 +235,15 @@ def lora_path(path: Path | str) -> Path:
     return weights_path(path, (LoraSwitch.file,))
 
 
-def _optimizer_tensors(switch: Trainable, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _trained(switch: Trainable, heads: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Everything that the optimizer has moments of, by name."""
+    own = {} if heads is None else {f"heads.{name}": weight for name, weight in heads.named_parameters()}
+    return switch.weights | own
+
+
+def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     tensors = {}
-    for name, weight in switch.weights.items():
+    for name, weight in weights.items():
         for key, value in optimizer.state.get(weight, {}).items():
             tensors[f"{name}.{key}"] = value.detach().cpu().clone()
     return tensors

@@ -12,16 +12,20 @@ the policy and psi the reference (the same network with its adapters switched of
          = log(1 + sum_j exp(x_j))                over all losers      (eq. 6,  objective.loss=plackett_luce)
 
 Either is a function of few flow errors, so its gradient is a sum of the errors' own gradients with scalar
-coefficients that are known once all passes are done. With `train.pairs_per_pass=1` each error is back-propagated
-alone, with unit weight, right after its pass, and the adapters' gradients, a few hundred megabytes, are combined
-afterwards: only one sample's activations live at a time, whatever M.
+coefficients that are known once all passes are done. With `train.pairs_per_pass=1` each loser's error is
+back-propagated alone, with unit weight, right after its pass; the winner's pass comes last, so that the coefficients
+are known before its only backward, and the adapters' gradients, a few hundred megabytes, are combined afterwards: only
+one sample's activations live at a time, whatever M.
 
 `objective.w_fm` adds the winner's own flow error, as supervised fine-tuning has it:
 
     loss += w_fm l_theta(w)
 
 Preference losses alone raise the errors of losers AND winners, the losers' faster; this term keeps the winner's down.
-The paper has none (0 is the default).
+The paper has none (0 is the default). Nor has it the three terms of train/winner.py, off by default, which read the
+winner's pass and share its backward:
+
+    loss += w_pix L_pix + w_sem L_sem + w_self L_self
 
 Baselines from the same losses: objective.physics_guided=false is Flow-DPO, with objective.winner=generated
 VideoDPO-style; train/sft.py is LoRA-SFT. Deviations: `losses.flow_matching` (a mean for the paper's sum), and the
@@ -37,16 +41,18 @@ import torch
 from torch import Tensor
 
 import recipes
-from losses.flow_matching import flow_error, interpolate
 from losses.preference import pairwise_bound, physics_guided_weights, plackett_luce, relative_error
-from train.backbones.base import BackboneConfig, Conditioning
+from train import winner
+from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
 from train.groups import GroupSet, Sample, pad_text
 from train.loop import Policy, TrainConfig, fit
 from train.lora_switch import LoraConfig
 from train.optimizer import OptimConfig, learning_rate
+from train.physics import PhysicsConfig, feature_block
 from train.plan import print_plan
 from train.sampling import SamplerConfig
+from train.self_score import SelfScoreConfig
 from train.validation import ValidationConfig
 
 
@@ -90,6 +96,8 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    physics: PhysicsConfig = field(default_factory=PhysicsConfig)
+    self_score: SelfScoreConfig = field(default_factory=SelfScoreConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -100,8 +108,8 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
     """Tensors of one training sample (M' = 1 loser, or all of them): latents, text, scores, and the drawn t and noise.
 
     winner (C,F,H,W), losers (M',C,F,H,W), text (L,D), t (), noise (1+M',C,F,H,W) float32 (winner's first), semantic
-    and physical (M',), group_size (), condition (optional). Drawn on the CPU from a generator seeded by (seed,
-    position): the same on any device and rank.
+    and physical (M',), group_size (), condition (optional), and what `winner.prepare` adds. Drawn on the
+    CPU from a generator seeded by (seed, position): the same on any device and rank.
     """
     group, objective = sample.group, config.objective
     chosen = [sample.loser_index] if objective.loss == "bound" else list(range(len(group.losers)))
@@ -119,6 +127,7 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
         "physical": torch.tensor([group.losers_info[j].physical for j in chosen]),
         "group_size": torch.tensor(float(len(group.losers))),
     }
+    tensors |= winner.prepare(config, sample, generator)
     return tensors if group.condition is None else tensors | {"condition": group.condition}
 
 
@@ -175,77 +184,77 @@ def preference_loss(
 
 
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Gradients of the batch's mean loss with respect to the adapters, and metrics.
+    """Gradients of the batch's mean loss with respect to the adapters and heads, and metrics.
 
     Every clip goes through the reference once and through the policy once, forward and backward. See the module's
     docstring for why a batch of one group is back-propagated clip by clip.
     """
     clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)  # (B,1+M',C,F,H,W)
     groups, members = clips.shape[:2]
-    weights = policy.switch.parameters()
-
-    def errors(clip: Tensor, noise: Tensor) -> Tensor:  # (N,C,F,H,W) -> (N,)
-        copies = clip.shape[0] // groups
-        t = batch["t"].repeat_interleave(copies)
-        condition = batch["condition"].repeat_interleave(copies, dim=0) if "condition" in batch else None
-        conditioning = Conditioning(batch["text"].repeat_interleave(copies, dim=0), condition)
-        velocity = policy.backbone.velocity(interpolate(clip, noise, t), t, conditioning)
-        return flow_error(velocity, clip, noise)
-
-    def member(j: int) -> tuple[Tensor, Tensor]:
-        return clips[:, j], batch["noise"][:, j]
+    adapters = policy.switch.parameters()
+    block = feature_block(config.physics, len(policy.backbone.blocks))
 
     if groups == 1:
+
+        def predict(j: int, **options) -> winner.Prediction:
+            return winner.predict(policy, clips[:, j], batch["noise"][:, j], batch, **options)
+
         with policy.switch.frozen_reference():
-            reference = torch.stack([errors(*member(j)).detach() for j in range(members)], dim=1)  # (1,1+M')
+            reference = torch.stack([predict(j).error.detach() for j in range(members)], dim=1)  # (1,1+M')
         values, gradients = [], []
-        for j in range(members):
-            error = errors(*member(j))
-            gradients.append(torch.autograd.grad(error.sum(), weights))
+        for j in range(1, members):
+            error = predict(j).error
+            gradients.append(torch.autograd.grad(error.sum(), adapters))
             values.append(error.detach())
-        policy_errors = torch.stack(values, dim=1).requires_grad_()
+        won = predict(0, features_at=block)
+        policy_errors = torch.stack([won.error.detach(), *values], dim=1).requires_grad_()
         loss, extra = preference_loss(config, policy_errors, reference, batch)
         (coefficients,) = torch.autograd.grad(loss.mean(), policy_errors)  # (1,1+M')
-        combined = combine(gradients, coefficients[0])
+        terms, more = winner.winner_losses(config, policy, won, batch)
+        whole = (coefficients[:, 0] * won.error + terms).sum()
+        combined = list(torch.autograd.grad(whole, policy.parameters()))
+        add_(combined, gradients, coefficients[0, 1:])
     else:
         flat_clips, flat_noise = clips.flatten(0, 1), batch["noise"].flatten(0, 1)
         with policy.switch.frozen_reference():
-            reference = errors(flat_clips, flat_noise).detach().view(groups, members)
-        policy_errors = errors(flat_clips, flat_noise).view(groups, members)
+            reference = winner.predict(policy, flat_clips, flat_noise, batch).error.detach().view(groups, members)
+        prediction = winner.predict(policy, flat_clips, flat_noise, batch, features_at=block)
+        policy_errors = prediction.error.view(groups, members)
         loss, extra = preference_loss(config, policy_errors, reference, batch)
-        combined = list(torch.autograd.grad(loss.mean(), weights))
+        terms, more = winner.winner_losses(config, policy, prediction.every(members), batch)
+        combined = list(torch.autograd.grad((loss + terms).mean(), policy.parameters()))
+    loss = loss.detach() + terms.detach()
 
     policy_errors = policy_errors.detach()
     margin = -relative_error(policy_errors[:, 0], reference[:, 0], policy_errors[:, 1:], reference[:, 1:])  # (B,M')
     metrics = {
-        "loss": loss.detach().mean(),
+        "loss": loss.mean(),
         "accuracy": (margin > 0).float().mean(),
         "margin": margin.mean(),
         "policy_winner": policy_errors[:, 0].mean(),
         "policy_loser": policy_errors[:, 1:].mean(),
         "reference_winner": reference[:, 0].mean(),
         "reference_loser": reference[:, 1:].mean(),
-        "beta": torch.full_like(loss[0].detach(), config.objective.beta),
+        "beta": torch.full_like(loss[0], config.objective.beta),
     }
-    return combined, metrics | extra
+    return combined, metrics | extra | more
 
 
-def combine(gradients: list[tuple[Tensor, ...]], coefficients: Tensor) -> list[Tensor]:
-    """sum_j coefficient_j gradient_j per weight, into the first clip's buffers.
+def add_(total: list[Tensor], gradients: list[tuple[Tensor, ...]], coefficients: Tensor) -> None:
+    """total += sum_j coefficient_j gradient_j, per weight, in place.
 
-    `gradients`: one tuple a clip; `coefficients` (1+M',).
+    `gradients`: one tuple a clip, of the first weights of `total`; `coefficients` (M',).
     """
-    total = [gradient.mul_(coefficients[0]) for gradient in gradients[0]]
-    for others, coefficient in zip(gradients[1:], coefficients[1:], strict=True):
-        for sum_, gradient in zip(total, others, strict=True):
+    for one, coefficient in zip(gradients, coefficients, strict=True):
+        for sum_, gradient in zip(total, one, strict=False):
             sum_.addcmul_(gradient, coefficient)
-    return total
 
 
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     objective = config.objective
     learning_rate(config.optim, 0)
+    winner.check(config)
     choices = {
         "loss": ("bound", "plackett_luce"),
         "winner": ("real", "generated"),

@@ -1,7 +1,8 @@
 """The loop that every trainer shares: load, attach, resume, then step, log, save.
 
     for each step:  gradients = mean over the step's groups, over all ranks, of `step(config, policy, batch)`
-                    skip it if anything is not finite, else clip, AdamW, log, and now and then a checkpoint and clips
+                    skip it if anything is not finite, else clip (adapters and heads apart), AdamW, log,
+                    and now and then a checkpoint and clips
 
 What a method adds is two functions: `prepare(sample) -> tensors` (run in the loader's workers, draws noise and time)
 and `step(config, policy, batch) -> gradients, metrics`. Groups are read by their position in one global stream and
@@ -35,9 +36,12 @@ from train.backbones.fused_block import fuse_blocks, unfit
 from train.checkpoint import Trainable
 from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream, Sample, positions
+from train.live_targets import LiveTargets
 from train.lora_switch import LoraSwitch
 from train.offload import HostStore
 from train.optimizer import build_optimizer, learning_rate
+from train.physics import PhysicsHeads, feature_block, lacks_targets
+from train.self_score import check_resume
 from train.tracking import Tracker, device_peak_tflops, peak_memory_gib, transformer_flops
 from train.validation import Validation
 
@@ -77,6 +81,14 @@ class Policy:
 
     backbone: Backbone
     switch: Trainable
+    heads: PhysicsHeads | None = None  # of the physics terms, where the recipe has any
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What a step returns gradients of, in this order: the adapters (or all weights), then the heads'."""
+        return self.switch.parameters() + self.head_parameters()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [] if self.heads is None else list(self.heads.parameters())
 
 
 Step = Callable[[Any, Policy, Tensors], tuple[list[Tensor], dict[str, Tensor]]]
@@ -91,9 +103,9 @@ def fit(
     shown: tuple[str, ...],
     keep_reference: bool = False,
 ) -> Path:
-    """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, optim,
-    sampler, validation and train; `check_groups` may refuse a group set; `shown` names the metrics of the progress
-    bar; `keep_reference`: full fine-tuning needs the untrained weights.
+    """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, physics,
+    self_score, optim, sampler, validation and train; `check_groups` may refuse a group set; `shown` names the metrics
+    of the progress bar; `keep_reference`: full fine-tuning needs the untrained weights.
 
     Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the
     ranks, a checkpoint of another rank, a full disk, a run whose losses stay non-finite.
@@ -105,12 +117,20 @@ def fit(
     accumulation = accumulation_steps(config, accelerator.num_processes)
     check_intervals(config)
 
+    live = None
+    if lacks_targets(config.physics, config.train.groups):
+        live = LiveTargets(config.physics, config.video, device, accelerator.print)
     validation = Validation(config, accelerator, folder / "validation")
-    parts = ("transformer", "vae") if validation.enabled else ("expert",)
+    parts = ["transformer" if validation.enabled else "expert"]
+    parts += ["vae"] if validation.enabled or live else []
     backbone = load_backbone(config.backbone, device, parts=parts)
     groups = open_groups(config, backbone)
     check_groups(config, groups)
-    policy = Policy(backbone, attach_parameters(config, backbone.transformer, keep_reference=keep_reference))
+    policy = Policy(
+        backbone,
+        attach_parameters(config, backbone.transformer, keep_reference=keep_reference),
+        build_heads(config, backbone),
+    )
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
     if engines[0] is not None and isinstance(policy.switch, FullParameters):
         raise ValueError(
@@ -121,7 +141,8 @@ def fit(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
     )
     prepare_network(backbone.transformer, policy.switch, config.train)
-    optimizer = build_optimizer(config.optim, policy.switch.parameters())
+    heads = policy.head_parameters()
+    optimizer = build_optimizer(config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr)
 
     checkpoints = folder / "checkpoints"
     metadata = checkpoint.weights_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
@@ -133,19 +154,27 @@ def fit(
             f"{checkpoints} already holds {newest.name} and train.resume is false: choose another output folder"
         )
     if newest is not None:
-        loaded = checkpoint.load(newest, switch=policy.switch, optimizer=optimizer, fingerprint=backbone.fingerprint)
+        loaded = checkpoint.load(
+            newest,
+            switch=policy.switch,
+            optimizer=optimizer,
+            fingerprint=backbone.fingerprint,
+            heads=policy.heads,
+        )
         if loaded["seed"] != config.seed:
             raise ValueError(
                 f"{newest} was trained with seed={loaded['seed']}, the recipe says seed={config.seed}: restore the seed"
             )
         state = {key: loaded[key] for key in state}
+        check_resume(config.self_score, samples_seen=state["samples_seen"], batch_size=config.optim.batch_size)
         start = loaded["step"]
         accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
 
     if accelerator.is_main_process:  # not before: a refused run leaves the folder as it was
         recipes.save(config, folder / "recipe.yaml")
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = _Batches(build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world))
+    loader = build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world)
+    batches = _Batches(loader, partial(live.complete, backbone=backbone) if live else None)
     tracker = Tracker(
         accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config)
     )
@@ -163,6 +192,7 @@ def fit(
                 "state": state,
                 "metadata": metadata,
                 "keep": keep,
+                "heads": policy.heads,
             }
             checkpoint.save(checkpoints, step_number, **options)
             saved = step_number
@@ -179,12 +209,15 @@ def fit(
             parallel.release(engine)
         asked_to_stop = torch.tensor([float(stopping.asked)], device=device)
         parallel.average_([*gradients, *metrics.values(), asked_to_stop])
-        for weight, gradient in zip(policy.switch.parameters(), gradients, strict=True):
+        for weight, gradient in zip(policy.parameters(), gradients, strict=True):
             weight.grad = gradient
         norm = nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
+        norms = {"grad_norm": norm.item()}
+        if heads:  # apart: random weights at first, whose gradients would leave the adapters no share of the norm
+            norms["head_grad_norm"] = nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm).item()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, number)
-        finite = math.isfinite(norm.item()) and math.isfinite(metrics["loss"].item())
+            group["lr"] = learning_rate(config.optim, number) * group["scale"]
+        finite = all(math.isfinite(value) for value in (*norms.values(), metrics["loss"].item()))
         with stopping.held():  # weights, moments and counters change together
             if finite:  # the same on all ranks: both numbers are averages over them
                 optimizer.step()
@@ -194,7 +227,7 @@ def fit(
         bad_in_a_row = 0 if finite else bad_in_a_row + 1
 
         values = {name: value.item() for name, value in metrics.items()}
-        values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
+        values |= norms | {"lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
         tracker.log(number, values | pace.measure(), shown=shown)
         if bad_in_a_row > config.train.max_nonfinite:
             raise ValueError(
@@ -245,6 +278,16 @@ def attach_parameters(config: Any, network: nn.Module, *, keep_reference: bool) 
     if config.train.parameters == "full":
         return FullParameters(network, keep_reference=keep_reference)
     return LoraSwitch(network, config.lora, seed=config.seed)
+
+
+def build_heads(config: Any, backbone: Backbone) -> PhysicsHeads | None:
+    """The heads of the recipe's physics terms, whole on every rank; None without such terms. ValueError for a block
+    that the network has not."""
+    if feature_block(config.physics, len(backbone.blocks)) is None:
+        return None
+    network = backbone.architecture["transformer"]
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    return PhysicsHeads(config.physics, width, seed=config.seed).to(backbone.device)
 
 
 def check_intervals(config: Any) -> None:
@@ -352,14 +395,15 @@ def build_loader(
 
 class _Batches:
     """A loader's iterator that is closed at exit; else, after an error, PyTorch waits five seconds for each of its
-    processes."""
+    processes. `complete` may add to a batch what the loader's processes cannot."""
 
-    def __init__(self, loader: DataLoader):
-        self._iterator = iter(loader)
+    def __init__(self, loader: DataLoader, complete: Callable[[Tensors], Tensors] | None = None):
+        self._iterator, self._complete = iter(loader), complete
         atexit.register(self.close)  # runs before what PyTorch registered
 
     def __next__(self) -> Tensors:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        return self._complete(batch) if self._complete else batch
 
     def close(self) -> None:
         self._iterator = None

@@ -1,6 +1,7 @@
 """AdamW on the adapters and the learning-rate schedule (PhyGDPO section 3: 1e-5 to 1e-6, cosine, weight decay 0.01)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +22,16 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # global norm above which gradients are scaled down
 
 
-def build_optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over float32 parameters."""
+def build_optimizer(
+    config: OptimConfig, parameters: list[nn.Parameter], *, heads: Sequence[nn.Parameter] = (), head_lr: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW over float32 parameters. `heads` get the same schedule with its peak at `head_lr`: each group's "scale" is
+    what its learning rate is of `learning_rate`."""
+    groups = [{"params": parameters, "scale": 1.0}]
+    if heads:
+        groups.append({"params": list(heads), "scale": head_lr / config.lr})
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,

@@ -11,6 +11,7 @@ from train.groups import GroupSet
 from train.loop import accumulation_steps
 from train.lora_switch import targeted_layers
 from train.parallel import build_accelerator
+from train.physics import feature_block
 
 GIB = 2**30
 LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce with several pairs a pass
@@ -51,6 +52,13 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
     ]
+    block = feature_block(config.physics, layers)
+    if block is not None:
+        terms = f"w_pix {config.physics.w_pix:g}, w_sem {config.physics.w_sem:g}, heads on block {block}"
+        lines.append(f"physics terms   {terms}, their learning rate {config.physics.head_lr:g}")
+    if config.self_score.weight > 0:
+        terms = f"weight {config.self_score.weight:g}, every {config.self_score.every} steps"
+        lines.append(f"self-score      {terms}")
     try:
         groups = GroupSet(config.train.groups)
         lines.append(

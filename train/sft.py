@@ -4,7 +4,9 @@
 
 Reads the same preference groups as `train/gdpo.py` and trains on their winners alone:
 
-    loss = mean |v_theta(x_t, t) - (x_1 - x_0)|^2
+    loss = mean |v_theta(x_t, t) - (x_1 - x_0)|^2 + w_pix L_pix + w_sem L_sem + w_self L_self
+
+The last three, off by default, are those of train/winner.py; with w_pix and w_sem this is PhysisForcing's eq. 13.
 """
 
 from dataclasses import dataclass, field
@@ -14,11 +16,10 @@ import torch
 from torch import Tensor
 
 import recipes
-from losses.flow_matching import flow_error, interpolate
-from train import gdpo
-from train.backbones.base import Conditioning
+from train import gdpo, winner
 from train.groups import GroupSet, Sample, pad_text
 from train.loop import Policy, fit
+from train.physics import feature_block
 from train.plan import print_plan
 
 
@@ -39,7 +40,7 @@ class Config(gdpo.Config):
 
 def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
     """winner (C,F,H,W), text (L,D), t (), noise (C,F,H,W) float32, condition (optional): the draws of
-    `gdpo.prepare`'s winner."""
+    `gdpo.prepare`'s winner; and what `winner.prepare` adds."""
     group = sample.group
     generator = torch.Generator().manual_seed(gdpo.draw_seed(config.seed, sample.position))
     t = gdpo.draw_time(config.objective, generator)
@@ -49,15 +50,18 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
         "t": t,
         "noise": torch.randn(group.winner.shape, generator=generator),
     }
+    tensors |= winner.prepare(config, sample, generator)
     return tensors if group.condition is None else tensors | {"condition": group.condition}
 
 
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Gradients of the batch's mean flow error with respect to the adapters, and metrics."""
-    x_t = interpolate(batch["winner"], batch["noise"], batch["t"])
-    velocity = policy.backbone.velocity(x_t, batch["t"], Conditioning(batch["text"], batch.get("condition")))
-    loss = flow_error(velocity, batch["winner"], batch["noise"]).mean()
-    return list(torch.autograd.grad(loss, policy.switch.parameters())), {"loss": loss.detach()}
+    """Gradients of the batch's mean loss with respect to the adapters and heads, and metrics."""
+    block = feature_block(config.physics, len(policy.backbone.blocks))
+    prediction = winner.predict(policy, batch["winner"], batch["noise"], batch, features_at=block)
+    terms, metrics = winner.winner_losses(config, policy, prediction, batch)
+    loss = (prediction.error + terms).mean()
+    metrics = {"loss": loss.detach(), "flow": prediction.error.detach().mean()} | metrics
+    return list(torch.autograd.grad(loss, policy.parameters())), metrics
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(config)
         return
     shown = ("loss", "grad_norm", "tokens_per_second")
-    fit(config, step=step, prepare=prepare, check_groups=lambda *_: None, shown=shown)
+    judged = config.self_score.weight > 0
+    fit(config, step=step, prepare=prepare, check_groups=lambda *_: None, shown=shown, keep_reference=judged)
 
 
 if __name__ == "__main__":

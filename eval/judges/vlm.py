@@ -7,6 +7,7 @@ model's own, not calibrated: compare scores of one model only.
 The physical question leaves the prompt out: a description of something impossible does not make it physical.
 """
 
+import asyncio
 import dataclasses
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ def build(config: VlmJudgeConfig, device: torch.device | str) -> Judge:
         check_clips(clips, prompts)
 
         async def judge(clip: int) -> tuple[float, float]:
-            frames = jpeg_frames(clips[clip].cpu(), config.frames, config.frame_height)
+            frames = await asyncio.to_thread(jpeg_frames, clips[clip].cpu(), config.frames, config.frame_height)
             facts = {"count": len(frames), "seconds": clips.shape[1] / config.fps}
             semantic = await vlm.yes_probability(frames, SEMANTIC.format(caption=quoted(prompts[clip]), **facts))
             return semantic, await vlm.yes_probability(frames, PHYSICAL.format(**facts))

@@ -1,12 +1,13 @@
-"""The ablation on the sandbox: every objective of the paper's comparison, measured on simulated physics.
+"""The ablations on the sandbox: the objectives of the papers' comparisons, measured on simulated physics.
 
     python -m eval.sandbox.ablation --folder runs/ablation --jobs 6       # run or continue everything, then the table
     python -m eval.sandbox.ablation --folder runs/ablation --rows base,sft,gdpo --seeds 0 --set optim.steps=100
+    python -m eval.sandbox.ablation --suite physics --folder runs/physics --jobs 6        # the physics terms
     python -m eval.sandbox.ablation --show eval/sandbox/ablation.json     # table and figure of an earlier run
 
 Every step is one of the project's own commands with recipe=sandbox, as a user would run it:
 
-    <folder>/groups-<seed>/, pairs-<seed>/     data_pipeline.build: groups of 4 losers, and of 1 for Flow-DPO
+    <folder>/groups-<seed>/, ...               data_pipeline.build: the sets of ablation_rows.GROUPS that rows need
     <folder>/<row>-<seed>/train/               train.gdpo or train.sft
     <folder>/<row>-<seed>/eval/                eval.run on prompts that no training set holds, other ones for each seed
     <folder>/<row>-<seed>/log.txt              what these printed
@@ -17,9 +18,9 @@ A run with a result of the same settings, model and groups is not repeated, one 
 checkpoint, and one whose training would differ is moved to <folder>/replaced and starts anew. A failed run is reported
 and does not stop the others. --jobs runs several side by side: the model is small, so one GPU serves several.
 
-Intervals are 95% bootstrap intervals over the clips of all seeds. Gains over the base model and differences to LoRA-SFT
-are paired: same prompt, same initial noise. They say how sure the mean over prompts is for these trained models; how
-much another training seed changes it is seen in the seeds' own means, in ablation.json.
+Intervals are 95% bootstrap intervals over the clips of all seeds. Gains over the base model and differences to another
+row are paired: same prompt, same initial noise. They say how sure the mean over prompts is for these trained models;
+how much another training seed changes it is seen in the seeds' own means, in ablation.json.
 """
 
 import argparse
@@ -48,16 +49,16 @@ from tqdm import tqdm
 import recipes
 from eval.intervals import bootstrap_mean
 from eval.sandbox.ablation_report import draw, table
-from eval.sandbox.ablation_rows import DEFAULTS, METHODS, Row, list_rows, paper_figures
+from eval.sandbox.ablation_rows import GROUPS, METHODS, SUITES, Row, Suite, paper_figures
 
 RECIPE = "sandbox"
 SCORES = ("physical", "semantic")
-NUM_LOSERS = {"groups": 4, "pairs": 1}
 # Sections that each command reads.
+TRAINED = ("backbone", "video", "lora", "objective", "physics", "self_score", "optim", "sampler", "validation", "train")
 READS = {
     "data_pipeline.build": ("backbone", "video", "sampler", "pipeline"),
-    "train.gdpo": ("backbone", "video", "lora", "objective", "optim", "sampler", "validation", "train"),
-    "train.sft": ("backbone", "video", "lora", "objective", "optim", "sampler", "validation", "train"),
+    "train.gdpo": TRAINED,
+    "train.sft": TRAINED,
     "eval.run": ("backbone", "video", "sampler", "run"),
 }
 # Speed alone. A unit of the recipe has 32 groups, and clips are sampled together within one.
@@ -67,6 +68,7 @@ ON_GPU = {
 }
 # Keys that tell one run from another: set here for each, and not by --set.
 OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.num_losers", "train.groups")
+OWN_KEYS += ("pipeline.targets.tracks", "pipeline.targets.rule")
 OWN_KEYS += ("train.folder", "run.lora", "run.folder", "run.sandbox.clips", "run.sandbox.seed")
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
@@ -80,6 +82,8 @@ class Sections:
     video: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    physics: dict[str, Any] = field(default_factory=dict)
+    self_score: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
@@ -96,6 +100,7 @@ def read_recipe(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
 class Plan:
     folder: Path
     seeds: tuple[int, ...]
+    suite: str = "preference"  # a key of SUITES
     clips: int = 512  # held-out prompts a seed
     overrides: tuple[str, ...] = ()  # of every run, from --set
     model: str = ""  # fingerprint of the base model
@@ -106,8 +111,11 @@ class Plan:
     def place(self, row: Row, seed: int) -> Path:
         return self.folder / f"{row.name}-{seed}"
 
-    def groups(self, losers: str, seed: int) -> Path:
-        return self.folder / f"{losers}-{seed}"
+    def groups(self, name: str, seed: int) -> Path:
+        return self.folder / f"{name}-{seed}"
+
+    def make_suite(self) -> Suite:
+        return SUITES[self.suite](read_recipe(self.overrides))
 
     def arguments(self, module: str, *own: str) -> list[str]:
         """`module`'s arguments, the later winning: recipe, device, --set where the command reads it, `own`."""
@@ -115,13 +123,13 @@ class Plan:
         device = ON_GPU.get(module, ()) if self.on_gpu else ()
         return [f"recipe={RECIPE}", *device, *chosen, *own]
 
-    def build_arguments(self, losers: str, seed: int) -> list[str]:
-        place = self.groups(losers, seed)
-        own = (f"output={place}", f"pipeline.groups={place}", f"pipeline.num_losers={NUM_LOSERS[losers]}")
+    def build_arguments(self, name: str, seed: int) -> list[str]:
+        place = self.groups(name, seed)
+        own = (f"output={place}", f"pipeline.groups={place}", *GROUPS[name])
         return self.arguments("data_pipeline.build", *own, f"seed={seed}")
 
     def train_arguments(self, row: Row, seed: int) -> list[str]:
-        own = (f"output={self.place(row, seed)}", f"seed={seed}", f"train.groups={self.groups(row.losers, seed)}")
+        own = (f"output={self.place(row, seed)}", f"seed={seed}", f"train.groups={self.groups(row.groups, seed)}")
         return self.arguments(row.trainer, *row.overrides, *own)
 
     def eval_arguments(self, row: Row, seed: int) -> list[str]:
@@ -137,7 +145,7 @@ class Plan:
         def settings(*modules: str) -> dict[str, Any]:
             return {name: sections[name] for module in modules for name in READS[module]}
 
-        kind = [row.trainer, NUM_LOSERS[row.losers], seed, self.model]
+        kind = [row.trainer, GROUPS[row.groups], seed, self.model]
         training = _digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
         return {
             "training": training,
@@ -147,7 +155,7 @@ class Plan:
 
     def groups_digest(self, row: Row, seed: int) -> str:
         """Of the group set that the run trains on, "" where there is none."""
-        index = self.groups(row.losers, seed) / "index.json"
+        index = self.groups(row.groups, seed) / "index.json"
         return hashlib.sha256(index.read_bytes()).hexdigest() if row.trainer and index.exists() else ""
 
     def result(self, row: Row, seed: int) -> dict[str, Any] | None:
@@ -204,7 +212,7 @@ class Processes:
 def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) -> None:
     """Train and evaluate one row with one seed, from where it stands. Raises StepFailed."""
     if groups is not None and groups.exception() is not None:  # waits for the build
-        raise StepFailed(f"its groups failed: {plan.groups(row.losers, seed)}")
+        raise StepFailed(f"its groups failed: {plan.groups(row.groups, seed)}")
     place = plan.place(row, seed)
     digests = plan.digests(row, seed)
     started = _read_json(place / "started.json") or {}
@@ -280,14 +288,14 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
     progress = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="ablation")
     with progress, ThreadPoolExecutor(jobs) as pool:
         names, builds = {}, {}
-        for losers, seed in dict.fromkeys((row.losers, seed) for row, seed in todo if row.trainer):
-            place = plan.groups(losers, seed)
-            arguments = ("data_pipeline.build", plan.build_arguments(losers, seed), place / "log.txt")
-            builds[losers, seed] = pool.submit(run, *arguments)
-            names[builds[losers, seed]] = place.name
+        for name, seed in dict.fromkeys((row.groups, seed) for row, seed in todo if row.trainer):
+            place = plan.groups(name, seed)
+            arguments = ("data_pipeline.build", plan.build_arguments(name, seed), place / "log.txt")
+            builds[name, seed] = pool.submit(run, *arguments)
+            names[builds[name, seed]] = place.name
         # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them.
         for row, seed in sorted(todo, key=lambda pair: pair[0].trainer != ""):
-            build = builds[row.losers, seed] if row.trainer else None
+            build = builds[row.groups, seed] if row.trainer else None
             names[pool.submit(run_row, plan, row, seed, run, build)] = plan.place(row, seed).name
         try:
             for future in as_completed(names):
@@ -308,27 +316,31 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
 
 def collect(plan: Plan, command: str) -> dict[str, Any]:
     """Means and intervals of every finished row, by today's settings."""
-    objective = {**DEFAULTS, **read_recipe(plan.overrides)["objective"]}
-    rows = list_rows(objective["beta"])
+    suite = plan.make_suite()
     runs = {
-        name: {seed: found for seed in plan.seeds if (found := plan.result(row, seed))} for name, row in rows.items()
+        name: {seed: found for seed in plan.seeds if (found := plan.result(row, seed))}
+        for name, row in suite.rows.items()
     }
     finished = [result for by_seed in runs.values() for result in by_seed.values()]
     return {
         "command": command,
         "recipe": RECIPE,
         "overrides": list(plan.overrides),
-        "objective": {key: objective[key] for key in DEFAULTS},
+        "suite": plan.suite,
+        "defaults": suite.defaults,
+        "middle": suite.middle,
         "seeds": list(plan.seeds),
         "clips": plan.clips,
         "torch": sorted({result["torch"] for result in finished}),
         "device": sorted({result["device"] for result in finished}),
-        "rows": [summarize(rows[name], by_seed, runs["sft"]) for name, by_seed in runs.items() if by_seed],
+        "rows": [summarize(suite.rows[name], runs) for name, by_seed in runs.items() if by_seed],
     }
 
 
-def summarize(row: Row, runs: dict[int, dict[str, Any]], sft: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """One row of the table from its results by seed; gains and differences are None where there is nothing to pair."""
+def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """One row of the table from all results by row and seed; gains and differences are None where there is nothing to
+    pair."""
+    runs, others = results[row.name], results[row.against]
 
     def own(result: dict[str, Any], name: str) -> np.ndarray:  # (clips,)
         return np.array(result["scores"].get("tuned", result["scores"]["base"])[name])
@@ -339,8 +351,8 @@ def summarize(row: Row, runs: dict[int, dict[str, Any]], sft: dict[int, dict[str
     gain, against = {}, {}
     for name in SCORES:
         gain[name] = estimate([own(r, name) - r["scores"]["base"][name] for r in runs.values() if row.trainer])
-        shared = [seed for seed in runs if seed in sft and row.name != "sft"]
-        against[name] = estimate([own(runs[seed], name) - own(sft[seed], name) for seed in shared])
+        shared = [seed for seed in runs if seed in others and row.name != row.against]
+        against[name] = estimate([own(runs[seed], name) - own(others[seed], name) for seed in shared])
     return {
         "name": row.name,
         "label": row.label,
@@ -353,7 +365,7 @@ def summarize(row: Row, runs: dict[int, dict[str, Any]], sft: dict[int, dict[str
         },
         **{name: estimate([own(result, name) for result in runs.values()]) for name in SCORES},
         "gain": gain,
-        "against_sft": against,
+        "against": {"row": row.against, **against},
         "paper": paper_figures(row),
     }
 
@@ -407,6 +419,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     return Plan(
         folder=options.folder,
         seeds=tuple(dict.fromkeys(options.seeds)),
+        suite=options.suite,
         clips=options.clips,
         overrides=tuple(options.set),
         model=fingerprint(backbone["family"], Path(backbone["path"])),
@@ -427,6 +440,7 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
     """The command line; returns the exit status. `run` stands in for the subprocesses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="of all runs; one that was begun is continued")
+    parser.add_argument("--suite", choices=SUITES, default="preference", help="which rows")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="a,b,...; default: all")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
@@ -440,9 +454,8 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
         place = options.show
     elif options.folder:
         plan = make_plan(options)
-        rows = list_rows({**DEFAULTS, **read_recipe(plan.overrides)["objective"]}["beta"])
         processes = Processes(options.jobs)
-        chosen = choose_rows(rows, options.rows)
+        chosen = choose_rows(plan.make_suite().rows, options.rows)
         try:
             failed = run_all(plan, chosen, run or processes.run, processes.stop, options.jobs)
         except KeyboardInterrupt:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from eval.intervals import Estimate
-from eval.sandbox.ablation_rows import DEFAULTS
 
 
 def table(results: dict[str, Any]) -> str:
@@ -15,20 +14,22 @@ def table(results: dict[str, Any]) -> str:
     def signed(value: dict[str, float] | None) -> str:
         return "-" if value is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**value)
 
-    heads = ("", "physical", "semantic", "gain over base", "against LoRA-SFT", "paper (table, model, Overall)")
+    heads = ("", "physical", "semantic", "gain over base", "against", "paper (table, model, figure)")
     cells = [heads]
     for row in results["rows"]:
         missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
-        figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:.4f}" for f in row["paper"])
+        figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:g}" for f in row["paper"])
         own = (str(Estimate(**row["physical"])), f"{row['semantic']['mean']:.3f}")
-        differences = (signed(row["gain"]["physical"]), signed(row["against_sft"]["physical"]))
+        other = row["against"]
+        against = f"{other['row']} {signed(other['physical'])}" if other["physical"] else "-"
+        differences = (signed(row["gain"]["physical"]), against)
         cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-"))
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines.append(f"seeds {results['seeds']}, {results['clips']} held-out prompts each")
     lines.append(f"device {', '.join(results['device'])}, torch {', '.join(results['torch'])}")
-    lines.append("The paper's figures are VideoPhy2's, another scale: compare orders, not values.")
+    lines.append("The papers' figures are of other benchmarks and scales: compare orders, not values.")
     return "\n".join(lines)
 
 
@@ -44,7 +45,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         raise ValueError("the figure needs matplotlib, which is not installed: pip install matplotlib") from error
     gains = {row["name"]: row["gain"]["physical"] for row in results["rows"] if row["trainer"]}
     methods = [row for row in results["rows"] if row["trainer"] and not row["sweep"]]
-    swept = {key: {} for key in DEFAULTS}
+    swept = {key: {} for key in results["defaults"]}
     for row in results["rows"]:
         if row["sweep"]:
             swept[row["sweep"]["key"]][row["sweep"]["value"]] = gains[row["name"]]
@@ -57,7 +58,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         1 + bool(swept), 1, height_ratios=[height, 1.9 * lines][: 1 + bool(swept)], squeeze=False
     )[:, 0]
     axes = upper.subplots()
-    _points(axes, [(gains[row["name"]], place, row["name"]) for place, row in enumerate(methods)], horizontal=True)
+    points = [(gains[row["name"]], place, row["name"] == results["middle"]) for place, row in enumerate(methods)]
+    _points(axes, points, horizontal=True)
     axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)
     base = next((row for row in results["rows"] if row["name"] == "base"), None)
@@ -74,12 +76,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for panel in panels[:, 0]:
         panel.set_ylabel("gain")
     for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
-        middle = {results["objective"][key]: gains["gdpo"]} if "gdpo" in gains else {}
+        middle = {results["defaults"][key]: gains[results["middle"]]} if results["middle"] in gains else {}
         shown = sorted({**points, **middle}.items())
-        if key == "beta":
+        if key in ("beta", "w_pix", "w_sem"):
             panel.set_xscale("log")
         panel.plot([value for value, _ in shown], [gain["mean"] for _, gain in shown], color=BLUE, linewidth=1)
-        _points(panel, [(gain, value, "gdpo" if value in middle else "") for value, gain in shown], horizontal=False)
+        _points(panel, [(gain, value, value in middle) for value, gain in shown], horizontal=False)
         panel.set_xticks([value for value, _ in shown], [f"{value:.3g}" for value, _ in shown])
         panel.minorticks_off()
         panel.axhline(0, color=BLACK, linestyle="--", linewidth=1)
@@ -91,12 +93,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     return _save(figure, path)
 
 
-def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, str]], *, horizontal: bool) -> None:
-    """Gains with intervals at places; the recipe's own is a filled diamond."""
-    for gain, place, name in points:
+def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, bool]], *, horizontal: bool) -> None:
+    """Gains with intervals at places; the middle of the sweeps is a filled diamond."""
+    for gain, place, is_middle in points:
         reach = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
-        marker = {"marker": "D", "markersize": 6} if name == "gdpo" else {"marker": "o", "markersize": 5}
-        fill = BLUE if name == "gdpo" else "white"
+        marker = {"marker": "D", "markersize": 6} if is_middle else {"marker": "o", "markersize": 5}
+        fill = BLUE if is_middle else "white"
         style = {"color": BLUE, "markerfacecolor": fill, "capsize": 2.5, "linewidth": 1.4, **marker}
         if horizontal:
             axes.errorbar([gain["mean"]], [place], xerr=reach, **style)

@@ -1,5 +1,10 @@
-"""What the ablation compares: its rows, and what the paper reports for them."""
+"""What the ablation compares: rows of the two suites, and what the papers report for them.
 
+preference   the objectives of PhyGDPO's comparison, and sweeps of its hyperparameters
+physics      PhysisForcing's two terms and the self-score regulariser, on SFT and on PhyGDPO
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +29,12 @@ TABLE_3 = {  # on Wan2.1-14B, each around the values of eq. 9 below
     "k_gamma": {1.0: 0.1588, 1.5: 0.1609, 2.0: 0.1627, 2.5: 0.1592, 3.0: 0.1598},
     "b_gamma": {0.3: 0.1586, 0.4: 0.1627, 0.5: 0.1582, 0.6: 0.1607, 0.7: 0.1595},
 }
+# PhysisForcing (its Tables 4 to 6): R-Bench's average, and PAI-Bench-G's robot domain for the block.
+PAPER |= {
+    "PF4": ("Wan2.2-TI2V-5B", {"fine-tuned": 44.8, "+ pix": 47.2, "+ sem": 46.2, "+ both": 47.5}),
+    "PF5": ("Wan2.2-TI2V-5B", {"everywhere": 46.0, "focused": 47.5}),
+    "PF6": ("Wan2.2-TI2V-5B", {"layer 10": 83.9, "layer 15 of 30": 85.2, "layer 20": 84.1, "layer 25": 83.2}),
+}
 # What the objective has where the recipe is silent: the paper's values, and this project's beta.
 DEFAULTS = {
     "beta": 1000.0,
@@ -36,6 +47,20 @@ DEFAULTS = {
 }
 
 
+# The group sets: arguments of the build.
+TARGETS = (
+    "pipeline.targets.tracks=simulator",
+    "pipeline.targets.depth=simulator",
+    "pipeline.targets.relation=vjepa2",
+    "pipeline.targets.vjepa2.path=eval/sandbox/world_model",
+)
+GROUPS = {
+    "groups": ("pipeline.num_losers=4",),
+    "pairs": ("pipeline.num_losers=1",),
+    "targets": ("pipeline.num_losers=4", *TARGETS),
+    "everywhere": ("pipeline.num_losers=4", *TARGETS, "pipeline.targets.rule=all"),
+}
+
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 
@@ -46,8 +71,16 @@ class Row:
     trainer: str  # module; empty: nothing is trained
     overrides: tuple[str, ...] = ()
     paper: tuple[tuple[str, str], ...] = ()  # (table, its row) in PAPER
-    losers: str = "groups"  # a key of NUM_LOSERS
-    sweep: tuple[str, float] | None = None  # (key of objective, value)
+    groups: str = "groups"  # a key of GROUPS
+    sweep: tuple[str, float] | None = None  # (key, value)
+    against: str = "sft"  # the row that it is compared with
+
+
+@dataclass(frozen=True)
+class Suite:
+    rows: dict[str, Row]  # by name, in the table's order
+    defaults: dict[str, float]  # of the keys that are swept: where the row `middle` stands
+    middle: str
 
 
 # Without the anchor the recipe's learning rate ruins the model; these rows get one that does not.
@@ -64,7 +97,7 @@ METHODS = (
         (("2c", "VideoDPO"),),
     ),
     Row(
-        "flow_dpo", "Flow-DPO, lr 1e-4", "train.gdpo", PLAIN, (("2c", "Flow-DPO"), ("2b", "+ LoRA-SR")), losers="pairs"
+        "flow_dpo", "Flow-DPO, lr 1e-4", "train.gdpo", PLAIN, (("2c", "Flow-DPO"), ("2b", "+ LoRA-SR")), groups="pairs"
     ),
     Row(
         "gdpo_no_pgr",
@@ -102,16 +135,73 @@ SWEEPS = {
 }
 
 
-def list_rows(beta: float) -> dict[str, Row]:
-    """All rows by name, in the table's order; `beta` is the recipe's."""
+def preference(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """The preference rows around the values of the recipe."""
+    defaults = {key: recipe["objective"].get(key, value) for key, value in DEFAULTS.items()}
 
     def swept(name: str, key: str, value: float) -> Row:
         return Row(name, f"{key} = {value:g}", "train.gdpo", (f"objective.{key}={value:g}",), sweep=(key, value))
 
     rows = list(METHODS)
-    rows += [swept(f"beta_x{factor:.2g}", "beta", beta * factor) for factor in BETA_FACTORS]
+    rows += [swept(f"beta_x{factor:.2g}", "beta", defaults["beta"] * factor) for factor in BETA_FACTORS]
     rows += [swept(f"{key}_{value:g}", key, value) for key, values in SWEEPS.items() for value in values]
-    return {row.name: row for row in rows}
+    return Suite({row.name: row for row in rows}, defaults, "gdpo")
+
+
+W_PIX, W_SEM, W_SELF = 10.0, 1.0, 10.0  # beside SFT's flow error, whose weight is 1
+# On PhyGDPO, whose anchor weighs the same error by 200: what a quarter of it did was better than the whole.
+ON_GDPO = {"physics.w_pix": 50.0, "physics.w_sem": 50.0, "self_score.weight": 200.0}
+MIDDLE, BLOCKS = 3, (0, 1, 2, 4, 5)  # of the sandbox's six blocks
+FACTORS = (1 / 10, 10)
+SELF_FACTORS = (1 / 3, 3)
+
+
+def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """The physics rows; all train on the same clips. The self-score is asked every step: the networks are small."""
+
+    def row(name: str, label: str, *, pix: float = 0, sem: float = 0, own: float = 0, more=(), **options) -> Row:
+        trainer = "train.sft" if name.startswith("sft") else "train.gdpo"
+        weights = {"physics.w_pix": pix, "physics.w_sem": sem, "self_score.weight": own}
+        if trainer == "train.gdpo":
+            weights = {key: value * ON_GDPO[key] for key, value in weights.items()}
+        overrides = [f"{key}={value:g}" for key, value in weights.items() if value]
+        overrides += ["self_score.every=1"] if own else []
+        against = "sft" if trainer == "train.sft" else "gdpo"
+        return Row(name, label, trainer, (*overrides, *more), **{"groups": "targets", "against": against} | options)
+
+    def swept(name: str, key: str, value: float, **options) -> Row:
+        return row(name, f"{key} = {value:g}", sweep=(key, value), **options)
+
+    both = {"pix": W_PIX, "sem": W_SEM}
+    everywhere = {"groups": "everywhere", "more": ("physics.region_focus=false",)}
+    rows = [
+        Row("base", "base model", ""),
+        row("sft", "LoRA-SFT", paper=(("PF4", "fine-tuned"),)),
+        row("sft_pix", "SFT + trajectories", pix=W_PIX, paper=(("PF4", "+ pix"),)),
+        row("sft_sem", "SFT + relations", sem=W_SEM, paper=(("PF4", "+ sem"),)),
+        row("sft_both", "SFT + both", **both, paper=(("PF4", "+ both"), ("PF5", "focused"), ("PF6", "layer 15 of 30"))),
+        row("sft_pix_everywhere", "SFT + trajectories of all points", pix=W_PIX, **everywhere),
+        row("sft_sem_everywhere", "SFT + relations of all tokens", sem=W_SEM, **everywhere),
+        row("sft_both_everywhere", "SFT + both, everywhere", **both, **everywhere, paper=(("PF5", "everywhere"),)),
+        row("sft_self", "SFT + self-score", own=W_SELF),
+        row("sft_all", "SFT + all three", **both, own=W_SELF),
+        row("gdpo", "PhyGDPO (recipe)"),
+        row("gdpo_both", "PhyGDPO + both", **both),
+        row("gdpo_self", "PhyGDPO + self-score", own=W_SELF),
+        row("gdpo_all", "PhyGDPO + all three", **both, own=W_SELF),
+    ]
+    for block in BLOCKS:
+        rows.append(swept(f"sft_block_{block}", "block", block, **both, more=(f"physics.block={block}",)))
+    for factor in FACTORS:
+        rows.append(swept(f"sft_pix_x{factor:.2g}", "w_pix", W_PIX * factor, pix=W_PIX * factor, sem=W_SEM))
+    for factor in FACTORS:
+        rows.append(swept(f"sft_sem_x{factor:.2g}", "w_sem", W_SEM * factor, pix=W_PIX, sem=W_SEM * factor))
+    for factor in SELF_FACTORS:
+        rows.append(row(f"sft_self_x{factor:.2g}", f"SFT + self-score x {factor:.2g}", own=W_SELF * factor))
+    return Suite({row.name: row for row in rows}, {"block": MIDDLE, "w_pix": W_PIX, "w_sem": W_SEM}, "sft_both")
+
+
+SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {"preference": preference, "physics": physics}
 
 
 def paper_figures(row: Row) -> list[dict[str, Any]]:

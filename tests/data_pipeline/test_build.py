@@ -530,7 +530,7 @@ def times(output: Path) -> dict[str, set[int]]:
     [
         ("sampler.steps=3", ["generate", "encode"]),  # nobody judges here
         ("pipeline.judge.name=sandbox", ["judge", "targets", "encode"]),
-        ("pipeline.table_rows=3", ["pool", "filter", "cluster", "resample"]),
+        ("pipeline.table_rows=3", ["pool", "filter", "cluster", "difficulty", "resample"]),
         ("pipeline.judge.sandbox.batch_size=3", []),
         ("pipeline.batch_size=2", []),
     ],

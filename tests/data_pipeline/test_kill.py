@@ -33,7 +33,7 @@ def inputs(tmp_path_factory) -> Path:
         generator = torch.Generator().manual_seed(number)
         frames = torch.randint(0, 255, (9, 64, 64, 3), generator=generator).byte()
         write_clip(folder / f"{number}.mp4", frames, 8)
-        rows.append((f"{number}.mp4", f"ball {number} falls", f"k{number}", "fall"))
+        rows.append((f"{number}.mp4", f"ball {number} falls", f"k{number}", "roll" if number % 3 else "fall"))
     rows.insert(3, ("none.mp4", "nothing", "none", "fall"))
     rows.insert(7, ("0.mp4", "", "empty", "fall"))
     with (folder / "clips.csv").open("w", encoding="utf-8", newline="") as file:
@@ -63,6 +63,8 @@ def arguments(inputs: Path, output: Path) -> list[str]:
         "pipeline.batch_size": 4,  # two rows together: their last bits depend on each other
         "pipeline.encode_batch": 2,
         "pipeline.judge.name": "sandbox",
+        "pipeline.resample.budget": 11,
+        "pipeline.resample.representatives": 2,
         "pipeline.save_losers": "true",
     }
     return [f"{key}={value}" for key, value in settings.items()]
@@ -176,7 +178,7 @@ def kill_all(launcher: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_tasks_of_an_array_give_the_same_bytes(inputs, whole, tmp_path):
     """Each stage by two tasks that start together and know nothing of each other; one of them dies at first."""
-    for stage in ("pool", "filter", "cluster", "resample", "generate", "judge", "targets", "encode"):
+    for stage in ("pool", "filter", "cluster", "difficulty", "resample", "generate", "judge", "targets", "encode"):
         common = [*arguments(inputs, tmp_path / "out"), f"pipeline.stage={stage}", "pipeline.array_count=2"]
         tasks = [start([*common, f"pipeline.array_index={index}"]) for index in range(2)]
         if stage == "generate":

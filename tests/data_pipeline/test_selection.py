@@ -1,15 +1,17 @@
 """The stages that choose rows, on tables: what is asked, what is kept, what is written beside it."""
 
 import json
+import zlib
 
 import pyarrow as pa
 import pytest
 import torch
 
 from data_pipeline import selection
+from data_pipeline.cluster import ClusterConfig, load_actions
 from data_pipeline.cot_filter import Answer, FilterConfig, Refused
 from data_pipeline.manifests import Row
-from data_pipeline.selection import Filter
+from data_pipeline.selection import Cluster, Filter
 from data_pipeline.sources import FrameReader
 from data_pipeline.tables import POOL, Table, dropped_table, read_marker, write_unit
 from eval.vlm import VlmConfig
@@ -102,3 +104,42 @@ def test_the_filter_depends_on_rows_and_settings(tmp_path):
     assert digests({"model": "m"}) == digests({"model": "m"})
     assert not set(digests({"model": "m"})) & set(digests({"model": "n"}))
     assert pytest.approx(len(set(digests({})))) == 2
+
+
+def words(texts):
+    """(N, 64): a text is the sum of its words' random vectors."""
+    vectors = torch.zeros(len(texts), 64)
+    for place, text in enumerate(texts):
+        for word in text.lower().replace(".", "").split():
+            generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+            vectors[place] += torch.randn(64, generator=generator)
+    return vectors
+
+
+def test_rows_get_the_actions_of_their_prompts_in_any_units(tmp_path, monkeypatch):
+    real = selection.ActionMatcher
+    monkeypatch.setattr(selection, "ActionMatcher", lambda config, device: real(config, device, encoder=words))
+    phrase = {action.name: action.phrase for action in load_actions()}
+    prompts = [phrase["water_pour"], "qq zz", f"{phrase['ramp_slide']} slowly", phrase["water_pour"]]
+    tables = []
+    for size in (1, 3, 4):
+        before = pool(tmp_path / f"pool{size}", prompts, size=size)
+        config = ClusterConfig(model="stub", threshold=0.8)
+        stage = Cluster(tmp_path / f"cluster{size}", config, {"model": "stub"}, torch.device("cpu"))
+        table, dropped = run(stage, before)
+        assert not dropped
+        tables.append(table.rows(0, 4).to_pylist())
+    assert tables[0] == tables[1] == tables[2]
+    rows = tables[0]
+    assert [row["action"] for row in rows] == ["water_pour", "other", "ramp_slide", "water_pour"]
+    assert [row["category"] for row in rows] == [
+        "liquids_and_floating",
+        "other",
+        "rolling_and_sliding",
+        "liquids_and_floating",
+    ]
+    assert rows[0]["action_score"] == 1 and rows[1]["action_score"] < 0.8 <= rows[2]["action_score"] < 1
+    stage.conclude(table)
+    csv = (stage.folder / "actions.csv").read_text(encoding="utf-8").splitlines()
+    assert csv[1] == "water_pour,liquids_and_floating,2" and len(csv) == 4
+    assert (stage.folder / "actions.png").read_bytes().startswith(b"\x89PNG")

@@ -314,7 +314,7 @@ def test_description_counts_the_bytes(encoder, full):
         ({"tracks": "simulator", "relation": "vjepa2"}, "targets.relation=vjepa2: vjepa2.path is empty"),
         ({"tracks": "simulator", "depth": "depth_anything"}, "depth_anything.path is empty"),
         ({"tracks": "cotracker"}, "targets.tracks=cotracker: cotracker.path=''"),
-        ({"rule": "median"}, "targets.rule='median' is unknown: choose one of mean, top_k"),
+        ({"rule": "median"}, "targets.rule='median' is unknown: choose one of mean, top_k, all"),
         ({"grid": 0}, "targets.grid=0: use 1 or more"),
         ({"top_k": 0}, "targets.top_k=0: use 1 or more"),
         ({"max_tokens": -1}, "targets.max_tokens=-1: use 1 or more"),

@@ -12,7 +12,7 @@ from data_pipeline import build
 from eval import run as eval_run
 from eval.sandbox import ablation, ablation_rows
 from eval.sandbox.ablation import READS, Plan, Processes, StepFailed
-from eval.sandbox.ablation_rows import METHODS, PAPER, TABLE_3
+from eval.sandbox.ablation_rows import DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
 from train import gdpo, sft
 
 CONFIGS = {
@@ -21,7 +21,9 @@ CONFIGS = {
     "train.sft": sft.Config,
     "eval.run": eval_run.Config,
 }
-ROWS = ablation.list_rows(50.0)
+RECIPE = {"objective": {"beta": 50.0, "w_fm": 200.0}}
+ROWS = SUITES["preference"](RECIPE).rows
+PHYSICS = SUITES["physics"](RECIPE).rows
 # Physical scores of two clips by model and seed.
 PHYSICAL = {
     "base": {0: [0.0, 0.5], 1: [0.5, 0.5]},
@@ -92,10 +94,11 @@ def test_the_table_worked_by_hand(tmp_path, capsys):
     assert tuned["gain"]["physical"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     # Against LoRA-SFT 0.25, 0.5, 0.5, 0.25: a resample's mean is (4 + K) / 16 with K of 4 draws being 0.5, binomial,
     # and K = 0 and K = 4 have probability 1/16 each, more than 2.5%: the interval reaches both.
-    assert tuned["against_sft"]["physical"] == {"mean": 0.375, "low": 0.25, "high": 0.5}
-    assert base["against_sft"]["physical"]["mean"] == -0.125 and rows["sft"]["against_sft"]["physical"] is None
+    assert tuned["against"]["physical"] == {"mean": 0.375, "low": 0.25, "high": 0.5}
+    assert tuned["against"]["row"] == "sft" and rows["sft"]["against"]["physical"] is None
+    assert base["against"]["physical"]["mean"] == -0.125
     printed = capsys.readouterr().out
-    assert "+0.500 [+0.500, +0.500]  +0.375 [+0.250, +0.500]  2c 1.3B 0.1407, 2b 14B 0.1627" in printed
+    assert "+0.500 [+0.500, +0.500]  sft +0.375 [+0.250, +0.500]  2c 1.3B 0.1407, 2b 14B 0.1627" in printed
     assert all(label in printed for label in ("base model", "LoRA-SFT", "PhyGDPO (recipe)"))
 
 
@@ -104,7 +107,7 @@ def test_seeds_that_lack_a_row_are_not_paired(tmp_path):
     start(tmp_path, Fake(), rows="gdpo")
     results, rows = read(tmp_path)
     assert set(rows["gdpo"]["seeds"]) == {"0", "1"} and set(rows["sft"]["seeds"]) == {"0"}
-    assert rows["gdpo"]["against_sft"]["physical"]["mean"] == 0.375  # 0.25 and 0.5, of seed 0 alone
+    assert rows["gdpo"]["against"]["physical"]["mean"] == 0.375  # 0.25 and 0.5, of seed 0 alone
     assert "LoRA-SFT (seeds 0)" in ablation.table(results)
 
 
@@ -273,41 +276,57 @@ def test_the_table_of_sections_is_that_of_the_commands():
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("name", ROWS)
-def test_every_command_accepts_its_arguments(name, on_gpu, capsys):
+@pytest.mark.parametrize("row", [*ROWS.values(), *PHYSICS.values()], ids=lambda row: f"{row.groups}-{row.name}")
+def test_every_command_accepts_its_arguments(row, on_gpu, capsys):
     plan = Plan(Path("runs/ablation"), (3,), overrides=("optim.steps=5", "sampler.steps=4"), on_gpu=on_gpu)
-    row = ROWS[name]
-    made = recipes.load(build.Config, plan.build_arguments(row.losers, 3))
-    assert made.pipeline.groups == f"runs/ablation/{row.losers}-3" and made.seed == 3 and made.sampler.steps == 4
+    made = recipes.load(build.Config, plan.build_arguments(row.groups, 3))
+    assert made.pipeline.groups == f"runs/ablation/{row.groups}-3" and made.seed == 3 and made.sampler.steps == 4
     measured = recipes.load(eval_run.Config, plan.eval_arguments(row, 3))
     assert (measured.run.sandbox.seed, measured.run.sandbox.clips) == (3, 512)
-    assert measured.run.folder == f"runs/ablation/{name}-3/eval"
+    assert measured.run.folder == f"runs/ablation/{row.name}-3/eval"
     if row.trainer:
         config = recipes.load(CONFIGS[row.trainer], plan.train_arguments(row, 3))
         gdpo.check(config)
-        assert config.train.folder == f"runs/ablation/{name}-3/train" and config.optim.steps == 5
+        assert config.train.folder == f"runs/ablation/{row.name}-3/train" and config.optim.steps == 5
         assert config.train.groups == made.pipeline.groups and config.seed == 3
         assert config.optim.lr_end <= config.optim.lr
         if row.sweep:
-            assert getattr(config.objective, row.sweep[0]) == pytest.approx(row.sweep[1], rel=1e-4)
+            section = config.objective if row.name in ROWS else config.physics
+            assert getattr(section, row.sweep[0]) == pytest.approx(row.sweep[1], rel=1e-4)
     assert capsys.readouterr().err == ""  # no key that a command ignores
 
 
 def test_sweeps_stand_around_the_recipes_values():
     assert [ROWS[name].sweep[1] for name in ROWS if name.startswith("beta")] == pytest.approx([5, 50 / 3, 150, 500])
     objective = gdpo.ObjectiveConfig()
-    assert ablation.DEFAULTS == {key: getattr(objective, key) for key in ablation.DEFAULTS}
-    assert set(ablation.DEFAULTS) == {"beta", *ablation_rows.SWEEPS}
+    assert DEFAULTS == {key: getattr(objective, key) for key in DEFAULTS}
+    assert set(DEFAULTS) == {"beta", *ablation_rows.SWEEPS}
 
 
 def test_the_papers_figures():
     for key, figures in TABLE_3.items():  # each has its best at the value that the paper settles on
-        assert max(figures, key=figures.get) == ablation.DEFAULTS[key] and max(figures.values()) == 0.1627
+        assert max(figures, key=figures.get) == DEFAULTS[key] and max(figures.values()) == 0.1627
     assert PAPER["2b"][1]["+ Physics Rewarding"] == 0.1627
     assert PAPER["2c"][1]["PhyGDPO"] == PAPER["2d"][1]["with LoRA-SR"]
     overall = {row.name: [figure["overall"] for figure in ablation.paper_figures(row)] for row in ROWS.values()}
     assert overall["base"] == [0.1232, 0.1288] and overall["sft"] == [0.1283] and overall["full_copy"] == [0.1373]
     assert overall["lam_0.3"] == [0.1592] and overall["lam_0.9"] == []
+
+
+def test_the_physics_rows_differ_in_their_terms_alone():
+    def weights(name):
+        return dict(pair.split("=") for pair in PHYSICS[name].overrides)
+
+    both = {"physics.w_pix": "10", "physics.w_sem": "1"}
+    own = {"self_score.weight": "10", "self_score.every": "1"}
+    assert weights("sft_both") == both and weights("sft_self") == own and weights("sft_all") == both | own
+    assert weights("sft") == weights("gdpo") == {}
+    assert weights("gdpo_all") == {"physics.w_pix": "500", "physics.w_sem": "50"} | own | {"self_score.weight": "2000"}
+    assert PHYSICS["gdpo_all"].against == "gdpo" and PHYSICS["sft_both"].against == "sft"
+    trained = [row for row in PHYSICS.values() if row.trainer]
+    assert {row.groups for row in trained} == {"targets", "everywhere"}  # all rows train on the same clips
+    different = set(GROUPS["everywhere"]) ^ set(GROUPS["targets"])
+    assert different == {"pipeline.targets.rule=all"}
 
 
 def test_what_determines_a_run_is_in_its_digests():

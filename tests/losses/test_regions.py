@@ -107,13 +107,18 @@ def test_nothing_is_kept_where_nothing_moves_or_all_is_far():
     assert not select_tracks(ones, ones).any()  # none is above the mean
 
 
+def test_without_region_focus_all_are_kept():
+    assert kept(MOTION, FOREGROUND, rule="all") == [[1] * MOTION.shape[1]]
+    assert select_tracks(torch.zeros(2, 6), torch.ones(2, 6), rule="all").all()
+
+
 def test_clips_of_a_batch_do_not_mix():
     motion = torch.tensor([[1.0, 2.0], [100.0, 200.0]])
     assert kept(motion, torch.ones(2, 2)) == [[0, 1], [0, 1]]
 
 
 def test_selection_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="rule='median' is unknown: choose one of mean, top_k"):
+    with pytest.raises(ValueError, match="rule='median' is unknown: choose one of mean, top_k, all"):
         select_tracks(MOTION, FOREGROUND, rule="median")
     for top_k in (None, 0):
         with pytest.raises(ValueError, match="top_k of 1 or more"):

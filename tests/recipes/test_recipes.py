@@ -10,9 +10,18 @@ from omegaconf import OmegaConf
 import recipes
 from train import gdpo, sft
 from train.backbones import find_architecture
+from train.physics import feature_block
 
 ROOT = Path(recipes.__file__).parent.parent
-ENTRY_POINTS = ["train.gdpo", "train.sft", "train.benchmark", "data_pipeline.build", "eval.generate", "eval.run"]
+ENTRY_POINTS = [
+    "train.gdpo",
+    "train.sft",
+    "train.benchmark",
+    "train.inspect_targets",
+    "data_pipeline.build",
+    "eval.generate",
+    "eval.run",
+]
 
 
 def config_class(entry):
@@ -74,7 +83,8 @@ def test_every_recipe_names_a_known_backbone_and_trains_where_its_expert_serves(
     find_architecture(config.backbone)
     gdpo.check(config)
     boundary = {"wan22_t2v": 0.875, "wan22_i2v": 0.9}.get(config.backbone.family)
-    expected = (0.0, 1.0) if boundary is None else (boundary, 1.0)
+    everywhere = boundary is None or name == "physisforcing_a14b"  # which trains one expert for all t, as its paper
+    expected = (0.0, 1.0) if everywhere else (boundary, 1.0)
     assert (config.objective.t_min, config.objective.t_max) == expected
     assert config.backbone.expert == "high_noise"
 
@@ -123,6 +133,20 @@ def test_wan14b_holds_the_papers_values():
         assert {key: found[section][key] for key in values} == values
     assert (config.backbone.family, config.backbone.architecture) == ("wan21", "14B")
     assert config.backbone.path == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+@pytest.mark.parametrize(("name", "blocks", "block"), [("physisforcing_a14b", 40, 20), ("physisforcing_5b", 30, 15)])
+def test_physisforcing_holds_its_papers_values(name, blocks, block):
+    config = recipes.load(sft.Config, [f"recipe={name}"])
+    assert config.physics.w_pix > 0 and config.physics.w_sem > 0 and config.physics.region_focus
+    assert find_architecture(config.backbone)["transformer"]["num_layers"] == blocks
+    assert feature_block(config.physics, blocks) == block
+    assert (config.optim.steps, config.optim.batch_size) == (20_000, 128)
+    assert (config.objective.timesteps, config.objective.timestep_shift) == ("uniform", 1.0)
+    assert (config.video.height, config.video.width, config.video.num_frames) == (480, 832, 81)
+    targets = recipes.load(config_class("data_pipeline.build"), [f"recipe={name}"]).pipeline.targets
+    assert (targets.tracks, targets.grid, targets.max_tokens) == ("cotracker", 25, 512)
+    assert (targets.depth, targets.relation) == ("depth_anything", "vjepa2")
 
 
 def test_the_papers_values_are_the_defaults_too():

@@ -9,11 +9,11 @@ from train.breakdown import kind_of
 
 
 def test_all_parts_run_and_are_written(tmp_path):
-    parts = "benchmark.parts=[ceilings,plain,ours,low_memory,groupwise,copy]"
+    parts = "benchmark.parts=[ceilings,plain,ours,low_memory,groupwise,copy,physics,self_score]"
     arguments = ["recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", parts]
     results = benchmark.main(arguments)
     assert json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8")) == results
-    for part in ("plain", "ours", "low_memory", "groupwise", "copy"):
+    for part in ("plain", "ours", "low_memory", "groupwise", "copy", "physics", "self_score"):
         assert results[part]["seconds"] > 0 and results[part]["memory_gib"] > 0
         assert results[part]["time"]["matrix"] > 0 and results[part]["time"]["attention"] > 0
         assert results[part]["compiled_later"] == 0
@@ -23,6 +23,9 @@ def test_all_parts_run_and_are_written(tmp_path):
     # Two clips against five: the limit is proportional to the clips.
     assert results["groupwise"]["limit_seconds"] == pytest.approx(2.5 * results["ours"]["limit_seconds"])
     assert results["ours"]["limit_seconds"] == results["ceilings"]["pair_limit_seconds"]
+    for part in ("physics", "self_score"):
+        assert results[part]["ratio"] == results[part]["seconds"] / results["ours"]["seconds"]
+    assert results["self_score"]["amortised"] - 1 == pytest.approx((results["self_score"]["ratio"] - 1) / 4)
 
 
 def test_unknown_part_is_refused():

@@ -20,6 +20,7 @@ from train import checkpoint
 
 ROOT = Path(__file__).parents[2]
 RUN = ("optim.batch_size=4", "optim.steps=6", "train.checkpoint_every=1", "train.keep_checkpoints=9")
+RUN += (*two_process_worker.TERMS, "physics.hidden_width=32")  # everything on, in every run here
 CLIPS = ("validation.prompts=[a red ball falls,a box slides,a ramp]", "validation.every=4", "sampler.steps=2")
 
 
@@ -73,6 +74,11 @@ def assert_close_metrics(lines, others, tolerance):
         assert line.keys() == other.keys()
         for name, value in line.items():
             assert value == pytest.approx(other[name], rel=tolerance, abs=1e-5), f"{name} of step {line['step']}"
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_targets):
+    return tiny_targets
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +172,7 @@ def test_one_process_goes_on_from_a_zero3_checkpoint(tiny, tmp_path, zero3):
     name = "train/checkpoints/step_00000003"
     shutil.copytree(whole / name, tmp_path / name)
     assert {file.name for file in (tmp_path / name).iterdir()} == {
+        "heads.safetensors",
         "lora.safetensors",
         "optimizer.safetensors",
         "state.json",

@@ -19,13 +19,16 @@ from losses.flow_matching import flow_error, interpolate
 from train import gdpo, loop, parallel
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
-from train.groups import GroupSet
+from train.groups import GroupSet, Sample
 from train.lora_switch import LoraSwitch
 
+TERMS = ("physics.w_pix=2", "physics.w_sem=0.5", "self_score.weight=3", "self_score.every=2")
+NO_TERMS = ("physics.w_pix=0", "physics.w_sem=0", "self_score.weight=0")
 OBJECTIVES = {
-    "bound": ("objective.loss=bound", "objective.beta=10"),
-    "plackett_luce": ("objective.loss=plackett_luce", "objective.beta=10"),
-    "through_the_reference": ("objective.loss=bound",),
+    "bound": ("objective.loss=bound", "objective.beta=10", *NO_TERMS),
+    "plackett_luce": ("objective.loss=plackett_luce", "objective.beta=10", *NO_TERMS),
+    "through_the_reference": ("objective.loss=bound", *NO_TERMS),
+    "all_terms": ("objective.loss=bound", "objective.beta=10", "objective.t_min=0.5", *TERMS),
 }
 
 
@@ -48,6 +51,12 @@ def through_the_reference(
     return list(torch.autograd.grad(loss, policy.switch.parameters())), {"loss": loss.detach()}
 
 
+def in_loud_noise(config: Any, sample: Sample) -> dict[str, Tensor]:
+    """`gdpo.prepare` in noise of which the predicted winner keeps so much that the judge finds it worse."""
+    tensors = gdpo.prepare(config, sample)
+    return tensors | {"noise": 9 * tensors["noise"]}
+
+
 def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Gradients and loss of the first step's batch, averaged over the ranks, by objective; and what the launch was.
 
@@ -63,7 +72,7 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
             weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
     engine = parallel.partition(accelerator, network)
     loop.prepare_network(network, switch, config.train)
-    policy, measured = loop.Policy(backbone, switch), {}
+    measured = {}
     rank, world = accelerator.process_index, accelerator.num_processes
     facts = {"type": accelerator.distributed_type.value, "ranks": world}
     if engine is not None:
@@ -72,12 +81,18 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
     for name, changes in OBJECTIVES.items():
         config = recipes.load(gdpo.Config, [*arguments, *changes])
         step = through_the_reference if name == "through_the_reference" else gdpo.step
-        loader = loop.build_loader(config, GroupSet(config.train.groups), gdpo.prepare, start=0, rank=rank, world=world)
+        policy = loop.Policy(backbone, switch, loop.build_heads(config, backbone))
+        prepare = in_loud_noise if name == "all_terms" else gdpo.prepare
+        loader = loop.build_loader(config, GroupSet(config.train.groups), prepare, start=0, rank=rank, world=world)
         passes = loop.accumulation_steps(config, world)
         means, metrics = loop._accumulate(config, policy, iter(loader), passes, step, accelerator.device)
         parallel.release(engine)
         parallel.average_([*means, metrics["loss"]])
-        measured[name] = dict(zip(switch.weights, means, strict=True)) | {"loss": metrics["loss"]}
+        names = (
+            [*switch.weights, *(key for key, _ in policy.heads.named_parameters())] if policy.heads else switch.weights
+        )
+        measured[name] = dict(zip(names, means, strict=True)) | {"loss": metrics["loss"]}
+        assert name != "all_terms" or metrics["self"] > 0  # the regulariser's hinge: or its gradient is none
         if engine is not None:
             facts[f"partitioned after {name}"] = parallel.is_partitioned(network)
             facts["share"] = sum(parameter.ds_tensor.numel() for parameter in network.parameters())

@@ -1,0 +1,309 @@
+"""Action clustering: the physical action that a prompt speaks of (PhyGDPO, arXiv 2512.24551, section 2.1, figure 2 d).
+
+    matches = ActionMatcher(config, device).match(prompts)
+
+"Action Clustering via Semantics Matching": a sentence transformer embeds the original prompt and a list of K_a actions,
+and the nearest action by cosine is the cluster of the clip. The number of clips in each is the histogram H_f, which the
+difficulty resampling starts from. Deviations: the paper prints neither its list nor its model, so both are ours to
+choose (actions.yaml, `pipeline.cluster.model`); and a prompt that is near to no action goes to `other` instead of the
+least bad one.
+
+Equal embeddings give equal results whatever else is in the batch: vectors are rounded so that their products add up
+exactly in any order. What is left is the encoder itself, whose rounding may depend on batch, padding and device.
+"""
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from torch import Tensor
+
+from data_pipeline.tables import atomic, digest, write_text
+from train.teachers.weights import check_path
+
+SHIPPED = Path(__file__).with_name("actions.yaml")
+OTHER = "other"  # action and category of what matches nothing
+KEY = "pipeline.cluster"
+EXAMPLE = "sentence-transformers/all-MiniLM-L6-v2"
+CHUNK = 8192  # prompts encoded and compared at once; bounds the memory
+GRID = 2.0**20  # embeddings are multiples of 1 / GRID
+DIGITS = 4  # of a score
+SHOWN = 40  # bars of the picture
+
+Encoder = Callable[[list[str]], np.ndarray | Tensor]  # N texts -> (N, D), of any length
+
+
+@dataclass
+class ClusterConfig:
+    model: str = ""  # sentence-transformers model: hub id or folder; empty: no clustering, all rows pass as they are
+    batch_size: int = 256  # prompts encoded together, per GPU
+    threshold: float = 0.3  # cosine below which a prompt's action is `other`
+    actions: str = ""  # YAML file, category -> {name: phrase}, in place of the shipped list
+
+
+@dataclass(frozen=True)
+class Action:
+    name: str  # lower-case letters, digits and _
+    category: str  # the same
+    phrase: str  # what a caption says, in English
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The best action of each of N prompts."""
+
+    actions: list[str]  # N names; `other` below the threshold
+    categories: list[str]  # N; `other` below the threshold
+    scores: np.ndarray  # (N,) float64, cosine with the best action, to four decimals, also where that is `other`
+
+
+class ActionMatcher:
+    """Finds the actions of prompts. The model is loaded when it is first needed.
+
+    encoder: in place of the sentence transformer. Raises ValueError for settings that cannot work.
+    """
+
+    def __init__(self, config: ClusterConfig, device: torch.device | str, encoder: Encoder | None = None):
+        if not -1 <= config.threshold <= 1:
+            raise ValueError(f"{KEY}.threshold={config.threshold} is no cosine: give a number from -1 to 1")
+        if config.batch_size < 1:
+            raise ValueError(f"{KEY}.batch_size={config.batch_size} must be at least 1")
+        if encoder is None:
+            check_path(f"{KEY}.model", config.model, EXAMPLE)
+        self.config, self.device, self._given = config, device, encoder
+        self.actions = load_actions(config.actions)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return self._given or load_encoder(self.config, self.device)
+
+    @cached_property
+    def phrases(self) -> np.ndarray:
+        """(A, D): the embedded actions."""
+        return self._embed([action.phrase for action in self.actions])
+
+    def match(self, prompts: Sequence[str]) -> Matches:
+        """The actions of prompts, in their order; the first of the list among equally good ones.
+
+        Equal prompts are encoded once. Raises ValueError for a prompt whose embedding is not finite.
+        """
+        texts = list(dict.fromkeys(prompts))
+        best, scores = np.empty(len(texts), np.int64), np.empty(len(texts))
+        for first in range(0, len(texts), CHUNK):
+            part = slice(first, first + CHUNK)
+            cosines = self._embed(texts[part]) @ self.phrases.T  # (n, A)
+            np.rint(cosines * 10**DIGITS, out=cosines)  # before the comparison, so that what reads equal is a tie
+            best[part] = cosines.argmax(axis=1)
+            scores[part] = cosines.max(axis=1) / 10**DIGITS
+        best[scores < self.config.threshold] = len(self.actions)
+        place = {text: number for number, text in enumerate(texts)}
+        rows = np.fromiter(map(place.__getitem__, prompts), np.int64, len(prompts))
+        names = np.array([action.name for action in self.actions] + [OTHER], object)
+        categories = np.array([action.category for action in self.actions] + [OTHER], object)
+        return Matches(names[best[rows]].tolist(), categories[best[rows]].tolist(), scores[rows])
+
+    def _embed(self, texts: list[str]) -> np.ndarray:
+        found = self.encoder(texts)
+        if isinstance(found, Tensor):
+            found = found.detach().float().cpu().numpy()
+        vectors = np.asarray(found, np.float64)  # (n, D)
+        assert vectors.ndim == 2 and len(vectors) == len(texts), vectors.shape
+        if not np.isfinite(vectors).all():
+            text = texts[np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0]]
+            raise ValueError(
+                f"{KEY}.model={self.config.model!r} gives an embedding that is not finite for {text[:200]!r}: "
+                "check its weights, or give another model"
+            )
+        return on_grid(vectors)
+
+
+def on_grid(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length one, each component rounded to a multiple of 2^-20; rows of zeros stay. vectors (N, D) float64.
+
+    A product of two components is a multiple of 2^-40, and by Cauchy-Schwarz no partial sum of them exceeds about 1.
+    So all partial sums are exact in float64, and a matrix product is the same in any order, on any machine. The cosine
+    is off by less than 2^-20 sqrt(D), in practice 1e-6.
+    """
+    lengths = np.sqrt(np.square(vectors).sum(axis=1, keepdims=True))
+    return np.rint(vectors / np.where(lengths > 0, lengths, 1) * GRID) / GRID
+
+
+def load_encoder(config: ClusterConfig, device: torch.device | str) -> Encoder:
+    """The sentence transformer of the settings, in float32; safetensors only, no code of a checkpoint's own.
+
+    Raises ValueError when the package is missing or the model cannot be loaded.
+    """
+    key = f"{KEY}.model={config.model!r}"
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ValueError(
+            f"{key} needs the package sentence-transformers, which comes with physalign: pip install -e . "
+            f"({first_line(error)})"
+        ) from error
+    folder = Path(config.model).expanduser()
+    try:
+        model = SentenceTransformer(
+            str(folder) if folder.is_dir() else config.model,
+            device=str(device),
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{key} cannot be loaded ({first_line(error)}): "
+            f"give the folder or the hub id of a sentence-transformers model with *.safetensors, such as {EXAMPLE}"
+        ) from error
+    model.eval()
+
+    def encode(texts: list[str]) -> np.ndarray:
+        return model.encode(texts, batch_size=config.batch_size, show_progress_bar=False, convert_to_numpy=True)
+
+    return encode
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- the list of actions ---------------------------------------------------------------------------------------------
+
+
+def load_actions(path: str | Path | None = None) -> list[Action]:
+    """The actions of a YAML file, or the shipped ones, in the order of the file.
+
+    Raises ValueError for a file of another form, an empty one, and names or phrases that come twice; two phrases of
+    the same words count as one.
+    """
+    path = Path(path).expanduser() if path else SHIPPED
+    tree = _read_yaml(path)
+    actions: list[Action] = []
+    names: set[str] = {OTHER}
+    phrases: dict[tuple[str, ...], str] = {}
+    for category, entries in tree.items():
+        _check_name(path, "category", category)
+        if category == OTHER:
+            raise ValueError(f"{path}: category {OTHER!r} is for what matches no action, choose another name")
+        if not isinstance(entries, dict) or not entries:
+            raise ValueError(f"{path}: category {category!r} must hold actions (name: phrase), found {entries!r}")
+        for name, phrase in entries.items():
+            _check_name(path, "action", name)
+            words = bag_of_words(phrase) if isinstance(phrase, str) else ()
+            if not words:
+                raise ValueError(f"{path}: action {name!r} needs a phrase in words, found {phrase!r}")
+            if name in names:
+                raise ValueError(f"{path}: action {name!r} comes twice or is {OTHER!r}, choose another name")
+            if words in phrases:
+                raise ValueError(f"{path}: actions {phrases[words]!r} and {name!r} have the same words, remove one")
+            names.add(name)
+            phrases[words] = name
+            actions.append(Action(name, category, phrase.strip()))
+    if not actions:
+        raise ValueError(f"{path} holds no actions: write category, then name: phrase below it")
+    return actions
+
+
+def bag_of_words(text: str) -> tuple[str, ...]:
+    """The words of a text, sorted, without case and punctuation."""
+    return tuple(sorted(re.findall(r"\w+", text.casefold())))
+
+
+def actions_digest(path: str | Path | None = None) -> str:
+    """A digest of what matching depends on in a list of actions; comments and layout do not count."""
+    return digest([astuple(action) for action in load_actions(path)])
+
+
+def match_settings(config: ClusterConfig) -> dict[str, Any]:
+    """What the matches depend on, beside the prompts: plain values. A model's folder counts by its name."""
+    return {"model": config.model, "threshold": config.threshold, "actions": actions_digest(config.actions)}
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise ValueError(f"{KEY}.actions: there is no file {path}; leave it empty for the shipped list")
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # yaml's errors carry line and column
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise ValueError(f"{path} must hold categories (name: {{action: phrase}}), found {type(tree).__name__}")
+    return OmegaConf.to_container(tree, resolve=False)
+
+
+def _check_name(path: Path, kind: str, name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"{path}: {kind} {name!r} must be a name of lower-case letters, digits and _ (quote numbers)")
+
+
+# ---- the histogram ---------------------------------------------------------------------------------------------------
+
+
+def count_actions(actions: Iterable[str]) -> dict[str, int]:
+    """H_f: the number of clips of each action that occurs, the most frequent first, equal ones by name."""
+    return dict(sorted(Counter(actions).items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+def write_histogram(stem: Path, counts: Mapping[str, int], categories: Mapping[str, str]) -> None:
+    """Write <stem>.csv (action, category, count; the most frequent first) and <stem>.png, each atomically.
+
+    counts: clips of each action; categories: of each action, `other` where it has none.
+    """
+    rows = [
+        (name, categories.get(name, OTHER), count)
+        for name, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    ]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("action", "category", "count"), *rows])
+    write_text(stem.with_name(stem.name + ".csv"), text.getvalue())
+    _draw(stem.with_name(stem.name + ".png"), rows)
+
+
+def _draw(path: Path, rows: Sequence[tuple[str, str, int]]) -> None:
+    """Bars of the largest actions, coloured by category, over the counts of all by rank."""
+    from matplotlib import colormaps  # late: a build that draws nothing does without
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    palette = colormaps["tab20"].colors
+    kinds = sorted({category for _, category, _ in rows if category != OTHER})
+    colours = {kind: palette[number % len(palette)] for number, kind in enumerate(kinds)} | {OTHER: "black"}
+    shown = rows[:SHOWN]
+    height = 1.2 + 0.22 * max(len(shown), 12)
+    figure = Figure(figsize=(13, height + 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    bars, tail = figure.subplots(2, 1, height_ratios=(height, 3))
+
+    places = range(len(shown))
+    bars.barh(places, [count for *_, count in shown], color=[colours[category] for _, category, _ in shown])
+    for place, (*_, count) in zip(places, shown, strict=True):
+        bars.annotate(f"{count:,}", (count, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    bars.set_yticks(places, [name for name, *_ in shown], fontsize=8)
+    bars.set_ylim(len(shown) - 0.4, -0.6)
+    bars.margins(x=0.1)
+    total = sum(count for *_, count in rows)
+    bars.set_title(f"{total:,} clips in {len(rows)} actions; the largest {len(shown)}")
+    bars.set_xlabel("clips")
+    present = sorted({category for _, category, _ in shown})
+    patches = [Patch(color=colours[kind], label=kind.replace("_", " ")) for kind in present]
+    if patches:
+        figure.legend(handles=patches, loc="outside right upper", fontsize=8)
+
+    tail.plot(range(1, len(rows) + 1), [count for *_, count in rows], color="black", marker=".", markersize=3)
+    tail.set_yscale("log" if any(count > 0 for *_, count in rows) else "linear")
+    tail.set_title("all actions by rank")
+    tail.set_xlabel("rank")
+    tail.set_ylabel("clips")
+    tail.grid(alpha=0.3)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})

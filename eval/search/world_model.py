@@ -1,0 +1,113 @@
+"""The surprise of a latent world model, V-JEPA 2 by transformers, over windows of a clip (WMReward, Yuan et al., 2026).
+
+A window slides over the clip. Of each window the model sees the first `context` frames and predicts the tokens of the
+others; the surprise is how far these are from the tokens of the encoder that saw the whole window, see
+`losses.surprise`; a clip's surprise is the mean over its windows. Lower is better.
+
+The context is encoded alone. `VJEPA2Model.forward` would encode the whole window and only then drop the tokens that are
+not of the context, and attention has mixed the future into those that stay.
+
+Any clip is squeezed into the model's square, as `train.teachers.vjepa2` does. Frames after the last whole window
+are not judged.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from losses.surprise import surprise
+from train.teachers.vjepa2 import EXAMPLE, preprocess
+from train.teachers.weights import check_path, load_model, read_config
+
+KEY = "world_model.path"
+
+
+class WorldModel:
+    """A frozen V-JEPA 2, encoder and predictor, in float32.
+
+    path: folder or hub id of a checkpoint in transformers' form, facebook/vjepa2-* or the sandbox's
+    eval/sandbox/world_model. Raises ValueError when it is missing, incomplete or another model.
+    """
+
+    def __init__(self, path: str, device: torch.device | str):
+        from transformers import VJEPA2Model
+
+        check_path(KEY, path, EXAMPLE)
+        settings = read_config(KEY, path, "vjepa2")
+        self.model = load_model(KEY, path, VJEPA2Model, settings, device)
+        self.device = torch.device(device)
+        self.tubelet = settings.tubelet_size
+        self.grid = settings.crop_size // settings.patch_size  # tokens along a side
+
+    @torch.no_grad()
+    def surprise(
+        self,
+        clips: Tensor,
+        *,
+        window: int = 16,
+        context: int = 8,
+        stride: int = 8,
+        axis: str = "feature",
+        batch: int = 16,
+    ) -> Tensor:
+        """clips (N,T,H,W,3) uint8 -> (N,) float32 on the model's device.
+
+        window, context and stride in frames; the first two are multiples of the tubelet; axis as in
+        `losses.surprise`; batch is how many clips are judged at once. Raises ValueError for numbers that do not fit
+        the clip or the model.
+        """
+        starts = self._starts(clips.shape[1], window, context, stride)
+        scores = []
+        for part in clips.split(batch):
+            part = part.to(self.device)
+            windows = [self._window(part[:, start : start + window], context, axis) for start in starts]
+            scores.append(torch.stack(windows).mean(dim=0))
+        return torch.cat(scores)
+
+    def surprise_with_gradient(
+        self, frames: Tensor, *, window: int = 16, context: int = 8, stride: int = 8, axis: str = "feature"
+    ) -> Tensor:
+        """The same of frames (N,3,T,H,W) in [-1, 1], as a VAE decodes them, for guidance: (N,) with gradient to frames.
+
+        Gradient flows through prediction and target. Each window is computed anew in the backward pass, so the
+        activations of one window are held at a time.
+        """
+        starts = self._starts(frames.shape[2], window, context, stride)
+        clips = ((frames.to(self.device) + 1) * 127.5).permute(0, 2, 3, 4, 1)
+        windows = [
+            checkpoint(self._window, clips[:, start : start + window], context, axis, use_reentrant=False)
+            for start in starts
+        ]
+        return torch.stack(windows).mean(dim=0)
+
+    def predict(self, clips: Tensor, context: int) -> tuple[Tensor, Tensor]:
+        """Predicted tokens and those of the encoder, each (N,K,D) float32, of the frames after the first `context`.
+
+        clips (N,T,H,W,3), 0 to 255, on the model's device; K = (T - context) / tubelet x rows x columns.
+        """
+        pixels = preprocess(clips.flatten(0, 1), self.grid * self.model.config.patch_size).unflatten(0, clips.shape[:2])
+        seen = self.model.encoder(pixel_values_videos=pixels[:, :context]).last_hidden_state
+        whole = self.model.encoder(pixel_values_videos=pixels).last_hidden_state
+        positions = torch.arange(whole.shape[1], device=pixels.device).expand(len(pixels), -1)
+        predicted = self.model.predictor(
+            encoder_hidden_states=seen,
+            context_mask=[positions[:, : seen.shape[1]]],
+            target_mask=[positions[:, seen.shape[1] :]],
+        ).last_hidden_state
+        return predicted, whole[:, seen.shape[1] :]
+
+    def _window(self, clips: Tensor, context: int, axis: str) -> Tensor:
+        return surprise(*self.predict(clips, context), axis=axis)
+
+    def _starts(self, num_frames: int, window: int, context: int, stride: int) -> range:
+        """First frames of the windows."""
+        if not 0 < context < window:
+            raise ValueError(f"context={context} with window={window}: a window holds a context and a future")
+        for name, value in (("window", window), ("context", context)):
+            if value % self.tubelet:
+                raise ValueError(f"{name}={value} is no multiple of the world model's tubelet of {self.tubelet} frames")
+        if stride < 1:
+            raise ValueError(f"stride={stride}: windows move by 1 frame or more")
+        if num_frames < window:
+            raise ValueError(f"window={window} is longer than the clip of {num_frames} frames: use a smaller window")
+        return range(0, num_frames - window + 1, stride)

@@ -1,0 +1,128 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import VJEPA2Model
+
+from eval.sandbox import train_world_model, world_model_report
+from eval.sandbox.clips import simulate
+from eval.sandbox.splits import is_held_out, simulate_block
+from eval.sandbox.train_world_model import KINDS, VIDEO, block_mask, draw_step, encode, new_model, patchify, predict
+from eval.search.world_model import WorldModel
+from train.teachers import ENCODERS
+from train.teachers.vjepa2 import VJepa2Config
+
+SHIPPED = Path(train_world_model.__file__).parent / "world_model"
+
+
+@torch.no_grad()
+def test_tokens_equal_those_of_the_model_s_own_forward():
+    model = new_model(0).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 8, 3, 64, 64, generator=generator)
+    patches, ids = patchify(pixels, 2, 8), torch.arange(256)
+    whole = model.encoder(pixel_values_videos=pixels).last_hidden_state
+    assert torch.allclose(encode(model.encoder, patches, ids), whole, atol=1e-4)
+    context = encode(model.encoder, patches[:, ids[:128]], ids[:128])
+    assert torch.allclose(context, model.encoder(pixel_values_videos=pixels[:, :4]).last_hidden_state, atol=1e-4)
+
+    seen, hidden = torch.randperm(256, generator=generator).split([100, 156])
+    expected = model.predictor(
+        encoder_hidden_states=whole,
+        context_mask=[seen.expand(2, -1)],
+        target_mask=[hidden.expand(2, -1)],
+    ).last_hidden_state
+    assert torch.allclose(predict(model.predictor, whole[:, seen], seen, hidden), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_s_inputs(kind):
+    pool = torch.randint(256, (3, 17, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def draw():
+        return draw_step(pool, 4, kind, random.Random(1), torch.Generator().manual_seed(2))
+
+    pixels, seen, hidden = draw()
+    tokens = kind[0] // 2 * 64
+    assert pixels.shape == (4, kind[0], 3, 64, 64)
+    assert len(set(seen.tolist()) | set(hidden.tolist())) == len(seen) + len(hidden) <= tokens
+    if kind[1]:  # the future is hidden, all of it
+        assert seen.tolist() == list(range(kind[1] // 2 * 64)) and hidden[-1] == tokens - 1
+        assert len(seen) + len(hidden) == tokens
+    assert all(torch.equal(a, b) for a, b in zip((pixels, seen, hidden), draw(), strict=True))
+
+
+def test_blocks_span_time():
+    mask = block_mask((8, 8, 8), random.Random(0), "cpu")
+    assert mask.any() and not mask.all()
+    columns = mask.any(dim=0)
+    assert (mask.sum(dim=0)[columns] >= 4).all()
+
+
+def test_the_pool_holds_no_held_out_prompt():
+    clips = simulate_block("mixed", "train", 0, 0, VIDEO)
+    kept = [index for index, prompt in enumerate(clips.prompts) if not is_held_out(prompt)]
+    assert len(kept) < len(clips)
+    assert torch.equal(train_world_model.make_pool(9, 0, "cpu"), clips.frames[kept[:9]])
+
+
+def test_train_write_load_and_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_world_model, "KINDS", ((8, 0), (8, 4)))
+    pool = simulate("mixed", 4, torch.Generator().manual_seed(0)).frames
+    monkeypatch.setattr(train_world_model, "make_pool", lambda count, seed, device: pool[:count])
+    monkeypatch.setattr(world_model_report, "VIOLATIONS", ("gravity", "momentum"))
+    arguments = ["--steps", "3", "--batch", "2", "--pool", "4", "--device", "cpu"]
+    for name in ("first", "second"):
+        train_world_model.main(["--output", str(tmp_path / name), *arguments])
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "training.json",
+    ]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1] and len(weights[0]) < 2_500_000
+    report = json.loads((tmp_path / "first" / "training.json").read_text(encoding="utf-8"))
+    assert report["settings"]["steps"] == 3 and report["feature_std"] > 0
+
+    tokens = ENCODERS["vjepa2"].build(VJepa2Config(str(tmp_path / "first")), "cpu")(torch.zeros(17, 64, 64, 3).byte())
+    assert tokens.grid == (8, 8, 8) and tokens.values.shape == (512, 96)
+    capsys.readouterr()
+    sizes = ["--window", "4", "--context", "2", "--stride", "8"]
+    world_model_report.main(["--model", str(tmp_path / "first"), "--pairs", "1", "--device", "cpu", *sizes])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 and lines[2].startswith("| gravity | 3 |")
+
+
+def test_numbers_below_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--steps is 0"):
+        train_world_model.main(["--output", str(tmp_path), "--steps", "0", "--device", "cpu"])
+
+
+def test_auc_and_pairs_by_hand():
+    low, high = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.5])
+    assert world_model_report.auc(low, high) == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert world_model_report.paired(low, high) == 0.5
+    ((true, violated),) = world_model_report.make_pairs("momentum", 3, 1.0, 1)
+    assert true.shape == violated.shape == (3, 17, 64, 64, 3)
+    assert torch.equal(true[:, 0], violated[:, 0]) and not torch.equal(true, violated)
+
+
+needs_weights = pytest.mark.skipif(not (SHIPPED / "model.safetensors").exists(), reason="no weights are shipped")
+
+
+@needs_weights
+def test_the_shipped_model_loads_whole_and_is_small():
+    _, report = VJEPA2Model.from_pretrained(SHIPPED, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 2_500_000
+
+
+@needs_weights
+@pytest.mark.parametrize("kind", ["teleport", "momentum"])
+def test_the_shipped_model_knows_physics(kind):
+    model = WorldModel(str(SHIPPED), "cpu")
+    for true, violated in world_model_report.make_pairs(kind, 10, 1.0, 2):
+        scores = [model.surprise(clips, window=16, context=4, stride=1) for clips in (true, violated)]
+        assert world_model_report.paired(*scores) >= 0.9

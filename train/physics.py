@@ -1,0 +1,246 @@
+"""PhysisForcing's two terms on the features of a middle block (its sections 3.2-3.4, eq. 13):
+
+    L += w_pix L_pix + w_sem L_sem         `losses.trajectory`, eqs. 5-8, and `losses.relational`, eqs. 9-12
+
+The features F (B,D,F',H',W') come from the policy's own pass over the winner. Each term has a head of its own, a
+two-layer SiLU MLP on single tokens, trained beside the adapters and left out of the exported LoRA:
+
+    pix   all tokens -> pix_width; where the first frame's points go, against the clip's tracks at the latent frames
+    sem   F resampled trilinearly to the teacher's grid -> sem_width; cosine matrix, against the teacher's, over the
+          tokens that physics-informative points visit
+
+Where the paper is silent or this deviates: heads read layer-normalised features (no affine part), since the residual
+stream's scale differs by orders of magnitude between backbones; the sem head may have any width, for only cosines are
+compared; it runs on the resampled tokens (the paper projects first), of which only the chosen ones are ever made; the
+first layer runs in the backbone's dtype, the rest in float32. The loss weights are not published.
+
+Shapes: B clips, D block width, F' H' W' its token grid, N points, K relation tokens, Dt teacher width.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.relational import relational_loss
+from losses.trajectory import predict_tracks, trajectory_loss
+from train.groups import Group, GroupSet
+from train.teachers.points import unpack
+from train.teachers.targets import TargetsConfig
+
+FRAMES_PER_LATENT = 4  # video frames a latent frame after the first, of every Wan VAE
+KEYS = {  # of `Group.extra`, by the weight that needs them
+    "w_pix": ("tracks", "visible", "keep"),
+    "w_sem": ("relation_tokens", "relation_indices", "relation_grid"),
+}
+
+
+@dataclass
+class PhysicsConfig:
+    w_pix: float = 0.0  # weight of the trajectory term, in squared frame sides; 0: no such term, nor its head
+    w_sem: float = 0.0  # weight of the relational term, in cosines; 0: no such term, nor its head
+    block: int = -1  # whose output is read, from 0; -1: the middle (20 of 14B's 40, 15 of 5B's 30, as in the paper)
+    # Trajectory term: the points that `keep` chose; false: all tracked ones. The relational term has the tokens that
+    # were chosen when the targets were made: with their rule=all, from everywhere.
+    region_focus: bool = True
+    hidden_width: int = 512  # of both heads
+    pix_width: int = 128  # of the trajectory head's output
+    sem_width: int = 512  # of the relational head's output
+    head_lr: float = 1.0e-3  # of the heads where the schedule of optim.lr has its peak
+    on_the_fly: bool = False  # make the targets of groups without any while training, by `targets`
+    targets: TargetsConfig = field(default_factory=TargetsConfig)  # max_tokens is the most relation tokens a group has
+
+    @property
+    def enabled(self) -> bool:
+        return self.w_pix > 0 or self.w_sem > 0
+
+
+def feature_block(config: PhysicsConfig, num_blocks: int) -> int | None:
+    """Which block's output the terms read, None without terms. ValueError for a block that is not there."""
+    if not config.enabled:
+        return None
+    if not -1 <= config.block < num_blocks:
+        raise ValueError(
+            f"physics.block={config.block} is no block of this network: use 0 to {num_blocks - 1}, or -1 for the"
+            f" middle ({num_blocks // 2})"
+        )
+    return num_blocks // 2 if config.block == -1 else config.block
+
+
+class PhysicsHeads(nn.Module):
+    """Heads of the terms whose weight is not 0, float32, drawn from `seed`: uniform weights that keep the variance of
+    normalised inputs (bound sqrt(3 / in)), zero biases."""
+
+    def __init__(self, config: PhysicsConfig, width: int, *, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        outputs = {"pix": (config.w_pix, config.pix_width), "sem": (config.w_sem, config.sem_width)}
+        for name, (weight, output) in outputs.items():
+            if weight > 0:
+                head = nn.Sequential(nn.Linear(width, config.hidden_width), nn.SiLU())
+                head.append(nn.Linear(config.hidden_width, output))
+                self.add_module(name, head)
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                bound = math.sqrt(3 / weight.shape[1]) if name.endswith("weight") else 0.0
+                weight.copy_(torch.rand(weight.shape, generator=generator) * 2 * bound - bound)
+
+    def forward(self, name: str, tokens: Tensor) -> Tensor:
+        """Head `name` on tokens (...,D) of any dtype: (..., its width) float32."""
+        first, activation, second = getattr(self, name)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        hidden = F.linear(tokens, first.weight.to(tokens.dtype), first.bias.to(tokens.dtype))
+        return second(activation(hidden.float()))
+
+
+def physics_losses(
+    config: PhysicsConfig, heads: PhysicsHeads, features: Tensor, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """w_pix L_pix + w_sem L_sem of every clip, (B,) float32, and metrics. features (B,D,F',H',W'); batch holds the
+    tensors of `target_tensors`, stacked."""
+    total, metrics = torch.zeros(len(features), device=features.device), {}
+    if config.w_pix > 0:
+        tracks, keep = batch["tracks"], batch["keep"]
+        predicted = student_tracks(heads, features, tracks[:, 0])
+        loss = trajectory_loss(predicted, tracks, keep, batch["visible"])
+        total = total + config.w_pix * loss
+        metrics |= {"pix": loss.detach().mean(), "kept": keep.float().mean()}
+    if config.w_sem > 0:
+        student = student_tokens(heads, features, batch["relation_grid"], batch["relation_indices"])
+        loss = relational_loss(student, batch["relation_tokens"], batch["relation_valid"])
+        total = total + config.w_sem * loss
+        metrics |= {"sem": loss.detach().mean(), "relation_tokens": batch["relation_valid"].sum(1).float().mean()}
+    return total, metrics
+
+
+def student_tracks(heads: PhysicsHeads, features: Tensor, queries: Tensor) -> Tensor:
+    """Where the network thinks that points (B,N,2) of the first frame go: (B,F',N,2), eqs. 5-7."""
+    maps = heads("pix", features.permute(0, 2, 3, 4, 1))  # (B,F',H',W',C)
+    return predict_tracks(maps.permute(0, 1, 4, 2, 3), queries)
+
+
+def student_tokens(heads: PhysicsHeads, features: Tensor, grid: Tensor, indices: Tensor) -> Tensor:
+    """The network's tokens at places of the teacher's grid: grid (B,3), indices (B,K) -> (B,K,C), eq. 9."""
+    return heads("sem", sample_trilinear(features, grid, indices))
+
+
+def sample_trilinear(features: Tensor, grid: Tensor, indices: Tensor) -> Tensor:
+    """Some cells of `features` resampled to another grid: (B,D,F',H',W'), grid (B,3) its frames, rows and columns,
+    indices (B,K) into it, flattened -> (B,K,D) in the features' dtype.
+
+    Equal to `F.interpolate(mode="trilinear", align_corners=False)` and a gather, without ever making what is not asked.
+    """
+    batch, width, *sizes = features.shape
+    tokens = features.flatten(2).transpose(1, 2)  # (B,F'H'W',D)
+    _, rows, columns = (side.unsqueeze(1) for side in grid.unbind(1))  # (B,1)
+    places = indices // (rows * columns), indices // columns % rows, indices % columns  # (B,K) each
+    corners = torch.zeros(batch, indices.shape[1], 1, dtype=torch.long, device=features.device)
+    weights = torch.ones(batch, indices.shape[1], 1, device=features.device)
+    for place, side, size in zip(places, grid.unbind(1), sizes, strict=True):
+        source = ((place + 0.5) * size / side.unsqueeze(1) - 0.5).clamp(min=0)
+        lower = source.long().clamp(max=size - 1)
+        upper = (lower + 1).clamp(max=size - 1)
+        share = source - lower
+        pair = torch.stack([lower, upper], dim=-1).unsqueeze(2)  # (B,K,1,2)
+        shares = torch.stack([1 - share, share], dim=-1).unsqueeze(2)
+        corners = (corners.unsqueeze(-1) * size + pair).flatten(2)  # (B,K,2), then 4, then 8
+        weights = (weights.unsqueeze(-1) * shares).flatten(2)
+    gathered = tokens.gather(1, corners.flatten(1).unsqueeze(-1).expand(-1, -1, width)).unflatten(1, corners.shape[1:])
+    return torch.einsum("bkcd,bkc->bkd", gathered.float(), weights).to(features.dtype)
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def missing(config: PhysicsConfig, extra: dict[str, Tensor]) -> list[str]:
+    """What the terms need and `Group.extra` lacks."""
+    return [key for weight, keys in KEYS.items() if getattr(config, weight) > 0 for key in keys if key not in extra]
+
+
+def target_tensors(config: PhysicsConfig, extra: dict[str, Tensor], num_frames: int) -> dict[str, Tensor]:
+    """`Group.extra` in the shapes that batches need, for clips of `num_frames` latent frames F.
+
+    tracks (F,N,2) float32, visible (F,N), keep (N,) bool; relation_tokens (Kmax,Dt), relation_indices (Kmax,) int64,
+    relation_valid (Kmax,) bool, relation_grid (3,) int64, with Kmax = targets.max_tokens. Raises ValueError for tracks
+    of another length, or more tokens than that.
+    """
+    tensors = {}
+    if config.w_pix > 0:
+        tracks, visible = (extra[name][::FRAMES_PER_LATENT] for name in ("tracks", "visible"))
+        if len(tracks) != num_frames:
+            raise ValueError(
+                f"tracks over {len(extra['tracks'])} video frames do not fit {num_frames} latent frames: build the"
+                " targets again (pipeline.stage=targets..encode)"
+            )
+        keep = extra["keep"] if config.region_focus else torch.ones_like(extra["keep"])
+        tensors |= {"tracks": unpack(tracks), "visible": visible, "keep": keep}
+    if config.w_sem > 0:
+        found, most = len(extra["relation_indices"]), config.targets.max_tokens
+        if found > most:
+            raise ValueError(f"a group has {found} relation tokens: set physics.targets.max_tokens={found} or more")
+        tensors |= {
+            "relation_tokens": F.pad(extra["relation_tokens"], (0, 0, 0, most - found)),
+            "relation_indices": F.pad(extra["relation_indices"].long(), (0, most - found)),
+            "relation_valid": torch.arange(most) < found,
+            "relation_grid": extra["relation_grid"].long(),
+        }
+    return tensors
+
+
+def group_targets(config: PhysicsConfig, group: Group) -> dict[str, Tensor]:
+    """`target_tensors` of a group; empty without terms, and where they are to be made on the fly. ValueError for a
+    group that lacks them."""
+    lacking = missing(config, group.extra)
+    if lacking and config.on_the_fly:
+        return {}
+    if lacking:
+        raise ValueError(f"group {group.key!r} lacks {', '.join(lacking)}: {REMEDY}")
+    return target_tensors(config, group.extra, group.winner.shape[1])
+
+
+REMEDY = (
+    "the physics terms need them. Build the groups with pipeline.targets.tracks (and pipeline.targets.relation for"
+    " w_sem), or set physics.on_the_fly=true and physics.targets.*, or physics.w_pix=0 physics.w_sem=0"
+)
+
+
+def check(config: PhysicsConfig, *, winner: str, lr: float) -> None:
+    """Refuse settings that cannot work, naming key, value and remedy."""
+    for name in ("w_pix", "w_sem"):
+        value = getattr(config, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"physics.{name}={value}: must be 0 (no such term) or positive")
+    if not config.enabled:
+        return
+    for name in ("hidden_width", "pix_width", "sem_width"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"physics.{name}={getattr(config, name)}: must be at least 1")
+    if not (config.head_lr > 0 and lr > 0):
+        raise ValueError(f"physics.head_lr={config.head_lr} with optim.lr={lr}: both must be positive")
+    if winner == "generated":
+        raise ValueError(
+            "objective.winner=generated has no physics targets, which describe real clips: use objective.winner=real,"
+            " or physics.w_pix=0 physics.w_sem=0"
+        )
+
+
+def lacks_targets(config: PhysicsConfig, groups: str) -> bool:
+    """Whether the terms are on and the folder's first group has no targets for them. Reads no weights.
+
+    Raises ValueError where that cannot work: without `on_the_fly`, or where `targets` do not make what is needed.
+    """
+    if not config.enabled:
+        return False
+    first = GroupSet(groups)[0]
+    lacking = missing(config, first.extra)
+    if not lacking:
+        return False
+    if not config.on_the_fly:
+        raise ValueError(f"the groups in {groups} lack {', '.join(lacking)} (group {first.key!r}): {REMEDY}")
+    if not config.targets.tracks:
+        raise ValueError("physics.on_the_fly=true needs physics.targets.tracks: set lucas_kanade or cotracker")
+    if config.w_sem > 0 and not config.targets.relation:
+        raise ValueError("physics.on_the_fly=true with physics.w_sem needs physics.targets.relation: set vjepa2")
+    return True

@@ -1,0 +1,97 @@
+"""A regulariser from the generator's own opinion (Proprio, sections 3.1-3.2, turned from inference to training).
+
+Where the policy thinks that the winner is, its untrained self shall not find it less natural than the winner:
+
+    z_0 = x_t - t v_theta(x_t)                            from the policy's own pass over the noisy winner
+    S(z) = |v_psi((1 - s) z + s n, s) - (n - z)|^2        in the winner's motion mask; one drawn s and n for both
+    L   += weight max(0, S(z_0) - S(winner))              every k steps
+
+psi is the switched-off reference: it only judges, and receives no gradient. Nor does a prediction that is natural
+enough. The gradient reaches the policy through z_0 alone, and is taken right after the judge's pass, inside its
+context: its activations are gone before the policy's own are needed, and with `train.parameters=full` the copied
+weights are in place for both.
+
+Deviations: one level and one draw a step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the
+winner's for both, or standing still would be a way out. Which steps are due follows from the global position of a
+sample, so every rank runs the same number of passes.
+
+Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losses.flow_matching import interpolate
+from losses.self_score import masked_error, motion_mask
+from train.backbones.base import Conditioning
+
+
+@dataclass
+class SelfScoreConfig:
+    weight: float = 0.0  # of the hinge, in mean squared velocity; 0: no such term
+    every: int = 4  # k: the term is on in steps 0, k, 2 k ...
+    t_min: float = 0.3  # the level s is drawn uniformly from [t_min, t_max]: the levels that Proprio scores at
+    t_max: float = 0.6
+    motion_mask: bool = True  # score where the winner moves; false: everywhere
+
+
+def check(config: SelfScoreConfig) -> None:
+    """Refuse settings that cannot work, naming key, value and remedy."""
+    if not (config.weight >= 0 and math.isfinite(config.weight)):
+        raise ValueError(f"self_score.weight={config.weight}: must be 0 (no such term) or positive")
+    if config.every < 1:
+        raise ValueError(f"self_score.every={config.every}: must be at least 1")
+    if not 0 < config.t_min <= config.t_max < 1:
+        raise ValueError(f"self_score.t_min={config.t_min}, t_max={config.t_max}: need 0 < t_min <= t_max < 1")
+
+
+def check_resume(config: SelfScoreConfig, *, samples_seen: int, batch_size: int) -> None:
+    """ValueError where a resumed run's steps would not begin at a multiple of the batch: ranks would disagree."""
+    if config.weight > 0 and samples_seen % batch_size:
+        raise ValueError(
+            f"optim.batch_size={batch_size} does not divide the {samples_seen} groups seen so far, by which"
+            " self_score.every counts: use the batch size that the run began with, or self_score.weight=0"
+        )
+
+
+def draws(
+    config: SelfScoreConfig, *, position: int, batch_size: int, shape: torch.Size, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """score_t () and score_noise (C,F,H,W) of the sample at a global position; empty where its step is not due."""
+    if config.weight == 0 or position // batch_size % config.every:
+        return {}
+    level = config.t_min + (config.t_max - config.t_min) * torch.rand((), generator=generator)
+    return {"score_t": level, "score_noise": torch.randn(shape, generator=generator)}
+
+
+def self_score_loss(
+    config: SelfScoreConfig, policy: Any, x_t: Tensor, velocity: Tensor, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """weight times the hinge of every clip, (B,) float32, differentiable in `velocity` (B,C,F,H,W), and metrics.
+
+    x_t (B,C,F,H,W) is what `policy` saw of the winner at batch["t"]; batch also holds the stacked `draws`.
+    """
+    winner, level, noise = batch["winner"].float(), batch["score_t"], batch["score_noise"]
+    conditioning = Conditioning(batch["text"], batch.get("condition"))
+    mask = motion_mask(winner) if config.motion_mask else None
+    predicted = x_t - batch["t"].view(-1, 1, 1, 1, 1) * velocity  # z_0
+
+    def score(clip: Tensor) -> Tensor:  # (B,C,F,H,W) -> (B,)
+        answer = policy.backbone.velocity(interpolate(clip, noise, level), level, conditioning)
+        return masked_error(answer - (noise - clip), mask)
+
+    with policy.switch.frozen_reference():
+        own = score(winner).detach()
+    with policy.switch.reference():
+        judged = predicted.detach().requires_grad_()
+        scores = score(judged)
+        hinge = (scores - own).relu()
+        (direction,) = torch.autograd.grad(hinge.sum(), judged)
+    # Its value is the hinge and its gradient the hinge's, of which the judge's graph is already gone.
+    along = (direction * predicted).flatten(1).sum(dim=1)
+    loss = config.weight * (hinge.detach() + along - along.detach())
+    return loss, {"self": hinge.detach().mean(), "self_score": scores.detach().mean(), "self_winner": own.mean()}

@@ -64,9 +64,9 @@ class BenchmarkConfig:
     parts: list[str] = field(default_factory=lambda: ["ceilings", "plain", "ours", "groupwise"])  # of PARTS
     repeats: int = 3  # timed steps, after one that compiles and allocates
     losers: int = 4  # of `groupwise`
+    breakdown: bool = True  # one more step each, for the time by kind of kernel
     relation_grid: list[int] = field(default_factory=lambda: [32, 16, 16])  # of `physics`: V-JEPA 2 ViT-L's tokens
     relation_width: int = 1024  # and their width; 512 of them, the most that a group has
-    breakdown: bool = True  # one more step each, for the time by kind of kernel
 
 
 @dataclass

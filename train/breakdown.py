@@ -49,9 +49,8 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     parts = {name: part for name, part in results.items() if isinstance(part, dict) and "seconds" in part}
-    figure, (time, memory) = pyplot.subplots(
-        1, 2, figsize=(9, 0.7 * len(parts) + 1.8), sharey=True, width_ratios=(2, 1)
-    )
+    size = (9, 0.7 * len(parts) + 1.8)
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=size, sharey=True, width_ratios=(2, 1), layout="constrained")
     colours = dict(zip([*KINDS, "idle"], ("#9467bd", "#f0b35a", "#3b6ea5", "#79b4a9", "#dddddd"), strict=True))
     shown = set()
     for row, part in enumerate(parts.values()):
@@ -83,5 +82,5 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     if shown:
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import recipes
 from train import checkpoint, export, memory, parallel
-from train.backbones import load_backbone
+from train.backbones import float8, load_backbone
 from train.backbones.base import Backbone
 from train.backbones.fused_block import fuse_blocks, unfit
 from train.checkpoint import Trainable
@@ -56,14 +56,14 @@ class TrainConfig:
     pairs_per_pass: int = 1  # groups in one network pass, per GPU; 1 keeps one sample's activations at a time
     activation_checkpointing: bool = True  # keep only each block's input, recompute the rest in backward
     compile: bool = False  # torch.compile the transformer block, once for all layers
-    # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed (the
-    # least is what activation_checkpointing keeps). 0: nine tenths of the GPU; on a CPU no limit.
+    # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed, each
+    # block's input at least. 0: nine tenths of the GPU, on a CPU no limit; never more than 95 % of the GPU.
     memory_budget_gib: float = 0.0
     # Of host memory, page-locked, for activations that go there and come back while other blocks compute. For networks
     # as large as 14B; 0: none.
     offload_gib: float = 0.0
     # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.backbones.float8). Faster; the
-    # adapters' gradients differ by about 5 %.
+    # adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
     float8: bool = False
     num_workers: int = 2  # loader processes per GPU
     checkpoint_every: int = 200  # steps
@@ -346,6 +346,8 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) 
     reason = unfit(network, switch) if config.compile else "train.compile is false"
     if not reason:
         plan = memory.plan(network, switch.parameters(), config)
+        if config.float8:
+            float8.check(network.device)
         store = None
         if config.offload_gib:
             store = HostStore(int(config.offload_gib * memory.GIB), network.device)

@@ -97,7 +97,8 @@ def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[t
     trained = sum(weight.numel() * weight.element_size() for weight in adapters)
     budget = config.memory_budget_gib * GIB
     if device.type == "cuda":
-        available = (budget or 0.9 * torch.cuda.mem_get_info(device)[1]) - torch.cuda.memory_allocated(device)
+        total = torch.cuda.mem_get_info(device)[1]
+        available = min(budget or 0.9 * total, 0.95 * total) - torch.cuda.memory_allocated(device)
     else:
         weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
         available = (budget or float("inf")) - weights - trained

@@ -7,7 +7,8 @@ from torch._dynamo.utils import counters
 
 from train.backbones import float8
 from train.backbones.architecture import wan_architecture
-from train.backbones.fused_block import LEVELS, fuse_blocks, kernel_name, unfit
+from train.backbones.attention_kernels import kernel_name
+from train.backbones.fused_block import LEVELS, fuse_blocks, unfit
 from train.backbones.loading import random_transformer
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch

@@ -12,6 +12,15 @@ from torch import Tensor
 LARGEST = 448.0  # of torch.float8_e4m3fn
 
 
+def check(device: torch.device) -> None:
+    """ValueError for a GPU without 8-bit products (older than Ada and Hopper)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"train.float8=true needs a GPU of compute capability 8.9 or more, not {name}: set it to false"
+        )
+
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """(M, K) -> e4m3 (M, K) and float32 scales (M, 1); x is about their product."""
     x = x.float()

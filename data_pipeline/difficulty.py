@@ -8,6 +8,7 @@ Deviation: the paper does not say whose clips are judged; the model's own say wh
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from data_pipeline.generate import LoserMaker
 from data_pipeline.judge import judge_clips
 from data_pipeline.resample import representatives
 from data_pipeline.sources import clip_identity, row_of
-from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, digest, drop
+from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop
 from eval.judges.scores import Judge
 from train.clips import to_pixels
 
@@ -59,17 +60,17 @@ class Difficulty(Stage):
         check_actions(actions)
         scores = columns["action_score"].to_numpy(zero_copy_only=False).astype(np.float64)
         wanted = representatives(index, scores, columns["key"].to_pylist(), self.representatives)
-        units = []
-        for number, (first, end, content) in enumerate(
-            zip(before.firsts[:-1], before.firsts[1:], before.contents(), strict=True)
-        ):
-            places = tuple(np.flatnonzero(wanted[first:end]).tolist())
-            clips: Any = None
-            if places:
-                rows = before.rows(first, end - first).take(pa.array(places, pa.int64())).to_pylist()
-                clips = [[clip_identity(row_of(row)) for row in rows], self.maker.settings, self.judge_settings]
-            units.append(Unit(number, digest([content, places, clips]), first, end - first, places))
-        return units
+        spans = zip(before.firsts[:-1], before.firsts[1:], strict=True)
+        places = [tuple(np.flatnonzero(wanted[first:end]).tolist()) for first, end in spans]
+
+        def depends_on(number: int) -> Any:
+            if not places[number]:
+                return None
+            rows = before.unit(number).take(pa.array(places[number], pa.int64())).to_pylist()
+            identities = [clip_identity(row_of(row)) for row in rows]
+            return [places[number], identities, self.maker.settings, self.judge_settings]
+
+        return [replace(unit, places=places[unit.number]) for unit in before.units(depends_on)]
 
     @torch.no_grad()
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:

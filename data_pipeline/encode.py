@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data_pipeline.sources import FrameReader, clip_digest, row_of
+from data_pipeline.sources import FrameReader, record_digest, row_of
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, drop, unit_name
 from train.backbones.base import Backbone, Conditioning
@@ -70,7 +70,7 @@ class Encode(Stage):
         bad: dict[int, tuple[str, str]] = {}
         for first in range(0, len(records), self.encode_batch):
             batch = range(first, min(first + self.encode_batch, len(records)))
-            bad |= self._make({self._digest(records[place]): place for place in batch}, records)
+            bad |= self._make({record_digest(self.settings, records[place]): place for place in batch}, records)
             advance(len(batch))
         with ShardWriter(self.groups, unit.name) as writer:
             for place, record in enumerate(records):
@@ -84,9 +84,6 @@ class Encode(Stage):
                         writer.write(group)
         self._checksum[unit.name] = writer.record["sha256"]
         return drop(rows, bad)
-
-    def _digest(self, record: Mapping[str, Any]) -> str:
-        return clip_digest(self.settings, row_of(record), record["identity"])
 
     def _make(self, batch: Mapping[str, int], records: Sequence[Mapping[str, Any]]) -> dict[int, tuple[str, str]]:
         """Encode a batch (digest -> place in `records`); the places of clips that cannot be read."""
@@ -106,10 +103,10 @@ class Encode(Stage):
         return {batch[made]: reason for made, reason in unread.items()}
 
     def _group(self, record: Mapping[str, Any]) -> Group:
-        row, made = row_of(record), self.store.load(self._digest(record))
+        row, made = row_of(record), self.store.load(record_digest(self.settings, record))
         losers = made["winner"][None][:0]  # (0, C, F, H, W)
         if self.num_losers:
-            losers = self.losers.load(clip_digest(self.loser_settings, row, record["identity"]))["losers"]
+            losers = self.losers.load(record_digest(self.loser_settings, record))["losers"]
         scored = zip(record["seeds"], record["semantic"], record["physical"], strict=True)
         return Group(
             key=row.key,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_pipeline.encode import condition
 from data_pipeline.manifests import Row
-from data_pipeline.sources import FrameReader, clip_digest, clip_identity, row_of
+from data_pipeline.sources import FrameReader, clip_digest, clip_identity, record_digest, row_of
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, digest, drop
 from train.backbones.base import Backbone, Conditioning
@@ -125,7 +125,7 @@ class Generate(Stage):
 
     def conclude(self, table: Table) -> None:
         records = (record for number in range(len(table.markers)) for record in table.unit(number).to_pylist())
-        wanted = {self.maker.digest(row_of(record), record["identity"]) for record in records}
+        wanted = {record_digest(self.maker.settings, record) for record in records}
         if unused := self.maker.store.unused(wanted):
             folder = self.maker.store.folder
             print(f"{unused / 1e9:.3f} GB of {folder} are of earlier settings: delete them when you like")

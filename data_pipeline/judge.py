@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.manifests import SCORES, check_scores
-from data_pipeline.sources import clip_digest, row_of
+from data_pipeline.sources import record_digest
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, read_rows, write_text
 from eval.judges.scores import Judge, Unjudged
@@ -92,7 +92,7 @@ class JudgeLosers(Stage):
             missing = [j for j, score in enumerate(scores[place]) if score is None] if self.build_judge else []
             save = self.save_to is not None and not self._is_saved(record)
             if missing or save and self.num_losers:
-                latents = self.losers.load(self._digest(record))["losers"]
+                latents = self.losers.load(record_digest(self.loser_settings, record))["losers"]
                 pixels = to_pixels(self.backbone.decode_latents(latents, batch_size=self.decode_batch)).cpu()
                 if save:
                     self._save(record, pixels)
@@ -116,9 +116,6 @@ class JudgeLosers(Stage):
 
     # The losers as files
 
-    def _digest(self, record: Mapping[str, Any]) -> str:
-        return clip_digest(self.loser_settings, row_of(record), record["identity"])
-
     def _paths(self, key: str) -> list[Path]:
         return [self.save_to / f"{key}-{loser}.mp4" for loser in range(self.num_losers)]
 
@@ -127,7 +124,7 @@ class JudgeLosers(Stage):
         shown = self.save_to / ".shown" / record["key"]
         return (
             shown.exists()
-            and shown.read_text(encoding="utf-8") == self._digest(record)
+            and shown.read_text(encoding="utf-8") == record_digest(self.loser_settings, record)
             and all(path.exists() for path in self._paths(record["key"]))
         )
 
@@ -136,7 +133,7 @@ class JudgeLosers(Stage):
         shown.unlink(missing_ok=True)
         for clip, path in zip(pixels, self._paths(record["key"]), strict=True):
             write_clip(path, clip, self.fps)
-        write_text(shown, self._digest(record))
+        write_text(shown, record_digest(self.loser_settings, record))
 
     def is_intact(self, unit: Unit, marker: Mapping[str, Any]) -> bool:
         if self.save_to is None:

@@ -313,6 +313,11 @@ def clip_digest(settings: Mapping[str, Any], row: Row, identity: str) -> str:
     return digest([settings, row.key, row.prompt, row.start, identity])
 
 
+def record_digest(settings: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """`clip_digest` of a record of the generate stage's table, or of a later one."""
+    return clip_digest(settings, row_of(record), record["identity"])
+
+
 def _file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
     """Digest of a file's size, begin and end, or of those of a part of it."""
     if not path.is_file():  # opening a pipe would wait

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data_pipeline.sources import FrameReader, clip_digest, row_of
+from data_pipeline.sources import FrameReader, record_digest, row_of
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop
 from data_pipeline.targets import TargetMaker, TargetsConfig
@@ -48,7 +48,7 @@ class Targets(Stage):
         """Make what is missing; clips that cannot be read any more are dropped."""
         bad: dict[int, tuple[str, str]] = {}
         for place, record in enumerate(rows.to_pylist()):
-            digest = self._digest(record)
+            digest = record_digest(self.settings, record)
             if self.store.missing([digest]):
                 try:
                     self.store.save({digest: self._make(record)})
@@ -66,9 +66,6 @@ class Targets(Stage):
             simulated = clips[index : index + 1]
         return self.maker.make(frames, simulated=simulated)
 
-    def _digest(self, record: Mapping[str, Any]) -> str:
-        return clip_digest(self.settings, row_of(record), record["identity"])
-
     def load(self, record: Mapping[str, Any]) -> dict[str, Tensor]:
         """The targets of a row of this stage's table."""
-        return self.store.load(self._digest(record))
+        return self.store.load(record_digest(self.settings, record))

@@ -31,17 +31,6 @@ def sampling_velocity(
     return velocity
 
 
-def passes_at(backbone: Backbone, sampler: SamplerConfig, t: Tensor) -> int:
-    """Network passes of one clip's step at time t: 2 where guidance is not 1."""
-    return 1 if backbone.guidance_at(t, sampler.guidance, sampler.guidance_low) == 1 else 2
-
-
-def held_frames(conditioning: Conditioning, num_frames: int) -> int:
-    """Leading latent frames that are the image itself and are not generated: wan22_ti2v's one, none elsewhere."""
-    image = conditioning.image
-    return 0 if image is None or image.shape[2] == num_frames else image.shape[2]
-
-
 def check_noise(noise: Tensor, conditioning: Conditioning) -> None:
     """ValueError for initial noise that is not (B,C,F,H,W), one a clip of the conditioning."""
     if noise.dim() != 5 or len(noise) != len(conditioning):

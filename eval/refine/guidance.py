@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.refine.flow import check_noise, held_frames, sampling_velocity
+from eval.refine.flow import check_noise, sampling_velocity
 from train.backbones.base import Backbone, Conditioning, sigma_grid
 from train.sampling import SamplerConfig
 
@@ -73,7 +73,7 @@ def sample_guided(
     velocity = sampling_velocity(backbone, conditioning, sampler, negative)
     sigmas = sigma_grid(sampler.steps, sampler.shift)
     guided = guided_steps(sigmas, config)
-    held = held_frames(conditioning, noise.shape[2])
+    held = conditioning.held_frames(noise.shape[2])
     rewards: list[Tensor] = []
     with torch.no_grad():
         latents = backbone.start(noise.to(backbone.device, torch.float32), conditioning)

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eval.refine.flow import check_noise, held_frames, passes_at, sampling_velocity
+from eval.refine.flow import check_noise, sampling_velocity
+from eval.search.pruning import sampling_passes
 from losses.flow_matching import interpolate, velocity_target
 from losses.self_score import WEIGHTINGS, aggregate, hybrid, masked_error, motion_mask
 from train.backbones.base import Backbone, Conditioning, sigma_grid
@@ -124,7 +125,7 @@ class SelfScore:
         noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=latents.device))
         noisy = self.backbone.start(noisy, self.conditioning)
         velocity = self.backbone.velocity_at(noisy, t, self.conditioning)
-        held = held_frames(self.conditioning, latents.shape[2])
+        held = self.conditioning.held_frames(latents.shape[2])
         residual = (velocity - velocity_target(latents, noise))[:, :, held:]
         return torch.stack([masked_error(residual), masked_error(residual, self.mask[:, held:])])
 
@@ -193,7 +194,7 @@ def refine(
         factor = (config.clip / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
         mean.grad, log_scale.grad = (gradient * factor for gradient in gradients)
         optimizer.step()
-    one = sum(passes_at(backbone, sampler, t) for t in sigmas[:-1]) + getattr(score, "passes", 0)
+    one = sampling_passes(backbone, sampler) + getattr(score, "passes", 0)
     seconds = time.perf_counter() - started
     return Refined(*best[:3], torch.stack(trace), *best[3:], passes=len(trace) * one, seconds=seconds)
 

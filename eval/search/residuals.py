@@ -88,7 +88,7 @@ class Residuals:
         noisy = backbone.start(noisy, conditioning)
         velocity = backbone.velocity_at(noisy, t, conditioning)
         squared = (velocity - velocity_target(latents, noise)).square().mean(dim=1)
-        squared[:, : held_frames(conditioning, latents.shape[2])] = 0
+        squared[:, : conditioning.held_frames(latents.shape[2])] = 0
         return squared
 
     def noise(self, candidates: Candidates, level: int, draw: int) -> Tensor:
@@ -97,10 +97,3 @@ class Residuals:
         seed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big") >> 1
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.randn(candidates.latents.shape[1:], generator=generator)
-
-
-def held_frames(conditioning: Conditioning, num_frames: int) -> int:
-    """Leading latent frames that are the image itself: wan22_ti2v's one, none elsewhere."""
-    if conditioning.image is None or conditioning.image.shape[2] == num_frames:
-        return 0
-    return conditioning.image.shape[2]

@@ -71,6 +71,11 @@ class Conditioning:
         image = None if self.image is None else self.image.expand(batch, -1, -1, -1, -1)
         return Conditioning(self.text.expand(batch, -1, -1), image)
 
+    def held_frames(self, num_frames: int) -> int:
+        """Leading ones of `num_frames` latent frames that are the image itself and are not generated: wan22_ti2v's
+        one, none elsewhere."""
+        return 0 if self.image is None or self.image.shape[2] == num_frames else self.image.shape[2]
+
     @staticmethod
     def cat(items: Sequence[Conditioning]) -> Conditioning:
         """Joined along the batch; either all items have an image or none has."""

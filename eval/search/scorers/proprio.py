@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eval.search.candidates import Candidates
 from eval.search.masks import mask_of
-from eval.search.residuals import Residuals, held_frames
+from eval.search.residuals import Residuals
 from losses.self_score import DELTA, aggregate, hybrid
 from train.backbones.base import Backbone
 
@@ -79,7 +79,7 @@ def free_cells(candidates: Candidates) -> Tensor:
     """(N, F, H, W) float32: 0 in the frames that the image holds fixed, 1 elsewhere."""
     count, _, *size = candidates.latents.shape
     cells = torch.ones(count, *size)
-    cells[:, : held_frames(candidates.conditioning, size[0])] = 0
+    cells[:, : candidates.conditioning.held_frames(size[0])] = 0
     return cells
 
 

@@ -1,0 +1,124 @@
+"""What a benchmark is: prompts, files as its official code expects them, a row a clip, and what to print of the rows.
+
+    benchmark.requirements()                    what it needs that a package cannot bring, and whether it is there
+    benchmark.prompts()                         Task: one prompt, with the picture that it starts from
+    benchmark.layout(samples, folder)           the clips under the names and in the form of the official code
+    benchmark.score(samples, folder)            one Row a clip, as soon as it is known
+    benchmark.derive(means)                     the figures to print, from the columns' means
+
+A new benchmark is a file with a settings dataclass and a subclass of `Benchmark`, and a line in
+`eval.benchmarks.BENCHMARKS`. `eval/run.py` makes the clips, keeps the rows and resumes; `eval/intervals.py` makes
+means and intervals of them. So a benchmark holds no loop over models, no seeds, no statistics.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from train.backbones.base import Backbone
+from train.clips import VideoConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt of a benchmark."""
+
+    key: str  # of [a-z0-9-]: names files
+    text: str
+    category: str = ""  # of the breakdown
+    image: Path | None = None  # picture or clip whose first frame the video starts from
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what scoring needs to know, as plain JSON values
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip of a task that a model made: an mp4 that may be missing or damaged."""
+
+    task: Task
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one clip: a finite number for each column that applies, or the reason why there is none."""
+
+    key: str  # of the task
+    seed: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""  # the file and what is wrong with it
+
+    @classmethod
+    def of(cls, sample: Sample, values: Mapping[str, float] | None = None, *, error: str = "") -> "Row":
+        return cls(sample.task.key, sample.seed, dict(values or {}), error)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something that a user has to fetch: data, a model, another project's checkout."""
+
+    what: str
+    licence: str
+    where: str  # the recipe's key for it, and its value
+    found: bool
+    remedy: str  # what to get from where, and where to put it
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure that a paper printed, shown beside ours and marked as theirs."""
+
+    model: str
+    values: Mapping[str, float]  # by figure, in this benchmark's units
+    source: str  # paper and table
+
+
+class Benchmark(ABC):
+    """A benchmark with its settings. Building it reads nothing; `prompts` and `score` raise ValueError for bad data."""
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]  # of a row
+    figures: ClassVar[tuple[str, ...]]  # that the report prints, the first one decides
+    lower_is_better: ClassVar[tuple[str, ...]] = ()  # of the figures
+    published: ClassVar[tuple[Published, ...]] = ()
+    lossless: ClassVar[bool] = False  # whether clips have to be kept without loss
+    of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
+
+    @abstractmethod
+    def requirements(self) -> list[Requirement]:
+        """What it needs; cheap. Nothing missing: the rest can run."""
+
+    def prompts(self) -> list[Task]:
+        """Every clip to make, in a fixed order."""
+        return []
+
+    def video(self, video: VideoConfig) -> VideoConfig:
+        """Size, length and rate of the clips to make, for a model whose own are `video`."""
+        return video
+
+    def references(self, folder: Path) -> list[Sample]:
+        """True clips, written below `folder` where they are not there yet, scored as a model of their own; or none."""
+        return []
+
+    def layout(self, samples: Sequence[Sample], folder: Path) -> Path | None:
+        """The folder, below `folder`, with the clips as the official code reads them; None where it has no such form."""
+        return None
+
+    def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
+        """A row for every sample, in any order; one with an error for a clip that cannot be scored.
+
+        folder: for files of its own (laid out clips, a tool's CSV, a cache). Called with what has no row yet.
+        """
+        raise NotImplementedError
+
+    def probe(self, backbone: Backbone, folder: Path) -> Iterator[Row]:
+        """Rows of the backbone as it stands (a LoRA on or off), for benchmarks with `of_clips` False."""
+        raise NotImplementedError
+
+    def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`figures` from the columns' means, (R,) each: one a bootstrap replicate. By default the columns themselves."""
+        return {name: means[name] for name in self.figures}

@@ -105,7 +105,7 @@ class Benchmark(ABC):
         return []
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path | None:
-        """The folder, below `folder`, with the clips as the official code reads them; None where it has no such form."""
+        """The folder below `folder` with the clips as the official code reads them; None where it has no such form."""
         return None
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
@@ -120,5 +120,5 @@ class Benchmark(ABC):
         raise NotImplementedError
 
     def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`figures` from the columns' means, (R,) each: one a bootstrap replicate. By default the columns themselves."""
+        """`figures` from the columns' means, (R,) each: one a replicate. By default the columns themselves."""
         return {name: means[name] for name in self.figures}

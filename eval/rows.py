@@ -41,21 +41,26 @@ class RowFile:
     def __init__(self, path: Path):
         self.path, self._rows = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        kept = []
-        for line in lines:
+        text = path.read_bytes() if path.exists() else b""
+        whole = 0
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
                 self._rows[record["identity"], record["key"], record["seed"]] = record
-                kept.append(line)
-            except (ValueError, KeyError, TypeError):  # torn, damaged, or the empty rest after the last newline
+                whole += 1
+            except (ValueError, KeyError, TypeError):  # torn or damaged
                 continue
-        # One row of a clip: an error's row goes when the clip is scored after all.
-        last = [json.dumps(record, ensure_ascii=False) for record in self._rows.values()]
-        if len(kept) + 1 != len(lines) and lines or len(last) != len(kept):
-            write_text(path, "".join(line + "\n" for line in last))
+        clean = whole == len(self._rows) == text.count(b"\n") and (not text or text.endswith(b"\n"))
+        if not clean:
+            self._compact()
+        self._superseded = False
         self._file = path.open("a", encoding="utf-8", newline="")
         self._synced = time.monotonic()
+
+    def _compact(self) -> None:
+        """Write the file anew with one row of a clip: an error's goes when the clip is scored after all."""
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self._rows.values())
+        write_text(self.path, "".join(lines))
 
     def find(self, name: str, key: str, seed: int) -> dict[str, Any] | None:
         """The row with this identity, as it stands in the file."""
@@ -71,6 +76,7 @@ class RowFile:
         if wrong := [column for column, value in values.items() if not math.isfinite(value)]:
             error, values = f"{', '.join(wrong)} of {row.key}-{row.seed} is no finite number", {}
         record = {"key": row.key, "seed": row.seed, "identity": name, "values": values, "error": error, **facts}
+        self._superseded |= (name, row.key, row.seed) in self._rows
         self._rows[name, row.key, row.seed] = record
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -87,3 +93,5 @@ class RowFile:
     def __exit__(self, *error) -> None:
         self._sync()
         self._file.close()
+        if self._superseded:
+            self._compact()

@@ -444,9 +444,22 @@ def test_rows_of_other_settings_stay_and_are_not_seen(tmp_path):
     with RowFile(path) as rows:
         assert rows.find("one", "a", 0)["values"] == {"score": 1.0} and rows.find("one", "a", 1) is None
         rows.append("other", Row("a", 0, {"score": 2.0}), {"seconds": 1})
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     with RowFile(path) as rows:
         assert [row["values"] for row in rows.every("other")] == [{"score": 2.0}]
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize("damage", [b'{"key": "to', b"\xff\xfe\n", b'{"key": "a"}\n', b"\n"])
+def test_damaged_lines_of_rows_are_dropped(tmp_path, damage):
+    path = tmp_path / "rows.jsonl"
+    with RowFile(path) as rows:
+        rows.append("one", Row("a", 0, {"score": 1.0}), {})
+    whole = path.read_bytes()
+    path.write_bytes(whole + damage)
+    with RowFile(path) as rows:
+        assert path.read_bytes() == whole
+        rows.append("one", Row("b", 0, {"score": 1.0}), {})
+    assert path.read_bytes().startswith(whole) and len(path.read_bytes().splitlines()) == 2
 
 
 @pytest.mark.slow  # processes that import everything

@@ -338,11 +338,8 @@ def html(results: Mapping[str, Any], clips: Mapping[str, Sequence[tuple[str, Ten
         section = {"name": name, "found": found, "tables": tables(results, name), "clips": embedded}
         sections.append(section | {"left_out": left_out})
     settings = OmegaConf.to_yaml(OmegaConf.create(dict(results["settings"])))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(results=results, facts=facts(results), sections=sections, settings=settings)
+    title = f"Evaluation: {results['recipe']}" if results["recipe"] else "Evaluation"
+    return _page(title, facts(results), sections, settings)
 
 
 def encode(frames: Tensor, fps: float) -> str:
@@ -394,6 +391,64 @@ def text(results: Mapping[str, Any]) -> str:
                 f"  no score  {model} {error['key']}-{error['seed']}: {error['error']}" for error in one["errors"]
             ]
     return "\n".join(lines)
+
+
+# Several runs
+
+
+def comparison_table(compared: Mapping[str, Any], name: str) -> Table:
+    """One benchmark of eval.compare."""
+    found = compared["benchmarks"][name]
+    names = [figure + (" ↓" if figure in found["lower_is_better"] else "") for figure in found["figures"]]
+    note = f"mean [95% interval]; differences are to {': '.join(found['reference'])}, over the same prompts and seeds"
+    table = Table(name, note, ["", *names, "clips", "missing"])
+    for place, row in enumerate(found["rows"]):
+        own = ("benchmarks", name, "rows", place)
+        label = LABELS.get(row["model"], f"{row['run']}: {row['model']}")
+        counts = [number(compared, *own, "clips"), number(compared, *own, "missing")]
+        cells = [
+            with_count(compared, (*own, "figures", one), row["clips"] - row["missing"]) for one in found["figures"]
+        ]
+        table.add([Cell(label), *cells, *counts])
+        if row["difference"]:
+            cells, used = [], next((one for one in row["difference"].values() if one), None)
+            for one in found["figures"]:
+                cell, value = number(compared, *own, "difference", one, sign=True), row["difference"][one]
+                cells.append(Cell(f"{cell.text}, p {show_p(value['p'])}" if value else "", cell.pointer))
+            counts = [Cell(str(used[key]) if used else "") for key in ("clips", "missing")]
+            table.add([Cell("difference"), *cells, *counts], "gain")
+    return table
+
+
+def comparison_markdown(compared: Mapping[str, Any]) -> str:
+    lines = []
+    for name in compared["benchmarks"]:
+        table = comparison_table(compared, name)
+        lines += [f"## {table.title}", "", table.note, "", *rule(table), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def comparison_html(compared: Mapping[str, Any]) -> str:
+    """A page like the report's, with one table a benchmark."""
+    sections = []
+    for name, found in compared["benchmarks"].items():
+        table = comparison_table(compared, name)
+        first = found["figures"][0]
+        shown = [
+            (LABELS.get(row["model"], f"{row['run']}: {row['model']}"), row["figures"][first]) for row in found["rows"]
+        ]
+        table.plot = interval_plot([row for row in shown if row[1]], zero=False, label=first)
+        empty = {"problem": "", "requirements": []}
+        sections.append({"name": name, "found": empty, "tables": [table], "clips": [], "left_out": 0})
+    return _page("Runs compared", [("Runs", ", ".join(compared["runs"]))], sections, "")
+
+
+def _page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Mapping[str, Any]], settings: str) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(title=title, facts=facts, sections=sections, settings=settings)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

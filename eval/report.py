@@ -139,7 +139,7 @@ def figure_table(results: Mapping[str, Any], name: str) -> Table:
             else Cell("")
             for figure in names
         ]
-        table.add([Cell("two-sided, labels exchanged"), *tests, Cell(""), Cell("")], "test")
+        table.add([Cell("two-sided p"), *tests, Cell(""), Cell("")], "test")
     for place_of, one in enumerate(found["published"]):
         own = (*place, "published", place_of, "values")
         cells = [number(results, *own, figure) if figure in one["values"] else Cell("") for figure in names]
@@ -210,7 +210,9 @@ def cost_table(results: Mapping[str, Any], name: str) -> Table:
     table = Table("Compute", "in this and earlier runs; generation is counted on each GPU or CPU and added", header)
     for model in found["compute"]:
         keys = ("clips_made", "seconds", "passes", "scoring_seconds")
-        table.add([Cell(LABELS.get(model, model)), *(number(results, *place, model, key) for key in keys)])
+        known = found["compute"][model]
+        cells = [number(results, *place, model, key) if key in known else Cell("") for key in keys]
+        table.add([Cell(LABELS.get(model, model)), *cells])
     return table
 
 

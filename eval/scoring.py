@@ -48,9 +48,12 @@ class Plan:
 
     def cost(self, model: str) -> dict[str, float]:
         """Seconds of scoring, and what the model's clips took to make: clips, seconds and network passes in all."""
-        records = [record for request in self.requests.get(model, []) if (record := request.clip.record())]
-        made = {name: round(sum(record[name] for record in records), 1) for name in ("seconds", "passes")}
-        return {"scoring_seconds": round(self.seconds[model], 1), "clips_made": len(records)} | made
+        scoring = {"scoring_seconds": round(self.seconds[model], 1)}
+        if model not in self.requests:
+            return scoring
+        records = [record for request in self.requests[model] if (record := request.clip.record())]
+        seconds, passes = (sum(record[name] for record in records) for name in ("seconds", "passes"))
+        return {"clips_made": len(records), "seconds": round(seconds, 1), "passes": round(passes)} | scoring
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from eval import benchmarks, making, report, run
 from eval.benchmarks import sandbox
-from eval.benchmarks.base import Benchmark, Requirement, Row, Task
+from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Task
 from eval.rows import RowFile
 from train import checkpoint
 from train.backbones import load_backbone
@@ -329,6 +329,7 @@ class Absent(Benchmark):
 
 class Asked(Absent):
     name, of_clips, figures = "asked", False, ("score",)
+    published = (Published("Another <model>", {"score": 0.625}, "A paper, Table 1"),)
 
     def requirements(self):
         return []
@@ -386,6 +387,10 @@ def test_a_benchmark_may_ask_the_backbone_itself_with_the_lora_off_and_on(copied
     found = results["benchmarks"]["asked"]["models"]
     assert found["base"]["clips"] == found["tuned"]["clips"] == 2
     assert found["base"]["figures"]["score"]["mean"] != found["tuned"]["figures"]["score"]["mean"]
+    page, text = ((copied.eval / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    marked = page[page.index('<tr class="published">') :].partition("</tr>")[0]
+    assert "Another &lt;model&gt; (published: A paper, Table 1)" in marked and "0.625" in marked
+    assert "| *Another <model> (published: A paper, Table 1)* | *0.625* |" in text
     monkeypatch.setattr(Asked, "probe", lambda *_: pytest.fail("asked again"))
     assert copied.run("benchmarks=[asked]")["benchmarks"]["asked"]["models"] == found
 
@@ -460,6 +465,18 @@ def test_damaged_lines_of_rows_are_dropped(tmp_path, damage):
         assert path.read_bytes() == whole
         rows.append("one", Row("b", 0, {"score": 1.0}), {})
     assert path.read_bytes().startswith(whole) and len(path.read_bytes().splitlines()) == 2
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_two_ranks_make_what_one_makes(tuned, tmp_path):
+    made = Made(tmp_path, {}, tuned.model)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval.run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *made.arguments()], cwd=ROOT, env=environment, check=True, capture_output=True)
+    results = json.loads((made.eval / "results.json").read_text(encoding="utf-8"))
+    assert results["compute"]["ranks"] == 2 and fresh(results) == fresh(tuned.results)
+    ours, theirs = ({path.name: path.read_bytes() for path in one.eval.rglob("tuned/*.mp4")} for one in (made, tuned))
+    assert ours == theirs and len(ours) == 5
 
 
 @pytest.mark.slow  # processes that import everything

@@ -44,7 +44,7 @@ SECTIONS = {
     "inspect": "what train.inspect_targets draws",
 }
 # Keys beside the sections.
-KEYS = ("recipe", "output", "seed", "dry_run", "benchmarks")
+KEYS = ("recipe", "output", "seed", "dry_run", "benchmarks", "list")
 
 C = TypeVar("C")
 

@@ -14,6 +14,7 @@ from train.clips import (
     VideoConfig,
     contact_sheet,
     from_pixels,
+    motion_energy,
     read_clip,
     side_by_side,
     to_pixels,
@@ -76,6 +77,15 @@ def test_lossless_clips_come_back_bit_for_bit(tmp_path, height, width):
     back = read_clip(tmp_path / "0.mp4", video(height=height, width=width))
     assert torch.equal(back, frames)
     assert (tmp_path / "0.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
+
+
+def test_motion_energy_by_hand():
+    """Grey 0, 10, 20: every pixel changes by 10 of 255 twice. Half the pixels going 0, 255, 0: half the range."""
+    assert motion_energy(grey_steps(3)) == pytest.approx(10 / 255)
+    flicker = grey_steps(3, step=0)
+    flicker[1, :32] = 255
+    assert motion_energy(flicker) == pytest.approx(0.5)
+    assert motion_energy(grey_steps(1)) == 0
 
 
 def test_written_clip_plays_in_browsers(tmp_path):

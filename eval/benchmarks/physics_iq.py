@@ -21,17 +21,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
-from eval.benchmarks.physics_iq_frames import opencv, read_frames, read_header, trim
+from eval.benchmarks.physics_iq_frames import opencv, trim
 from eval.benchmarks.physics_iq_metrics import METRICS, physics_iq
 from eval.benchmarks.physics_iq_view import SECONDS, View, real_frames, score_view, write_real
-from train.clips import VideoConfig
+from train.clips import ClipError, VideoConfig
 
 INPUTS = ("image", "multiframe", "text")
 MASKS = ("memory", "mp4v", "both")
@@ -45,7 +46,7 @@ COLUMNS = (
 )
 MP4V = "_mp4v"  # ends the columns and figures of the official masks, where both kinds are asked for
 REMEDY = (
-    "get it with the official code/download_physics_iq_data.py (gs://physics-iq-benchmark), or the verified one with"
+    "get it with the official physiq/download_physics_iq_data.py (gs://physics-iq-benchmark), or the verified one with"
     " 'hf download Anates-Labs-Research/Physics-IQ-Verified --repo-type dataset', and name its folder in"
     " run.physics_iq.folder"
 )
@@ -155,7 +156,8 @@ class PhysicsIQ(Benchmark):
                 "CC BY 4.0",
                 f"run.physics_iq.descriptions={self._descriptions()}",
                 self._descriptions().is_file(),
-                "copy descriptions/descriptions.csv of google-deepmind/physics-IQ-benchmark there",
+                "copy descriptions/descriptions_original.csv, or best_practice/descriptions_base.csv (verified), of"
+                " google-deepmind/physics-IQ-benchmark there",
             ),
             Requirement(
                 "OpenCV",
@@ -181,12 +183,12 @@ class PhysicsIQ(Benchmark):
         ]
         return next((folder for folder in tried if folder.is_dir()), tried[-2])
 
-    def _video(self, kind: str, facts: Mapping[str, str], take: int) -> Path:
+    def _video(self, kind: str, facts: Mapping[str, Any], take: int) -> Path:
         folder = self._videos(kind)
         name = f"{facts['take_2'] if take == 2 else facts['id']}_{kind}-videos_{folder.name}"
         return folder / f"{name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
 
-    def _shipped_masks(self, facts: Mapping[str, str], take: int) -> Path | None:
+    def _shipped_masks(self, facts: Mapping[str, Any], take: int) -> Path | None:
         """The benchmark's own masks of a real video, which the official code prefers to making them."""
         folder = self.root / "video-masks" / "real" / f"{self.fps}FPS"
         name = f"{facts['take_2'] if take == 2 else facts['id']}_video-masks_{folder.name}"
@@ -236,7 +238,8 @@ class PhysicsIQ(Benchmark):
             )
         first, second = takes["1"], takes["2"]
         words = f"{first['id']}-{view.removeprefix('perspective-')}-{scenario.removeprefix('trimmed-')}"
-        facts = {"id": first["id"], "take_2": second["id"], "view": view, "scenario": scenario}
+        # start: frames of a clip before the five seconds, the context that a multiframe clip begins with.
+        facts = {"id": first["id"], "take_2": second["id"], "view": view, "scenario": scenario, "start": self.context}
         image = None
         if self.settings.input == "image":
             image = self.root / "switch-frames" / f"{first['id']}_switch-frames_anyFPS_{view}_{scenario}.jpg"
@@ -270,7 +273,7 @@ class PhysicsIQ(Benchmark):
                 source, path = path, folder / f"{task.key}.mp4"
                 if not path.exists():
                     write_real(source, path, self.fps)
-            samples.append(Sample(task, 0, path))
+            samples.append(Sample(replace(task, facts={**task.facts, "start": 0}), 0, path))
         return samples
 
     # What was made
@@ -278,7 +281,8 @@ class PhysicsIQ(Benchmark):
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """`run_01`, `run_02` … (a folder a seed) with 198 clips of five seconds each, for --input_folders.
 
-        Cut without loss, so the official code sees the pixels that are scored here. Raises ClipError.
+        Cut without loss, so the official code sees the pixels that are scored here. Clips that cannot be read are left
+        out; their rows say why.
         """
         runs: dict[str, int] = {}
         for sample in samples:
@@ -286,13 +290,10 @@ class PhysicsIQ(Benchmark):
             facts = sample.task.facts
             name = f"{facts['id']}_{facts['view']}_{facts['scenario']}.mp4"
             target = folder / f"run_{runs[sample.task.key]:02d}" / name
-            if not target.exists() or target.stat().st_mtime_ns < sample.path.stat().st_mtime_ns:
-                trim(sample.path, target, self._start(sample), SECONDS * self.fps)
+            with suppress(ClipError, FileNotFoundError):
+                if not target.exists() or target.stat().st_mtime_ns < sample.path.stat().st_mtime_ns:
+                    trim(sample.path, target, facts["start"], SECONDS * self.fps)
         return folder
-
-    def _start(self, sample: Sample) -> int:
-        """Frames of a clip before the five seconds: a generated multiframe clip begins with its context."""
-        return 0 if sample.path.parent == self._videos("testing") else self.context
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Rows as they are done; metrics of take 1 and 2 are kept in `folder` for the next model."""
@@ -319,7 +320,7 @@ class PhysicsIQ(Benchmark):
         return {
             ending: View(
                 clip=sample.path,
-                start=self._start(sample),
+                start=sample.task.facts["start"],
                 fps=self.fps,
                 takes=(self._video("testing", facts, 1), self._video("testing", facts, 2)),
                 shipped=(self._shipped_masks(facts, 1), self._shipped_masks(facts, 2)) if mp4v else (None, None),

@@ -128,7 +128,7 @@ class MotionMask:
 
 
 def through_mp4v(masks: Iterable[np.ndarray], fps: float) -> Iterator[np.ndarray]:
-    """The masks after a round trip through a lossy mp4 file, as the official code keeps them: (H,W,3) uint8."""
+    """The masks after a round trip through a lossy mp4 file, as the official code keeps them: (H,W,3) uint8, grey."""
     cv2 = opencv()
     with tempfile.TemporaryDirectory() as folder:
         path, writer, count = Path(folder, "masks.mp4"), None, 0
@@ -167,8 +167,8 @@ def shrink(frames: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
 
 
 def binary(masks: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Masks of 0 and 255, or nearly, at `size` (rows, columns): (T,h,w) or (T,h,w,3) bool."""
-    return np.stack([_scaled(mask, size) > 127 for mask in masks])
+    """Masks (H,W) or grey (H,W,3) of 0 and 255, or nearly, at `size` (rows, columns): (T,h,w) bool."""
+    return np.stack([_scaled(mask if mask.ndim == 2 else mask[..., 0], size) > 127 for mask in masks])
 
 
 def _scaled(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

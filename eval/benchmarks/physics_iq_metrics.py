@@ -19,7 +19,7 @@ RATIO_EPSILON = 1e-8  # of the verified score
 
 @dataclass(frozen=True)
 class Observed:
-    """A clip as it is compared: frames (T,h,w,3) uint8 and where something moves (T,h,w) or (T,h,w,3) bool."""
+    """A clip as it is compared: frames (T,h,w,3) uint8 and where something moves (T,h,w) bool."""
 
     frames: np.ndarray
     masks: np.ndarray

@@ -50,10 +50,7 @@ def score_view(view: View) -> dict[str, float]:
         fps=view.fps,
         mp4v=view.mp4v,
     )
-    masks = reality.masks
-    if masks.ndim < generated.masks.ndim:
-        masks = np.repeat(masks[..., None], 3, axis=-1)
-    return row_values(compare(Observed(reality.frames, masks), generated), variance)
+    return row_values(compare(reality, generated), variance)
 
 
 def real_frames(path: Path, fps: int, seconds: int) -> Iterator[np.ndarray]:

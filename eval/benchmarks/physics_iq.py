@@ -90,7 +90,7 @@ class PhysicsIQConfig:
     input: str = "image"  # what a model is shown: image (the switch frame), multiframe (what came before) or text
     context_frames: int = 0  # of multiframe: how many frames the model takes, the last before the switch; 0: 3 seconds
     masks: str = "memory"  # memory, mp4v (the official round trip through a lossy file), or both, reported side by side
-    workers: int = 0  # processes, 0: one a core; 4K videos need about 0.6 GB each
+    workers: int = 0  # processes, 0: one a core; the real 4K videos need about 1 GB in each
 
     def __post_init__(self) -> None:
         for name, choices in (("input", INPUTS), ("masks", MASKS)):

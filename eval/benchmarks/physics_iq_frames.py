@@ -57,7 +57,7 @@ def _open(path: Path) -> tuple[Any, Header]:
     cv2 = opencv()
     if not path.is_file():
         raise ClipError(path, "missing", "no such file")
-    capture = cv2.VideoCapture(str(path))
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     fps, num_frames, height, width = (
         capture.get(getattr(cv2, f"CAP_PROP_{name}")) for name in ("FPS", "FRAME_COUNT", "FRAME_HEIGHT", "FRAME_WIDTH")
     )
@@ -176,14 +176,16 @@ def _scaled(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def write_lossless(path: Path, frames: Iterable[av.VideoFrame], fps: float) -> None:
-    """An mp4 that decodes to the same values: H.264 without quantisation, YUV as YUV and BGR as BGR. Atomic."""
+    """An mp4 that decodes to the same values: H.264 without quantisation, YUV as YUV and RGB as RGB. Atomic."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = None
         for number, frame in enumerate(frames):
+            if frame.format.is_rgb:  # planes or pixels: the same numbers
+                frame = frame.reformat(format="bgr24")
             if stream is None:
-                codec = "libx264rgb" if frame.format.name == "bgr24" else "libx264"
+                codec = "libx264rgb" if frame.format.is_rgb else "libx264"
                 options = {"qp": "0", "preset": "veryfast", "bf": "0", "x264-params": "asm=sse4.2:cpu-independent=1"}
                 stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name

@@ -107,7 +107,7 @@ class PhysicsIQ(Benchmark):
     name: ClassVar[str] = "physics_iq"
     columns = COLUMNS
     figures = ("physics_iq", "physics_iq_verified", *METRICS)
-    lower_is_better = ("mse", f"mse{MP4V}")
+    lower_is_better = ("mse",)
     published = (
         *(Published(model, {"physics_iq": score}, source) for model, score, source in _PUBLISHED),
         *(Published(model, {"physics_iq_verified": score}, f"{_LEADERBOARD} (verified)") for model, score in _VERIFIED),
@@ -133,6 +133,7 @@ class PhysicsIQ(Benchmark):
         if settings.masks == "both":
             self.columns = tuple(f"{name}{ending}" for ending in ("", MP4V) for name in type(self).columns)
             self.figures = tuple(f"{name}{ending}" for ending in ("", MP4V) for name in type(self).figures)
+            self.lower_is_better = ("mse", f"mse{MP4V}")
 
     # What it needs
 
@@ -298,17 +299,19 @@ class PhysicsIQ(Benchmark):
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Rows as they are done; metrics of take 1 and 2 are kept in `folder` for the next model."""
         opencv()
-        jobs = {number: self._views(sample, folder) for number, sample in enumerate(samples)}
-        workers = min(self.settings.workers or os.cpu_count() or 1, max(1, len(samples)))
-        if workers == 1:
-            for number, views in jobs.items():
-                yield _row(samples[number], views)
+        if not self._videos("testing").is_dir():
+            raise ValueError(
+                f"run.physics_iq.folder={self.settings.folder}: no {self._videos('testing')} with real videos; {REMEDY}"
+            )
+        jobs = [(sample, self._views(sample, folder)) for sample in samples]
+        workers = min(self.settings.workers or os.cpu_count() or 1, len(jobs))
+        if workers <= 1:
+            yield from (_row(*job) for job in jobs)
             return
         # Spawned: a fork of a process that has used a GPU or OpenCV's threads can hang.
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         try:
-            futures = [pool.submit(_row, samples[number], views) for number, views in jobs.items()]
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(_row, *job) for job in jobs]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -68,7 +68,10 @@ def _open(path: Path) -> tuple[Any, Header]:
 
 
 def read_frames(path: Path, start: int, count: int) -> Iterator[np.ndarray]:
-    """`count` frames from number `start` on. Raises ClipError for a file that cannot be read or has fewer."""
+    """`count` frames from number `start` on. Raises ClipError for a file that cannot be read or has fewer.
+
+    Decoded by one thread: clips are scored side by side.
+    """
     capture, header = _open(path)
     try:
         for number in range(start + count):
@@ -76,6 +79,8 @@ def read_frames(path: Path, start: int, count: int) -> Iterator[np.ndarray]:
             if not found:
                 reason = "too short" if header.num_frames <= number else "truncated"
                 raise ClipError(path, reason, f"it has {number} of the {start + count} frames needed")
+            if frame.shape != (header.height, header.width, 3):
+                raise ClipError(path, "size", f"frame {number} is not of {header.width}x{header.height} pixels")
             if number >= start:
                 yield frame
     finally:

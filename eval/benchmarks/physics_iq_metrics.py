@@ -101,9 +101,10 @@ def row_values(generated: Agreement, variance: Agreement) -> dict[str, float]:
 def physics_iq(means: Mapping[str, np.ndarray]) -> np.ndarray:
     """The Physics-IQ score in percent from means over all clips, (R,) each: one a replicate.
 
-    100 clip((ST / ST_v + S / S_v + WS / WS_v) / 3 - (MSE - MSE_v)) with the variances rounded as the official code
-    does; the score itself is left unrounded (it is printed with two digits). Where the two takes never overlap there
-    is no scale: then 100 as the official code has it, or NaN where the clips do not overlap either.
+    100 clip((ST / ST_v + S / S_v + WS / WS_v) / 3 - (MSE - MSE_v)) with the variances rounded as the official
+    `calculate_iq_score` does; the score itself is left unrounded (it is printed with two digits). The newer official
+    `IQTable` leaves the variances unrounded, which moves the score by about 0.01. Where the two takes never overlap
+    there is no scale: then 100 as the official code has it, or NaN where the clips do not overlap either.
     """
     limits = {name: np.round(means[f"variance_{name}"], digits) for name, digits in VARIANCE_DIGITS.items()}
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -343,13 +343,19 @@ def test_a_multiframe_clip_has_its_context_first(data, tmp_path):
     assert not reference.error
 
 
-def test_the_switch_frame_is_stretched_not_cut(data):
-    benchmark = build(data, replace(VIDEO, height=64, width=64))
-    shown = benchmark.shown(benchmark.prompts()[0])
+def test_the_switch_frame_is_stretched_not_cut(copy):
+    benchmark = build(copy, replace(VIDEO, height=64, width=64))
+    task = benchmark.prompts()[0]
+    wide = np.zeros((96, 192, 3), np.uint8)
+    wide[:, :48], wide[:, -48:] = (0, 0, 255), (255, 0, 0)  # BGR: red at the left, blue at the right, a quarter each
+    cv2.imwrite(str(task.image), wide)
+    shown = benchmark.shown(task)
     assert shown.shape == (1, 64, 64, 3) and shown.dtype == np.uint8
-    whole = cv2.imread(str(benchmark.prompts()[0].image))[..., ::-1]
-    assert np.abs(shown[0, :, -1].astype(int) - whole[::2, -1][:64].astype(int).mean(0)).mean() < 40
-    assert abs(shown.mean() - whole.mean()) < 1
+    red, blue = shown[0, :, :14].astype(int), shown[0, :, -14:].astype(int)
+    assert (red[..., 0] > 200).all() and (blue[..., 2] > 200).all() and shown[0, :, 20:44].max() < 60
+    task.image.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="no picture, or cut short"):
+        benchmark.shown(task)
 
 
 def test_layout_is_what_the_official_code_takes(data, tmp_path):
@@ -474,6 +480,8 @@ def test_requirements(data, tmp_path):
     assert [need.found for need in absent] == [False, False, True]
     assert "run.physics_iq.folder" in absent[0].remedy and absent[0].licence == "CC BY 4.0"
     assert not PhysicsIQ(PhysicsIQConfig(), VIDEO).requirements()[0].found
+    with pytest.raises(ValueError, match=r"run.physics_iq.folder=\S+nowhere: no .*30FPS"):
+        list(build(tmp_path / "nowhere").score(made(build(data), data), tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
 from eval.benchmarks.physics_iq_frames import (
@@ -17,7 +16,6 @@ from eval.benchmarks.physics_iq_frames import (
     read_header,
     resampled,
     shrink,
-    write_lossless,
 )
 from eval.benchmarks.physics_iq_metrics import Agreement, Observed, compare, row_values
 from train.clips import ClipError
@@ -60,12 +58,6 @@ def real_frames(path: Path, fps: int, seconds: int) -> Iterator[np.ndarray]:
         return read_frames(path, 0, seconds * fps)
     count = int(seconds * header.fps)
     return resampled(read_frames(path, 0, count), count, seconds * fps)
-
-
-def write_real(path: Path, target: Path, fps: int) -> None:
-    """The compared part of a real video as a file of its own, without loss."""
-    frames = (av.VideoFrame.from_ndarray(frame, format="bgr24") for frame in real_frames(path, fps, SECONDS))
-    write_lossless(target, frames, fps)
 
 
 def _reality(view: View) -> tuple[Observed, Agreement]:

@@ -309,6 +309,21 @@ def test_identical_clips_and_the_other_take_score_100(data, tmp_path):
         assert [row.values[name] for name in METRICS] == [row.values[f"variance_{name}"] for name in METRICS]
 
 
+def test_a_model_of_another_rate(copy, tmp_path):
+    """Real videos at 30 alone: they are resampled, and the other take is what a model of that size could make."""
+    path = copy / "descriptions.csv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], lines[1], lines[7]]), encoding="utf-8")
+    for name, take in (("0001", 1), ("0007", 2)):
+        clip = f"{name}_testing-videos_30FPS_{VIEWS[0]}_take-{take}_{SCENARIOS[0]}.mp4"
+        save(copy / "split-videos/testing-videos/30FPS" / clip, film(0, take - 1, 150, 96, 160), 30)
+    benchmark = build(copy, VideoConfig(height=48, width=80, fps=10))
+    (sample,) = benchmark.references(tmp_path)
+    assert read_header(sample.path).num_frames == 50 and read_header(sample.path).width == 80
+    found = figures(benchmark, benchmark.score([sample], tmp_path))
+    assert 60 < found["physics_iq"] <= 100
+
+
 def test_prompts(data):
     tasks = build(data).prompts()
     assert [task.key for task in tasks][:2] == ["0001-left-ball-fall", "0002-center-ball-fall"]

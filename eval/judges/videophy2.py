@@ -12,6 +12,7 @@ The tool writes 0 when it finds no rating in the model's answer. That is no scor
 """
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +67,8 @@ def build(config: VideoPhy2Config, device: torch.device | str) -> Judge:
         if chosen:
             with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
                 folder = Path(temporary)
-                paths = write_clips(folder, clips, chosen, config.fps)
-                write_table(folder / "clips.csv", HEADER, [[prompts[clip], path] for clip, path in paths.items()])
-                found = {name: _rate(tool, name, folder, paths, prompts, failures) for name in TASKS}
+                found, unrated = rate_files(tool, write_clips(folder, clips, chosen, config.fps), prompts, folder)
+                failures |= unrated
         judged = [clip for clip in chosen if clip not in failures]
         semantic, physical = (
             torch.tensor([found[name][clip] for clip in judged], dtype=torch.int64) for name in ("semantic", "physical")
@@ -81,8 +81,21 @@ def build(config: VideoPhy2Config, device: torch.device | str) -> Judge:
     return score
 
 
+def rate_files(
+    tool: Tool, paths: Mapping[int, str], prompts: Sequence[str], folder: Path
+) -> tuple[dict[str, dict[int, int]], dict[int, str]]:
+    """Ratings of clips that lie in files: name of TASKS -> clip number -> 1 to 5; clip number -> why it has none.
+
+    paths: clip number -> absolute path; prompts: of all clips, by number. `folder` takes the tables and the log. A clip
+    without one of the ratings may still have the other. Raises ToolError.
+    """
+    failures: dict[int, str] = {}
+    write_table(folder / "clips.csv", HEADER, [[prompts[clip], path] for clip, path in paths.items()])
+    return {name: _rate(tool, name, folder, paths, prompts, failures) for name in TASKS}, failures
+
+
 def _rate(
-    tool: Tool, name: str, folder: Path, paths: dict[int, str], prompts: list[str], failures: dict[int, str]
+    tool: Tool, name: str, folder: Path, paths: Mapping[int, str], prompts: Sequence[str], failures: dict[int, str]
 ) -> dict[int, int]:
     """Clip number -> rating for one of TASKS; clips without a valid one go to `failures`."""
     answered = folder / f"answers-{name}.csv"

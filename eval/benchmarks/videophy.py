@@ -63,6 +63,7 @@ class Rated(Benchmark):
     weights: ClassVar[str]  # of the judge
     laid_out: ClassVar[str]  # table of clips and captions for the official program
     header: ClassVar[list[str]]  # of it
+    dropped: ClassVar[str] = ""  # letters that a caption loses at its end to become a file's name
     programs: ClassVar[tuple[str, ...]]
     settings: RatedConfig
 
@@ -128,7 +129,9 @@ class Rated(Benchmark):
             if not sample.path.is_file():
                 continue
             caption = sample.task.facts["caption"]
-            stem = caption.replace("/", " ").replace("\0", " ").strip().replace(" ", "_")[:MAX_NAME]
+            stem = (
+                caption.replace("/", " ").replace("\0", " ").strip().rstrip(self.dropped).replace(" ", "_")[:MAX_NAME]
+            )
             name = f"{stem}_{sample.seed}.mp4"
             if name in names or len(name.encode()) > 255:
                 name = f"{sample.task.key}_{sample.seed}.mp4"

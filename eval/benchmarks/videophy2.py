@@ -89,6 +89,7 @@ class VideoPhy2(Rated):
     weights = "huggingface.co/videophysics/videophy_2_auto"
     laid_out = "sa_pc.csv"
     header = videophy2.HEADER
+    dropped = "."
     programs = (videophy2.INFERENCE,)
     settings: VideoPhy2Config
 

@@ -190,7 +190,8 @@ class PhyGenBench(Benchmark):
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         wording = self._wording()
 
-        async def judge(vlm: Vlm, task: Task, pictures: Pictures) -> dict[str, float]:
+        async def judge(vlm: Vlm, sample: Sample, pictures: Pictures) -> dict[str, float]:
+            task = sample.task
             levels = [
                 await detection(vlm, task, pictures),
                 await order(vlm, task, pictures, wording),

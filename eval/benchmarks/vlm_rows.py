@@ -22,7 +22,7 @@ AT_ONCE = 64  # clips between two looks of the caller; their rows are kept befor
 
 T = TypeVar("T")
 Pick = Callable[[Task, Tensor], Any]  # of a clip (T, H, W, 3) uint8, in a thread
-JudgeClip = Callable[[Vlm, Task, Any], Awaitable[Mapping[str, float]]]  # of what `pick` gave
+JudgeClip = Callable[[Vlm, Sample, Any], Awaitable[Mapping[str, float]]]  # of what `pick` gave
 
 
 def judge_rows(
@@ -37,7 +37,7 @@ def judge_rows(
     async def row(sample: Sample) -> Row:
         try:
             picked = await asyncio.to_thread(lambda: pick(sample.task, read_clip(sample.path, video)))
-            return Row.of(sample, await judge(vlm, sample.task, picked))
+            return Row.of(sample, await judge(vlm, sample, picked))
         except ClipError as error:
             return Row.of(sample, error=str(error))
         except NoAnswer as refusal:

@@ -70,8 +70,8 @@ class Vqa(Benchmark):
         return jpeg_frames(clip, count, self.settings.judge.frame_height)
 
 
-async def answer_questions(vlm: Vlm, task: Task, frames: list[bytes]) -> dict[str, float]:
-    questions = task.facts["questions"]
+async def answer_questions(vlm: Vlm, sample: Sample, frames: list[bytes]) -> dict[str, float]:
+    questions = sample.task.facts["questions"]
     right = 0
     for one in questions:
         question = Question(TEXT.format(question=one["question"]), RULES, tuple(frames))

@@ -114,7 +114,7 @@ class Rated(Benchmark):
 
     @abstractmethod
     def _rate(
-        self, tool: Tool, paths: Mapping[int, str], captions: list[str], folder: Path
+        self, tool: Tool, paths: Mapping[int, str], tasks: Sequence[Task], folder: Path
     ) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
         """Clip number -> ratings by column, and clip number -> why it has none."""
 
@@ -153,16 +153,15 @@ class Rated(Benchmark):
             yield from self._call(tool, samples[start : start + self.settings.clips_a_call], folder)
 
     def _call(self, tool: Tool, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
-        captions = [sample.task.facts["caption"] for sample in samples]
         failures = {}
         for number, sample in enumerate(samples):  # one damaged file would end the judge's whole run
-            if reason := self._refuse(captions[number]) or self._damage(sample):
+            if reason := self._refuse(sample.task.facts["caption"]) or self._damage(sample):
                 failures[number] = reason
         paths = {number: str(sample.path.absolute()) for number, sample in enumerate(samples) if number not in failures}
         rated: dict[int, dict[str, float]] = {}
         if paths:
             with tempfile.TemporaryDirectory(prefix="judge-", dir=folder) as temporary:
-                rated, unrated = self._rate(tool, paths, captions, Path(temporary))
+                rated, unrated = self._rate(tool, paths, [sample.task for sample in samples], Path(temporary))
                 failures |= unrated
         for number, sample in enumerate(samples):
             if number in failures:
@@ -228,7 +227,8 @@ class VideoPhy(Rated):
     def _refuse(self, caption: str) -> str | None:
         return videocon_physics.refuse(caption)
 
-    def _rate(self, tool, paths, captions, folder):
+    def _rate(self, tool, paths, tasks, folder):
+        captions = [task.facts["caption"] for task in tasks]
         found, failures = videocon_physics.score_files(tool, self.settings.batch_size, paths, captions, folder)
         return by_clip(found, failures), failures
 

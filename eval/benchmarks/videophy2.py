@@ -12,8 +12,14 @@ what becomes of an answer without a rating (the tool writes 0; here it is an err
 The table has a row for each of the authors' clips: captions are taken once each, and one that any row marks is hard.
 Some papers generate from the short captions (PhyGDPO), others from the table's upsampled ones; the judge sees the short
 ones in both cases. `category` is the table's own column. Figures are shares from 0 to 1.
+
+The table also lists physical rules that a clip of a caption follows, breaks or does not show. With `rules`, the
+AutoRater is asked about each rule of a caption, and `rules_followed` is the mean over clips of followed / (followed +
+broken). The authors print no such figure: compare base and tuned by it, nothing else.
 """
 
+import ast
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +31,7 @@ from eval.prompts import make_key
 
 GOOD = 4  # the least rating that counts
 SPLITS = ("all", "hard")
+RULES = ("physics_rules_followed", "physics_rules_unfollowed", "physics_rules_cannot_be_determined")
 TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false", "")
 
 # joint and hard_joint, as shares.
@@ -71,12 +78,13 @@ _PERCENT = (*COUNTED, *(f"hard_{name}" for name in COUNTED))
 class VideoPhy2Config(RatedConfig):
     split: str = "all"  # all | hard: prompts to make clips of; the hard ones are among all
     upsampled: bool = False  # generate from the table's long captions; the judge sees the short ones
+    rules: bool = False  # ask about the table's physical rules too: a question a rule, and the weights loaded once more
 
 
 class VideoPhy2(Rated):
     name = "videophy2"
-    columns = ("semantic_rating", "physical_rating", *_PERCENT)
-    figures = ("joint", "semantic", "physical", "hard_joint", "hard_semantic", "hard_physical")
+    columns = ("semantic_rating", "physical_rating", *_PERCENT, "rules_followed")
+    figures = ("joint", "semantic", "physical", "hard_joint", "hard_semantic", "hard_physical", "rules_followed")
     published = (
         *(Published(model, {"joint": joint, "hard_joint": hard}, source) for model, joint, hard, source in _PHYGDPO),
         *(
@@ -97,7 +105,8 @@ class VideoPhy2(Rated):
         split = self.settings.split
         if split not in SPLITS:
             raise ValueError(f"run.videophy2.split={split!r} is no split: use one of {', '.join(SPLITS)}")
-        for column in ("is_hard", *(["upsampled_caption"] if self.settings.upsampled else [])):
+        needed = ["is_hard", *(["upsampled_caption"] if self.settings.upsampled else [])]
+        for column in [*needed, *(RULES if self.settings.rules else [])]:
             if rows and column not in rows[0]:
                 raise ValueError(f"{self._table()} has no column {column!r}: give the {self.table} of {self.source}")
         tasks = []
@@ -108,6 +117,8 @@ class VideoPhy2(Rated):
                 raise ValueError(f"{self._table()}: {caption!r} has no upsampled_caption; use upsampled=false")
             if split == "all" or hard:
                 facts = {"caption": caption, "hard": hard}
+                if self.settings.rules:
+                    facts["rules"] = list(dict.fromkeys(rule for row in group for rule in self._rules(row)))
                 tasks.append(Task(make_key(index, caption), text, group[0].get("category", ""), facts=facts))
         return tasks
 
@@ -117,15 +128,41 @@ class VideoPhy2(Rated):
             raise ValueError(f"{self._table()}: is_hard is {row['is_hard']!r} for {row['caption']!r}, not 0 or 1")
         return value in TRUE
 
+    def _rules(self, row: dict[str, str]) -> list[str]:
+        """The rules of a row, which writes them as Python lists of strings."""
+        found = []
+        for column in RULES:
+            try:
+                listed = ast.literal_eval(row[column].strip() or "[]")
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list ({error})") from error
+            if not isinstance(listed, list) or not all(isinstance(rule, str) for rule in listed):
+                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list of strings")
+            found += [rule.strip() for rule in listed if rule.strip()]
+        return found
+
     def _refuse(self, caption: str) -> str | None:
         return refuse_caption(caption, videophy2.RESERVED)
 
-    def _rate(self, tool, paths, captions, folder):
-        found, failures = videophy2.rate_files(tool, paths, captions, folder)
-        return by_clip(found, failures), failures
+    def _rate(self, tool, paths, tasks, folder):
+        found, failures = videophy2.rate_files(tool, paths, [task.facts["caption"] for task in tasks], folder)
+        ratings = by_clip(found, failures)
+        pairs = [(clip, rule) for clip in ratings for rule in tasks[clip].facts.get("rules", [])]
+        verdicts = defaultdict(list)
+        if pairs:
+            judged = videophy2.judge_rules(tool, [(paths[clip], rule) for clip, rule in pairs], folder)
+            for (clip, _), verdict in zip(pairs, judged, strict=True):
+                if isinstance(verdict, str):
+                    failures[clip] = verdict
+                elif verdict != videophy2.UNSEEN:
+                    verdicts[clip].append(verdict == videophy2.FOLLOWED)
+        for clip, followed in verdicts.items():
+            ratings[clip]["rules_followed"] = sum(followed) / len(followed)
+        return ratings, failures
 
     def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]:
         semantic, physical = (ratings[name] >= GOOD for name in ("semantic", "physical"))
         counted = {"semantic": float(semantic), "physical": float(physical), "joint": float(semantic and physical)}
         values = {f"{name}_rating": ratings[name] for name in ("semantic", "physical")} | counted
+        values |= {name: value for name, value in ratings.items() if name == "rules_followed"}
         return values | {f"hard_{name}": value for name, value in counted.items()} if task.facts["hard"] else values

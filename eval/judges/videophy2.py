@@ -9,6 +9,9 @@ and `videopath`; it writes that table with an index in front and `score` behind.
 clips are rated one by one: give many clips a call.
 
 The tool writes 0 when it finds no rating in the model's answer. That is no score, and the clip counts as not judged.
+
+`--task rule` asks of one physical rule whether a clip follows it. There the 0 of an answer without a number cannot be
+told from that of a rule that is broken.
 """
 
 import tempfile
@@ -35,6 +38,9 @@ INFERENCE = f"{FOLDER}/inference.py"
 HEADER = ["caption", "videopath"]
 ANSWER_HEADER = ["", "caption", "videopath", "score"]
 TASKS = {"semantic": "sa", "physical": "pc"}
+RULE_HEADER = ["videopath", "rule"]
+RULE_ANSWER_HEADER = ["", *RULE_HEADER, "score"]
+BROKEN, FOLLOWED, UNSEEN = 0, 1, 2  # a rule that the clip breaks, follows, or does not show
 RESERVED = ("<|video|>", "<image>")  # where the tool puts media into a question
 RATINGS = range(1, 6)
 
@@ -92,6 +98,28 @@ def rate_files(
     failures: dict[int, str] = {}
     write_table(folder / "clips.csv", HEADER, [[prompts[clip], path] for clip, path in paths.items()])
     return {name: _rate(tool, name, folder, paths, prompts, failures) for name in TASKS}, failures
+
+
+def judge_rules(tool: Tool, pairs: Sequence[tuple[str, str]], folder: Path) -> list[int | str]:
+    """BROKEN, FOLLOWED or UNSEEN for each pair of an absolute path and a rule; text: why there is none of them.
+
+    `folder` takes the tables and the log. Raises ToolError.
+    """
+    answered = folder / "answers-rule.csv"
+    write_table(folder / "rules.csv", RULE_HEADER, pairs)
+    arguments = ["--input_csv", str(folder / "rules.csv"), "--output_csv", str(answered)]
+    tool.run(INFERENCE, [*arguments, "--checkpoint", str(tool.checkpoint), "--task", "rule"], folder, where=FOLDER)
+    header, *rows = tool.read_table(answered, INFERENCE, folder) or [[]]
+    if header != RULE_ANSWER_HEADER or [row[1] for row in rows if len(row) == 4] != [path for path, _ in pairs]:
+        raise ToolError(f"{NAME}: {INFERENCE} wrote another table than one of {RULE_ANSWER_HEADER} with a row a rule")
+    return [_verdict(row, rule) for row, (_, rule) in zip(rows, pairs, strict=True)]
+
+
+def _verdict(row: Sequence[str], rule: str) -> int | str:
+    if row[2] != rule:  # "NA" and "1.0" are no text to the tool's reader
+        return f"the tool did not read the rule {rule[:60]!r} as text, but as {row[2][:60]!r}"
+    known = {f"{value}.0": value for value in (BROKEN, FOLLOWED, UNSEEN)}
+    return known.get(row[3], f"its verdict on the rule {rule[:60]!r} is {row[3][:60]!r}, not 0.0, 1.0 or 2.0")
 
 
 def _rate(

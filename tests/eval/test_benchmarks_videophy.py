@@ -32,6 +32,11 @@ if arguments.checkpoint:
 RATE = """
 with open(arguments.output_csv, "w", newline="") as file:
     writer = csv.writer(file, lineterminator=chr(10))
+    if arguments.task == "rule":
+        writer.writerow(["", "videopath", "rule", "score"])
+        for number, row in enumerate(rows):
+            writer.writerow([number, row["videopath"], row["rule"], float(answers[row["rule"]])])
+        sys.exit(0)
     writer.writerow(["", "caption", "videopath", "score"])
     for number, row in enumerate(rows):
         value = answers[row["caption"]][arguments.task == "pc"]
@@ -95,7 +100,7 @@ def make_samples(tasks, folder: Path) -> list[Sample]:
 def means(rows, columns) -> dict[str, float]:
     """Over the rows that have the column."""
     found = {name: [row.values[name] for row in rows if name in row.values] for name in columns}
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 # Five captions, the third and fifth hard; the table has two clips of the first and marks one of two of the third.
@@ -132,7 +137,7 @@ def test_videophy2_counts_ratings_of_4_and_5_on_all_and_on_hard_prompts(table2, 
     assert found["semantic"] == found["physical"] == 3 / 5 and found["joint"] == 2 / 5
     assert found["hard_semantic"] == 1 / 2 and found["hard_physical"] == 1 and found["hard_joint"] == 1 / 2
     assert found["semantic_rating"] == 17 / 5 and found["physical_rating"] == 17 / 5
-    assert "hard_joint" not in rows[0].values and set(rows[2].values) == set(benchmark.columns)
+    assert "hard_joint" not in rows[0].values and set(rows[2].values) == {*benchmark.columns} - {"rules_followed"}
     assert calls(table2) == 2 * 3  # five clips, two a call, SA and PC
     assert list((tmp_path / "scores").iterdir()) == []
 
@@ -143,6 +148,36 @@ def test_videophy2_prompts_by_split_and_length(table2):
     assert [task.facts["caption"] for task in hard] == [CAPTIONS[2], CAPTIONS[4]]
     everything = VideoPhy2(VideoPhy2Config(**table2), VIDEO).prompts()
     assert {task.key for task in hard} < {task.key for task in everything}
+
+
+def test_rules_of_the_table_are_judged_one_by_one(installed, tmp_path):
+    """By hand: the first clip follows 2 of 3 rules that it shows, the second shows none, the third has no verdict."""
+    header = ["caption", "is_hard", "physics_rules_followed", "physics_rules_unfollowed"]
+    rows = [
+        [CAPTIONS[0], 0, "['It falls.', \"It doesn't stop.\"]", "['It is round.']", "[]"],
+        [CAPTIONS[0], 0, "['It is round.']", "", "['It casts a shadow.', 'It falls.']"],
+        [CAPTIONS[1], 0, "[]", "['It drips.']", ""],
+        [CAPTIONS[2], 1, "['He gets wet.']", "", ""],
+    ]
+    path = Path(installed["folder"]) / "videophy2_test.csv"
+    write_rows(path, [*header, "physics_rules_cannot_be_determined"], rows)
+    verdicts = {"It falls.": 1, "It doesn't stop.": 0, "It is round.": 1, "It casts a shadow.": 2, "It drips.": 2}
+    answer(installed, dict.fromkeys(CAPTIONS[:3], [4, 3]) | verdicts | {"He gets wet.": 5})
+    benchmark = VideoPhy2(VideoPhy2Config(**installed, rules=True), VIDEO)
+    tasks = benchmark.prompts()
+    assert tasks[0].facts["rules"] == ["It falls.", "It doesn't stop.", "It is round.", "It casts a shadow."]
+    found = list(benchmark.score(make_samples(tasks, tmp_path / "clips"), tmp_path / "scores"))
+    assert found[0].values["rules_followed"] == pytest.approx(2 / 3) and found[0].values["semantic"] == 1
+    assert "rules_followed" not in found[1].values and found[1].values["semantic_rating"] == 4
+    assert "its verdict on the rule 'He gets wet.' is '5.0', not 0.0, 1.0 or 2.0" in found[2].error
+    assert calls(installed) == 3
+    rows[0][2] = "It falls."
+    write_rows(path, [*header, "physics_rules_cannot_be_determined"], rows)
+    with pytest.raises(ValueError, match="physics_rules_followed of 'A ball falls.' is no list"):
+        benchmark.prompts()
+    write_rows(path, header[:2], [row[:2] for row in rows])
+    with pytest.raises(ValueError, match="has no column 'physics_rules_followed'"):
+        benchmark.prompts()
 
 
 def test_clips_without_a_rating_are_named_and_never_zero(table2, tmp_path):

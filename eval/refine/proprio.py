@@ -85,6 +85,7 @@ class Refined:
     mean: Tensor  # (B,C)
     log_scale: Tensor  # (B,C)
     passes: int  # network passes of one clip: forward, without what a backward pass computes anew
+    backward: int  # network passes of one clip, backward
     seconds: float
 
 
@@ -196,7 +197,8 @@ def refine(
         optimizer.step()
     one = sampling_passes(backbone, sampler) + getattr(score, "passes", 0)
     seconds = time.perf_counter() - started
-    return Refined(*best[:3], torch.stack(trace), *best[3:], passes=len(trace) * one, seconds=seconds)
+    passes = {"passes": len(trace) * one, "backward": config.updates * one}
+    return Refined(*best[:3], torch.stack(trace), *best[3:], **passes, seconds=seconds)
 
 
 def kl_to_standard_normal(mean: Tensor, log_scale: Tensor) -> Tensor:

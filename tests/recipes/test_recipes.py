@@ -22,6 +22,7 @@ ENTRY_POINTS = [
     "eval.generate",
     "eval.run",
     "eval.search.run",
+    "eval.search.benchmark",
 ]
 
 

@@ -37,7 +37,7 @@ from eval.search.best_of_n import batches, decoder, run_race
 from eval.search.candidates import Candidates, Scorer, choose
 from eval.search.config import SearchConfig
 from eval.search.pruning import advance, begin, finish, promising, sampling_passes
-from eval.search.scorers import SCORERS, SETTINGS
+from eval.search.scorers import RACING, SCORERS, SETTINGS
 from eval.search.scorers.most_motion import motion_energy
 from eval.search.store import digest, read_record, read_tensors, write_record, write_tensors
 from eval.search.strategies import Guidance, Item, Made, Refinement
@@ -199,7 +199,7 @@ class Work:
         parts = {"truth": digest("sandbox judge")}
         parts |= {f"scorer {name}": digest(self.settings(name)) for name in self.scorers}
         chosen = self.settings(search.chosen_by)
-        if hasattr(self.scorers[search.chosen_by], "round_values"):
+        if search.chosen_by in RACING:
             parts["race"] = digest([chosen, asdict(search.race)])
         if search.prune.steps:
             looks = [self.settings(name) for name in search.prune.scorers]

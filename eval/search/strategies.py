@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eval.refine.guidance import sample_guided
 from eval.refine.proprio import refine
+from eval.search.candidates import Cost
 from eval.search.config import GuideConfig, RefineConfig
 from eval.search.pruning import promising, sampling_passes
 from eval.search.scorers.surprise import SurpriseConfig
@@ -63,30 +64,30 @@ class Refinement:
 
     def make(self, items: Sequence[Item]) -> list[Made]:
         chosen = [self.chosen(item) for item in items]
+        sizes = [len(indices) for indices in chosen]
         seeds = [item.seeds[index] for item, indices in zip(items, chosen, strict=True) for index in indices]
-        conditioning = joined(items, [len(indices) for indices in chosen])
-        few = replace(self.sampler, steps=self.config.steps)
+        latents, traces, spent = self.clips(joined(items, sizes), seeds)
         made: list[Made] = []
-        latents, traces = [], []
-        passes = backward = 0
-        started = time.perf_counter()
+        for item, indices, clips, trace in zip(items, chosen, latents.split(sizes), traces.split(sizes), strict=True):
+            facts = {"of": indices, "best": promising(item.values, self.config.best)}
+            facts |= {"score_before": trace[:, 0].tolist(), "score": trace[:, 1].tolist()}
+            made.append(({"latents": clips}, facts | part_of(spent, len(indices) / len(seeds))))
+        return made
+
+    def clips(self, conditioning: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Cost]:
+        """One refined clip a seed: latents (B, C, F, H, W), Proprio's score before and after, (B, 2), and the cost."""
+        few = replace(self.sampler, steps=self.config.steps)
+        latents, traces, spent = [], [], Cost()
         for start in range(0, len(seeds), self.config.batch_size):
-            part = slice(start, start + self.config.batch_size)
+            part, started = slice(start, start + self.config.batch_size), time.perf_counter()
             noise = noise_of(self.backbone, self.video, seeds[part])
             found = refine(self.backbone, conditioning[part], noise, few, self.config, negative=self.negative)
-            passes, backward = found.passes, found.backward
             latents.append(self.sampled(found.noise, conditioning[part], found.latents).cpu())
             traces.append(torch.stack([found.trace[0], found.score], dim=1).cpu())
-        passes += 0 if self.config.steps == self.sampler.steps else sampling_passes(self.backbone, self.sampler)
-        each = (time.perf_counter() - started) / len(seeds)
-        sizes = [len(indices) for indices in chosen]
-        best_few = [promising(item.values, self.config.best) for item in items]
-        for indices, best, clips, trace in zip(
-            chosen, best_few, torch.cat(latents).split(sizes), torch.cat(traces).split(sizes), strict=True
-        ):
-            facts = {"of": indices, "best": best, "score_before": trace[:, 0].tolist(), "score": trace[:, 1].tolist()}
-            made.append(({"latents": clips}, facts | cost(len(indices), passes, backward, each)))
-        return made
+            again = 0 if self.config.steps == self.sampler.steps else sampling_passes(self.backbone, self.sampler)
+            passes, backward = (found.passes + again) * len(noise), found.backward * len(noise)
+            spent += Cost(passes, time.perf_counter() - started, backward)
+        return torch.cat(latents), torch.cat(traces), spent
 
     @torch.no_grad()
     def sampled(self, noise: Tensor, conditioning: Conditioning, latents: Tensor) -> Tensor:
@@ -122,23 +123,25 @@ class Guidance:
         return [settings, asdict(self.surprise)]
 
     def make(self, items: Sequence[Item]) -> list[Made]:
-        count, size = self.config.candidates, self.config.batch_size
+        count = self.config.candidates
         seeds = [seed for item in items for seed in item.seeds[:count]]
-        conditioning = joined(items, [count] * len(items))
-        latents = []
-        passes = backward = 0
-        started = time.perf_counter()
+        latents, spent = self.clips(joined(items, [count] * len(items)), seeds)
+        facts = {"of": list(range(count))} | part_of(spent, count / len(seeds))
+        return [({"latents": clips}, dict(facts)) for clips in latents.split(count)]
+
+    def clips(self, conditioning: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Cost]:
+        """One guided clip a seed: latents (B, C, F, H, W), and the cost."""
+        latents, spent, size = [], Cost(), self.config.batch_size
         for start in range(0, len(seeds), size):
-            part = slice(start, start + size)
+            part, started = slice(start, start + size), time.perf_counter()
             found = sample_guided(
                 self.backbone, conditioning[part], noise_of(self.backbone, self.video, seeds[part]), self.sampler,
                 self.reward, self.config, negative=self.negative, batch_size=size,
             )  # fmt: skip
             latents.append(found.latents.cpu())
-            passes, backward = found.passes, found.backward
-        each = (time.perf_counter() - started) / len(seeds)
-        facts = {"of": list(range(count))} | cost(count, passes, backward, each)
-        return [({"latents": clips}, dict(facts)) for clips in torch.cat(latents).split(count)]
+            passes, backward = found.passes * len(found.latents), found.backward * len(found.latents)
+            spent += Cost(passes, time.perf_counter() - started, backward)
+        return torch.cat(latents), spent
 
     def reward(self, frames: Tensor) -> Tensor:
         settings = self.surprise
@@ -158,6 +161,7 @@ def noise_of(backbone: Backbone, video: VideoConfig, seeds: Sequence[int]) -> Te
     return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
-def cost(count: int, passes: int, backward: int, seconds: float) -> dict[str, float]:
-    """Of `count` clips, from those of one."""
-    return {"passes": count * passes, "backward": count * backward, "seconds": round(count * seconds, 4)}
+def part_of(spent: Cost, share: float) -> dict[str, float]:
+    """A prompt's share of what a batch cost."""
+    passes, backward = round(spent.passes * share), round(spent.backward * share)
+    return {"passes": passes, "backward": backward, "seconds": round(spent.seconds * share, 4)}

@@ -123,7 +123,7 @@ def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward, batch_siz
         if value.shape != (len(clips),) or not value.isfinite().all():
             given = value.detach().tolist()
             raise ValueError(f"the reward gave {given} for {len(clips)} clips: it must give one number each")
-        (gradient,) = torch.autograd.grad(value.sum(), clips)
+        (gradient,) = torch.autograd.grad(value, clips, torch.ones_like(value))
         values.append(value.detach())
         gradients.append(gradient)
     return torch.cat(values), torch.cat(gradients)

@@ -183,13 +183,13 @@ def refine(
             if score is None:
                 score = SelfScore(backbone, conditioning, motion_mask(latents), config)
             value = score(latents)
+            loss = (value + config.kl_weight * kl_to_standard_normal(mean, log_scale)).sum()
         _check_score(value, len(noise))
         trace.append(value.detach())
         iterate = tuple(tensor.detach().clone() for tensor in (latents, zeta, value, mean, log_scale))
         best = iterate if not best else _lower(iterate, best)
         if last:
             break
-        loss = (value + config.kl_weight * kl_to_standard_normal(mean, log_scale)).sum()
         gradients = torch.autograd.grad(loss, [mean, log_scale])
         norm = torch.cat(gradients, dim=1).norm(dim=1, keepdim=True)  # (B,1)
         factor = (config.clip / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)

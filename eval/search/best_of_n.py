@@ -12,9 +12,13 @@ from eval.search.candidates import Candidates, Cost, Scorer, choose
 from eval.search.config import RaceConfig
 from eval.search.pruning import begin, finish, promising, sampling_passes
 from eval.search.racing import Race, race
+from eval.search.scorers import SCORERS
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig, to_pixels
 from train.sampling import SamplerConfig
+
+# Scorers that are means over network passes with equal weights, which can race.
+RACING = frozenset(name for name in SCORERS if name.endswith(("-uniform", "residual_per_motion")))
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ import recipes
 from eval.benchmarks import sandbox
 from eval.prompts import make_key
 from eval.search import page, report, strategy_report
-from eval.search.best_of_n import batches, decoder, run_race
+from eval.search.best_of_n import RACING, batches, decoder, run_race
 from eval.search.candidates import Candidates, Scorer, choose
 from eval.search.config import SearchConfig
 from eval.search.pruning import advance, begin, finish, promising, sampling_passes
-from eval.search.scorers import RACING, SCORERS, SETTINGS
+from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.scorers.most_motion import motion_energy
 from eval.search.store import digest, read_record, read_tensors, write_record, write_tensors
 from eval.search.strategies import Guidance, Item, Made, Refinement

@@ -9,17 +9,18 @@ The first candidate has the seed itself: without a search it would be the clip.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.search.best_of_n import Choice, best_of_n, decoder
+from eval.search.best_of_n import RACING, Choice, best_of_n, decoder
 from eval.search.candidates import Candidates, Cost, choose
 from eval.search.config import SearchConfig
 from eval.search.pruning import promising
-from eval.search.scorers import RACING, SCORERS, SETTINGS
+from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.strategies import Guidance, Refinement
 from eval.search.world_model import WorldModel
 from train.backbones.base import Backbone, Conditioning
@@ -38,6 +39,11 @@ class Strategy:
 
     def __bool__(self) -> bool:
         return bool(self.search or self.refine)
+
+    @property
+    def suffix(self) -> str:
+        """Of names of folders and files: what a strategy makes lies beside what another one makes."""
+        return "".join(f"-{part}" for part in (self.search, self.refine) if part)
 
 
 def check(strategy: Strategy, config: SearchConfig, sampler: SamplerConfig, section: str) -> None:
@@ -85,6 +91,48 @@ def settings(strategy: Strategy, config: SearchConfig) -> dict[str, Any]:
         found["refined"] = every["refine" if strategy.refine == "proprio" else "guidance"]
         found |= {"surprise": every["surprise"]} if strategy.refine == "guidance" else {}
     return found | {"scorers": {name: {key: every[key] for key in SETTINGS.get(name, ())} for name in names}}
+
+
+def describe(strategy: Strategy, config: SearchConfig) -> str:
+    """The line of a dry run."""
+    if not strategy:
+        return "none"
+    parts = []
+    if strategy.search:
+        parts.append(f"{strategy.search} of {config.num_candidates} by {config.chosen_by}: so many times these passes")
+    if strategy.refine == "proprio":
+        updates, steps, passes = config.refine.updates, config.refine.steps, config.refine.levels * config.refine.draws
+        count = max(1, config.refine.best) if strategy.search else 1
+        parts.append(f"{count} refined in {updates + 1} rounds of {steps} steps and {passes} passes")
+    if strategy.refine == "guidance":
+        parts.append(f"guided every {config.guidance.every} steps")
+    return "; ".join(parts)
+
+
+class Searching:
+    """The search as a strategy of `eval.making`: a clip a request, one after the other."""
+
+    def __init__(self, strategy: Strategy, config: SearchConfig):
+        self.strategy, self.config, self._searcher = strategy, config, None
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        conditioning: Conditioning,
+        requests: Sequence[Any],
+        sampler: SamplerConfig,
+        negative: Conditioning,
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        video = requests[0].video
+        if self._searcher is None or self._searcher.video != video:
+            self._searcher = Searcher(self.strategy, self.config, backbone, video, sampler, negative)
+        latents, facts = [], []
+        for number, request in enumerate(requests):
+            one, prompt = conditioning[number : number + 1], request.prompt
+            clip, found = self._searcher.find(prompt.key, prompt.text, one, request.seed)
+            latents.append(clip)
+            facts.append({"search": found})
+        return torch.cat(latents), facts
 
 
 class Searcher:

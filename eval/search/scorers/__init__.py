@@ -43,12 +43,6 @@ SCORERS = {
         [SCORERS[name](config, backbone, fps) for name in config.combined]
     ),
 }
-# Means over network passes with equal weights, which can race.
-RACING = {
-    *[name for name in PROPRIO if name.endswith("-uniform")],
-    "residual_per_motion",
-    "masked_residual_per_motion",
-}
 SETTINGS = {
     **{name: ("residuals", "mixing") for name in PROPRIO},
     "residual_per_motion": ("residuals",),

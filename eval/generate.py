@@ -26,7 +26,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -193,12 +192,8 @@ def prepare(config: Config) -> Work:
 def models(config: Config, lora: Lora | None) -> list[Model]:
     """Base, tuned, or both in this order; with a strategy's name behind their own."""
     settings, strategy = config.generate, chosen_strategy(config.generate)
-    more: dict[str, Any] = {}
-    if strategy:
-        search = searcher.settings(strategy, config.search)
-        more = {"strategy": searcher.Searching(strategy, config.search), "settings": search}
-    base = [Model(BASE + strategy.suffix, **more)] if settings.base else []
-    return base + ([Model(settings.name + strategy.suffix, lora, **more)] if lora else [])
+    found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
+    return [searcher.searching(model, strategy, config.search) for model in found]
 
 
 def chosen_strategy(settings: GenerateConfig) -> searcher.Strategy:

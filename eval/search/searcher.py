@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.making import Model, Request
 from eval.search.best_of_n import RACING, Choice, best_of_n, decoder
 from eval.search.candidates import Candidates, Cost, choose
 from eval.search.config import SearchConfig
@@ -119,7 +120,7 @@ class Searching:
         self,
         backbone: Backbone,
         conditioning: Conditioning,
-        requests: Sequence[Any],
+        requests: Sequence[Request],
         sampler: SamplerConfig,
         negative: Conditioning,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -133,6 +134,14 @@ class Searching:
             latents.append(clip)
             facts.append({"search": found})
         return torch.cat(latents), facts
+
+
+def searching(model: Model, strategy: Strategy, config: SearchConfig) -> Model:
+    """The model with a search behind it, under a name of its own; as it is where there is none."""
+    if not strategy:
+        return model
+    found = settings(strategy, config)
+    return replace(model, name=model.name + strategy.suffix, strategy=Searching(strategy, config), settings=found)
 
 
 class Searcher:

@@ -23,6 +23,7 @@ ENTRY_POINTS = [
     "eval.run",
     "eval.search.run",
     "eval.search.benchmark",
+    "eval.refine.run",
 ]
 
 

@@ -12,10 +12,12 @@ from eval.search.config import GuideConfig, PruneConfig, RefineConfig, SearchCon
 from eval.search.residuals import ResidualConfig
 from eval.search.scorers.surprise import SurpriseConfig
 from eval.search.searcher import STRIDE, Searcher, Strategy
+from train import checkpoint
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.tiny import write_tiny_pipeline
-from train.clips import VideoConfig
+from train.clips import VideoConfig, write_clip
+from train.lora_switch import LoraConfig, LoraSwitch
 from train.sampling import SamplerConfig, sample_clips
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)
@@ -185,3 +187,30 @@ def test_generate_searches_refines_and_resumes(model, tmp_path, monkeypatch, cap
     monkeypatch.setattr(generate, "Maker", None)  # nothing is loaded again
     generate.main(arguments(model, tmp_path, *wanted))
     generate.main(arguments(model, tmp_path))
+
+
+@pytest.mark.slow
+def test_two_experts_an_image_and_a_lora(tmp_path):
+    """The base model's search and the tuned one's differ, start from the image, and need no other setting."""
+    folder = write_tiny_pipeline("wan22_i2v", tmp_path / "model")
+    config = BackboneConfig("wan22_i2v", str(folder), "tiny", dtype="float32", text_length=64, expert="low_noise")
+    network = load_backbone(config, "cpu", parts=("expert",))
+    switch = LoraSwitch(network.transformer, LoraConfig(rank=2, alpha=2))
+    for number, weight in enumerate(switch.parameters()):
+        weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+    metadata = checkpoint.weights_metadata(switch, fingerprint=network.fingerprint, expert=network.expert)
+    optimizer = torch.optim.AdamW(switch.parameters())
+    lora = tmp_path / "train" / "checkpoints"
+    checkpoint.save(lora, 1, switch=switch, optimizer=optimizer, state={}, metadata=metadata, keep=1)
+    picture = tmp_path / "start.mp4"
+    write_clip(picture, torch.full((2, 64, 64, 3), 90, dtype=torch.uint8), 8)
+    more = ["backbone.family=wan22_i2v", f"generate.images=[{picture}]", f"generate.lora={tmp_path / 'train'}"]
+    more += ["generate.search=race", "generate.refine=proprio", "search.refine.best=2", "generate.fused=true"]
+    generate.main(arguments(folder, tmp_path, *more))
+    found = {}
+    for name in ("base-race-proprio", "tuned-race-proprio"):
+        (sidecar,) = (tmp_path / "clips" / name).glob("*.json")
+        found[name] = json.loads(sidecar.read_text(encoding="utf-8"))["search"]
+    base, tuned = found.values()
+    assert base["seeds"] == tuned["seeds"] and base["values"] != tuned["values"]
+    assert len(tuned["refined"]["of"]) == 2 and len(list((tmp_path / "clips").glob("side_by_side-*/*.mp4"))) == 1

@@ -36,6 +36,7 @@ from train.backbones.base import Backbone, Conditioning, sigma_grid
 from train.sampling import SamplerConfig
 
 VARIANTS = ("global", "motion", "hybrid")
+ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws nothing, so there is no state to keep
 
 Score = Callable[[Tensor], Tensor]  # latents (B,C,F,H,W) -> (B,), differentiable, lower is better
 
@@ -111,7 +112,7 @@ class SelfScore:
     def __call__(self, latents: Tensor) -> Tensor:
         config = self.config
         errors = [
-            [checkpoint(self.errors, latents, level, draw, use_reentrant=False) for draw in range(config.draws)]
+            [checkpoint(self.errors, latents, level, draw, **ANEW) for draw in range(config.draws)]
             for level in range(config.levels)
         ]
         stacked = torch.stack([torch.stack(draws, dim=-1) for draws in errors], dim=-2)  # (2,B,levels,draws)
@@ -168,7 +169,7 @@ def refine(
     def sample(noise: Tensor) -> Tensor:
         latents = backbone.start(noise, conditioning)
         for t, next_t in pairwise(sigmas):
-            latents = checkpoint(step, latents, t, next_t, use_reentrant=False)
+            latents = checkpoint(step, latents, t, next_t, **ANEW)
         return latents
 
     mean, log_scale = (torch.zeros(noise.shape[:2], device=noise.device, requires_grad=True) for _ in range(2))

@@ -104,8 +104,8 @@ class Bench:
         self.config, self.device = config, device
         self.backbone: Backbone = load_backbone(config.backbone, device, parts=("expert",))
         self.network = self.backbone.transformer
-        self.backbone.experts = {name: self.network for name in self.backbone.expert_folders}  # the other is no dearer
         reason = fuse(self.backbone) if config.benchmark.fused else "benchmark.fused=false"
+        self.backbone.experts = {name: self.network for name in self.backbone.expert_folders}  # the other is no dearer
         generator = torch.Generator().manual_seed(config.seed)
         shape = self.backbone.latent_shape(config.video.height, config.video.width, config.video.num_frames)
         self.latents = torch.randn((1, *shape), generator=generator)

@@ -44,6 +44,7 @@ from eval.making import (
     Request,
     Requests,
     first_frame,
+    image_problem,
     outdated,
     read_lora,
 )
@@ -51,7 +52,7 @@ from eval.prompts import Prompt, read_prompts
 from eval.search import searcher
 from eval.search.config import SearchConfig
 from eval.search.store import write_text
-from train.backbones import BACKBONES, load_backbone
+from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.parallel import any_rank, build_accelerator
@@ -225,20 +226,12 @@ def check(config: Config) -> None:
 
 def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) -> None:
     """Whether the family takes images, or needs them, and whether they can be read."""
-    family, name = BACKBONES[config.backbone.family], config.backbone.family
-    given = [prompt for prompt in prompts if prompt.image]
-    if given and family.encode_first_frame is Backbone.encode_first_frame:
-        raise ValueError(
-            f"{given[0].key} has an image, but backbone.family={name} generates from text alone: leave images out, or"
-            " use wan22_ti2v or wan22_i2v"
-        )
-    if not given and family.input_channels(shell.architecture) > shell.architecture["z_dim"]:
-        raise ValueError(
-            f"backbone.family={name} needs an image for each prompt: name them in generate.images, or in the column"
-            " image of generate.prompts_file"
-        )
-    for prompt in given:
-        first_frame(prompt, config.video)
+    if problem := image_problem(config.backbone, prompts, shell):
+        remedy = "; images are named in generate.images, or in the column image of generate.prompts_file"
+        raise ValueError(problem + remedy)
+    for prompt in prompts:
+        if prompt.image:
+            first_frame(prompt, config.video)
 
 
 def _shell(config: Config) -> Backbone:

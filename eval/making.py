@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from eval.fused import fuse
 from eval.prompts import Prompt
 from eval.search.store import digest, write_text
-from train.backbones import load_backbone
+from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, lora_config, read_weights_metadata, weights_path
-from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip
+from train.clips import VideoConfig, from_pixels, motion_energy, read_clip, to_pixels, write_clip
 from train.lora_switch import LoraConfig
 from train.sampling import SamplerConfig, sample_clips
 
@@ -91,6 +91,7 @@ class Clip:
         write_clip(self.path, frames, fps, lossless=self.lossless)
         place = f"{self.which}/{self.path.name}"
         record = {"which": self.which, "path": place} | dict(facts) | self.settings
+        record |= {"motion": round(motion_energy(frames), 7)}
         record |= {"bytes": self.path.stat().st_size, "digest": self.digest}
         write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
@@ -186,6 +187,20 @@ def outdated(clips: Iterable[Clip], folder: Path) -> str:
         f"{len(found)} clips in {folder} were made with other settings and are made again, the first is"
         f" {clip.path} (other: {changed})"
     )
+
+
+def image_problem(config: BackboneConfig, prompts: Sequence[Prompt], shell: Backbone) -> str:
+    """Why the backbone's family cannot make clips of these prompts with or without images; empty where it can."""
+    family = BACKBONES[config.family]
+    given = [prompt for prompt in prompts if prompt.image]
+    if given and family.encode_first_frame is Backbone.encode_first_frame:
+        return (
+            f"{given[0].key} has an image, but backbone.family={config.family} generates from text alone: leave images"
+            " out, or use wan22_ti2v or wan22_i2v"
+        )
+    if len(given) < len(prompts) and family.input_channels(shell.architecture) > shell.architecture["z_dim"]:
+        return f"backbone.family={config.family} needs an image for each prompt"
+    return ""
 
 
 def first_frame(prompt: Prompt, video: VideoConfig) -> Tensor:

@@ -44,6 +44,8 @@ SECTIONS = {
     "benchmark": "what train.benchmark and eval.search.benchmark measure",
     "inspect": "what train.inspect_targets draws",
 }
+# Keys beside the sections.
+KEYS = ("recipe", "output", "seed", "dry_run", "benchmarks")
 
 C = TypeVar("C")
 
@@ -77,7 +79,7 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
             if key in fields:
                 _check_keys(fields[key], key, value, source)
                 kept[key] = value
-            elif key not in SECTIONS and key not in ("recipe", "output", "seed", "dry_run"):
+            elif key not in SECTIONS and key not in KEYS:
                 raise ValueError(f"{source}: unknown section {key!r}{_suggest(key, [*SECTIONS, *fields])}")
             elif source == "the command line" and key != "recipe":
                 print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)

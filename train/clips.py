@@ -261,6 +261,12 @@ def _caption(label: str, width: int, height: int) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
 
 
+def motion_energy(frames: Tensor) -> float:
+    """Mean absolute change from frame to frame of a clip (T, H, W, 3) uint8, as a share of the full range; 0 for one."""
+    changes = [(b.short() - a.short()).abs().float().mean() for a, b in zip(frames[:-1], frames[1:], strict=True)]
+    return float(torch.stack(changes).mean()) / 255 if changes else 0.0
+
+
 def to_pixels(frames: Tensor) -> Tensor:
     """Float (B, 3, T, H, W) in [-1, 1] to uint8 (B, T, H, W, 3)."""
     return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)

@@ -14,46 +14,51 @@ LoRAs compared in one folder, each with a generate.name of its own, share the ba
 "tuned" it is side_by_side-<name>, sheet-<name>.png and manifest-<name>.jsonl). Each rank holds a whole model and makes
 its share of what is missing. A clip depends on its own prompt and seed; which clips are sampled together
 (generate.batch_size) changes it by rounding at most.
+
+    ... generate.search=best_of_n search.num_candidates=16 generate.refine=proprio
+
+searches and refines instead: each clip is then the best of several candidates, in folders whose names end with the
+strategy's (base-best_of_n-proprio, ...), and its sidecar holds the candidates' seeds and scores, passes and seconds.
 """
 
-import gc
-import hashlib
 import json
-import os
 import re
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
-from torch import Tensor
 from tqdm import tqdm
 
 import recipes
-from eval.prompts import Prompt, read_prompts
-from train.backbones import BACKBONES, load_backbone
-from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
-from train.checkpoint import attach_trained, lora_config, lora_path, read_lora_metadata
-from train.clips import (
-    THUMBNAIL,
-    VideoConfig,
-    contact_sheet,
-    from_pixels,
-    read_clip,
-    side_by_side,
-    to_pixels,
-    write_clip,
+from eval.making import (
+    BASE,
+    TUNED,
+    Clip,
+    Conditionings,
+    Lora,
+    Maker,
+    Model,
+    Request,
+    Requests,
+    first_frame,
+    image_problem,
+    outdated,
+    read_lora,
 )
-from train.lora_switch import LoraConfig
+from eval.prompts import Prompt, read_prompts
+from eval.search import searcher
+from eval.search.config import SearchConfig
+from eval.search.store import write_text
+from train.backbones import load_backbone
+from train.backbones.base import Backbone, BackboneConfig, sigma_grid
+from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.parallel import any_rank, build_accelerator
-from train.sampling import SamplerConfig, sample_clips
+from train.sampling import SamplerConfig
 
-BASE, TUNED, COMPARISON = "base", "tuned", "side_by_side"
+COMPARISON = "side_by_side"
 SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
 
 
@@ -67,7 +72,10 @@ class GenerateConfig:
     name: str = TUNED  # of the LoRA's clips: their folder and label
     base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips
     folder: str = "${output}/clips"  # everything goes here
-    batch_size: int = 1  # clips sampled together, per GPU
+    batch_size: int = 1  # clips sampled together, per GPU; with a search: search.batch_size
+    fused: bool = False  # training's fused blocks: faster after a minute's compilation; see eval.fused
+    search: str = ""  # best_of_n | race | prune: the best of search.num_candidates; see eval.search.searcher
+    refine: str = ""  # proprio | guidance: of the chosen one's noise, or of every candidate
 
 
 @dataclass
@@ -80,59 +88,28 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-
-
-@dataclass(frozen=True)
-class Lora:
-    path: Path  # of the file
-    sha256: str
-    expert: str  # the network that it was trained on
-    config: LoraConfig
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A file that this run asks for. `settings` is all that its frames depend on, as plain JSON values."""
-
-    which: str  # the folder's name
-    path: Path
-    settings: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode("utf-8")).hexdigest()
-
-    def record(self) -> dict[str, Any] | None:
-        """The sidecar of the clip that lies at `path`, made with whatever settings; None where either is not whole."""
-        try:
-            record = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
-            return record if record["bytes"] == self.path.stat().st_size else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def is_finished(self) -> bool:
-        return (record := self.record()) is not None and record["digest"] == self.digest
-
-    def write(self, frames: Tensor, fps: float, facts: dict[str, Any]) -> None:
-        """Write frames (T, H, W, 3) uint8, then the sidecar: `settings` and `facts`."""
-        sidecar = self.path.with_suffix(".json")
-        sidecar.unlink(missing_ok=True)  # a kill between clip and sidecar must not leave new frames under old settings
-        write_clip(self.path, frames, fps)
-        place = f"{self.which}/{self.path.name}"
-        record = {"which": self.which, "path": place} | facts | self.settings
-        record |= {"bytes": self.path.stat().st_size, "digest": self.digest}
-        _write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
 
 
 @dataclass(frozen=True)
 class Job:
     """One prompt with one seed."""
 
-    prompt: Prompt
-    seed: int
-    clips: list[Clip]  # base, tuned, or both in this order
+    requests: list[Request]  # base, tuned, or both in this order
     comparison: Clip | None  # both side by side
-    todo: list[str]  # `which` of those clips that have to be sampled
+    todo: list[str]  # names of the models whose clips have to be sampled
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.requests[0].prompt
+
+    @property
+    def seed(self) -> int:
+        return self.requests[0].seed
+
+    @property
+    def clips(self) -> list[Clip]:
+        return [request.clip for request in self.requests]
 
 
 @dataclass(frozen=True)
@@ -190,42 +167,38 @@ def prepare(config: Config) -> Work:
     shell = _shell(config)
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts, shell)
-    lora = read_lora(settings.lora, "" if _is_placeholder(config) else shell.fingerprint) if settings.lora else None
-    common = {
-        "backbone": shell.fingerprint,
-        "dtype": config.backbone.dtype,
-        "text_length": config.backbone.text_length,
-        "sampler": asdict(config.sampler),
-        "video": asdict(video),
-    }
-    images = {prompt.key: _sha256(prompt.image) if prompt.image else None for prompt in prompts}
+    fingerprint = "" if _is_placeholder(config) else shell.fingerprint
+    lora = read_lora(settings.lora, fingerprint, key="generate.lora") if settings.lora else None
+    builder = Requests(config.backbone, config.sampler, shell.fingerprint)
     folder = Path(settings.folder)
     jobs = []
     for prompt in prompts:
         for seed in settings.seeds or [config.seed]:
             file = f"{prompt.key}-{seed}.mp4"
-            own = {"prompt": prompt.text, "seed": seed, "image_sha256": images[prompt.key], "lora_sha256": None}
-            clips = [Clip(BASE, folder / BASE / file, own | common)] if settings.base else []
-            if lora:
-                tuned = own | common | {"lora_sha256": lora.sha256}
-                clips.append(Clip(settings.name, folder / settings.name / file, tuned))
+            requests = [
+                builder.build(model, folder / model.name / file, prompt, seed, video) for model in models(config, lora)
+            ]
             comparison = None
-            if len(clips) == 2:
+            if len(requests) == 2:
                 which = COMPARISON + _suffix(settings)
-                comparison = Clip(which, folder / which / file, {"clips": {clip.which: clip.digest for clip in clips}})
-            todo = [clip.which for clip in clips if not clip.is_finished()]
-            jobs.append(Job(prompt, seed, clips, comparison, todo))
-    outdated = [
-        (clip, record) for job in jobs for clip in job.clips if clip.which in job.todo and (record := clip.record())
-    ]
-    if outdated:
-        clip, record = outdated[0]
-        changed = ", ".join(name for name, value in clip.settings.items() if record.get(name) != value)
-        print(
-            f"{len(outdated)} clips in {folder} were made with other settings and are made again, the first is"
-            f" {clip.path} (other: {changed})"
-        )
+                digests = {request.clip.which: request.clip.digest for request in requests}
+                comparison = Clip(which, folder / which / file, {"clips": digests})
+            todo = [request.clip.which for request in requests if not request.clip.is_finished()]
+            jobs.append(Job(requests, comparison, todo))
+    if line := outdated((clip for job in jobs for clip in job.clips if clip.which in job.todo), folder):
+        print(line)
     return Work(jobs, shell.fingerprint, lora)
+
+
+def models(config: Config, lora: Lora | None) -> list[Model]:
+    """Base, tuned, or both in this order; with a strategy's name behind their own."""
+    settings, strategy = config.generate, chosen_strategy(config.generate)
+    found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
+    return [searcher.searching(model, strategy, config.search) for model in found]
+
+
+def chosen_strategy(settings: GenerateConfig) -> searcher.Strategy:
+    return searcher.Strategy(settings.search, settings.refine)
 
 
 def check(config: Config) -> None:
@@ -247,41 +220,18 @@ def check(config: Config) -> None:
     if bad := [seed for seed in seeds if not 0 <= seed < 2**63] + [s for s in set(seeds) if seeds.count(s) > 1]:
         raise ValueError(f"generate.seeds={seeds}: {bad[0]} is negative, too large or there twice; give distinct seeds")
     sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
+    if strategy := chosen_strategy(settings):
+        searcher.check(strategy, config.search, config.sampler, "generate")
 
 
 def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) -> None:
     """Whether the family takes images, or needs them, and whether they can be read."""
-    family, name = BACKBONES[config.backbone.family], config.backbone.family
-    given = [prompt for prompt in prompts if prompt.image]
-    if given and family.encode_first_frame is Backbone.encode_first_frame:
-        raise ValueError(
-            f"{given[0].key} has an image, but backbone.family={name} generates from text alone: leave images out, or"
-            " use wan22_ti2v or wan22_i2v"
-        )
-    if not given and family.input_channels(shell.architecture) > shell.architecture["z_dim"]:
-        raise ValueError(
-            f"backbone.family={name} needs an image for each prompt: name them in generate.images, or in the column"
-            " image of generate.prompts_file"
-        )
-    for prompt in given:
-        _first_frame(prompt, config.video)
-
-
-def _first_frame(prompt: Prompt, video: VideoConfig) -> Tensor:
-    """(1, 3, H, W) in [-1, 1] of the prompt's clip or picture; ClipError, a ValueError, where it cannot be read."""
-    return from_pixels(read_clip(prompt.image, replace(video, num_frames=1)))[None, :, 0]
-
-
-def read_lora(path: str, fingerprint: str) -> Lora:
-    """What a LoRA says of itself. ValueError where there is none, or it belongs to another backbone ("": unchecked)."""
-    file = lora_path(path)
-    metadata = read_lora_metadata(file)
-    if fingerprint and metadata["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"generate.lora={path} was trained on backbone {metadata['fingerprint']}, but backbone.path is"
-            f" {fingerprint}: use the backbone it was trained on"
-        )
-    return Lora(file, _sha256(file), metadata["expert"], lora_config(metadata))
+    if problem := image_problem(config.backbone, prompts, shell):
+        remedy = "; images are named in generate.images, or in the column image of generate.prompts_file"
+        raise ValueError(problem + remedy)
+    for prompt in prompts:
+        if prompt.image:
+            first_frame(prompt, config.video)
 
 
 def _shell(config: Config) -> Backbone:
@@ -298,7 +248,7 @@ def _is_placeholder(config: Config) -> bool:
 
 
 def _suffix(settings: GenerateConfig) -> str:
-    return "" if settings.name == TUNED else f"-{settings.name}"
+    return ("" if settings.name == TUNED else f"-{settings.name}") + chosen_strategy(settings).suffix
 
 
 def plan(config: Config, work: Work, *, world: int) -> str:
@@ -311,16 +261,17 @@ def plan(config: Config, work: Work, *, world: int) -> str:
     passes = sampler.steps * (1 if all(scale == 1 for scale in scales) else 2)
     at_most = "at most " if 1 in scales and any(scale != 1 for scale in scales) else ""
     size = (video.height, video.width, video.num_frames)
-    rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}, for {lora.expert}" if lora else ""
+    rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}" if lora and lora.config else "all weights"
     lines = {
         "backbone": "not here yet" if _is_placeholder(config) else work.fingerprint,
-        "LoRA": f"{lora.path} ({rank})" if lora else "none: base clips only",
+        "LoRA": f"{lora.path} ({rank}, for {lora.expert})" if lora else "none: base clips only",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "tokens": f"{shell.num_tokens(*size)} a network pass",
         "jobs": f"{len(work.jobs)} = {len({job.prompt.key for job in work.jobs})} prompts x"
         f" {len({job.seed for job in work.jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
         "network passes": f"{at_most}{todo * passes}, {passes} a clip ({sampler.steps} steps)",
+        "search": searcher.describe(chosen_strategy(config.generate), config.search),
         "folder": config.generate.folder,
     }
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
@@ -333,83 +284,26 @@ def make_clips(config: Config, jobs: Sequence[Job], lora: Lora | None, device: t
     """Make what is missing of `jobs`, on this rank alone. Weights are loaded only where something has to be sampled."""
     sampled = [job for job in jobs if job.todo]
     total = sum(len(job.todo) for job in sampled)
-    generator = None
+    maker = None
     if sampled:
         if progress:
             print(f"encoding prompts and loading the network for {total} clips on this rank")
-        conditionings, negative = encode(config, {job.prompt.key: job.prompt for job in sampled}, device)
-        generator = Generator(config, lora, conditionings, negative, device)
-    size = config.generate.batch_size
+        requests = [job.requests[0] for job in sampled]
+        conditionings = Conditionings(config.backbone, config.sampler, requests, device)
+        maker = Maker(config.backbone, config.sampler, lora, conditionings, device, fused=config.generate.fused)
+    size, wanted_models = config.generate.batch_size, models(config, lora)
     with tqdm(total=total, desc="clips", unit="clip", smoothing=0, disable=not (progress and total)) as bar:
         for first in range(0, len(jobs), size):
             batch = jobs[first : first + size]
-            for which in (BASE, config.generate.name):
-                if missing := [job for job in batch if which in job.todo]:
-                    generator.make(which, missing)
-                    bar.update(len(missing))
+            for model in wanted_models:
+                missing = [job for job in batch if model.name in job.todo]
+                if missing:
+                    wanted = [r for job in missing for r in job.requests if r.clip.which == model.name]
+                    maker.make(model, wanted)
+                    bar.update(len(wanted))
             for job in batch:
                 if job.comparison is not None and not job.comparison.is_finished():
                     compare(job, config.video)
-
-
-def encode(
-    config: Config, prompts: dict[str, Prompt], device: torch.device
-) -> tuple[dict[str, Conditioning], Conditioning]:
-    """Conditionings of one clip each by the prompts' keys, and of the negative prompt, on the CPU.
-
-    Text encoder and VAE are gone afterwards. One prompt at a time, so that its embedding does not depend on the others.
-    """
-    images = any(prompt.image for prompt in prompts.values())
-    backbone = load_backbone(config.backbone, device, parts=("text", "vae") if images else ("text",))
-    conditionings = {}
-    for key, prompt in prompts.items():
-        first_frame = _first_frame(prompt, config.video) if prompt.image else None
-        conditioning = backbone.condition([prompt.text], first_frame, num_frames=config.video.num_frames)
-        conditionings[key] = conditioning.to("cpu")
-    negative = backbone.condition([config.sampler.negative_prompt]).to("cpu")
-    del backbone
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return conditionings, negative
-
-
-class Generator:
-    """Networks and VAE on one device, the LoRA attached to the expert that it was trained on."""
-
-    def __init__(
-        self,
-        config: Config,
-        lora: Lora | None,
-        conditionings: dict[str, Conditioning],
-        negative: Conditioning,
-        device: torch.device,
-    ):
-        self.config, self.lora = config, lora
-        self.conditionings, self.negative = conditionings, negative
-        self.backbone = load_backbone(config.backbone, device, parts=("vae", "transformer"))
-        self.switch = None
-        if lora:
-            self.switch = attach_trained(lora.path, self.backbone.experts, fingerprint=self.backbone.fingerprint)
-
-    @torch.no_grad()
-    def make(self, which: str, jobs: Sequence[Job]) -> None:
-        """Sample the jobs' clips `which` together and write them."""
-        config, started = self.config, time.perf_counter()
-        conditioning = Conditioning.cat([self.conditionings[job.prompt.key] for job in jobs])
-        seeds = [job.seed for job in jobs]
-        with self.switch.reference() if self.switch and which == BASE else nullcontext():
-            latents = sample_clips(
-                self.backbone, conditioning, seeds, config.video, config.sampler, negative=self.negative, progress=False
-            )
-        decoded = [to_pixels(self.backbone.decode_latents(latent[None]))[0].cpu() for latent in latents]  # (T,H,W,3)
-        seconds = round((time.perf_counter() - started) / len(jobs), 3)
-        for job, frames in zip(jobs, decoded, strict=True):
-            (clip,) = [clip for clip in job.clips if clip.which == which]
-            facts = {"key": job.prompt.key, "seconds": seconds}
-            facts |= {"image": str(job.prompt.image)} if job.prompt.image else {}
-            facts |= {"lora": str(self.lora.path)} if which != BASE else {}
-            clip.write(frames, config.video.fps, facts)
 
 
 def compare(job: Job, video: VideoConfig) -> None:
@@ -439,27 +333,12 @@ def conclude(config: Config, work: Work, *, made: int) -> None:
     sheet, manifest = folder / f"sheet{suffix}.png", folder / f"manifest{suffix}.jsonl"
     recipes.save(config, folder / f"recipe{suffix}.yaml")
     contact_sheet(sheet, rows, columns=SHEET_COLUMNS)
-    _write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     seconds = sum(record["seconds"] for record in records) / len(records)
     example = work.jobs[0].comparison or work.jobs[0].clips[0]
     print(f"clips     {len(records)}, of which {made} made now; {seconds:.1f} s a clip")
     print(f"sheet     {sheet}\nmanifest  {manifest}")
     print(f"{'compare' if example is work.jobs[0].comparison else 'clip':<10}{example.path}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

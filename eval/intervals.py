@@ -1,10 +1,25 @@
-"""Means with 95% bootstrap intervals, alone and paired."""
+"""Means with 95% bootstrap intervals, alone and paired, of rows that come in clusters: a prompt's clips go together.
 
+A figure of a benchmark is a function of its columns' means (`Benchmark.derive`), so every replicate is a set of
+columns' means, and all replicates are made at once.
+
+    bootstrap           prompts are drawn with replacement, each with all of its clips; percentile interval
+    paired difference   the same drawn prompts for both models
+    paired test         within a prompt both models' labels are exchanged, or not: for a mean, the signs of the
+                        prompts' differences are flipped. Two-sided; all exchanges where there are few prompts, else
+                        random ones, with the share counted as (1 + at least as large) / (1 + drawn)
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 RESAMPLES = 10_000
+AT_ONCE = 500  # replicates; the table of all of them would be large
+PERCENTILES = (33, 67)  # of motion, between its strata: Proprio, appendix A.5
+
+Derive = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -29,10 +44,125 @@ def bootstrap_mean(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMP
         raise ValueError(
             f"{values.size} values, {int((~np.isfinite(values)).sum())} of them not finite: nothing to average"
         )
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 500):  # the index table of all resamples at once would be large
-        count = min(500, resamples - start)
-        means[start : start + count] = values[generator.integers(0, values.size, (count, values.size))].mean(axis=1)
+    means = np.concatenate([values[drawn].mean(axis=1) for drawn in _draws(values.size, seed, resamples)])
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """Columns summed over each prompt's clips."""
+
+    columns: tuple[str, ...]
+    sums: np.ndarray  # (P, C) float64
+    counts: np.ndarray  # (P, C) of clips that have the column
+
+    @classmethod
+    def of(
+        cls, columns: Sequence[str], prompts: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]
+    ) -> "Clustered":
+        """rows: (prompt, values by column) a clip; prompts: in whose order, each once. Rows of others are left out."""
+        places = {prompt: place for place, prompt in enumerate(prompts)}
+        numbers = {column: number for number, column in enumerate(columns)}
+        sums, counts = np.zeros((2, len(places), len(numbers)))
+        for prompt, values in rows:
+            if prompt in places:
+                for column, value in values.items():
+                    if column in numbers:
+                        sums[places[prompt], numbers[column]] += value
+                        counts[places[prompt], numbers[column]] += 1
+        return cls(tuple(columns), sums, counts)
+
+    def means(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns' means, (R,) each, with prompts counted `weights` (R, P) times; NaN where no clip has the column."""
+        return _divide(self.columns, weights @ self.sums, weights @ self.counts)
+
+
+def estimate(rows: Clustered, derive: Derive, *, minus: Clustered | None = None) -> dict[str, Estimate | None]:
+    """Each figure with its interval, or its difference to `minus`, of the same prompts; None where it has no value."""
+    prompts = len(rows.sums)
+
+    def figures(weights: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(all="ignore"):
+            found = derive(rows.means(weights))
+            less = derive(minus.means(weights)) if minus is not None else {}
+        return {name: values - less[name] if less else values for name, values in found.items()}
+
+    whole = figures(np.ones((1, prompts)))
+    if not prompts:
+        return dict.fromkeys(whole)
+    parts = [figures(_counted(drawn)) for drawn in _draws(prompts, 0, RESAMPLES)]
+    found: dict[str, Estimate | None] = {}
+    for name, (value,) in whole.items():
+        replicates = np.concatenate([part[name] for part in parts])
+        replicates = replicates[np.isfinite(replicates)]  # a draw may hold no clip of a small category
+        found[name] = None
+        if np.isfinite(value) and len(replicates):
+            found[name] = Estimate(float(value), *(float(edge) for edge in np.quantile(replicates, [0.025, 0.975])))
+    return found
+
+
+def paired_test(first: Clustered, second: Clustered, derive: Derive) -> dict[str, float | None]:
+    """Two-sided p of each figure's difference between two models with the same prompts and clips."""
+    assert (first.counts == second.counts).all(), "only pairs can be exchanged"
+    prompts, change = len(first.sums), first.sums - second.sums
+    counts, totals = first.counts.sum(axis=0), first.sums.sum(axis=0) + second.sums.sum(axis=0)
+
+    def differences(kept: np.ndarray) -> dict[str, np.ndarray]:
+        """With the first model's clips counted as its own where `kept` (R, P) is 1, as the second's where it is 0."""
+        ours = second.sums.sum(axis=0) + kept @ change
+        with np.errstate(all="ignore"):
+            one, other = (derive(_divide(first.columns, sums, counts)) for sums in (ours, totals - ours))
+        return {name: values - other[name] for name, values in one.items()}
+
+    seen = {name: float(value) for name, (value,) in differences(np.ones((1, prompts))).items()}
+    exact = 2**prompts <= RESAMPLES
+    extreme, drawn = dict.fromkeys(seen, 0), 0
+    for kept in _all_signs(prompts) if exact else _random_signs(prompts):
+        drawn += len(kept)
+        for name, values in differences(kept).items():
+            extreme[name] += int((np.abs(values) >= abs(seen[name]) - 1e-9 * max(1, abs(seen[name]))).sum())
+    more = 0 if exact else 1
+    return {
+        name: (extreme[name] + more) / (drawn + more) if np.isfinite(value) and prompts else None
+        for name, value in seen.items()
+    }
+
+
+def strata(motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The strata (N,) of clips with motion (N,): 0 up to the 33rd percentile of all, 2 above the 67th, 1 between; and
+    both percentiles."""
+    edges = np.percentile(motion, PERCENTILES)
+    return np.searchsorted(edges, motion, side="left"), edges
+
+
+def _divide(columns: Sequence[str], sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums (R, C) over counts (R, C) or (C,), by column."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = sums / counts
+    return {column: means[:, number] for number, column in enumerate(columns)}
+
+
+def _draws(size: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Drawn numbers (at most AT_ONCE, size), `resamples` rows in all."""
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, AT_ONCE):
+        yield generator.integers(0, size, (min(AT_ONCE, resamples - start), size))
+
+
+def _counted(drawn: np.ndarray) -> np.ndarray:
+    """How often each of `size` was drawn: (R, size) of (R, size) numbers."""
+    count, size = drawn.shape
+    flat = (drawn + size * np.arange(count)[:, None]).ravel()
+    return np.bincount(flat, minlength=count * size).reshape(count, size).astype(np.float64)
+
+
+def _all_signs(size: int) -> Iterator[np.ndarray]:
+    numbers = np.arange(2**size)
+    yield ((numbers[:, None] >> np.arange(size)) & 1).astype(np.float64)
+
+
+def _random_signs(size: int) -> Iterator[np.ndarray]:
+    generator = np.random.default_rng(0)
+    for start in range(0, RESAMPLES, AT_ONCE):
+        yield generator.integers(0, 2, (min(AT_ONCE, RESAMPLES - start), size)).astype(np.float64)

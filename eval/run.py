@@ -1,166 +1,433 @@
-"""Did it help? Generate on a benchmark's prompts with base and tuned model, score, and print one table.
+"""Did it help? Clips of base and tuned model on benchmarks' prompts, scored, and one report of it all.
 
-    accelerate launch eval/run.py recipe=sandbox run.lora=runs/sandbox/train
+    accelerate launch eval/run.py recipe=sandbox benchmarks=[sandbox] run.lora=runs/sandbox/train
+    python -m eval.run --list                                  # every benchmark, and what it needs
+    python -m eval.run recipe=sandbox run.lora=… --dry-run     # what would be made
 
-    <folder>/clips-<model>.safetensors   the clips, model by model; a model whose clips are there is not sampled again
-    <folder>/scores.jsonl                a line for every model and clip
-    <folder>/results.json                means, paired differences, 95% bootstrap intervals, settings
-    <folder>/comparison.mp4, sheet.png   true | base | tuned, for the first clips
+    <folder>/<benchmark>/clips/<model>/<key>-<seed>.mp4   a clip, its sidecar (.json) says what it was made from
+    <folder>/<benchmark>/rows-<model>.jsonl               a row a clip, written as it is scored
+    <folder>/<benchmark>/comparison.mp4, sheet.png        true | base | tuned, for the first prompts
+    <folder>/<benchmark>/official/<model>                 with run.layout: clips as the official code reads them
+    <folder>/scores.jsonl                                 every clip of every model: what the results were made from
+    <folder>/results.json, report.html, report.md         figures with intervals; the reports show those numbers
 
-Base and tuned get the same prompts and the same initial noise, so their difference is tested in pairs.
+Models: `true` are a benchmark's own references, `base` and `tuned` get the same prompts and the same initial noise, so
+their difference is tested in pairs. With `run.search` or `run.refine` (`eval.search.searcher`) there are as well
+`base-best_of_n`, `tuned-best_of_n` and the like, whose first candidate has that noise; what they cost is in the
+sidecars. Kill it at any moment and run it again: whole clips and rows are kept. Whatever cannot be scored (a damaged
+clip, an answer that never came) is a row with an error: counted, named in the report, tried again by the next run. A
+benchmark whose data or models are not there is left out with a word on what to get; the rest runs. All ranks make
+clips; the main process scores.
 """
 
-import hashlib
+import gc
 import json
-import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedType
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import recipes
-from eval.benchmarks import sandbox
-from eval.benchmarks.sandbox import SandboxConfig
-from eval.intervals import bootstrap_mean
+from eval import report
+from eval.benchmarks import BENCHMARKS, BenchmarkSettings
+from eval.benchmarks.base import Benchmark, Sample, Task
+from eval.making import (
+    BASE,
+    TUNED,
+    Conditionings,
+    Lora,
+    Maker,
+    Model,
+    Request,
+    Requests,
+    first_frame,
+    image_problem,
+    outdated,
+    read_lora,
+)
+from eval.prompts import Prompt
+from eval.results import TRUE, summarise
+from eval.rows import identity, scoring_settings
+from eval.scoring import Plan, Probe, probe, score, unprobed
+from eval.search import searcher
+from eval.search.config import SearchConfig
+from eval.search.store import write_text
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig
-from train.checkpoint import Trainable, attach_trained, weights_path
-from train.clips import VideoConfig, contact_sheet, side_by_side, to_pixels, write_clip
-from train.parallel import build_accelerator
-from train.sampling import SamplerConfig, sample_clips
+from train.backbones.base import Backbone, BackboneConfig, sigma_grid
+from train.checkpoint import attach_trained
+from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
+from train.parallel import any_rank, build_accelerator
+from train.sampling import SamplerConfig
 
-SHOWN = 6  # clips in the comparison and the sheet
-SCORES = ("physical", "semantic")
+SHOWN = 6  # prompts in the comparison and the sheet
+SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's
 
 
 @dataclass
-class RunConfig:
+class RunConfig(BenchmarkSettings):
     lora: str = ""  # LoRA file, checkpoint folder or training folder (of full weights too); empty: the base model alone
     folder: str = "${output}/eval"  # everything goes here
+    seeds: list[int] = field(default_factory=lambda: [0])  # clips a prompt, one each; the noise is a prompt's own
     batch_size: int = 16  # clips sampled together, per GPU
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    search: str = ""  # best_of_n | race | prune: both models' clips searched as well; see eval.search.searcher
+    refine: str = ""  # proprio | guidance, likewise
+    layout: bool = False  # also lay the clips out as each benchmark's official code reads them
 
 
 @dataclass
 class Config:
     recipe: str = ""  # name or path of a recipe
     output: str = "runs/default"  # everything goes below this folder
-    seed: int = 0  # unused: the benchmark has its own
+    seed: int = 0  # unused: the seeds are run.seeds
     dry_run: bool = False  # print what would be made and stop
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
+    benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
+    list: bool = False  # print every benchmark with what it needs and stop
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config = recipes.load(Config, argv)
-    models = ["base", "tuned"] if config.run.lora else ["base"]
-    texts, true = sandbox.prompts(config.run.sandbox, config.video)
-    if config.dry_run:
-        print(f"{len(texts)} prompts, clips of {', '.join(models)}, {config.sampler.steps} steps each")
+    if config.list:
+        print(listing(config))
         return None
-    started = time.perf_counter()
+    check(config)
     accelerator = build_accelerator()
-    folder = Path(config.run.folder)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    backbone = load_backbone(config.backbone, accelerator.device)
-    switch = None
-    if config.run.lora:
-        switch = attach_trained(config.run.lora, backbone.experts, fingerprint=backbone.fingerprint)
-    for model in models:
-        part = folder / f"clips-{model}-{rank}of{world}.safetensors"
-        make_clips(config, backbone, switch, model, texts[rank::world], rank, world, part)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return None
-    clips = {"true": true}
-    for model in models:
-        clips[model] = torch.empty_like(true)
-        for other in range(world):
-            clips[model][other::world] = load_file(folder / f"clips-{model}-{other}of{world}.safetensors")["clips"]
-    results = report(config, clips, texts, folder)
-    print(table(results))
-    print(f"seconds     {time.perf_counter() - started:.0f}")
-    print(f"results     {folder / 'results.json'}")
-    print(f"comparison  {folder / 'comparison.mp4'}")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("evaluation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
+    results = None
+    if not config.dry_run:
+        results = run(config, accelerator)
+    elif accelerator.is_main_process:
+        lora, plans = prepare(config)
+        print(overview(config, lora, plans))
+    accelerator.end_training()  # closes the process group
     return results
 
 
-@torch.no_grad()
-def make_clips(
-    config: Config,
-    backbone: Backbone,
-    switch: Trainable | None,
-    model: str,
-    texts: list[str],
-    rank: int,
-    world: int,
-    path: Path,
-) -> None:
-    """This rank's clips of one model, as one file that records what it was made with; kept when that is unchanged."""
-    settings = [asdict(config.sampler), asdict(config.video), asdict(config.run.sandbox), backbone.fingerprint]
-    if model == "tuned":
-        settings.append(hashlib.sha256(weights_path(config.run.lora).read_bytes()).hexdigest())
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if path.exists() and _digest(path) == digest:
-        return
-    seeds = sandbox.noise_seeds(config.run.sandbox)[rank::world]
-    clips: list[Tensor] = []
-    with switch.reference() if switch is not None and model == "base" else nullcontext():
-        for start in tqdm(range(0, len(texts), config.run.batch_size), desc=model, unit="batch", disable=rank > 0):
-            part = slice(start, start + config.run.batch_size)
-            conditioning = backbone.condition(texts[part])
-            latents = sample_clips(backbone, conditioning, seeds[part], config.video, config.sampler, progress=False)
-            clips.append(to_pixels(backbone.decode_latents(latents, batch_size=config.run.batch_size)).cpu())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file({"clips": torch.cat(clips)}, aside, metadata={"digest": digest})
-    os.replace(aside, path)
+def check(config: Config) -> None:
+    """Refuse settings that cannot work, naming key, value and remedy."""
+    settings = config.run
+    if not config.benchmarks:
+        raise ValueError(f"benchmarks=[] names none: use any of {', '.join(BENCHMARKS)}; see --list")
+    if unknown := [name for name in config.benchmarks if name not in BENCHMARKS]:
+        raise ValueError(f"benchmarks names {unknown[0]!r}: use any of {', '.join(BENCHMARKS)}; see --list")
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise ValueError(f"run.seeds={settings.seeds}: give one or more distinct seeds")
+    if bad := [seed for seed in settings.seeds if not 0 <= seed < 2**30]:
+        raise ValueError(f"run.seeds={settings.seeds}: {bad[0]} is negative or too large")
+    if settings.batch_size < 1:
+        raise ValueError(f"run.batch_size={settings.batch_size}: use 1 or more")
+    if config.backbone.random_weights and not config.dry_run:
+        raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
+    sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
+    if strategy := searcher.Strategy(settings.search, settings.refine):
+        searcher.check(strategy, config.search, config.sampler, "run")
 
 
-def report(config: Config, clips: dict[str, Tensor], texts: list[str], folder: Path) -> dict[str, Any]:
-    """Score all clips, write rows, results and pictures; returns the results."""
-    scores = {model: sandbox.score(frames, texts, config.video) for model, frames in clips.items()}
-    results: dict[str, Any] = {"settings": asdict(config), "clips": len(texts), "models": {}, "gain": {}}
-    with (folder / "scores.jsonl").open("w", encoding="utf-8") as file:
-        for model, measured in scores.items():
-            for number, row in enumerate(measured.rows()):
-                file.write(json.dumps({"model": model, "clip": number, "prompt": texts[number], **row}) + "\n")
-    for model, measured in scores.items():
-        results["models"][model] = {name: asdict(bootstrap_mean(getattr(measured, name).numpy())) for name in SCORES}
-    if "tuned" in scores:
-        for name in SCORES:
-            difference = getattr(scores["tuned"], name) - getattr(scores["base"], name)
-            results["gain"][name] = asdict(bootstrap_mean(difference.numpy()))
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    shown = range(min(SHOWN, len(texts)))
-    compared = [side_by_side([frames[i] for frames in clips.values()], list(clips)) for i in shown]
-    write_clip(folder / "comparison.mp4", torch.cat(compared), config.video.fps)
-    rows = [(f"{model}: {texts[i]}", frames[i]) for i in shown for model, frames in clips.items()]
-    contact_sheet(folder / "sheet.png", rows)
-    return results
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results as text, means with 95% intervals."""
-    lines = [f"{results['clips']} held-out prompts{'':<8}" + "".join(f"{name:<26}" for name in SCORES)]
-    for name, row in [*results["models"].items(), *([("gain, paired", results["gain"])] if results["gain"] else [])]:
-        cells = "".join(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]".ljust(26) for v in row.values())
-        lines.append(f"{name:<{len(lines[0]) - 26 * len(SCORES)}}{cells}")
+def listing(config: Config) -> str:
+    """Every benchmark and what it needs, found or not."""
+    lines = []
+    for name, kind in BENCHMARKS.items():
+        try:
+            needed = kind(getattr(config.run, name), config.video).requirements()
+        except ValueError as error:
+            lines += [name, f"  cannot run: {error}"]
+            continue
+        lines.append(name + ("" if needed else ": needs nothing"))
+        for requirement in needed:
+            mark = "found" if requirement.found else "missing"
+            lines.append(f"  [{mark}] {requirement.what} ({requirement.licence})")
+            lines.append(f"      {requirement.where}")
+            lines += [] if requirement.found else [f"      {requirement.remedy}"]
     return "\n".join(lines)
 
 
-def _digest(path: Path) -> str:
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("digest", "")
+def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
+    """Make on all ranks what is missing, then score and report on the main process; returns the results there."""
+    started, main = time.perf_counter(), accelerator.is_main_process
+    lora, plans = prepare(config) if main else (None, [])
+    todo = [request for plan in plans for request in plan.unfinished()]
+    probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
+    shared: list[Any] = [lora, todo, probes]
+    if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins
+        dist.broadcast_object_list(shared)
+    lora, todo, probes = shared
+    rank, world = accelerator.process_index, accelerator.num_processes
+    make_clips(config, todo[rank::world], lora, accelerator.device, progress=main)
+    run_probes(config, probes[rank::world], lora, accelerator.device)
+    any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
+    if not main:
+        return None
+    scores = [line for plan in plans if not plan.problem for line in score(plan)]
+    if config.run.layout:
+        for plan in plans:
+            for model, samples in plan.samples.items():
+                plan.benchmark.layout(samples, plan.folder / "official" / model)
+    compute = {"device": device_name(accelerator.device), "ranks": world, "made_now": len(todo)}
+    compute["seconds"] = round(time.perf_counter() - started, 1)
+    results = conclude(config, lora, plans, scores, compute)
+    if not scores:
+        problems = "; ".join(f"{plan.benchmark.name}: {plan.problem}" for plan in plans)
+        raise ValueError(f"no benchmark ran: {problems}")
+    return results
+
+
+# What there is to do
+
+
+def models(lora: Lora | None) -> list[Model]:
+    """Base and tuned, in the report's order."""
+    return [Model(BASE)] + ([Model(TUNED, lora)] if lora else [])
+
+
+def makers(config: Config, lora: Lora | None) -> list[Model]:
+    """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
+    strategy = searcher.Strategy(config.run.search, config.run.refine)
+    searched = [searcher.searching(model, strategy, config.search) for model in models(lora)] if strategy else []
+    return models(lora) + searched
+
+
+def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
+    """Check what can be checked without weights, and find out what each benchmark asks for.
+
+    Raises ValueError for a backbone or LoRA that is not there. What a single benchmark lacks is its plan's problem.
+    """
+    shell = load_backbone(config.backbone, "cpu", parts=())
+    lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora") if config.run.lora else None
+    plans = []
+    for name in dict.fromkeys(config.benchmarks):
+        settings, folder = getattr(config.run, name), Path(config.run.folder) / name
+        plan = Plan(BENCHMARKS[name](settings, config.video), asdict(settings), folder)
+        plans.append(plan)
+        try:
+            fill(config, plan, lora, shell)
+        except ValueError as error:
+            plan.problem = str(error)
+        if plan.problem:
+            print(f"{name} is left out: {plan.problem}")
+    return lora, plans
+
+
+def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone) -> None:
+    """The plan's tasks, requests and samples. Raises ValueError with the problem where it cannot run."""
+    benchmark = plan.benchmark
+    if missing := [needed for needed in benchmark.requirements() if not needed.found]:
+        raise ValueError("; ".join(f"{needed.what} not found at {needed.where}: {needed.remedy}" for needed in missing))
+    if not benchmark.of_clips:
+        asked = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, asdict(config.video)]
+        for model in models(lora):
+            own = [*asked, model.lora.sha256 if model.lora else None]
+            plan.identities[model.name] = identity(own, plan.settings)
+        return
+    plan.tasks = benchmark.prompts()
+    video = benchmark.video(config.video)
+    shell.latent_shape(video.height, video.width, video.num_frames)
+    folder, prompts = plan.folder, {}
+    for task in plan.tasks:
+        try:
+            prompts[task.key] = make_prompt(benchmark, task, video, folder / "inputs")
+        except ValueError as error:
+            plan.refused[task.key] = str(error)
+    if problem := image_problem(config.backbone, list(prompts.values()), shell):
+        raise ValueError(problem)
+    builder = Requests(config.backbone, config.sampler, shell.fingerprint)
+    if references := benchmark.references(folder / "references"):
+        plan.samples[TRUE] = references
+    for model in makers(config, lora):
+        plan.requests[model.name], plan.samples[model.name] = [], []
+        for number, task in enumerate(plan.tasks):
+            for seed in config.run.seeds:
+                path = folder / "clips" / model.name / f"{task.key}-{seed}.mp4"
+                plan.samples[model.name].append(Sample(task, seed, path))
+                if task.key in prompts:
+                    noise = seed * SEED_STRIDE + number  # its own a prompt, or one draw would colour all of them
+                    plan.requests[model.name].append(
+                        builder.build(model, path, prompts[task.key], noise, video, lossless=benchmark.lossless)
+                    )
+    if line := outdated((request.clip for request in plan.unfinished()), folder):
+        print(line)
+
+
+def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Path) -> Prompt:
+    """The prompt with the picture that it starts from; ValueError where that cannot be read."""
+    if task.image is None:
+        return Prompt(task.key, task.text, None)
+    shown = benchmark.shown(task)
+    if shown is None:
+        prompt = Prompt(task.key, task.text, task.image)
+        first_frame(prompt, video)
+        return prompt
+    if len(shown) != 1:
+        raise ValueError(f"{task.key} shows a model {len(shown)} frames, but no backbone here takes more than one")
+    path = folder / f"{task.key}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(shown[0]).save(path)
+    return Prompt(task.key, task.text, path)
+
+
+def overview(config: Config, lora: Lora | None, plans: Sequence[Plan]) -> str:
+    """The lines of a dry run."""
+    names, asked = (", ".join(model.name for model in of) for of in (makers(config, lora), models(lora)))
+    lines = []
+    for plan in plans:
+        clips = sum(len(requests) for requests in plan.requests.values())
+        lines.append(
+            f"{plan.benchmark.name}: {len(plan.tasks)} prompts x {len(config.run.seeds)} seeds, clips of {names}:"
+            f" {clips}, of which {len(plan.unfinished())} are to be made, {config.sampler.steps} steps each"
+            if not plan.problem and plan.benchmark.of_clips
+            else f"{plan.benchmark.name}: {'left out' if plan.problem else f'asks {asked} itself'}"
+        )
+    return "\n".join(lines)
+
+
+# Making and scoring
+
+
+def make_clips(
+    config: Config, requests: Sequence[Request], lora: Lora | None, device: torch.device, *, progress: bool
+) -> None:
+    """Make the clips, on this rank alone. Weights are loaded only where there are any to make."""
+    if not requests:
+        return
+    conditionings = Conditionings(config.backbone, config.sampler, requests, device)
+    size = config.run.batch_size
+    maker = Maker(config.backbone, config.sampler, lora, conditionings, device, decode_batch=size)
+    known = {model.name: model for model in makers(config, lora)}
+    with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not progress) as bar:
+        for batch in batches(requests, size):
+            maker.make(known[batch[0].clip.which], batch)
+            bar.update(len(batch))
+    del maker
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a judge may want the memory
+
+
+def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+    """At most `size` requests in a row of one model and one video size."""
+    batch: list[Request] = []
+    for request in requests:
+        if batch and (
+            len(batch) == size or request.clip.which != batch[0].clip.which or request.video != batch[0].video
+        ):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
+
+
+def run_probes(config: Config, probes: Sequence[Probe], lora: Lora | None, device: torch.device) -> None:
+    """Let benchmarks ask the backbone itself, on this rank alone."""
+    if not probes:
+        return
+    backbone = load_backbone(config.backbone, device)
+    switch = attach_trained(lora.path, backbone.experts, fingerprint=backbone.fingerprint) if lora else None
+    for one in probes:
+        benchmark = BENCHMARKS[one.benchmark](getattr(config.run, one.benchmark), config.video)
+        with switch.reference() if switch and one.model.lora is None else nullcontext():
+            probe(benchmark, backbone, one, Path(config.run.folder) / one.benchmark)
+
+
+# What came of it
+
+
+def conclude(
+    config: Config, lora: Lora | None, plans: Sequence[Plan], scores: list[dict[str, Any]], compute: dict[str, Any]
+) -> dict[str, Any]:
+    """Write scores, results, pictures and reports, and print the table; returns the results."""
+    folder = Path(config.run.folder)
+    found: dict[str, Any] = {
+        "recipe": config.recipe,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backbone": load_backbone(config.backbone, "cpu", parts=()).fingerprint,
+        "lora": describe(lora),
+        "seeds": config.run.seeds,
+        "compute": compute,
+        "settings": asdict(config),
+        "benchmarks": {plan.benchmark.name: of_benchmark(config, plan, scores) for plan in plans},
+    }
+    write_text(folder / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores))
+    write_text(folder / "results.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    recipes.save(config, folder / "recipe.yaml")
+    comparisons = {}
+    for plan in plans:
+        if not plan.problem and plan.samples:
+            comparisons[plan.benchmark.name] = compare_clips(plan, plan.benchmark.video(config.video))
+    write_text(folder / "report.html", report.html(found, comparisons))
+    write_text(folder / "report.md", report.markdown(found))
+    print(report.text(found))
+    print(f"seconds     {compute['seconds']:.0f}\nresults     {folder / 'results.json'}")
+    print(f"report      {folder / 'report.html'}")
+    for plan in plans:
+        if plan.benchmark.name in comparisons:
+            print(f"comparison  {plan.folder / 'comparison.mp4'}")
+    return found
+
+
+def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One benchmark's part of the results."""
+    benchmark = plan.benchmark
+    own = [line for line in scores if line["benchmark"] == benchmark.name]
+    return {
+        "problem": plan.problem,
+        "requirements": [asdict(needed) for needed in benchmark.requirements()],
+        "settings": scoring_settings(plan.settings),
+        "prompts": len({line["key"] for line in own}),
+        "video": asdict(benchmark.video(config.video)),
+        "figures": list(benchmark.figures),
+        "lower_is_better": list(benchmark.lower_is_better),
+        "published": [asdict(one) for one in benchmark.published],
+        "compute": {name: plan.cost(name) for name in plan.seconds},
+        **summarise(benchmark, own, BASE),
+    }
+
+
+def describe(lora: Lora | None) -> dict[str, Any] | None:
+    """What is reported of trained weights."""
+    if lora is None:
+        return None
+    shape = asdict(lora.config) if lora.config else "all weights"
+    return {"path": str(lora.path), "sha256": lora.sha256, "expert": lora.expert, "shape": shape}
+
+
+def compare_clips(plan: Plan, video: VideoConfig) -> list[tuple[str, Tensor]]:
+    """Write comparison.mp4 and sheet.png of the first prompts; returns their prompts with the clips side by side."""
+    rows, compared = [], []
+    for task in plan.tasks[:SHOWN]:
+        clips = {}
+        for model, samples in plan.samples.items():
+            own = [sample for sample in samples if sample.task.key == task.key]
+            with suppress(ClipError):  # a clip that cannot be read is named in the report
+                clips[model] = read_clip(own[0].path, video)
+        if clips:
+            rows += [(f"{model}: {task.text}", clip) for model, clip in clips.items()]
+            compared.append((task.text, side_by_side(list(clips.values()), list(clips))))
+    if compared:
+        widest = max(clip.shape[2] for _, clip in compared)
+        padded = [F.pad(clip, (0, 0, 0, widest - clip.shape[2])) for _, clip in compared]
+        write_clip(plan.folder / "comparison.mp4", torch.cat(padded), video.fps)
+        contact_sheet(plan.folder / "sheet.png", rows)
+    return compared
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -40,9 +40,12 @@ SECTIONS = {
     "generate": "from prompts to clips and comparisons",
     "run": "what eval.run generates and scores",
     "search": "candidates, scorers and what becomes of them",
-    "benchmark": "what train.benchmark measures",
+    "refine_prompts": "prompts that a vision-language model refines round by round",
+    "benchmark": "what train.benchmark and eval.search.benchmark measure",
     "inspect": "what train.inspect_targets draws",
 }
+# Keys beside the sections.
+KEYS = ("recipe", "output", "seed", "dry_run", "benchmarks")
 
 C = TypeVar("C")
 
@@ -76,7 +79,7 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
             if key in fields:
                 _check_keys(fields[key], key, value, source)
                 kept[key] = value
-            elif key not in SECTIONS and key not in ("recipe", "output", "seed", "dry_run"):
+            elif key not in SECTIONS and key not in KEYS:
                 raise ValueError(f"{source}: unknown section {key!r}{_suggest(key, [*SECTIONS, *fields])}")
             elif source == "the command line" and key != "recipe":
                 print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)

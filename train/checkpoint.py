@@ -149,9 +149,17 @@ def weights_metadata(switch: Trainable, *, fingerprint: str, expert: str) -> dic
 
 def read_lora_metadata(path: Path) -> dict[str, str]:
     """Metadata of the LoRA that `path` names (see `lora_path`); ValueError when it is missing or not one of ours."""
-    path = lora_path(path)
+    return _read_ours(lora_path(path), ("physalign-lora-1",))
+
+
+def read_weights_metadata(path: Path) -> dict[str, str]:
+    """Metadata of the LoRA or full weights at `path` (see `weights_path`); ValueError as for a LoRA."""
+    return _read_ours(weights_path(path), ("physalign-lora-1", FullParameters.format))
+
+
+def _read_ours(path: Path, formats: Sequence[str]) -> dict[str, str]:
     metadata = _read_metadata(path)
-    if metadata.get("format") != "physalign-lora-1":
+    if metadata.get("format") not in formats:
         raise ValueError(
             f"LoRA {path} carries no physalign metadata: give a checkpoint folder or its {LoraSwitch.file}"
         )
@@ -195,11 +203,8 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
     `load_weights` does, and for an expert that is not there.
     """
     path = weights_path(path)
-    metadata = _read_metadata(path)
-    full = metadata.get("format") == FullParameters.format
-    if not full:
-        metadata = read_lora_metadata(path)
-    expert = metadata["expert"]
+    metadata = read_weights_metadata(path)
+    full, expert = metadata["format"] == FullParameters.format, metadata["expert"]
     if expert not in experts:
         raise ValueError(f"LoRA {path} is for the network {expert!r}, this backbone has: {', '.join(experts)}")
     switch: Trainable

@@ -24,6 +24,8 @@ SEEK_MARGIN = 1.0  # seconds; seeking goes by decoding time, which runs ahead of
 TIME_TOLERANCE = 1e-3  # seconds; containers round presentation times, Matroska to the millisecond
 # x264's AVX-512 code has been seen to give other bytes from one run to the next; SSE 4.2 costs next to nothing more.
 H264_SETTINGS = {"crf": "17", "preset": "medium", "x264-params": "asm=sse4.2:cpu-independent=1"}
+# Without loss: RGB, every pixel as it was. Players for H.264 in RGB are few: this is for measuring.
+LOSSLESS_SETTINGS = {"qp": "0", "preset": "medium", "x264-params": H264_SETTINGS["x264-params"]}
 # BT.709 is what players assume; written into the stream as well, so that no reader has to guess.
 BT709 = int(av.video.reformatter.ColorPrimaries.BT709)
 
@@ -172,30 +174,36 @@ def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
 
 
-def write_clip(path: str | Path, frames: Tensor, fps: float) -> None:
+def write_clip(path: str | Path, frames: Tensor, fps: float, *, lossless: bool = False) -> None:
     """Write frames (T, H, W, 3) uint8 as an H.264 mp4 that browsers play, atomically.
 
     4:2:0 colour needs even sides: an odd one is padded by repeating its last row or column. One encoder thread and
-    bit-exact muxing: equal frames give equal bytes.
+    bit-exact muxing: equal frames give equal bytes. `lossless` writes H.264 in RGB instead, which `read_clip` gives
+    back bit for bit at its own size; few browsers play it.
     """
     assert frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[-1] == 3, (frames.dtype, frames.shape)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     _, height, width, _ = frames.shape
-    rows = torch.arange(height + height % 2).clamp(max=height - 1)
-    columns = torch.arange(width + width % 2).clamp(max=width - 1)
+    even = 1 if lossless else 2
+    rows = torch.arange(height + height % even).clamp(max=height - 1)
+    columns = torch.arange(width + width % even).clamp(max=width - 1)
+    codec, settings = ("libx264rgb", LOSSLESS_SETTINGS) if lossless else ("libx264", H264_SETTINGS)
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(str(temporary), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=H264_SETTINGS)
-        stream.width, stream.height, stream.pix_fmt = len(columns), len(rows), "yuv420p"
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=settings)
+        stream.width, stream.height, stream.pix_fmt = len(columns), len(rows), "rgb24" if lossless else "yuv420p"
         context = stream.codec_context
         context.thread_count = 1
-        context.color_primaries = context.color_trc = context.colorspace = BT709
-        context.color_range = int(av.video.reformatter.ColorRange.MPEG)
+        if not lossless:
+            context.color_primaries = context.color_trc = context.colorspace = BT709
+            context.color_range = int(av.video.reformatter.ColorRange.MPEG)
         for pixels in frames.cpu():
             frame = av.VideoFrame.from_ndarray(pixels[rows][:, columns].numpy(), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="itu709")))
+            if not lossless:
+                frame = frame.reformat(format="yuv420p", dst_colorspace="itu709")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     _finish(temporary, path)
 
@@ -251,6 +259,12 @@ def _caption(label: str, width: int, height: int) -> Tensor:
         shown = shown[:-1]
     draw.text((2, height / 2), shown if shown == label else shown + "…", font=font, fill="white", anchor="lm")
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
+
+
+def motion_energy(frames: Tensor) -> float:
+    """Mean absolute change from frame to frame of a clip (T, H, W, 3) uint8, as a share of the full range; 0 for one."""
+    changes = [(b.short() - a.short()).abs().float().mean() for a, b in zip(frames[:-1], frames[1:], strict=True)]
+    return float(torch.stack(changes).mean()) / 255 if changes else 0.0
 
 
 def to_pixels(frames: Tensor) -> Tensor:

@@ -100,6 +100,11 @@ class Benchmark(ABC):
         """Size, length and rate of the clips to make, for a model whose own are `video`."""
         return video
 
+    def shown(self, task: Task) -> np.ndarray | None:
+        """What a model is shown of a task, (n, H, W, 3) uint8 at the size of its video; None: the first frame of
+        `task.image`, cut at its centre. ValueError, with file and reason, where that cannot be read."""
+        return None
+
     def references(self, folder: Path) -> list[Sample]:
         """True clips, written below `folder` where they are not there yet, scored as a model of their own; or none."""
         return []

@@ -70,6 +70,7 @@ ON_GPU = {
 OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.num_losers", "train.groups")
 OWN_KEYS += ("pipeline.targets.tracks", "pipeline.targets.rule")
 OWN_KEYS += ("train.folder", "run.lora", "run.folder", "run.sandbox.clips", "run.sandbox.seed")
+OWN_KEYS += ("run.seeds", "benchmarks")
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
@@ -134,6 +135,7 @@ class Plan:
 
     def eval_arguments(self, row: Row, seed: int) -> list[str]:
         own = [f"output={self.place(row, seed)}", f"run.sandbox.clips={self.clips}", f"run.sandbox.seed={seed}"]
+        own += [f"run.seeds=[{seed}]", "benchmarks=[sandbox]"]
         lora = [f"run.lora={self.place(row, seed) / 'train'}"] if row.trainer else []
         return self.arguments("eval.run", *own, *lora)
 
@@ -256,13 +258,17 @@ def _set_aside(place: Path, target: Path) -> None:
 def _share_base_clips(plan: Plan, seed: int, place: Path) -> None:
     """Give the run the base row's clips of this seed, so that eval.run, which checks what they were made with, samples
     the base model once a seed."""
-    name = "clips-base-0of1.safetensors"
-    source, target = plan.place(METHODS[0], seed) / "eval" / name, place / "eval" / name
+    name = Path("eval", "sandbox", "clips", "base")
+    source, target = plan.place(METHODS[0], seed) / name, place / name
     if source.exists() and source != target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
         with suppress(OSError):  # where there are no links they are sampled again
-            os.link(source, target)  # eval.run replaces such a file and never writes into it
+            shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link in place of what is there: eval.run replaces such a file and never writes into it."""
+    Path(target).unlink(missing_ok=True)
+    os.link(source, target)
 
 
 def read_scores(path: Path, clips: int) -> dict[str, dict[str, list[float]]]:
@@ -271,10 +277,12 @@ def read_scores(path: Path, clips: int) -> dict[str, dict[str, list[float]]]:
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         if row["model"] != "true":
             columns = scores.setdefault(row["model"], {name: [] for name in SCORES})
+            if row["error"]:
+                raise ValueError(f"{path}: clip {row['clip']} of {row['model']} has no score: {row['error']}")
             if row["clip"] != len(columns[SCORES[0]]):
                 raise ValueError(f"{path}: clip {row['clip']} of {row['model']} is out of order: evaluate again")
             for name in SCORES:
-                columns[name].append(row[name])
+                columns[name].append(row["values"][name])
     if any(len(columns[SCORES[0]]) != clips for columns in scores.values()) or "base" not in scores:
         raise ValueError(f"{path} does not hold {clips} clips of each model: delete its folder and evaluate again")
     return scores

@@ -16,7 +16,7 @@ from accelerate import DistributedType
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval import generate
+from eval import generate, making
 from eval.prompts import make_key, read_prompts, slug
 from train import checkpoint
 from train.backbones import load_backbone
@@ -102,7 +102,8 @@ def no_weights(monkeypatch):
         assert not parts, "weights were loaded"
         return real(config, device, parts=())
 
-    monkeypatch.setattr(generate, "load_backbone", shell_only)
+    for module in (generate, making):
+        monkeypatch.setattr(module, "load_backbone", shell_only)
 
 
 def files(output: Path) -> dict[str, tuple[bytes, int]]:
@@ -231,7 +232,7 @@ def test_a_run_killed_between_clip_and_sidecar_leaves_no_lie(copied, model, monk
 
     before = contents(copied)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, "_write_text", killed)
+        patch.setattr(making, "write_text", killed)
         generate.main(arguments(model, copied, "sampler.steps=3"))
     first = f"base/{FILES[0]}.mp4"
     assert contents(copied)[first] != before[first]

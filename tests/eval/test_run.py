@@ -1,13 +1,25 @@
-"""`eval/run.py`: base and tuned on the sandbox benchmark, end to end with a tiny random pipeline."""
+"""`eval/run.py`: base and tuned on the sandbox benchmark with a tiny random pipeline; its page; what a kill leaves."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from eval import run
+from eval import benchmarks, making, report, run
 from eval.benchmarks import sandbox
+from eval.benchmarks.base import Benchmark, Requirement, Row, Task
+from eval.rows import RowFile
 from train import checkpoint
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
@@ -16,8 +28,29 @@ from train.clips import VideoConfig, read_clip
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch
 
+ROOT = Path(__file__).parents[2]
 VIDEO = VideoConfig(64, 64, 17, 8.0)
-COMMON = ["recipe=tiny", "run.sandbox.clips=5", "run.batch_size=2", "sampler.steps=2", "sampler.guidance=1.0"]
+# One clip at a time: in another batch, as after a stop, it rounds otherwise.
+COMMON = ["recipe=tiny", "run.sandbox.clips=5", "run.batch_size=1", "sampler.steps=2", "sampler.guidance=1.0"]
+
+
+@dataclass
+class Made:
+    folder: Path
+    results: dict
+
+    def arguments(self, *more: str) -> list[str]:
+        model = f"backbone.path={self.model}"
+        return [*COMMON, f"output={self.folder}", model, f"run.lora={self.model.parent / 'lora.safetensors'}", *more]
+
+    def run(self, *more: str) -> dict:
+        return run.main(self.arguments(*more))
+
+    @property
+    def eval(self) -> Path:
+        return self.folder / "eval"
+
+    model: Path = Path()
 
 
 @pytest.fixture(scope="module")
@@ -31,75 +64,433 @@ def tuned(tmp_path_factory):
     state = {name: torch.randn(weight.shape, generator=generator) * 0.3 for name, weight in switch.weights.items()}
     metadata = checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
     save_file(state, folder / "lora.safetensors", metadata=metadata)
-    results = run.main([*COMMON, f"output={folder}", f"run.lora={folder / 'lora.safetensors'}"])
-    return folder, results
+    made = Made(folder, {}, folder / "model")
+    made.results = made.run()
+    return made
+
+
+@pytest.fixture
+def copied(tuned, tmp_path):
+    shutil.copytree(tuned.eval, tmp_path / "eval")
+    return Made(tmp_path, tuned.results, tuned.model)
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name + path.parent.name: path.stat().st_mtime_ns for path in folder.rglob("*.mp4")}
+
+
+def clip_times(made: Made) -> dict[str, int]:
+    return times(made.eval / "sandbox" / "clips")
+
+
+def row_lines(made: Made, model: str) -> list[dict]:
+    return [json.loads(line) for line in (made.eval / "sandbox" / f"rows-{model}.jsonl").read_text().splitlines()]
+
+
+def fresh(results: dict) -> dict:
+    """Without what differs from run to run."""
+    kept = {name: value for name, value in results.items() if name not in ("date", "compute", "settings")}
+    kept["benchmarks"] = {
+        name: {key: value for key, value in found.items() if key != "compute"}
+        for name, found in results["benchmarks"].items()
+    }
+    return kept
+
+
+def same_figures(results: dict, expected: dict) -> bool:
+    """To rounding, which another batch of the judge changes."""
+    models, others = (found["benchmarks"]["sandbox"]["models"] for found in (results, expected))
+    return all(
+        (one["clips"], one["missing"]) == (others[model]["clips"], others[model]["missing"])
+        and one["figures"]["physical"]["mean"] == pytest.approx(others[model]["figures"]["physical"]["mean"], abs=1e-5)
+        for model, one in models.items()
+    )
+
+
+@pytest.fixture
+def no_sampling(monkeypatch):
+    monkeypatch.setattr(making.Maker, "make", lambda *_: pytest.fail("sampled again"))
 
 
 def test_results_say_what_the_rows_say(tuned):
-    folder, results = tuned
-    rows = [json.loads(line) for line in (folder / "eval" / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert json.loads((folder / "eval" / "results.json").read_text(encoding="utf-8")) == results
-    assert {row["model"] for row in rows} == {"true", "base", "tuned"} and len(rows) == 15
-    for model in ("true", "base", "tuned"):
-        values = [row["physical"] for row in rows if row["model"] == model]
-        assert results["models"][model]["physical"]["mean"] == pytest.approx(sum(values) / 5)
-    gain = [
-        t["physical"] - b["physical"]
-        for t, b in zip(
-            [row for row in rows if row["model"] == "tuned"],
-            [row for row in rows if row["model"] == "base"],
-            strict=True,
-        )
-    ]
-    assert results["gain"]["physical"]["mean"] == pytest.approx(sum(gain) / 5)
-    assert results["models"]["true"]["physical"]["mean"] > 0.9  # the judge knows true clips
+    results, found = tuned.results, tuned.results["benchmarks"]["sandbox"]
+    scores = [json.loads(line) for line in (tuned.eval / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert json.loads((tuned.eval / "results.json").read_text(encoding="utf-8")) == results
+    assert [score["model"] for score in scores] == ["true"] * 5 + ["base"] * 5 + ["tuned"] * 5
+    physical = {
+        model: np.array([score["values"]["physical"] for score in scores if score["model"] == model])
+        for model in ("true", "base", "tuned")
+    }
+    for model, values in physical.items():
+        figure = found["models"][model]["figures"]["physical"]
+        assert figure["mean"] == pytest.approx(values.mean()) and (figure["clips"], figure["missing"]) == (5, 0)
+    gain = found["gains"]["tuned"]["figures"]["physical"]
+    assert gain["mean"] == pytest.approx((physical["tuned"] - physical["base"]).mean())
+    assert found["models"]["true"]["figures"]["physical"]["mean"] > 0.9  # the judge knows true clips
+    assert all(score["motion"] > 0 for score in scores if score["model"] != "true")
+    assert results["lora"]["sha256"] == making.sha256(tuned.model.parent / "lora.safetensors")
+    assert found["compute"]["tuned"]["clips_made"] == 5 and found["compute"]["tuned"]["passes"] == 10
 
 
 def test_pictures_and_clips(tuned):
-    folder, _ = tuned
-    base, changed = (load_file(folder / "eval" / f"clips-{m}-0of1.safetensors")["clips"] for m in ("base", "tuned"))
-    assert base.shape == (5, 17, 64, 64, 3) and not torch.equal(base, changed)
-    assert (folder / "eval" / "sheet.png").stat().st_size > 1000
-    read_clip(
-        folder / "eval" / "comparison.mp4", VideoConfig(64, 192, 5 * 17, 8.0)
-    )  # raises unless all frames are there
+    folder = tuned.eval / "sandbox"
+    for name in sorted(path.name for path in (folder / "clips" / "base").glob("*.mp4")):
+        base, changed = (read_clip(folder / "clips" / model / name, VIDEO) for model in ("base", "tuned"))
+        assert not torch.equal(base, changed)
+    assert len(list((folder / "clips").rglob("*.mp4"))) == 10
+    assert (folder / "sheet.png").stat().st_size > 1000
+    read_clip(folder / "comparison.mp4", VideoConfig(64, 192, 5 * 17, 8.0))  # raises unless all frames are there
+
+
+def test_clips_are_kept_without_loss(tuned):
+    """What is scored are the pixels that were sampled."""
+    backbone = load_backbone(BackboneConfig(path=str(tuned.model), dtype="float32", text_length=64), "cpu")
+    score = json.loads((tuned.eval / "scores.jsonl").read_text(encoding="utf-8").splitlines()[6])
+    assert (score["model"], score["clip"]) == ("base", 1)
+    size = {"height": 64, "width": 64, "num_frames": 17, "steps": 2, "guidance": 1.0, "progress": False}
+    latents = backbone.sample([score["prompt"]], torch.Generator().manual_seed(1), **size)
+    expected = making.to_pixels(backbone.decode_latents(latents))[0]
+    clip = read_clip(tuned.eval / "sandbox" / "clips" / "base" / f"{score['key']}-0.mp4", VIDEO)
+    assert torch.equal(clip, expected)
+
+
+class Numbers(HTMLParser):
+    """Cells of a page with the pointer to their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self._pointer = [], None
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "td":
+            self._pointer = dict(attributes).get("data-pointer")
+
+    def handle_endtag(self, tag):
+        self._pointer = None
+
+    def handle_data(self, data):
+        if self._pointer and data.strip():
+            self.found.append((self._pointer, data.strip()))
+
+
+def test_the_pages_numbers_are_those_of_the_results(tuned):
+    page, results = Numbers(), json.loads((tuned.eval / "results.json").read_text(encoding="utf-8"))
+    page.feed((tuned.eval / "report.html").read_text(encoding="utf-8"))
+    pointers = {pointer for pointer, _ in page.found}
+    for model in ("true", "base", "tuned"):
+        assert f"/benchmarks/sandbox/models/{model}/figures/physical" in pointers
+    assert "/benchmarks/sandbox/gains/tuned/figures/physical" in pointers and len(page.found) > 60
+    for pointer, text in page.found:
+        value = results
+        for part in pointer.split("/")[1:]:
+            value = value[part]
+        values = [value[name] for name in ("mean", "low", "high")] if isinstance(value, dict) else [value]
+        shown = [
+            float(number)
+            for number in text.replace("[", "").replace("]", "").replace(",", "").split()
+            if number not in "p<"
+        ]
+        if "<" in text:
+            assert value < 0.001
+        else:
+            assert shown == pytest.approx(values, abs=0.051 if abs(values[0]) >= 10 else 0.00051), (pointer, text)
+
+
+def test_the_page_needs_no_network_and_the_markdown_has_the_same_numbers(tuned):
+    page = (tuned.eval / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    assert page.count("data:video/mp4;base64,") == 5 and "<svg" in page
+    gain = tuned.results["benchmarks"]["sandbox"]["gains"]["tuned"]["figures"]["physical"]
+    assert report.show(gain, sign=True) in (tuned.eval / "report.md").read_text(encoding="utf-8")
 
 
 def test_full_weights_are_compared_with_their_base(tuned, tmp_path):
-    folder, results = tuned
-    config = BackboneConfig(path=str(folder / "model"), dtype="float32", text_length=64)
+    config = BackboneConfig(path=str(tuned.model), dtype="float32", text_length=64)
     backbone = load_backbone(config, "cpu", parts=("transformer",))
     switch = FullParameters(backbone.transformer)
     metadata = checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
     generator = torch.Generator().manual_seed(0)
     state = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in switch.state_dict().items()}
     save_file(state, tmp_path / "transformer.safetensors", metadata=metadata)
-    model = f"backbone.path={folder / 'model'}"
-    full = run.main([*COMMON, model, f"output={tmp_path}", f"run.lora={tmp_path}"])
-    assert full["models"]["base"] == results["models"]["base"]
-    clips = [load_file(tmp_path / "eval" / f"clips-{m}-0of1.safetensors")["clips"] for m in ("base", "tuned")]
-    assert not torch.equal(*clips)
+    full = run.main([*COMMON, f"backbone.path={tuned.model}", f"output={tmp_path}", f"run.lora={tmp_path}"])
+    models = full["benchmarks"]["sandbox"]["models"]
+    assert models["base"] == tuned.results["benchmarks"]["sandbox"]["models"]["base"]
+    assert models["tuned"] != tuned.results["benchmarks"]["sandbox"]["models"]["tuned"]
 
 
-def test_a_second_run_samples_nothing(tuned, monkeypatch):
-    folder, results = tuned
-    monkeypatch.setattr(run, "sample_clips", lambda *_, **__: pytest.fail("sampled again"))
-    again = run.main([*COMMON, f"output={folder}", f"run.lora={folder / 'lora.safetensors'}"])
-    assert again == results
+def test_a_second_run_makes_and_scores_nothing(copied, no_sampling, monkeypatch):
+    before = {path: path.read_bytes() for path in copied.eval.rglob("rows-*.jsonl")}
+    monkeypatch.setattr(sandbox.Sandbox, "score", lambda *_: pytest.fail("scored again"))
+    seen = clip_times(copied)
+    again = copied.run()
+    assert fresh(again) == fresh(copied.results) and clip_times(copied) == seen
+    assert {path: path.read_bytes() for path in copied.eval.rglob("rows-*.jsonl")} == before
 
 
-def test_another_sampler_is_sampled_anew(tuned, monkeypatch):
-    folder, _ = tuned
-    monkeypatch.setattr(run, "sample_clips", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("sampled")))
+def test_another_sampler_is_sampled_anew(copied, monkeypatch):
+    monkeypatch.setattr(making, "sample_clips", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("sampled")))
     with pytest.raises(RuntimeError, match="sampled"):
-        run.main([*COMMON, f"output={folder}", "sampler.steps=3"])
+        copied.run("sampler.steps=3")
+
+
+def test_a_search_stands_beside_both_models(copied):
+    search = ["run.search=best_of_n", "search.num_candidates=2", "search.chosen_by=most_motion"]
+    results = copied.run(*search)["benchmarks"]["sandbox"]
+    assert list(results["models"]) == ["true", "base", "tuned", "base-best_of_n", "tuned-best_of_n"]
+    assert set(results["gains"]) == {"tuned", "base-best_of_n", "tuned-best_of_n"}
+    sidecars = sorted((copied.eval / "sandbox" / "clips" / "tuned-best_of_n").glob("*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sidecars]
+    assert len(found) == 5 and {one["search"]["passes"] for one in found} == {4}
+    assert all(one["seed"] == one["search"]["seeds"][0] for one in found)
+    before = times(copied.eval / "sandbox" / "clips")
+    copied.run(*search, "search.batch_size=2", "search.refine.updates=3")  # what no clip depends on
+    assert times(copied.eval / "sandbox" / "clips") == before
+
+
+def test_several_seeds_are_clips_of_one_prompt(copied):
+    before = clip_times(copied)
+    results = copied.run("run.seeds=[0,1]")
+    after = clip_times(copied)
+    assert len(after) == 20 and {name: after[name] for name in before} == before
+    found = results["benchmarks"]["sandbox"]
+    assert found["prompts"] == 5 and found["models"]["base"]["figures"]["physical"]["clips"] == 10
+    assert found["models"]["true"]["clips"] == 5 and found["gains"]["tuned"]["figures"]["physical"]["clips"] == 10
+
+
+def test_a_stop_while_sampling_or_scoring_loses_nothing(copied, monkeypatch):
+    shutil.rmtree(copied.eval)
+    real_make, real_score = making.Maker.make, sandbox.Sandbox.score
+    made = []
+
+    def make(self, model, requests):
+        if len(made) == 7:
+            raise KeyboardInterrupt
+        real_make(self, model, requests)
+        made.append(model.name)
+
+    def score(self, samples, folder):
+        for number, row in enumerate(real_score(self, samples, folder)):
+            if number == 3 and samples[0].path.parent.name == "tuned":
+                raise KeyboardInterrupt
+            yield row
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(making.Maker, "make", make)
+        copied.run()
+    first = clip_times(copied)
+    assert len(first) == 7
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sandbox.Sandbox, "score", score)
+        copied.run()
+    second = clip_times(copied)
+    assert len(second) == 10 and {name: second[name] for name in first} == first
+    path = copied.eval / "sandbox" / "rows-tuned.jsonl"
+    kept = path.read_bytes()
+    assert kept.count(b"\n") == 3
+    path.write_bytes(kept + b'{"key": "torn')  # as a kill in the middle of a line leaves it
+    again = copied.run()
+    assert clip_times(copied) == second and path.read_bytes().startswith(kept)
+    assert len({row["key"] for row in row_lines(copied, "tuned")}) == len(row_lines(copied, "tuned")) == 5
+    assert same_figures(again, copied.results)
+
+
+def test_a_damaged_clip_is_named_and_counted_until_it_is_made_again(copied, capsys):
+    victim = sorted((copied.eval / "sandbox" / "clips" / "tuned").glob("*.mp4"))[2]
+    victim.write_bytes(b"\0" * victim.stat().st_size)  # its sidecar does not notice
+    rows = copied.eval / "sandbox" / "rows-tuned.jsonl"
+    rows.unlink()
+    found = copied.run()["benchmarks"]["sandbox"]
+    (error,) = found["models"]["tuned"]["errors"]
+    assert f"{error['key']}-{error['seed']}" == victim.stem and str(victim) in error["error"]
+    assert [found["models"]["tuned"]["figures"]["physical"][name] for name in ("clips", "missing")] == [4, 1]
+    assert [found["gains"]["tuned"]["figures"]["physical"][name] for name in ("clips", "missing")] == [4, 1]
+    assert victim.stem in capsys.readouterr().out
+    assert all(str(victim) in (copied.eval / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    victim.unlink()
+    again = copied.run()
+    assert same_figures(again, copied.results)
+    assert not any(row["error"] for row in row_lines(copied, "tuned")) and len(row_lines(copied, "tuned")) == 5
+
+
+# Other benchmarks
+
+
+@dataclass
+class Nothing:
+    folder: str = ""
+    strict: bool = False
+
+
+class Absent(Benchmark):
+    name, columns, figures = "absent", ("score",), ("score",)
+
+    def __init__(self, settings, video):
+        self.settings = settings
+
+    def requirements(self):
+        there = bool(self.settings.folder)
+        return [
+            Requirement("the data", "MIT", f"run.absent.folder={self.settings.folder}", there, "get it from a shop")
+        ]
+
+    def prompts(self):
+        return [Task(f"k{number}", "a red ball falls", "ab"[number % 2]) for number in range(3)]
+
+    def score(self, samples, folder):
+        yield Row.of(samples[0], {"score": float("nan")})
+        raise RuntimeError("the judge crashed")
+
+
+class Asked(Absent):
+    name, of_clips, figures = "asked", False, ("score",)
+
+    def requirements(self):
+        return []
+
+    def probe(self, backbone, folder):
+        weight = sum(float(p.detach().abs().sum()) for p in backbone.transformer.parameters() if p.shape[-1] == 1)
+        hidden = torch.zeros(1, *backbone.latent_shape(64, 64, 5))
+        moved = backbone.velocity(hidden, torch.tensor([0.5]), backbone.condition(["a"])).abs().mean().item()
+        yield from (Row(f"k{number}", 0, {"score": moved + number + 0 * weight}) for number in range(2))
+
+
+@pytest.fixture
+def more(monkeypatch):
+    """Two further benchmarks."""
+
+    @dataclass
+    class More(run.RunConfig):
+        absent: Nothing = run.field(default_factory=Nothing)
+        asked: Nothing = run.field(default_factory=Nothing)
+
+    @dataclass
+    class Config(run.Config):
+        run: More = run.field(default_factory=More)
+
+    monkeypatch.setattr(run, "Config", Config)
+    for name, kind in (("absent", Absent), ("asked", Asked)):
+        monkeypatch.setitem(benchmarks.BENCHMARKS, name, kind)
+
+
+def test_what_is_not_there_is_left_out_with_a_word(copied, more, capsys):
+    results = copied.run("benchmarks=[absent,sandbox]")
+    problem = "the data not found at run.absent.folder=: get it from a shop"
+    assert results["benchmarks"]["absent"]["problem"] == problem
+    assert fresh(results)["benchmarks"]["sandbox"] == fresh(copied.results)["benchmarks"]["sandbox"]
+    assert f"absent is left out: {problem}" in capsys.readouterr().out
+    assert all(problem in (copied.eval / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+
+
+def test_a_run_of_nothing_ends_with_an_error(copied, more):
+    with pytest.raises(ValueError, match="no benchmark ran: absent: the data not found"):
+        copied.run("benchmarks=[absent]")
+
+
+def test_a_benchmark_that_fails_does_not_take_the_others_with_it(copied, more, capsys):
+    results = copied.run("benchmarks=[absent,sandbox]", f"run.absent.folder={copied.folder}")
+    absent = results["benchmarks"]["absent"]
+    assert absent["problem"] == "RuntimeError: the judge crashed" and absent["models"]["base"]["missing"] == 3
+    errors = [error["error"] for error in absent["models"]["base"]["errors"]]
+    assert errors[0] == "score of k0-0 is no finite number" and "not scored" in errors[1]
+    assert results["benchmarks"]["sandbox"]["problem"] == ""
+
+
+def test_a_benchmark_may_ask_the_backbone_itself_with_the_lora_off_and_on(copied, more, monkeypatch):
+    results = copied.run("benchmarks=[asked]")
+    found = results["benchmarks"]["asked"]["models"]
+    assert found["base"]["clips"] == found["tuned"]["clips"] == 2
+    assert found["base"]["figures"]["score"]["mean"] != found["tuned"]["figures"]["score"]["mean"]
+    monkeypatch.setattr(Asked, "probe", lambda *_: pytest.fail("asked again"))
+    assert copied.run("benchmarks=[asked]")["benchmarks"]["asked"]["models"] == found
+
+
+def test_the_list_needs_no_model(more, capsys):
+    assert run.main(["--list"]) is None
+    printed = capsys.readouterr().out
+    assert "sandbox: needs nothing" in printed
+    assert "absent\n  [missing] the data (MIT)\n      run.absent.folder=\n      get it from a shop" in printed
+
+
+def test_a_dry_run_counts(copied, no_sampling, capsys):
+    copied.run("run.seeds=[0,1]", "--dry-run")
+    expected = "sandbox: 5 prompts x 2 seeds, clips of base, tuned: 20, of which 10 are to be made, 2 steps each"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("benchmarks=[]", "benchmarks="),
+        ("benchmarks=[sandbx]", "'sandbx'"),
+        ("run.seeds=[1,1]", "distinct"),
+        ("run.seeds=[-1]", "negative"),
+        ("run.batch_size=0", "run.batch_size=0"),
+        ("sampler.steps=0", "steps=0"),
+        ("run.lora=nowhere", "nowhere does not exist"),
+    ],
+)
+def test_bad_settings_are_refused(tuned, change, message):
+    with pytest.raises(ValueError, match=message):
+        tuned.run(change)
+
+
+def test_clips_of_one_model_and_size_are_sampled_together():
+    def request(which, frames):
+        return making.Request(making.Clip(which, Path(), {}), None, 0, VideoConfig(64, 64, frames, 8.0))
+
+    requests = [request("base", 9)] * 3 + [request("tuned", 9)] * 2 + [request("tuned", 17)]
+    assert [len(batch) for batch in run.batches(requests, 2)] == [2, 1, 2, 1]
 
 
 def test_held_out_scenes_differ_from_those_of_other_seeds():
     first, frames = sandbox.prompts(sandbox.SandboxConfig(clips=5, seed=0), VIDEO)
     again, same = sandbox.prompts(sandbox.SandboxConfig(clips=5, seed=0), VIDEO)
-    other, others = sandbox.prompts(sandbox.SandboxConfig(clips=5, seed=1), VIDEO)
+    _, others = sandbox.prompts(sandbox.SandboxConfig(clips=5, seed=1), VIDEO)
     assert first == again and torch.equal(frames, same)
     assert not torch.equal(frames, others)
-    seeds = [sandbox.noise_seeds(sandbox.SandboxConfig(clips=100, seed=s)) for s in range(3)]
-    assert len({seed for group in seeds for seed in group}) == 300
+
+
+def test_rows_of_other_settings_stay_and_are_not_seen(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with RowFile(path) as rows:
+        rows.append("one", Row("a", 0, {"score": 1.0}), {"seconds": 1})
+        rows.append("other", Row("a", 0, error="damaged"), {"seconds": 1})
+    with RowFile(path) as rows:
+        assert rows.find("one", "a", 0)["values"] == {"score": 1.0} and rows.find("one", "a", 1) is None
+        rows.append("other", Row("a", 0, {"score": 2.0}), {"seconds": 1})
+    with RowFile(path) as rows:
+        assert [row["values"] for row in rows.every("other")] == [{"score": 2.0}]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.slow  # processes that import everything
+def test_a_run_killed_anywhere_goes_on_where_it_was(tuned, tmp_path):
+    made = Made(tmp_path, {}, tuned.model)
+    command = [sys.executable, "-m", "eval.run", *made.arguments("run.sandbox.clips=40", "run.batch_size=1")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    clips, rows = made.eval / "sandbox" / "clips", made.eval / "sandbox" / "rows-base.jsonl"
+
+    def kill_when(ready) -> None:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        started = time.monotonic()
+        while not ready() and process.poll() is None and time.monotonic() - started < 120:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert ready()
+
+    kill_when(lambda: len(list(clips.rglob("*.json"))) >= 20)
+    whole = {path.with_suffix(".mp4") for path in clips.rglob("*.json")}
+    first = {path: path.stat().st_mtime_ns for path in whole}
+    kill_when(lambda: rows.exists() and rows.stat().st_size > 0)
+    second = {path: path.stat().st_mtime_ns for path in clips.rglob("*.mp4")}
+    kept = rows.read_bytes().rpartition(b"\n")[0]
+    assert len(second) == 80 and {path: second[path] for path in first} == first
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert {path: path.stat().st_mtime_ns for path in clips.rglob("*.mp4")} == second
+    assert rows.read_bytes().startswith(kept)
+    for model in ("true", "base", "tuned"):
+        lines = row_lines(made, model)
+        assert len({(row["key"], row["seed"]) for row in lines}) == len(lines) == 40

@@ -57,7 +57,7 @@ class Fake:
             name, seed = place.name.rsplit("-", 1)
             models = {"base": "base"} | ({"tuned": name} if "run.lora" in given else {})
             lines = [
-                {"model": model, "clip": clip, "physical": physical, "semantic": 1.0}
+                {"model": model, "clip": clip, "values": {"physical": physical, "semantic": 1.0}, "error": ""}
                 for model, row in [("true", "base"), *models.items()]
                 for clip, physical in enumerate(PHYSICAL.get(row, PHYSICAL["gdpo"])[int(seed)])
             ]
@@ -124,7 +124,7 @@ def test_show_prints_and_draws_without_a_run(tmp_path, capsys):
 
 def test_scores_of_another_number_of_clips_are_refused(tmp_path):
     path = tmp_path / "scores.jsonl"
-    row = {"model": "base", "clip": 0, "physical": 1.0, "semantic": 1.0}
+    row = {"model": "base", "clip": 0, "values": {"physical": 1.0, "semantic": 1.0}, "error": ""}
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert ablation.read_scores(path, 1) == {"base": {"physical": [1.0], "semantic": [1.0]}}
     with pytest.raises(ValueError, match="does not hold 2 clips"):
@@ -243,9 +243,10 @@ def test_the_base_models_clips_are_sampled_once_a_seed(tmp_path):
         def __call__(self, module, arguments, log):
             super().__call__(module, arguments, log)
             if module == "eval.run":
-                clips = log.parent / "eval" / "clips-base-0of1.safetensors"
-                self.found = clips.exists()
-                clips.touch()
+                clip = log.parent / "eval" / "sandbox" / "clips" / "base" / "0-0.mp4"
+                self.found = clip.exists()
+                clip.parent.mkdir(parents=True, exist_ok=True)
+                clip.touch()
 
     first, second = Sampling(), Sampling()
     start(tmp_path, first, rows="base", seeds="0")
@@ -272,7 +273,7 @@ def test_processes_report_the_tail_of_the_log_and_can_be_stopped(tmp_path):
 def test_the_table_of_sections_is_that_of_the_commands():
     for module, sections in READS.items():
         names = {field.name for field in dataclasses.fields(CONFIGS[module])}
-        assert names - {"recipe", "output", "seed", "dry_run"} == set(sections)
+        assert names - {"recipe", "output", "seed", "dry_run", "benchmarks", "list"} == set(sections)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

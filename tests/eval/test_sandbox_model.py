@@ -57,10 +57,11 @@ def test_the_quick_start_improves_physics_on_prompts_that_were_not_trained_on(tm
     command = ["bash", str(ROOT / "launch" / "quickstart.sh"), str(output)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "gain, paired" in run.stdout and str(output / "eval" / "comparison.mp4") in run.stdout
+    assert "gain, paired" in run.stdout and str(output / "eval" / "sandbox" / "comparison.mp4") in run.stdout
     results = json.loads((output / "eval" / "results.json").read_text(encoding="utf-8"))
-    assert results["gain"]["physical"]["low"] > 0.1
-    assert results["gain"]["semantic"]["high"] > 0
+    gain = results["benchmarks"]["sandbox"]["gains"]["tuned"]["figures"]
+    assert gain["physical"]["low"] > 0.1 and gain["physical"]["p"] < 0.01
+    assert gain["semantic"]["high"] > 0
     groups = GroupSet(output / "groups")
     assert not any(is_held_out(groups[index].prompt) for index in range(len(groups)))
     rows = [json.loads(line) for line in (output / "eval" / "scores.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -67,6 +67,17 @@ def test_equal_frames_give_equal_bytes(tmp_path):
     assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (63, 95)])
+def test_lossless_clips_come_back_bit_for_bit(tmp_path, height, width):
+    shape = (9, height, width, 3)
+    frames = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for number in range(2):
+        write_clip(tmp_path / f"{number}.mp4", frames, 8, lossless=True)
+    back = read_clip(tmp_path / "0.mp4", video(height=height, width=width))
+    assert torch.equal(back, frames)
+    assert (tmp_path / "0.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
+
+
 def test_written_clip_plays_in_browsers(tmp_path):
     write_clip(tmp_path / "clip.mp4", scene(height=63, width=95), 23.976)
     data = (tmp_path / "clip.mp4").read_bytes()

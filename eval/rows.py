@@ -1,0 +1,89 @@
+"""Rows of a benchmark on disk: one JSON line each, kept as they come, so that nothing that was scored is scored again.
+
+A row belongs to an `identity`: the digest of the clip and of the settings that can change a score. Rows of other
+clips or settings stay in the file and are not seen. A line that was cut by a kill or damaged is dropped, and what it
+was about is scored again.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.base import Row
+from eval.search.store import digest, write_text
+
+# Settings that say where something lies or how fast it goes: other values give the same scores.
+PLACE_AND_SPEED = ("folder", "checkout", "python", "batch_size", "clips_a_call", "workers")
+SYNC_EVERY = 1.0  # seconds; a killed process loses nothing, a machine that loses power this much
+
+
+def scoring_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings`, at any depth, without those that cannot change a score."""
+    return {
+        key: scoring_settings(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if key not in PLACE_AND_SPEED
+    }
+
+
+def identity(clip: Any, settings: Mapping[str, Any]) -> str:
+    """Of the row of `clip`, its digest or whatever tells it from others, under a benchmark's settings."""
+    return digest([clip, scoring_settings(settings)])
+
+
+class RowFile:
+    """A file of rows, open for appending; one process at a time."""
+
+    def __init__(self, path: Path):
+        self.path, self._rows = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+                self._rows[record["identity"], record["key"], record["seed"]] = record
+                kept.append(line)
+            except (ValueError, KeyError, TypeError):  # torn, damaged, or the empty rest after the last newline
+                continue
+        # One row of a clip: an error's row goes when the clip is scored after all.
+        last = [json.dumps(record, ensure_ascii=False) for record in self._rows.values()]
+        if len(kept) + 1 != len(lines) and lines or len(last) != len(kept):
+            write_text(path, "".join(line + "\n" for line in last))
+        self._file = path.open("a", encoding="utf-8", newline="")
+        self._synced = time.monotonic()
+
+    def find(self, name: str, key: str, seed: int) -> dict[str, Any] | None:
+        """The row with this identity, as it stands in the file."""
+        return self._rows.get((name, key, seed))
+
+    def every(self, name: str) -> list[dict[str, Any]]:
+        """All rows with this identity, in the order in which they came."""
+        return [record for (own, _, _), record in self._rows.items() if own == name]
+
+    def append(self, name: str, row: Row, facts: Mapping[str, Any]) -> None:
+        """Keep a row with further facts. A value that is no finite number makes it an error's row."""
+        error, values = row.error, {column: float(value) for column, value in row.values.items()}
+        if wrong := [column for column, value in values.items() if not math.isfinite(value)]:
+            error, values = f"{', '.join(wrong)} of {row.key}-{row.seed} is no finite number", {}
+        record = {"key": row.key, "seed": row.seed, "identity": name, "values": values, "error": error, **facts}
+        self._rows[name, row.key, row.seed] = record
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > SYNC_EVERY:
+            self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._sync()
+        self._file.close()

@@ -1,0 +1,177 @@
+"""Clips to rows: what a benchmark asks for, and scoring what has no row yet.
+
+One failing clip is a row with an error; a benchmark that fails as a whole keeps the rows that it has.
+"""
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval.benchmarks.base import Benchmark, Row, Sample, Task
+from eval.making import Model, Request
+from eval.results import TRUE
+from eval.rows import RowFile, identity
+from train.backbones.base import Backbone
+
+COMPLETE = ""  # key of the row that ends those of a benchmark without clips
+
+Mark = tuple[str, float | None]  # identity of a clip's row, and the clip's motion energy; None: a reference
+
+
+@dataclass
+class Plan:
+    """What one benchmark asks for."""
+
+    benchmark: Benchmark
+    settings: dict[str, Any]
+    folder: Path
+    problem: str = ""  # why it cannot run, or did not run to its end
+    tasks: list[Task] = field(default_factory=list)
+    requests: dict[str, list[Request]] = field(default_factory=dict)  # by model, a clip each
+    samples: dict[str, list[Sample]] = field(default_factory=dict)  # by model
+    refused: dict[str, str] = field(default_factory=dict)  # key of a task whose image cannot be read -> why
+    identities: dict[str, str] = field(default_factory=dict)  # by model, of rows without a clip
+    seconds: dict[str, float] = field(default_factory=dict)  # by model, of scoring, in this and earlier runs
+
+    def unfinished(self) -> list[Request]:
+        return [
+            request for requests in self.requests.values() for request in requests if not request.clip.is_finished()
+        ]
+
+    def rows(self, model: str) -> RowFile:
+        return RowFile(self.folder / f"rows-{model}.jsonl")
+
+    def cost(self, model: str) -> dict[str, float]:
+        """Seconds of scoring, and what the model's clips took to make: clips, seconds and network passes in all."""
+        records = [record for request in self.requests.get(model, []) if (record := request.clip.record())]
+        made = {name: round(sum(record[name] for record in records), 1) for name in ("seconds", "passes")}
+        return {"scoring_seconds": round(self.seconds[model], 1), "clips_made": len(records)} | made
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A benchmark that asks a model itself."""
+
+    benchmark: str
+    model: Model
+    identity: str
+
+
+def unprobed(plan: Plan, models: Sequence[Model]) -> Iterator[tuple[Model, str]]:
+    """Models that a benchmark has not asked to the end, with the identity of their rows."""
+    for model in models:
+        if own := plan.identities.get(model.name, ""):
+            with plan.rows(model.name) as rows:
+                if rows.find(own, COMPLETE, 0) is None:
+                    yield model, own
+
+
+def probe(benchmark: Benchmark, backbone: Backbone, probe: Probe, folder: Path) -> None:
+    """Keep the rows of a benchmark that asks the backbone itself, as it stands."""
+    work = folder / "scoring" / probe.model.name
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with RowFile(folder / f"rows-{probe.model.name}.jsonl") as rows:
+        try:
+            for row in benchmark.probe(backbone, work):
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                known = rows.find(probe.identity, row.key, row.seed)
+                if known is None or known["error"]:
+                    rows.append(probe.identity, row, {"motion": None, "seconds": round(seconds, 4)})
+            rows.append(probe.identity, Row(COMPLETE, 0), {"motion": None, "seconds": 0})
+        except Exception:  # whatever it is, the other benchmarks run, and the report says that rows are missing
+            traceback.print_exc()
+
+
+def score(plan: Plan) -> Iterator[dict[str, Any]]:
+    """A line of scores.jsonl for every clip of the plan; what has no row yet is scored first."""
+    if not plan.benchmark.of_clips:
+        for model, own in plan.identities.items():
+            with plan.rows(model) as rows:
+                found = rows.every(own)
+            if all(row["key"] != COMPLETE for row in found):
+                plan.problem = f"{model} was not asked to the end; run the same command again"
+            plan.seconds[model] = sum(row["seconds"] for row in found)
+            found = [row for row in found if row["key"] != COMPLETE]
+            yield from (_line(plan, model, number, row, "", "") for number, row in enumerate(found))
+        return
+    for model, samples in plan.samples.items():
+        marks = _marks(plan, model)
+        with plan.rows(model) as rows:
+
+            def find(sample: Sample, rows: RowFile = rows, marks: dict[tuple[str, int], Mark] = marks) -> Any:
+                name = sample.task.key, sample.seed
+                return rows.find(marks[name][0], *name)
+
+            missing = [sample for sample in samples if (row := find(sample)) is None or row["error"]]
+            if missing and not plan.problem:
+                _score_missing(plan, model, missing, rows, marks)
+            found = [find(sample) for sample in samples]
+        plan.seconds[model] = sum(row["seconds"] for row in found if row)
+        for number, (sample, row) in enumerate(zip(samples, found, strict=True)):
+            if row is None:
+                error = f"{sample.path}: not scored: {plan.problem}"
+                row = {"key": sample.task.key, "seed": sample.seed, "values": {}, "motion": None, "error": error}
+            yield _line(plan, model, number, row, sample.task.text, sample.task.category)
+
+
+def _marks(plan: Plan, model: str) -> dict[tuple[str, int], Mark]:
+    """By key and seed."""
+    clips = {request.clip.path: request.clip for request in plan.requests.get(model, [])}
+    marks = {}
+    for sample in plan.samples[model]:
+        record = clips[sample.path].record() if sample.path in clips else None
+        own = identity(record["digest"] if record else _file_mark(sample.path), plan.settings)
+        marks[sample.task.key, sample.seed] = (own, record["motion"] if record else None)
+    return marks
+
+
+def _score_missing(
+    plan: Plan, model: str, samples: Sequence[Sample], rows: RowFile, marks: dict[tuple[str, int], Mark]
+) -> None:
+    """Append a row for each of the samples; where the benchmark fails as a whole, only for some."""
+    left = {(sample.task.key, sample.seed): sample for sample in samples}
+
+    def keep(row: Row, seconds: float) -> None:
+        left.pop((row.key, row.seed))  # KeyError for a row that nobody asked for
+        own, motion = marks[row.key, row.seed]
+        rows.append(own, row, {"motion": motion, "seconds": round(seconds, 4)})
+
+    for sample in samples:
+        if model != TRUE and (reason := plan.refused.get(sample.task.key, "")):
+            keep(Row.of(sample, error=reason), 0)
+    work = plan.folder / "scoring" / model
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with tqdm(total=len(left), desc=f"{plan.benchmark.name} {model}", unit="clip", smoothing=0) as bar:
+        try:
+            for row in plan.benchmark.score(list(left.values()), work):
+                keep(row, time.perf_counter() - started)
+                started = time.perf_counter()
+                bar.update()
+            for sample in list(left.values()):
+                keep(Row.of(sample, error=f"{sample.path}: {plan.benchmark.name} gave no row"), 0)
+        except Exception as error:  # whatever it is, the rows are kept and the other benchmarks run
+            traceback.print_exc()
+            plan.problem = f"{type(error).__name__}: {error}"
+
+
+def _file_mark(path: Path) -> list[Any]:
+    """What tells a file without a sidecar from others; of a missing one its name alone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return [path.name]
+    return [path.name, found.st_size, found.st_mtime_ns]
+
+
+def _line(plan: Plan, model: str, number: int, row: dict[str, Any], prompt: str, category: str) -> dict[str, Any]:
+    """A line of scores.jsonl."""
+    own = {name: row[name] for name in ("key", "seed")} | {"prompt": prompt, "category": category}
+    result = {name: row[name] for name in ("motion", "values", "error")}
+    return {"benchmark": plan.benchmark.name, "model": model, "clip": number} | own | result

@@ -14,6 +14,11 @@ LoRAs compared in one folder, each with a generate.name of its own, share the ba
 "tuned" it is side_by_side-<name>, sheet-<name>.png and manifest-<name>.jsonl). Each rank holds a whole model and makes
 its share of what is missing. A clip depends on its own prompt and seed; which clips are sampled together
 (generate.batch_size) changes it by rounding at most.
+
+    ... generate.search=best_of_n search.num_candidates=16 generate.refine=proprio
+
+searches and refines instead: each clip is then the best of several candidates, in folders whose names end with the
+strategy's (base-best_of_n-proprio, ...), and its sidecar holds the candidates' seeds and scores, passes and seconds.
 """
 
 import json
@@ -44,6 +49,8 @@ from eval.making import (
     read_lora,
 )
 from eval.prompts import Prompt, read_prompts
+from eval.search import searcher
+from eval.search.config import SearchConfig
 from eval.search.store import write_text
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
@@ -65,7 +72,10 @@ class GenerateConfig:
     name: str = TUNED  # of the LoRA's clips: their folder and label
     base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips
     folder: str = "${output}/clips"  # everything goes here
-    batch_size: int = 1  # clips sampled together, per GPU
+    batch_size: int = 1  # clips sampled together, per GPU; with a search: search.batch_size
+    fused: bool = False  # training's fused blocks: faster after a minute's compilation; see eval.fused
+    search: str = ""  # best_of_n | race | prune: the best of search.num_candidates; see eval.search.searcher
+    refine: str = ""  # proprio | guidance: of the chosen one's noise, or of every candidate
 
 
 @dataclass
@@ -78,6 +88,7 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
 
 
 @dataclass(frozen=True)
@@ -165,8 +176,7 @@ def prepare(config: Config) -> Work:
         for seed in settings.seeds or [config.seed]:
             file = f"{prompt.key}-{seed}.mp4"
             requests = [
-                builder.build(model, folder / model.name / file, prompt, seed, video)
-                for model in models(settings, lora)
+                builder.build(model, folder / model.name / file, prompt, seed, video) for model in models(config, lora)
             ]
             comparison = None
             if len(requests) == 2:
@@ -180,10 +190,15 @@ def prepare(config: Config) -> Work:
     return Work(jobs, shell.fingerprint, lora)
 
 
-def models(settings: GenerateConfig, lora: Lora | None) -> list[Model]:
-    """Base, tuned, or both in this order."""
-    base = [Model(BASE)] if settings.base else []
-    return base + ([Model(settings.name, lora)] if lora else [])
+def models(config: Config, lora: Lora | None) -> list[Model]:
+    """Base, tuned, or both in this order; with a strategy's name behind their own."""
+    settings, strategy = config.generate, chosen_strategy(config.generate)
+    found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
+    return [searcher.searching(model, strategy, config.search) for model in found]
+
+
+def chosen_strategy(settings: GenerateConfig) -> searcher.Strategy:
+    return searcher.Strategy(settings.search, settings.refine)
 
 
 def check(config: Config) -> None:
@@ -205,6 +220,8 @@ def check(config: Config) -> None:
     if bad := [seed for seed in seeds if not 0 <= seed < 2**63] + [s for s in set(seeds) if seeds.count(s) > 1]:
         raise ValueError(f"generate.seeds={seeds}: {bad[0]} is negative, too large or there twice; give distinct seeds")
     sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
+    if strategy := chosen_strategy(settings):
+        searcher.check(strategy, config.search, config.sampler, "generate")
 
 
 def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) -> None:
@@ -231,7 +248,7 @@ def _is_placeholder(config: Config) -> bool:
 
 
 def _suffix(settings: GenerateConfig) -> str:
-    return "" if settings.name == TUNED else f"-{settings.name}"
+    return ("" if settings.name == TUNED else f"-{settings.name}") + chosen_strategy(settings).suffix
 
 
 def plan(config: Config, work: Work, *, world: int) -> str:
@@ -254,6 +271,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
         f" {len({job.seed for job in work.jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
         "network passes": f"{at_most}{todo * passes}, {passes} a clip ({sampler.steps} steps)",
+        "search": searcher.describe(chosen_strategy(config.generate), config.search),
         "folder": config.generate.folder,
     }
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
@@ -272,12 +290,12 @@ def make_clips(config: Config, jobs: Sequence[Job], lora: Lora | None, device: t
             print(f"encoding prompts and loading the network for {total} clips on this rank")
         requests = [job.requests[0] for job in sampled]
         conditionings = Conditionings(config.backbone, config.sampler, requests, device)
-        maker = Maker(config.backbone, config.sampler, lora, conditionings, device)
-    size = config.generate.batch_size
+        maker = Maker(config.backbone, config.sampler, lora, conditionings, device, fused=config.generate.fused)
+    size, wanted_models = config.generate.batch_size, models(config, lora)
     with tqdm(total=total, desc="clips", unit="clip", smoothing=0, disable=not (progress and total)) as bar:
         for first in range(0, len(jobs), size):
             batch = jobs[first : first + size]
-            for model in models(config.generate, lora):
+            for model in wanted_models:
                 missing = [job for job in batch if model.name in job.todo]
                 if missing:
                     wanted = [r for job in missing for r in job.requests if r.clip.which == model.name]

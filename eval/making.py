@@ -4,7 +4,8 @@
                                          depend on, with a digest, and what making it took; written last
 
 A clip whose sidecar shows the same settings is finished: whoever is stopped continues. How latents are sampled is one
-function of a `Model`, its `Strategy`; a search over several candidates is another such function.
+function of a `Model`, its `Strategy`; a search over several candidates is another such function
+(`eval.search.searcher`).
 """
 
 import gc
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from eval.fused import fuse
 from eval.prompts import Prompt
 from eval.search.store import digest, write_text
 from train.backbones import BACKBONES, load_backbone
@@ -114,8 +116,9 @@ class Strategy(Protocol):
         requests: Sequence[Request],
         sampler: SamplerConfig,
         negative: Conditioning,
-    ) -> Tensor:
-        """Latents (B, C, F, H, W) float32, one clip a request; conditioning is of B clips, all of one video size."""
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Latents (B, C, F, H, W) float32, one clip a request, and facts about each for its sidecar, as plain JSON
+        values; conditioning is of B clips, all of one video size."""
 
 
 def sample(
@@ -124,10 +127,11 @@ def sample(
     requests: Sequence[Request],
     sampler: SamplerConfig,
     negative: Conditioning,
-) -> Tensor:
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """The plain strategy: one clip from each request's seed."""
-    seeds = [request.seed for request in requests]
-    return sample_clips(backbone, conditioning, seeds, requests[0].video, sampler, negative=negative, progress=False)
+    seeds, video = [request.seed for request in requests], requests[0].video
+    latents = sample_clips(backbone, conditioning, seeds, video, sampler, negative=negative, progress=False)
+    return latents, [{} for _ in requests]
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,7 @@ class Maker:
         device: torch.device,
         *,
         decode_batch: int = 1,
+        fused: bool = False,
     ):
         self.sampler, self.conditionings, self.decode_batch = sampler, conditionings, decode_batch
         self.backbone = load_backbone(config, device, parts=("vae", "transformer"))
@@ -261,6 +266,8 @@ class Maker:
         self.switch = None
         if lora:
             self.switch = attach_trained(lora.path, self.backbone.experts, fingerprint=self.backbone.fingerprint)
+        if fused and (reason := fuse(self.backbone, self.switch)):
+            print(f"blocks are not fused: {reason}")
 
     def _count(self, network: nn.Module, inputs: tuple, output: Any) -> None:
         self.passes += len(output[0])
@@ -271,18 +278,19 @@ class Maker:
         started, passes = time.perf_counter(), self.passes
         conditioning, negative = self.conditionings.of(requests), self.conditionings.negative
         with self.switch.reference() if self.switch and model.lora is None else nullcontext():
-            latents = model.strategy(self.backbone, conditioning, requests, self.sampler, negative)
+            latents, found = model.strategy(self.backbone, conditioning, requests, self.sampler, negative)
         frames = [
             clip
             for part in latents.split(self.decode_batch)
             for clip in to_pixels(self.backbone.decode_latents(part, batch_size=self.decode_batch)).cpu()  # (T,H,W,3)
         ]
         seconds = round((time.perf_counter() - started) / len(requests), 3)
-        for request, clip in zip(requests, frames, strict=True):
+        for request, clip, more in zip(requests, frames, found, strict=True):
             prompt = request.prompt
             facts = {"key": prompt.key, "seconds": seconds, "passes": (self.passes - passes) / len(requests)}
             facts |= {"image": str(prompt.image)} if prompt.image else {}
             facts |= {"lora": str(model.lora.path)} if model.lora else {}
+            facts |= more
             request.clip.write(clip, request.video.fps, facts)
 
 

@@ -22,26 +22,30 @@ class Prompt:
     image: Path | None
 
 
-def read_prompts(prompts: Sequence[str], images: Sequence[str], file: str) -> list[Prompt]:
-    """The prompts of `generate.prompts` or `generate.prompts_file`, with their keys and images.
+def read_prompts(
+    prompts: Sequence[str], images: Sequence[str], file: str, *, section: str = "generate"
+) -> list[Prompt]:
+    """The prompts of a section's keys `prompts` or `prompts_file`, with their keys and images.
 
     Raises ValueError where there are none, for an unreadable file, a missing column, an empty prompt, doubled keys, and
     images for some prompts only. Images in a file are relative to its folder.
     """
-    source, folder = "generate.prompts", Path()
+    source, folder = f"{section}.prompts", Path()
     records: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
     if file:
         if records:
-            print(f"generate.prompts_file is given: the {len(records)} prompts of generate.prompts are not used")
+            print(f"{section}.prompts_file is given: the {len(records)} prompts of {section}.prompts are not used")
         path = Path(file)
-        source, folder, records = str(path), path.parent, _read_records(path)
+        source, folder, records = str(path), path.parent, _read_records(path, section)
     if not records:
-        raise ValueError(f"{source} holds no prompts: list some in generate.prompts, or name a generate.prompts_file")
+        raise ValueError(f"{source} holds no prompts: list some in {section}.prompts, or name a {section}.prompts_file")
     if images:
         if any(record.get("image") for record in records):
-            raise ValueError(f"generate.images is given and {source} has an image column: use one of the two")
+            raise ValueError(f"{section}.images is given and {source} has an image column: use one of the two")
         if len(images) != len(records):
-            raise ValueError(f"generate.images names {len(images)} files for {len(records)} prompts: give one a prompt")
+            raise ValueError(
+                f"{section}.images names {len(images)} files for {len(records)} prompts: give one a prompt"
+            )
         folder = Path()
         records = [record | {"image": image} for record, image in zip(records, images, strict=True)]
     found: dict[str, Prompt] = {}
@@ -74,15 +78,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
+def _read_records(path: Path, section: str) -> list[dict[str, Any]]:
     """The rows of a prompts file as dicts; ValueError where it cannot be read or has no column prompt."""
     remedy = "give a UTF-8 .txt with a prompt a line, or a .csv or .jsonl with the columns prompt [image] [key]"
     if path.suffix.lower() not in (".txt", ".csv", ".jsonl"):
-        raise ValueError(f"generate.prompts_file={path} has an unknown format {path.suffix!r}: {remedy}")
+        raise ValueError(f"{section}.prompts_file={path} has an unknown format {path.suffix!r}: {remedy}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ValueError(f"generate.prompts_file={path} cannot be read ({error}): {remedy}") from error
+        raise ValueError(f"{section}.prompts_file={path} cannot be read ({error}): {remedy}") from error
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix.lower() == ".txt":
         return [{"prompt": line} for _, line in lines]

@@ -12,10 +12,12 @@
     <folder>/results.json, report.html, report.md         figures with intervals; the reports show those numbers
 
 Models: `true` are a benchmark's own references, `base` and `tuned` get the same prompts and the same initial noise, so
-their difference is tested in pairs. Kill it at any moment and run it again: whole clips and rows are kept. Whatever
-cannot be scored (a damaged clip, an answer that never came) is a row with an error: counted, named in the report, tried
-again by the next run. A benchmark whose data or models are not there is left out with a word on what to get; the rest
-runs. All ranks make clips; the main process scores.
+their difference is tested in pairs. With `run.search` or `run.refine` (`eval.search.searcher`) there are as well
+`base-best_of_n`, `tuned-best_of_n` and the like, whose first candidate has that noise; what they cost is in the
+sidecars. Kill it at any moment and run it again: whole clips and rows are kept. Whatever cannot be scored (a damaged
+clip, an answer that never came) is a row with an error: counted, named in the report, tried again by the next run. A
+benchmark whose data or models are not there is left out with a word on what to get; the rest runs. All ranks make
+clips; the main process scores.
 """
 
 import gc
@@ -58,6 +60,8 @@ from eval.prompts import Prompt
 from eval.results import TRUE, summarise
 from eval.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
+from eval.search import searcher
+from eval.search.config import SearchConfig
 from eval.search.store import write_text
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
@@ -76,6 +80,8 @@ class RunConfig(BenchmarkSettings):
     folder: str = "${output}/eval"  # everything goes here
     seeds: list[int] = field(default_factory=lambda: [0])  # clips a prompt, one each; the noise is a prompt's own
     batch_size: int = 16  # clips sampled together, per GPU
+    search: str = ""  # best_of_n | race | prune: both models' clips searched as well; see eval.search.searcher
+    refine: str = ""  # proprio | guidance, likewise
     layout: bool = False  # also lay the clips out as each benchmark's official code reads them
 
 
@@ -89,6 +95,7 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
     benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
     list: bool = False  # print every benchmark with what it needs and stop
 
@@ -128,6 +135,8 @@ def check(config: Config) -> None:
     if config.backbone.random_weights and not config.dry_run:
         raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
     sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
+    if strategy := searcher.Strategy(settings.search, settings.refine):
+        searcher.check(strategy, config.search, config.sampler, "run")
 
 
 def listing(config: Config) -> str:
@@ -182,8 +191,15 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
 
 
 def models(lora: Lora | None) -> list[Model]:
-    """Those that make clips, in the report's order."""
+    """Base and tuned, in the report's order."""
     return [Model(BASE)] + ([Model(TUNED, lora)] if lora else [])
+
+
+def makers(config: Config, lora: Lora | None) -> list[Model]:
+    """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
+    strategy = searcher.Strategy(config.run.search, config.run.refine)
+    searched = [searcher.searching(model, strategy, config.search) for model in models(lora)] if strategy else []
+    return models(lora) + searched
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
@@ -232,7 +248,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone) -> None
     builder = Requests(config.backbone, config.sampler, shell.fingerprint)
     if references := benchmark.references(folder / "references"):
         plan.samples[TRUE] = references
-    for model in models(lora):
+    for model in makers(config, lora):
         plan.requests[model.name], plan.samples[model.name] = [], []
         for number, task in enumerate(plan.tasks):
             for seed in config.run.seeds:
@@ -266,7 +282,7 @@ def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Pa
 
 def overview(config: Config, lora: Lora | None, plans: Sequence[Plan]) -> str:
     """The lines of a dry run."""
-    names = ", ".join(model.name for model in models(lora))
+    names, asked = (", ".join(model.name for model in of) for of in (makers(config, lora), models(lora)))
     lines = []
     for plan in plans:
         clips = sum(len(requests) for requests in plan.requests.values())
@@ -274,7 +290,7 @@ def overview(config: Config, lora: Lora | None, plans: Sequence[Plan]) -> str:
             f"{plan.benchmark.name}: {len(plan.tasks)} prompts x {len(config.run.seeds)} seeds, clips of {names}:"
             f" {clips}, of which {len(plan.unfinished())} are to be made, {config.sampler.steps} steps each"
             if not plan.problem and plan.benchmark.of_clips
-            else f"{plan.benchmark.name}: {'left out' if plan.problem else f'asks {names} itself'}"
+            else f"{plan.benchmark.name}: {'left out' if plan.problem else f'asks {asked} itself'}"
         )
     return "\n".join(lines)
 
@@ -291,7 +307,7 @@ def make_clips(
     conditionings = Conditionings(config.backbone, config.sampler, requests, device)
     size = config.run.batch_size
     maker = Maker(config.backbone, config.sampler, lora, conditionings, device, decode_batch=size)
-    known = {model.name: model for model in models(lora)}
+    known = {model.name: model for model in makers(config, lora)}
     with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not progress) as bar:
         for batch in batches(requests, size):
             maker.make(known[batch[0].clip.which], batch)

@@ -40,7 +40,8 @@ SECTIONS = {
     "generate": "from prompts to clips and comparisons",
     "run": "what eval.run generates and scores",
     "search": "candidates, scorers and what becomes of them",
-    "benchmark": "what train.benchmark measures",
+    "refine_prompts": "prompts that a vision-language model refines round by round",
+    "benchmark": "what train.benchmark and eval.search.benchmark measure",
     "inspect": "what train.inspect_targets draws",
 }
 # Keys beside the sections.

@@ -26,7 +26,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -97,6 +97,9 @@ class CopiedReference:
 
     def share_graph(self) -> None:
         """Nothing to share: the two networks are two."""
+
+    def sharing(self, passes: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @staticmethod
     def checkpoint(function: Callable, *args):

@@ -262,7 +262,7 @@ def _caption(label: str, width: int, height: int) -> Tensor:
 
 
 def motion_energy(frames: Tensor) -> float:
-    """Mean absolute change from frame to frame of a clip (T, H, W, 3) uint8, as a share of the full range; 0 for one."""
+    """Mean absolute change from frame to frame of a clip (T, H, W, 3) uint8, as a share of the full range."""
     changes = [(b.short() - a.short()).abs().float().mean() for a, b in zip(frames[:-1], frames[1:], strict=True)]
     return float(torch.stack(changes).mean()) / 255 if changes else 0.0
 

@@ -206,11 +206,12 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
             error = predict(j).error
             gradients.append(torch.autograd.grad(error.sum(), adapters))
             values.append(error.detach())
-        won = predict(0, features_at=block)
+        with policy.switch.sharing(winner.waiting(batch)):
+            won = predict(0, features_at=block)
+            terms, more = winner.winner_losses(config, policy, won, batch)
         policy_errors = torch.stack([won.error.detach(), *values], dim=1).requires_grad_()
         loss, extra = preference_loss(config, policy_errors, reference, batch)
         (coefficients,) = torch.autograd.grad(loss.mean(), policy_errors)  # (1,1+M')
-        terms, more = winner.winner_losses(config, policy, won, batch)
         whole = (coefficients[:, 0] * won.error + terms).sum()
         combined = list(torch.autograd.grad(whole, policy.parameters()))
         add_(combined, gradients, coefficients[0, 1:])
@@ -218,10 +219,11 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
         flat_clips, flat_noise = clips.flatten(0, 1), batch["noise"].flatten(0, 1)
         with policy.switch.frozen_reference():
             reference = winner.predict(policy, flat_clips, flat_noise, batch).error.detach().view(groups, members)
-        prediction = winner.predict(policy, flat_clips, flat_noise, batch, features_at=block)
+        with policy.switch.sharing(winner.waiting(batch)):
+            prediction = winner.predict(policy, flat_clips, flat_noise, batch, features_at=block)
+            terms, more = winner.winner_losses(config, policy, prediction.every(members), batch)
         policy_errors = prediction.error.view(groups, members)
         loss, extra = preference_loss(config, policy_errors, reference, batch)
-        terms, more = winner.winner_losses(config, policy, prediction.every(members), batch)
         combined = list(torch.autograd.grad((loss + terms).mean(), policy.parameters()))
     loss = loss.detach() + terms.detach()
 

@@ -47,12 +47,13 @@ class SwitchState:
 
     Eager layers branch on `active`. Compiled ones must not: two branches are two graphs, and their bfloat16 roundings
     differ by more than what a preference step measures. With `one_graph` every pass computes the low-rank update and
-    multiplies it by `gate`, which is alpha / rank or 0.
+    multiplies it by `gate`, which is alpha / rank or 0. `passes`, of which activations wait for their backward at once,
+    is for the memory plan of fused blocks.
     """
 
     def __init__(self, scale: float, device: torch.device):
         self.gates = {True: torch.tensor(scale, device=device), False: torch.tensor(0.0, device=device)}
-        self.one_graph = False
+        self.one_graph, self.passes = False, 1
         self.turn(active=True)
 
     def turn(self, *, active: bool) -> None:
@@ -121,6 +122,15 @@ class LoraSwitch:
     def share_graph(self) -> None:
         """Make policy and reference run the same compiled graph. Call before the network is compiled."""
         self.state.one_graph = True
+
+    @contextmanager
+    def sharing(self, passes: int) -> Iterator[None]:
+        """Activations of `passes` passes inside wait for their backward at the same time: fused blocks keep less."""
+        before, self.state.passes = self.state.passes, passes
+        try:
+            yield
+        finally:
+            self.state.passes = before
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -2,12 +2,14 @@
 
 Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden state) and w = u ffn / width:
 
-    peak = resident + 4 adapters + sum over blocks of kept(level) + workspace(highest level)
+    peak = resident + 4 adapters + passes x sum over blocks of kept(level) + workspace(highest level)
 
 `resident` is what is allocated before the first step; four times the adapters' bytes are AdamW's two moments and two
-sets of gradients. Kept: its input, and by `train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp),
-three more hidden states (3 u), everything (3 u + w), or everything in host memory. The workspace, fitted to measured
-peaks, is what one block's backward pass holds besides: it recomputes less the more was kept.
+sets of gradients. Passes are those whose activations wait for their backward at once: one, and two where the
+self-score's judge looks at what the policy predicts (`train.winner`). Kept: a block's input, and by
+`train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp), three more hidden states (3 u), everything
+(3 u + w), or everything in host memory. The workspace, fitted to measured peaks, is what one block's backward pass
+holds besides: it recomputes less the more was kept.
 
 Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
 the backward pass starts, and a block that kept more needs less workspace.
@@ -62,19 +64,20 @@ class Sizes:
         return WORKSPACE[level] * self.hidden + WIDE_WORKSPACE * self.wide
 
 
-def predict(sizes: Sizes, levels: list[int]) -> float:
+def predict(sizes: Sizes, levels: list[int], passes: int = 1) -> float:
     """Bytes of activations at the peak, when the last block's backward pass runs and one block's come back."""
     coming = sizes.offloaded if OFFLOADED in levels else 0
-    return sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming
+    return passes * sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming
 
 
-def choose_levels(sizes: Sizes, available: float, host: float = 0.0) -> list[int]:
-    """A level for each block whose predicted activations fit `available` bytes on the device and `host` bytes there.
+def choose_levels(sizes: Sizes, available: float, host: float = 0.0, passes: int = 1) -> list[int]:
+    """A level for each block whose predicted activations of all `passes` fit `available` bytes on the device and `host`
+    bytes there.
 
     What the host has room for is offloaded, spread over the network so that copies have blocks to hide behind; the
     last block never is. The other blocks' levels do not fall as `available` grows; all are 0 where nothing fits.
     """
-    count = min(int(host // sizes.offloaded), sizes.blocks - 1)
+    count = min(int(host // (passes * sizes.offloaded)), sizes.blocks - 1)
     offloaded = {(2 * n + 1) * (sizes.blocks - 1) // (2 * count) for n in range(count)}
     levels = [OFFLOADED if index in offloaded else 0 for index in range(sizes.blocks)]
     for level in (1, 2, 3):
@@ -82,14 +85,14 @@ def choose_levels(sizes: Sizes, available: float, host: float = 0.0) -> list[int
             if levels[index] == OFFLOADED:
                 continue
             raised = [*levels[:index], level, *levels[index + 1 :]]
-            if predict(sizes, raised) > available:
+            if predict(sizes, raised, passes) > available:
                 return levels
             levels = raised
     return levels
 
 
-def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[torch.Size], list[int]]:
-    """Levels of a Wan network's blocks for hidden states of a shape (B, N, D), by the train section `config`.
+def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[torch.Size, int], list[int]]:
+    """Levels of a Wan network's blocks for hidden states (B, N, D) and waiting passes, by the train section `config`.
 
     Call it when everything but the optimizer is in place: what is allocated now counts as resident.
     """
@@ -104,13 +107,13 @@ def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[t
         available = (budget or float("inf")) - weights - trained
     available -= 4 * trained
 
-    def levels(shape: torch.Size) -> list[int]:
+    def levels(shape: torch.Size, passes: int) -> list[int]:
         shapes = network.config
         blocks, dtype = shapes.num_layers, network.dtype
         sizes = Sizes(shape[0] * shape[1], shape[2], shapes.ffn_dim, shapes.num_attention_heads, blocks, dtype.itemsize)
         if not config.activation_checkpointing:
             return [3] * blocks
         room = available - FLOAT8_WORKSPACE * sizes.hidden * config.float8
-        return choose_levels(sizes, room, config.offload_gib * GIB)
+        return choose_levels(sizes, room, config.offload_gib * GIB, passes)
 
     return levels

@@ -11,9 +11,10 @@ enough. The gradient reaches the policy through z_0 alone, and is taken right af
 context: its activations are gone before the policy's own are needed, and with `train.parameters=full` the copied
 weights are in place for both.
 
-Deviations: one level and one draw a step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the
-winner's for both, or standing still would be a way out. Which steps are due follows from the global position of a
-sample, so every rank runs the same number of passes.
+Deviations: levels above Proprio's 0.3 to 0.6, at which the hinge was rarely positive on the sandbox; one level and one
+draw a step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the winner's for both, or standing
+still would be a way out. Which steps are due follows from the global position of a sample, so every rank runs the same
+number of passes.
 
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
 """
@@ -34,8 +35,8 @@ from train.backbones.base import Conditioning
 class SelfScoreConfig:
     weight: float = 0.0  # of the hinge, in mean squared velocity; 0: no such term
     every: int = 4  # k: the term is on in steps 0, k, 2 k ...
-    t_min: float = 0.3  # the level s is drawn uniformly from [t_min, t_max]: the levels that Proprio scores at
-    t_max: float = 0.6
+    t_min: float = 0.6  # the level s is drawn uniformly from [t_min, t_max]
+    t_max: float = 0.9
     motion_mask: bool = True  # score where the winner moves; false: everywhere
 
 

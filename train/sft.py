@@ -57,8 +57,9 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Gradients of the batch's mean loss with respect to the adapters and heads, and metrics."""
     block = feature_block(config.physics, len(policy.backbone.blocks))
-    prediction = winner.predict(policy, batch["winner"], batch["noise"], batch, features_at=block)
-    terms, metrics = winner.winner_losses(config, policy, prediction, batch)
+    with policy.switch.sharing(winner.waiting(batch)):
+        prediction = winner.predict(policy, batch["winner"], batch["noise"], batch, features_at=block)
+        terms, metrics = winner.winner_losses(config, policy, prediction, batch)
     loss = (prediction.error + terms).mean()
     metrics = {"loss": loss.detach(), "flow": prediction.error.detach().mean()} | metrics
     return list(torch.autograd.grad(loss, policy.parameters())), metrics

@@ -50,6 +50,12 @@ def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str
     return physics.group_targets(config.physics, sample.group) | drawn
 
 
+def waiting(batch: dict[str, Tensor]) -> int:
+    """Passes whose activations wait for their backward at once: the winner's, and where a self-score is due its
+    judge's."""
+    return 2 if "score_t" in batch else 1
+
+
 def predict(
     policy: Policy, clips: Tensor, noise: Tensor, batch: dict[str, Tensor], *, features_at: int | None = None
 ) -> Prediction:

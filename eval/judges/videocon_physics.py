@@ -17,6 +17,7 @@ a caption that may be too long is refused. Judge the short prompt, not one that 
 """
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +68,8 @@ def build(config: VideoConPhysicsConfig, device: torch.device | str) -> Judge:
             with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
                 folder = Path(temporary)
                 paths = write_clips(folder, clips, chosen, config.fps)
-                questions = _questions(tool, folder, paths, prompts, failures)
-                found = _answers(tool, config.batch_size, folder, questions, failures)
+                found, unscored = score_files(tool, config.batch_size, paths, prompts, folder)
+                failures |= unscored
         judged = [clip for clip in chosen if clip not in failures]
         semantic, physical = (
             torch.tensor([found[name][clip] for clip in judged], dtype=torch.float32)
@@ -80,6 +81,19 @@ def build(config: VideoConPhysicsConfig, device: torch.device | str) -> Judge:
         return scores
 
     return score
+
+
+def score_files(
+    tool: Tool, batch_size: int, paths: Mapping[int, str], prompts: Sequence[str], folder: Path
+) -> tuple[dict[str, dict[int, float]], dict[int, str]]:
+    """Scores of clips that lie in files: name of TABLES -> clip number -> [0, 1]; clip number -> why it has none.
+
+    paths: clip number -> absolute path; prompts: of all clips, by number, none that `refuse` refuses. `folder` is new
+    and takes the tables and the log. A clip without one of the scores may still have the other. Raises ToolError.
+    """
+    failures: dict[int, str] = {}
+    questions = _questions(tool, folder, paths, prompts, failures)
+    return _answers(tool, batch_size, folder, questions, failures), failures
 
 
 def refuse(prompt: str) -> str | None:
@@ -98,7 +112,7 @@ def refuse(prompt: str) -> str | None:
 
 
 def _questions(
-    tool: Tool, folder: Path, paths: dict[int, str], prompts: list[str], failures: dict[int, str]
+    tool: Tool, folder: Path, paths: Mapping[int, str], prompts: Sequence[str], failures: dict[int, str]
 ) -> dict[tuple[str, str], tuple[str, int]]:
     """The tool's own wording of every question: (video path, question) -> (name of the score, clip number)."""
     write_table(folder / "captions.csv", HEADER, [[path, prompts[clip]] for clip, path in paths.items()])

@@ -9,9 +9,13 @@ and `videopath`; it writes that table with an index in front and `score` behind.
 clips are rated one by one: give many clips a call.
 
 The tool writes 0 when it finds no rating in the model's answer. That is no score, and the clip counts as not judged.
+
+`--task rule` asks of one physical rule whether a clip follows it. There the 0 of an answer without a number cannot be
+told from that of a rule that is broken.
 """
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +38,9 @@ INFERENCE = f"{FOLDER}/inference.py"
 HEADER = ["caption", "videopath"]
 ANSWER_HEADER = ["", "caption", "videopath", "score"]
 TASKS = {"semantic": "sa", "physical": "pc"}
+RULE_HEADER = ["videopath", "rule"]
+RULE_ANSWER_HEADER = ["", *RULE_HEADER, "score"]
+BROKEN, FOLLOWED, UNSEEN = 0, 1, 2  # a rule that the clip breaks, follows, or does not show
 RESERVED = ("<|video|>", "<image>")  # where the tool puts media into a question
 RATINGS = range(1, 6)
 
@@ -66,9 +73,8 @@ def build(config: VideoPhy2Config, device: torch.device | str) -> Judge:
         if chosen:
             with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
                 folder = Path(temporary)
-                paths = write_clips(folder, clips, chosen, config.fps)
-                write_table(folder / "clips.csv", HEADER, [[prompts[clip], path] for clip, path in paths.items()])
-                found = {name: _rate(tool, name, folder, paths, prompts, failures) for name in TASKS}
+                found, unrated = rate_files(tool, write_clips(folder, clips, chosen, config.fps), prompts, folder)
+                failures |= unrated
         judged = [clip for clip in chosen if clip not in failures]
         semantic, physical = (
             torch.tensor([found[name][clip] for clip in judged], dtype=torch.int64) for name in ("semantic", "physical")
@@ -81,8 +87,43 @@ def build(config: VideoPhy2Config, device: torch.device | str) -> Judge:
     return score
 
 
+def rate_files(
+    tool: Tool, paths: Mapping[int, str], prompts: Sequence[str], folder: Path
+) -> tuple[dict[str, dict[int, int]], dict[int, str]]:
+    """Ratings of clips that lie in files: name of TASKS -> clip number -> 1 to 5; clip number -> why it has none.
+
+    paths: clip number -> absolute path; prompts: of all clips, by number. `folder` takes the tables and the log. A clip
+    without one of the ratings may still have the other. Raises ToolError.
+    """
+    failures: dict[int, str] = {}
+    write_table(folder / "clips.csv", HEADER, [[prompts[clip], path] for clip, path in paths.items()])
+    return {name: _rate(tool, name, folder, paths, prompts, failures) for name in TASKS}, failures
+
+
+def judge_rules(tool: Tool, pairs: Sequence[tuple[str, str]], folder: Path) -> list[int | str]:
+    """BROKEN, FOLLOWED or UNSEEN for each pair of an absolute path and a rule; text: why there is none of them.
+
+    `folder` takes the tables and the log. Raises ToolError.
+    """
+    answered = folder / "answers-rule.csv"
+    write_table(folder / "rules.csv", RULE_HEADER, pairs)
+    arguments = ["--input_csv", str(folder / "rules.csv"), "--output_csv", str(answered)]
+    tool.run(INFERENCE, [*arguments, "--checkpoint", str(tool.checkpoint), "--task", "rule"], folder, where=FOLDER)
+    header, *rows = tool.read_table(answered, INFERENCE, folder) or [[]]
+    if header != RULE_ANSWER_HEADER or [row[1] for row in rows if len(row) == 4] != [path for path, _ in pairs]:
+        raise ToolError(f"{NAME}: {INFERENCE} wrote another table than one of {RULE_ANSWER_HEADER} with a row a rule")
+    return [_verdict(row, rule) for row, (_, rule) in zip(rows, pairs, strict=True)]
+
+
+def _verdict(row: Sequence[str], rule: str) -> int | str:
+    if row[2] != rule:  # "NA" and "1.0" are no text to the tool's reader
+        return f"the tool did not read the rule {rule[:60]!r} as text, but as {row[2][:60]!r}"
+    known = {f"{value}.0": value for value in (BROKEN, FOLLOWED, UNSEEN)}
+    return known.get(row[3], f"its verdict on the rule {rule[:60]!r} is {row[3][:60]!r}, not 0.0, 1.0 or 2.0")
+
+
 def _rate(
-    tool: Tool, name: str, folder: Path, paths: dict[int, str], prompts: list[str], failures: dict[int, str]
+    tool: Tool, name: str, folder: Path, paths: Mapping[int, str], prompts: Sequence[str], failures: dict[int, str]
 ) -> dict[int, int]:
     """Clip number -> rating for one of TASKS; clips without a valid one go to `failures`."""
     answered = folder / f"answers-{name}.csv"

@@ -10,8 +10,8 @@ resolution, noise level and reward. The summary of the paper prints neither the 
 ours. 0.005 every 5 steps is what Proprio (section 4) reports as recommended; at these the paper's authors and
 Proprio's table 3 find little gain from guidance alone.
 
-One clip at a time goes through the decoder and the reward, and their activations are gone before the gradient goes on
-through the network. A reward is differentiable, higher is better: a surprise is negated.
+One clip at a time (or `batch_size`) goes through the decoder and the reward, and their activations are gone before the
+gradient goes on through the network. A reward is differentiable, higher is better: a surprise is negated.
 
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns, T video frames.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from eval.refine.flow import check_noise, sampling_velocity
+from eval.search.pruning import sampling_passes
 from train.backbones.base import Backbone, Conditioning, sigma_grid
 from train.sampling import SamplerConfig
 
@@ -51,6 +52,8 @@ class Guided:
     latents: Tensor  # (B,C,F,H,W) float32
     steps: list[int]  # numbers of the guided steps
     rewards: Tensor  # (len(steps), B), of the clips that those steps pointed at, before they were moved
+    passes: int  # network passes of one clip, forward
+    backward: int  # network passes of one clip, backward
 
 
 def sample_guided(
@@ -62,11 +65,13 @@ def sample_guided(
     config: GuidanceConfig,
     *,
     negative: Conditioning | None = None,
+    batch_size: int = 1,
 ) -> Guided:
     """Sample from initial noise (B,C,F,H,W) with guidance; with scale 0 the clip of `Backbone.sample`, bit for bit.
 
-    conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. ValueError
-    for noise that does not fit, a backbone without VAE, and a reward that is not one finite number a clip.
+    conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. batch_size:
+    clips that are decoded and rewarded at once. ValueError for noise that does not fit, a backbone without VAE, and a
+    reward that is not one finite number a clip.
     """
     check_noise(noise, conditioning)
     conditioning = conditioning.to(backbone.device)
@@ -87,14 +92,17 @@ def sample_guided(
             latents = latents.detach().requires_grad_(config.through_network)  # not the caller's own tensor
             flow = velocity(latents, t)
             clean = latents - t.to(backbone.device) * flow
-        values, gradient = reward_gradient(backbone, clean.detach(), reward)
+        values, gradient = reward_gradient(backbone, clean.detach(), reward, batch_size)
         if config.through_network:
             (gradient,) = torch.autograd.grad(clean, latents, gradient)
         latents, flow = latents.detach(), flow.detach()
         move = config.scale * normalised_move(latents, gradient, held)
         latents = latents + stride * flow + move
         rewards.append(values)
-    return Guided(latents, guided, torch.stack(rewards) if rewards else torch.empty(0, len(noise)))
+    through = guided if config.through_network else []
+    backward = sum(sampling_passes(backbone, sampler, step, step + 1) for step in through)
+    rewarded = torch.stack(rewards) if rewards else torch.empty(0, len(noise))
+    return Guided(latents, guided, rewarded, sampling_passes(backbone, sampler), backward)
 
 
 def guided_steps(sigmas: Tensor, config: GuidanceConfig) -> list[int]:
@@ -105,16 +113,17 @@ def guided_steps(sigmas: Tensor, config: GuidanceConfig) -> list[int]:
     return [step for step in steps if config.t_min <= float(sigmas[step]) <= config.t_max]
 
 
-def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward) -> tuple[Tensor, Tensor]:
-    """Rewards (B,) of clean latents (B,C,F,H,W) and their gradients (B,C,F,H,W), a clip at a time."""
+def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward, batch_size: int = 1) -> tuple[Tensor, Tensor]:
+    """Rewards (B,) of clean latents (B,C,F,H,W) and their gradients (B,C,F,H,W), `batch_size` clips at a time."""
     values, gradients = [], []
-    for clip in clean.split(1):
-        clip = clip.detach().requires_grad_()
+    for clips in clean.split(batch_size):
+        clips = clips.detach().requires_grad_()
         with torch.enable_grad():
-            value = reward(backbone.decode_latents(clip))
-        if value.shape != (1,) or not value.isfinite().all():
-            raise ValueError(f"the reward gave {value.detach().tolist()} for one clip: it must give one number")
-        (gradient,) = torch.autograd.grad(value.sum(), clip)
+            value = reward(backbone.decode_latents(clips, batch_size=batch_size))
+        if value.shape != (len(clips),) or not value.isfinite().all():
+            given = value.detach().tolist()
+            raise ValueError(f"the reward gave {given} for {len(clips)} clips: it must give one number each")
+        (gradient,) = torch.autograd.grad(value, clips, torch.ones_like(value))
         values.append(value.detach())
         gradients.append(gradient)
     return torch.cat(values), torch.cat(gradients)

@@ -36,6 +36,7 @@ from train.backbones.base import Backbone, Conditioning, sigma_grid
 from train.sampling import SamplerConfig
 
 VARIANTS = ("global", "motion", "hybrid")
+ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws nothing, so there is no state to keep
 
 Score = Callable[[Tensor], Tensor]  # latents (B,C,F,H,W) -> (B,), differentiable, lower is better
 
@@ -85,6 +86,7 @@ class Refined:
     mean: Tensor  # (B,C)
     log_scale: Tensor  # (B,C)
     passes: int  # network passes of one clip: forward, without what a backward pass computes anew
+    backward: int  # network passes of one clip, backward
     seconds: float
 
 
@@ -110,7 +112,7 @@ class SelfScore:
     def __call__(self, latents: Tensor) -> Tensor:
         config = self.config
         errors = [
-            [checkpoint(self.errors, latents, level, draw, use_reentrant=False) for draw in range(config.draws)]
+            [checkpoint(self.errors, latents, level, draw, **ANEW) for draw in range(config.draws)]
             for level in range(config.levels)
         ]
         stacked = torch.stack([torch.stack(draws, dim=-1) for draws in errors], dim=-2)  # (2,B,levels,draws)
@@ -167,7 +169,7 @@ def refine(
     def sample(noise: Tensor) -> Tensor:
         latents = backbone.start(noise, conditioning)
         for t, next_t in pairwise(sigmas):
-            latents = checkpoint(step, latents, t, next_t, use_reentrant=False)
+            latents = checkpoint(step, latents, t, next_t, **ANEW)
         return latents
 
     mean, log_scale = (torch.zeros(noise.shape[:2], device=noise.device, requires_grad=True) for _ in range(2))
@@ -182,13 +184,13 @@ def refine(
             if score is None:
                 score = SelfScore(backbone, conditioning, motion_mask(latents), config)
             value = score(latents)
+            loss = (value + config.kl_weight * kl_to_standard_normal(mean, log_scale)).sum()
         _check_score(value, len(noise))
         trace.append(value.detach())
         iterate = tuple(tensor.detach().clone() for tensor in (latents, zeta, value, mean, log_scale))
         best = iterate if not best else _lower(iterate, best)
         if last:
             break
-        loss = (value + config.kl_weight * kl_to_standard_normal(mean, log_scale)).sum()
         gradients = torch.autograd.grad(loss, [mean, log_scale])
         norm = torch.cat(gradients, dim=1).norm(dim=1, keepdim=True)  # (B,1)
         factor = (config.clip / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
@@ -196,7 +198,8 @@ def refine(
         optimizer.step()
     one = sampling_passes(backbone, sampler) + getattr(score, "passes", 0)
     seconds = time.perf_counter() - started
-    return Refined(*best[:3], torch.stack(trace), *best[3:], passes=len(trace) * one, seconds=seconds)
+    passes = {"passes": len(trace) * one, "backward": config.updates * one}
+    return Refined(*best[:3], torch.stack(trace), *best[3:], **passes, seconds=seconds)
 
 
 def kl_to_standard_normal(mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -150,14 +150,15 @@ def preference(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
 
 W_PIX, W_SEM, W_SELF = 10.0, 1.0, 10.0  # beside SFT's flow error, whose weight is 1
 # On PhyGDPO, whose anchor weighs the same error by 200: what a quarter of it did was better than the whole.
-ON_GDPO = {"physics.w_pix": 50.0, "physics.w_sem": 50.0, "self_score.weight": 200.0}
+ON_GDPO = {"physics.w_pix": 50.0, "physics.w_sem": 50.0, "self_score.weight": 600.0}
+# Asked every step, for the networks are small; at higher levels than Proprio scores at, where it has something to say.
+ASKED = ("self_score.every=1", "self_score.t_min=0.6", "self_score.t_max=0.9", "self_score.motion_mask=false")
 MIDDLE, BLOCKS = 3, (0, 1, 2, 4, 5)  # of the sandbox's six blocks
 FACTORS = (1 / 10, 10)
-SELF_FACTORS = (1 / 3, 3)
 
 
 def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
-    """The physics rows; all train on the same clips. The self-score is asked every step: the networks are small."""
+    """The physics rows; all train on the same clips."""
 
     def row(name: str, label: str, *, pix: float = 0, sem: float = 0, own: float = 0, more=(), **options) -> Row:
         trainer = "train.sft" if name.startswith("sft") else "train.gdpo"
@@ -165,7 +166,7 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
         if trainer == "train.gdpo":
             weights = {key: value * ON_GDPO[key] for key, value in weights.items()}
         overrides = [f"{key}={value:g}" for key, value in weights.items() if value]
-        overrides += ["self_score.every=1"] if own else []
+        overrides += ASKED if own else ()
         against = "sft" if trainer == "train.sft" else "gdpo"
         return Row(name, label, trainer, (*overrides, *more), **{"groups": "targets", "against": against} | options)
 
@@ -196,8 +197,6 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
         rows.append(swept(f"sft_pix_x{factor:.2g}", "w_pix", W_PIX * factor, pix=W_PIX * factor, sem=W_SEM))
     for factor in FACTORS:
         rows.append(swept(f"sft_sem_x{factor:.2g}", "w_sem", W_SEM * factor, pix=W_PIX, sem=W_SEM * factor))
-    for factor in SELF_FACTORS:
-        rows.append(row(f"sft_self_x{factor:.2g}", f"SFT + self-score x {factor:.2g}", own=W_SELF * factor))
     return Suite({row.name: row for row in rows}, {"block": MIDDLE, "w_pix": W_PIX, "w_sem": W_SEM}, "sft_both")
 
 

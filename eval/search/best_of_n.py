@@ -12,9 +12,13 @@ from eval.search.candidates import Candidates, Cost, Scorer, choose
 from eval.search.config import RaceConfig
 from eval.search.pruning import begin, finish, promising, sampling_passes
 from eval.search.racing import Race, race
+from eval.search.scorers import SCORERS
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig, to_pixels
 from train.sampling import SamplerConfig
+
+# Scorers that are means over network passes with equal weights, which can race.
+RACING = frozenset(name for name in SCORERS if name.endswith(("-uniform", "residual_per_motion")))
 
 
 @dataclass(frozen=True)
@@ -44,32 +48,24 @@ def best_of_n(
     keep: float = 0.5,
     early_scorer: Scorer | None = None,
     race_config: RaceConfig | None = None,
+    sample: Callable[[Conditioning, Sequence[int]], tuple[Tensor, Cost]] | None = None,
 ) -> Choice:
     """The best candidate of one prompt.
 
     Args: conditioning, of one clip; key, which names the prompt's noise draws; batch_size, clips sampled together.
     prune_step: sampling step after which `early_scorer` (None: `scorer`) keeps the share `keep`; 0 finishes all.
     race_config: race instead of full scoring; the scorer must have `round_values`.
+    sample: makes the clips of these seeds in place of plain sampling (guidance), without pruning.
     """
-    started = time.perf_counter()
     decode = decoder(backbone, batch_size)
-    partials = [
-        begin(backbone, conditioning, part, video, sampler, stop=prune_step or sampler.steps, negative=negative)
-        for part in batches(seeds, batch_size)
-    ]
-    passes = len(seeds) * sampling_passes(backbone, sampler, 0, prune_step or sampler.steps)
-    kept, early = list(range(len(seeds))), Cost()
-    latents = torch.cat([partial.latents for partial in partials])
-    if prune_step:
-        clean = torch.cat([partial.clean for partial in partials]).cpu()
-        seen = Candidates(key, prompt, clean, conditioning, decode, video.fps)
-        values, early = seen.measure(early_scorer or scorer)
-        kept = promising(values, keep=max(1, math.ceil(keep * len(seeds))))
-        merged = replace(partials[0], latents=latents, clean=clean)
-        parts = [merged.select(part) for part in batches(kept, batch_size)]
-        latents = torch.cat([finish(backbone, conditioning, part, sampler, negative=negative) for part in parts])
-        passes += len(kept) * sampling_passes(backbone, sampler, prune_step)
-    generation = Cost(passes, time.perf_counter() - started - early.seconds)
+    if sample is None:
+        kept, latents, generation, early = _generate(
+            backbone, prompt, conditioning, seeds, video, sampler, early_scorer or scorer, decode, key=key,
+            batch_size=batch_size, negative=negative, prune_step=prune_step, keep=keep,
+        )  # fmt: skip
+    else:
+        kept, early = list(range(len(seeds))), Cost()
+        latents, generation = sample(conditioning.expand(len(seeds)), seeds)
     candidates = Candidates(key, prompt, latents.cpu(), conditioning, decode, video.fps)
     if race_config is None:
         found, scoring = candidates.measure(scorer)
@@ -82,6 +78,43 @@ def best_of_n(
     values = torch.full((len(seeds),), torch.inf)
     values[kept] = found
     return Choice(kept[winner], candidates.latents[winner : winner + 1], values, generation, early + scoring)
+
+
+def _generate(
+    backbone: Backbone,
+    prompt: str,
+    conditioning: Conditioning,
+    seeds: Sequence[int],
+    video: VideoConfig,
+    sampler: SamplerConfig,
+    early_scorer: Scorer,
+    decode: Callable[[Tensor], Tensor],
+    *,
+    key: str,
+    batch_size: int,
+    negative: Conditioning | None,
+    prune_step: int,
+    keep: float,
+) -> tuple[list[int], Tensor, Cost, Cost]:
+    """Numbers of the seeds whose clips were finished, their latents, the cost of making and of looking early."""
+    started = time.perf_counter()
+    partials = [
+        begin(backbone, conditioning, part, video, sampler, stop=prune_step or sampler.steps, negative=negative)
+        for part in batches(seeds, batch_size)
+    ]
+    passes = len(seeds) * sampling_passes(backbone, sampler, 0, prune_step or sampler.steps)
+    kept, early = list(range(len(seeds))), Cost()
+    latents = torch.cat([partial.latents for partial in partials])
+    if prune_step:
+        clean = torch.cat([partial.clean for partial in partials]).cpu()
+        seen = Candidates(key, prompt, clean, conditioning, decode, video.fps)
+        values, early = seen.measure(early_scorer)
+        kept = promising(values, keep=max(1, math.ceil(keep * len(seeds))))
+        merged = replace(partials[0], latents=latents, clean=clean)
+        parts = [merged.select(part) for part in batches(kept, batch_size)]
+        latents = torch.cat([finish(backbone, conditioning, part, sampler, negative=negative) for part in parts])
+        passes += len(kept) * sampling_passes(backbone, sampler, prune_step)
+    return kept, latents, Cost(passes, time.perf_counter() - started - early.seconds), early
 
 
 def run_race(candidates: Candidates, scorer: Scorer, config: RaceConfig) -> Race:

@@ -20,13 +20,15 @@ from train.backbones.base import Conditioning
 
 @dataclass(frozen=True)
 class Cost:
-    """Compute: network passes (one clip once through the generator's network) and seconds on the clock."""
+    """Compute: network passes (one clip once through the generator's network), seconds on the clock, and how many of
+    the passes were followed by one backward."""
 
     passes: int = 0
     seconds: float = 0.0
+    backward: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.passes + other.passes, self.seconds + other.seconds)
+        return Cost(self.passes + other.passes, self.seconds + other.seconds, self.backward + other.backward)
 
 
 @dataclass

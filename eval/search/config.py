@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from eval.benchmarks.sandbox import SandboxConfig
 from eval.judges import JudgeConfig
 from eval.judges.vlm import VlmJudgeConfig
+from eval.refine.guidance import GuidanceConfig
+from eval.refine.proprio import ProprioRefineConfig
 from eval.search.residuals import ResidualConfig
 from eval.search.scorers.surprise import SurpriseConfig
 
@@ -44,8 +46,22 @@ class RaceConfig:
 
 
 @dataclass
+class RefineConfig(ProprioRefineConfig):
+    best: int = 0  # of a prompt's candidates so many, the best by chosen_by, are refined, and the first; 0: none
+    steps: int = 4  # of the sampler that gradients pass through; the clip is then sampled with sampler.steps
+    batch_size: int = 1  # clips refined together, of several prompts, per GPU
+
+
+@dataclass
+class GuideConfig(GuidanceConfig):
+    candidates: int = 0  # of a prompt's candidates so many, the first, are made with guidance as well; 0: none
+    batch_size: int = 1  # clips guided, decoded and looked at together, of several prompts, per GPU
+
+
+@dataclass
 class SearchConfig:
     folder: str = "${output}/search"  # everything goes here
+    share: str = ""  # "2/8": only the second of eight shares of the prompts, without a table, beside other processes
     num_candidates: int = 16  # N, clips a prompt
     batch_size: int = 1  # clips sampled or decoded together, per GPU
     lora: str = ""  # search with this LoRA or full weights attached; empty: the base model
@@ -62,5 +78,7 @@ class SearchConfig:
     )
     prune: PruneConfig = field(default_factory=PruneConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)  # Proprio's refinement of the initial noise
+    guidance: GuideConfig = field(default_factory=GuideConfig)  # WMReward's, by the surprise that `surprise` describes
     shown: int = 24  # prompts on the page
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)  # the prompts, and the truth that scorers are held to

@@ -77,7 +77,7 @@ def observed(network: nn.Module, prompt: Tensor, grid: list[int]) -> Iterator[di
 
         return hook
 
-    handles = []
+    handles, fused = [], [(block, block.__dict__.pop("forward", None)) for block in layers]  # those call no submodule
     for block in layers:
         text = watch("text", lambda module, inputs: prompt_affinity(module, inputs[0], inputs[1], prompt))
         own = watch("attention", lambda module, inputs: key_change(module, inputs[0], grid))
@@ -87,6 +87,9 @@ def observed(network: nn.Module, prompt: Tensor, grid: list[int]) -> Iterator[di
     finally:
         for handle in handles:
             handle.remove()
+        for block, forward in fused:
+            if forward is not None:
+                block.forward = forward
 
 
 def prompt_affinity(attention: nn.Module, hidden: Tensor, text: Tensor, prompt: Tensor) -> Tensor:

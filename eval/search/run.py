@@ -2,15 +2,18 @@
 
     accelerate launch --module eval.search.run recipe=sandbox
     python -m eval.search.run recipe=sandbox search.sandbox.clips=48 search.num_candidates=8 [--dry-run]
+    python -m eval.search.run recipe=sandbox search.share=2/8     # one of eight processes; then one without share
 
     <folder>/candidates/, prompts/    latents, and what each scorer said; see `eval.search.store`
+                                      also latents of clips that were refined or guided; see `eval.search.strategies`
     <folder>/clips/                   the clips of the first prompts
     <folder>/results.json, table.txt  means with 95% bootstrap intervals, settings, compute
     <folder>/index.html               candidates side by side, their scores, the chosen one marked; for any browser
 
 N candidates for each held-out prompt of the sandbox, made once and shared by all scorers, each scored by every scorer,
 all held against the sandbox judge. Every rank takes a share of the prompts. What is there with the same settings is not
-made again: a run that was stopped continues, and a scorer that is added to the list is all that is computed.
+made again: a run that was stopped continues, and a scorer that is added to the list is all that is computed. A small
+model leaves a GPU waiting for Python: processes with a `search.share` each work side by side on it.
 """
 
 import hashlib
@@ -29,14 +32,16 @@ from tqdm import tqdm
 import recipes
 from eval.benchmarks import sandbox
 from eval.prompts import make_key
-from eval.search import page, report
-from eval.search.best_of_n import batches, decoder, run_race
+from eval.search import page, report, strategy_report
+from eval.search.best_of_n import RACING, batches, decoder, run_race
 from eval.search.candidates import Candidates, Scorer, choose
 from eval.search.config import SearchConfig
 from eval.search.pruning import advance, begin, finish, promising, sampling_passes
 from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.scorers.most_motion import motion_energy
 from eval.search.store import digest, read_record, read_tensors, write_record, write_tensors
+from eval.search.strategies import Guidance, Item, Made, Refinement
+from eval.search.world_model import WorldModel
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, weights_path
@@ -82,6 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
             clips = len(jobs) * config.search.num_candidates
             print(f"{clips} candidates of {len(jobs)} prompts, {config.sampler.steps} steps each")
             print(f"scorers: {', '.join(config.search.scorers)}")
+            refined = (config.search.refine.best + 1) * (config.search.refine.best > 0)
+            print(f"refined: at most {refined} clips a prompt, guided: {config.search.guidance.candidates}")
     else:
         results = search(config, jobs, accelerator)
     accelerator.end_training()  # closes the process group
@@ -92,16 +99,19 @@ def search(config: Config, jobs: Sequence[Job], accelerator: Accelerator) -> dic
     """Make on all ranks what is missing; results, table and page on the main process."""
     rank, world = accelerator.process_index, accelerator.num_processes
     work = Work(config, accelerator.device)
-    for job in tqdm(jobs[rank::world], desc="prompts", unit="prompt", disable=rank > 0):
+    mine = share_of(jobs, config.search.share)[rank::world]
+    for job in tqdm(mine, desc="prompts", unit="prompt", disable=rank > 0):
         work.do(job)
+    for strategy in work.strategies:
+        work.extend(mine, strategy, progress=rank == 0)
     any_rank(False, accelerator.device)  # an all-reduce, so all are done
-    if rank:
+    if rank or config.search.share:
         return None
     folder = Path(config.search.folder)
     records = [work.record(job) for job in jobs]
     results = report.results(records, config.search.scorers, config.search.chosen_by)
-    results["settings"] = asdict(config)
-    table = report.table(results)
+    results |= {"strategies": strategy_report.rows(records, config.search.chosen_by), "settings": asdict(config)}
+    table = f"{report.table(results)}\n\n{strategy_report.table(results['strategies'])}".rstrip()
     report.write(folder, results, table)
     page.write(folder, records[: config.search.shown], results, config.video)
     print(f"{table}\n\nresults {folder / 'results.json'}\npage    {folder / 'index.html'}")
@@ -125,6 +135,17 @@ class Work:
         self.negative = None
         if sampling_passes(self.backbone, config.sampler) > config.sampler.steps:  # some step is guided
             self.negative = Conditioning(self.backbone.encode_text([config.sampler.negative_prompt]))
+        self.strategies = self._strategies(config.search)
+
+    def _strategies(self, search: SearchConfig) -> list[Refinement | Guidance]:
+        shared = (self.backbone, self.config.video, self.config.sampler, self.negative)
+        found: list[Refinement | Guidance] = []
+        if search.refine.best:
+            found.append(Refinement(search.refine, *shared))
+        if search.guidance.candidates:
+            model = WorldModel(search.surprise.path, self.backbone.device)
+            found.append(Guidance(search.guidance, search.surprise, model, *shared))
+        return found
 
     def _build(self, config: SearchConfig, names: Sequence[str]) -> dict[str, Scorer]:
         return {name: SCORERS[name](config, self.backbone, self.config.video.fps) for name in names}
@@ -148,7 +169,8 @@ class Work:
     def record(self, job: Job) -> dict[str, Any]:
         """What is known of the prompt with these candidates, without what was asked for in another run only."""
         record, wanted = read_record(self.path(job), self.candidates_digest(job)), self._parts(job)
-        for name in {"race", "prune"} - set(wanted):
+        kept = {*wanted, *[strategy.name for strategy in self.strategies]}
+        for name in {"race", "prune", Refinement.name, Guidance.name} - kept:
             record.pop(name, None)
             record.get("parts", {}).pop(name, None)
         return record
@@ -177,7 +199,7 @@ class Work:
         parts = {"truth": digest("sandbox judge")}
         parts |= {f"scorer {name}": digest(self.settings(name)) for name in self.scorers}
         chosen = self.settings(search.chosen_by)
-        if hasattr(self.scorers[search.chosen_by], "round_values"):
+        if search.chosen_by in RACING:
             parts["race"] = digest([chosen, asdict(search.race)])
         if search.prune.steps:
             looks = [self.settings(name) for name in search.prune.scorers]
@@ -255,6 +277,68 @@ class Work:
             write_clip(self.folder / "clips" / name, frames, self.config.video.fps)
         record["clips"] = names
 
+    # Strategies
+
+    def extend(self, jobs: Sequence[Job], strategy: Refinement | Guidance, *, progress: bool) -> None:
+        """Whatever is missing of a strategy's clips and scores, of several prompts at once; after `do`."""
+        items = {job.key: self._item(job) for job in jobs}
+        parts = {job.key: self._part(job, strategy, items[job.key]) for job in jobs}
+        todo = [job for job in jobs if self.record(job)["parts"].get(strategy.name) != parts[job.key]]
+        bar = tqdm(total=len(todo), desc=strategy.name, unit="prompt", disable=not progress)
+        for some in batches(todo, strategy.prompts_at_once):
+            for job, (tensors, facts) in zip(some, self._made(some, strategy, items), strict=True):
+                record = self.record(job)
+                record[strategy.name] = facts | self._judged(job, tensors["latents"], items[job.key])
+                record["parts"][strategy.name] = parts[job.key]
+                write_record(self.path(job), record)
+                bar.update()
+
+    def _item(self, job: Job) -> Item:
+        candidates, _, _ = self.candidates(job, self.candidates_digest(job))
+        values = torch.tensor(self.record(job)["scorers"][self.config.search.chosen_by]["values"])
+        return Item(candidates.conditioning, job.seeds, values)
+
+    def _part(self, job: Job, strategy: Refinement | Guidance, item: Item) -> str:
+        settings = [self.settings(name) for name in self._judges()]
+        return digest([self.candidates_digest(job), strategy.depends_on(item), settings])
+
+    def _judges(self) -> list[str]:
+        """The scorers that choose among a strategy's clips."""
+        return [name for name in self.scorers if name in (self.config.search.chosen_by, "surprise")]
+
+    def _made(self, jobs: Sequence[Job], strategy: Refinement | Guidance, items: dict[str, Item]) -> list[Made]:
+        """The strategy's clips of these prompts, those that are in no file yet made together."""
+        folder, found = self.folder / "candidates", {}
+        made = {job.key: digest([self.candidates_digest(job), strategy.depends_on(items[job.key])]) for job in jobs}
+        for job in jobs:
+            if stored := read_tensors(folder / f"{job.key}-{strategy.name}.safetensors", made[job.key]):
+                found[job.key] = stored
+        missing = [job.key for job in jobs if job.key not in found]
+        if missing:
+            for key, (tensors, facts) in zip(missing, strategy.make([items[key] for key in missing]), strict=True):
+                write_tensors(folder / f"{key}-{strategy.name}.safetensors", tensors, made[key], facts)
+                found[key] = tensors, facts
+        return [found[job.key] for job in jobs]
+
+    def _judged(self, job: Job, latents: Tensor, item: Item) -> dict[str, Any]:
+        """What the judge and the choosing scorers say of a strategy's clips of one prompt."""
+        clips = Candidates(job.key, job.prompt, latents, item.conditioning, self.decode, self.config.video.fps)
+        found: dict[str, Any] = {"motion": motion_energy(latents).tolist()}
+        self.truth(clips, found)
+        for name in self._judges():
+            self.score(clips, found, name=name)
+        return found
+
+
+def share_of(jobs: Sequence[Job], share: str) -> list[Job]:
+    """The prompts of a share "i/n", i from 1; all of them for "". Raises ValueError for anything else."""
+    if not share:
+        return list(jobs)
+    number, _, count = share.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"search.share={share!r} is no share: use i/n with i from 1 to n, 2/8 for the second of eight")
+    return list(jobs[int(number) - 1 :: int(count)])
+
 
 def list_jobs(config: Config) -> list[Job]:
     texts = sandbox.texts(config.search.sandbox, config.video)
@@ -283,8 +367,20 @@ def check(config: Config) -> None:
         raise ValueError(f"search.chosen_by={search.chosen_by!r} is not among search.scorers: add it there")
     if not 2 <= search.num_candidates <= SEEDS_A_PROMPT:
         raise ValueError(f"search.num_candidates={search.num_candidates}: use 2 to {SEEDS_A_PROMPT}")
-    if search.batch_size < 1:
-        raise ValueError(f"search.batch_size={search.batch_size}: use 1 or more")
+    for key, size in (("", search), ("refine.", search.refine), ("guidance.", search.guidance)):
+        if size.batch_size < 1:
+            raise ValueError(f"search.{key}batch_size={size.batch_size}: use 1 or more")
+    share_of([], search.share)
+    if not 0 <= search.refine.best <= search.num_candidates or search.refine.steps < 1:
+        raise ValueError(
+            f"search.refine.best={search.refine.best}, search.refine.steps={search.refine.steps}: use 0 to"
+            f" {search.num_candidates} candidates and 1 step or more"
+        )
+    if not 0 <= search.guidance.candidates <= search.num_candidates:
+        raise ValueError(f"search.guidance.candidates={search.guidance.candidates}: use 0 to {search.num_candidates}")
+    if search.guidance.candidates and not search.surprise.path:
+        count = search.guidance.candidates
+        raise ValueError(f"search.guidance.candidates={count} needs a world model: name it in search.surprise.path")
     if bad := [step for step in search.prune.steps if not 0 < step < config.sampler.steps]:
         raise ValueError(f"search.prune.steps has {bad[0]}, but sampling has {config.sampler.steps} steps")
     if not 0 < search.prune.keep <= 1:

@@ -2,6 +2,7 @@
 
     <folder>/candidates/<key>.safetensors   latents (N,C,F,H,W), text (1,L,D) and clean-<step> (N,C,F,H,W) of each
                                             pruning step; metadata: digest of what they depend on, and seconds
+    <folder>/candidates/<key>-<strategy>.safetensors   latents of the clips that a strategy made for the prompt
     <folder>/prompts/<key>.json             one record a prompt: seeds, truth, each scorer's values and cost
 
 Both appear whole or not at all. A file of other settings is made again; a record of other candidates is begun anew.
@@ -50,8 +51,9 @@ def read_record(path: Path, settings_digest: str) -> dict[str, Any]:
     """The prompt's record; empty where there is none of these candidates."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        for found in record.get("scorers", {}).values():
-            found["values"] = [math.inf if value is None else value for value in found["values"]]
+        for part in (record, *[value for value in record.values() if isinstance(value, dict)]):
+            for found in part.get("scorers", {}).values():
+                found["values"] = [math.inf if value is None else value for value in found["values"]]
         return record if record["candidates"] == settings_digest else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -244,6 +244,20 @@ def test_another_sampler_is_sampled_anew(copied, monkeypatch):
         copied.run("sampler.steps=3")
 
 
+def test_a_search_stands_beside_both_models(copied):
+    search = ["run.search=best_of_n", "search.num_candidates=2", "search.chosen_by=most_motion"]
+    results = copied.run(*search)["benchmarks"]["sandbox"]
+    assert list(results["models"]) == ["true", "base", "tuned", "base-best_of_n", "tuned-best_of_n"]
+    assert set(results["gains"]) == {"tuned", "base-best_of_n", "tuned-best_of_n"}
+    sidecars = sorted((copied.eval / "sandbox" / "clips" / "tuned-best_of_n").glob("*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sidecars]
+    assert len(found) == 5 and {one["search"]["passes"] for one in found} == {4}
+    assert all(one["seed"] == one["search"]["seeds"][0] for one in found)
+    before = times(copied.eval / "sandbox" / "clips")
+    copied.run(*search, "search.batch_size=2", "search.refine.updates=3")  # what no clip depends on
+    assert times(copied.eval / "sandbox" / "clips") == before
+
+
 def test_several_seeds_are_clips_of_one_prompt(copied):
     before = clip_times(copied)
     results = copied.run("run.seeds=[0,1]")

@@ -319,10 +319,10 @@ def test_the_physics_rows_differ_in_their_terms_alone():
         return dict(pair.split("=") for pair in PHYSICS[name].overrides)
 
     both = {"physics.w_pix": "10", "physics.w_sem": "1"}
-    own = {"self_score.weight": "10", "self_score.every": "1"}
+    own = {"self_score.weight": "10"} | dict(pair.split("=") for pair in ablation_rows.ASKED)
     assert weights("sft_both") == both and weights("sft_self") == own and weights("sft_all") == both | own
     assert weights("sft") == weights("gdpo") == {}
-    assert weights("gdpo_all") == {"physics.w_pix": "500", "physics.w_sem": "50"} | own | {"self_score.weight": "2000"}
+    assert weights("gdpo_all") == {"physics.w_pix": "500", "physics.w_sem": "50"} | own | {"self_score.weight": "6000"}
     assert PHYSICS["gdpo_all"].against == "gdpo" and PHYSICS["sft_both"].against == "sft"
     trained = [row for row in PHYSICS.values() if row.trainer]
     assert {row.groups for row in trained} == {"targets", "everywhere"}  # all rows train on the same clips

@@ -2,15 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 
-from eval.search import report, run
+from eval.search import report, run, strategy_report
 from eval.search.pruning import promising
+from eval.search.store import read_tensors
+from eval.search.strategies import Guidance, Refinement
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, read_clip
 
+WORLD_MODEL = Path(run.__file__).parents[1] / "sandbox" / "world_model"
 SCORERS = ["random", "most_motion", "proprio_hybrid-text", "residual_per_motion"]
 COMMON = [
     "recipe=tiny",
@@ -89,6 +95,72 @@ def test_running_again_computes_nothing_and_another_scorer_is_all_that_is_added(
     assert all(before[path] == time for path, time in after.items())
 
 
+STRATEGIES = [
+    "recipe=tiny",
+    "sampler.steps=2",
+    "sampler.guidance=1.0",
+    "search.sandbox.clips=2",
+    "search.num_candidates=2",
+    "search.batch_size=2",
+    "search.shown=0",
+    "search.scorers=[most_motion]",
+    "search.chosen_by=most_motion",
+    "search.refine.best=1",
+    "search.refine.steps=1",
+    "search.refine.updates=1",
+    "search.refine.levels=1",
+    "search.refine.draws=2",
+    "search.refine.batch_size=4",
+    "search.guidance.candidates=1",
+    "search.guidance.batch_size=2",
+    "search.surprise.window=4",
+    "search.surprise.context=2",
+    "search.surprise.stride=16",
+    f"search.surprise.path={WORLD_MODEL}",
+]
+
+
+def test_strategies_are_judged_resumed_and_shared_between_processes(searched, tmp_path, monkeypatch, capsys):
+    arguments = [*STRATEGIES, f"backbone.path={searched[0] / 'model'}", f"output={tmp_path}"]
+    assert run.main([*arguments, "search.share=2/2"]) is None and len(records(tmp_path)) == 1
+    assert run.main([*arguments, "search.share=1/2"]) is None and "strategies" not in capsys.readouterr().out
+    for strategy in (Refinement, Guidance):  # all is there but a record's part: no clip is made again
+        monkeypatch.setattr(strategy, "make", None)
+    record_file = sorted((tmp_path / "search" / "prompts").glob("*.json"))[0]
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    del record["parts"]["refined"]
+    record_file.write_text(json.dumps(record), encoding="utf-8")
+    results = run.main(arguments)
+    for record in records(tmp_path):
+        best = record["scorers"]["most_motion"]["chosen"]
+        assert record["refined"]["of"] == sorted({0, best}) and record["refined"]["best"] == [best]
+        assert all(
+            after <= before
+            for before, after in zip(record["refined"]["score_before"], record["refined"]["score"], strict=True)
+        )
+        each = len(record["refined"]["of"])  # 2 iterates of 1 + 2 passes, one with gradient; then 2 steps
+        assert (record["refined"]["passes"], record["refined"]["backward"]) == (8 * each, 3 * each)
+        assert (record["guided"]["passes"], record["guided"]["backward"]) == (2, 1)
+        for name, count in (("refined", each), ("guided", 1)):
+            assert len(record[name]["truth"]["physical"]) == len(record[name]["motion"]) == count
+    rows = results["strategies"]
+    assert [rows["one clip"]["passes"], rows["search"]["passes"], rows["guidance"]["backward"]] == [2, 4, 1]
+    assert rows["refinement"]["passes"] == 8 and rows["search + refinement of the best"]["passes"] == 12
+    assert "guidance + best of 1 by most_motion" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_refined_clip_is_the_same_in_any_batch(searched, tmp_path):
+    arguments = [*STRATEGIES, f"backbone.path={searched[0] / 'model'}", "search.guidance.candidates=0"]
+    found = []
+    for size in (1, 6):
+        run.main([*arguments, f"output={tmp_path / str(size)}", f"search.refine.batch_size={size}"])
+        files = sorted((tmp_path / str(size) / "search" / "candidates").glob("*-refined.safetensors"))
+        with safe_open(files[0], framework="pt") as file:
+            found.append(read_tensors(files[0], file.metadata()["digest"])[0]["latents"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_other_settings_make_other_candidates(searched, tmp_path):
     folder, _ = searched
@@ -119,6 +191,10 @@ def test_dry_run_says_what_would_be_made(searched, tmp_path, capsys):
         "search.batch_size=0",
         "search.prune.steps=[3]",
         "search.prune.keep=0",
+        "search.share=3/2",
+        "search.refine.best=4",
+        "search.refine.batch_size=0",
+        "search.guidance.candidates=2",
     ],
 )
 def test_settings_that_cannot_work_are_refused(argument):
@@ -155,6 +231,39 @@ def test_figures_by_hand():
     assert "* good" in report.table(results)
 
 
+def test_strategies_by_hand():
+    """Two candidates; the chosen second one is refined, and so is the first."""
+    found = record([0.2, 0.6], {"good": [2.0, 1.0], "most_motion": [-3.0, -1.0]}, [3.0, 1.0])
+    part = {"truth": {"physical": [0.1, 0.9], "semantic": [1.0, 0.5]}, "motion": [1.0, 3.0]}
+    part |= {"scorers": {"good": {"values": [4.0, 5.0], "passes": 4, "seconds": 1.0}}, "of": [0, 1]}
+    cost = {"passes": 20, "backward": 10, "seconds": 3.0}
+    found |= {"seeds": [0, 1], "refined": part | cost | {"best": [1]}, "guided": part | cost}
+    rows = strategy_report.rows([found], "good")
+    assert {name: row["physical"]["mean"] for name, row in rows.items()} == pytest.approx(
+        {
+            "one clip": 0.2,
+            "search": 0.6,
+            "refinement": 0.1,
+            "search + refinement of the best": 0.9,
+            "search + refinement of 1, choice": 0.9,
+            "guidance": 0.5,
+            "guidance + best of 2 by good": 0.1,
+        }
+    )
+    adds = [row["adds"]["mean"] for name, row in rows.items() if name != "one clip"]
+    assert adds == pytest.approx([0.4, -0.1, 0.3, 0.3, 0.1, -0.5])
+    assert rows["search + refinement of the best"]["over_most_motion"]["mean"] == pytest.approx(0.7)
+    assert rows["search + refinement of the best"]["adds_semantic"]["mean"] == -0.5
+    assert rows["refinement"]["motion"] == 0.5 and rows["search + refinement of the best"]["motion"] == 1.5
+    spent = {name: (row["passes"], row["backward"], row["seconds"]) for name, row in rows.items()}
+    assert spent["one clip"] == (4, 0, 0.5) and spent["search"] == (12, 0, 1.5) and spent["refinement"] == (10, 5, 1.5)
+    assert spent["search + refinement of 1, choice"] == (24, 5, 3.5)
+    assert spent["guidance + best of 2 by good"] == (24, 10, 4.0)
+    assert (
+        "search + refinement" in strategy_report.table(rows) and strategy_report.rows([record([1], {}, [1])], "") == {}
+    )
+
+
 def test_a_gain_that_is_all_motion_vanishes_within_strata():
     """Truth is motion itself; in each third the motion is equal, and so is the truth."""
     motion = np.tile([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], (5, 1))
@@ -181,6 +290,4 @@ def test_spearman_is_scipys():
 
 
 def test_what_cannot_be_scored_is_never_promising():
-    import torch
-
     assert promising(torch.tensor([torch.inf, 1.0, 0.0]), 2) == [1, 2]

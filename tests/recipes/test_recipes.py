@@ -22,6 +22,8 @@ ENTRY_POINTS = [
     "eval.generate",
     "eval.run",
     "eval.search.run",
+    "eval.search.benchmark",
+    "eval.refine.run",
 ]
 
 

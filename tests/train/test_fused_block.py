@@ -74,14 +74,14 @@ def assert_same(found, expected, tolerance):
 def test_every_level_equals_diffusers_block_in_float32(level, targets):
     expected = through_both(*make(targets))
     network, switch = make(targets)
-    fuse_blocks(network, switch, lambda shape: [level, 1, level], compiled=False)
+    fuse_blocks(network, switch, lambda *_: [level, 1, level], compiled=False)
     assert_same(through_both(network, switch), expected, 1e-5)
 
 
 def test_a_timestep_for_every_token():
     expected = through_both(*make(), per_token=True)
     network, switch = make()
-    fuse_blocks(network, switch, lambda shape: [0, 1, 3], compiled=False)
+    fuse_blocks(network, switch, lambda *_: [0, 1, 3], compiled=False)
     assert_same(through_both(network, switch, per_token=True), expected, 1e-5)
 
 
@@ -89,7 +89,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_diffusers_block():
     exact = through_both(*make())
     diffusers = through_both(*make(dtype=torch.bfloat16))
     network, switch = make(dtype=torch.bfloat16)
-    fuse_blocks(network, switch, lambda shape: [1, 1, 1], compiled=False)
+    fuse_blocks(network, switch, lambda *_: [1, 1, 1], compiled=False)
 
     def error(found):
         return sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
@@ -102,14 +102,14 @@ def test_an_untrained_policy_is_its_reference_bit_for_bit():
     with torch.no_grad():
         for name, weight in switch.weights.items():
             weight.mul_("lora_A" in name)
-    fuse_blocks(network, switch, lambda shape: [1] * 3, compiled=False)
+    fuse_blocks(network, switch, lambda *_: [1] * 3, compiled=False)
     policy, reference, *_ = through_both(network, switch)
     assert torch.equal(policy, reference)
 
 
 def test_the_reference_builds_no_graph_and_keeps_nothing():
     network, switch = make()
-    fuse_blocks(network, switch, lambda shape: [3] * 3, compiled=False)
+    fuse_blocks(network, switch, lambda *_: [3] * 3, compiled=False)
     with switch.frozen_reference():
         assert not velocity(network, draw(2, 4, 2, 4, 4).requires_grad_()).requires_grad
 
@@ -121,7 +121,7 @@ def test_compiled_blocks_share_a_graph_a_pass_and_never_compile_again(monkeypatc
     counters.clear()
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_with(*args, backend="aot_eager", **kwargs))
-    fuse_blocks(network, switch, lambda shape: [1, 1, 1, 2])
+    fuse_blocks(network, switch, lambda *_: [1, 1, 1, 2])
     assert_same(through_both(network, switch), expected, 1e-5)
     assert counters["stats"]["unique_graphs"] == 4  # forward and backward of two levels, for policy and reference
     seen = []
@@ -149,7 +149,7 @@ def test_float8_products_are_off_by_a_few_percent_and_feed_gradients_too():
     assert 0.01 < (float8.linear(x, weight) - exact).norm() / exact.norm() < 0.05
     expected = through_both(*make())
     network, switch = make()
-    fuse_blocks(network, switch, lambda shape: [1] * 3, float8=True, compiled=False)
+    fuse_blocks(network, switch, lambda *_: [1] * 3, float8=True, compiled=False)
     found = through_both(network, switch)
     assert_same(found, expected, 0.2)
     assert (found[0] - expected[0]).norm() > 1e-3 * expected[0].norm()

@@ -38,6 +38,16 @@ def test_attention_is_kept_everywhere_before_anything_else_and_the_last_blocks_f
     assert len({tuple(levels) for levels in seen}) > 50
 
 
+def test_two_passes_that_wait_together_keep_less_each():
+    """By hand: inputs 2 x 40 x 0.3124 GiB = 25.0, workspace 21 x 0.3124 + 0.3 x 0.8436 = 6.8."""
+    assert predict(WAN_14B, [0] * 40, 2) / GIB == pytest.approx(31.8, abs=0.05)
+    one, two = choose_levels(WAN_14B, 47 * GIB), choose_levels(WAN_14B, 47 * GIB, passes=2)
+    assert sum(two) < sum(one) and predict(WAN_14B, two, 2) <= 47 * GIB < predict(WAN_14B, one, 2)
+    assert choose_levels(WAN_14B, 80 * GIB, 40 * GIB, passes=2).count(4) <= choose_levels(
+        WAN_14B, 80 * GIB, 20 * GIB
+    ).count(4)
+
+
 def test_what_the_host_takes_is_spread_and_never_the_last_block():
     host = 10.5 * WAN_14B.offloaded
     levels = choose_levels(WAN_14B, 30 * GIB, host)
@@ -66,13 +76,13 @@ def network(device="cpu"):
 def test_plan_of_a_network(changes, expected):
     config = loop.TrainConfig(**changes)
     levels = memory.plan(network(), [torch.zeros(3)], config)
-    assert levels(torch.Size([1, 10, 8])) == expected
+    assert levels(torch.Size([1, 10, 8]), 1) == expected
 
 
 def test_a_larger_batch_keeps_less():
     config = loop.TrainConfig(memory_budget_gib=20e3 / GIB)
     levels = memory.plan(network(), [torch.zeros(3)], config)
-    small, large = levels(torch.Size([1, 10, 8])), levels(torch.Size([9, 10, 8]))
+    small, large = levels(torch.Size([1, 10, 8]), 1), levels(torch.Size([9, 10, 8]), 1)
     assert sum(small) > sum(large)
 
 
@@ -100,7 +110,7 @@ def test_offloading_needs_a_gpu():
 def test_float8_leaves_room_for_its_operands():
     wide, narrow = (memory.plan(network(), [torch.zeros(3)], config(float8)) for float8 in (False, True))
     shape = torch.Size([1, 10, 8])
-    assert sum(wide(shape)) > sum(narrow(shape))
+    assert sum(wide(shape, 1)) > sum(narrow(shape, 1))
 
 
 def test_the_prediction_is_near_and_above_what_an_h200_measured():

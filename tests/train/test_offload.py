@@ -23,7 +23,7 @@ def make(levels, store=None):
     with torch.no_grad():
         for weight in switch.parameters():
             weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    fuse_blocks(network, switch, lambda shape: levels, store=store, compiled=False)
+    fuse_blocks(network, switch, lambda *_: levels, store=store, compiled=False)
     return network, switch
 
 

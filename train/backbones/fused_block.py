@@ -316,7 +316,7 @@ class FusedBlock:
         self,
         block: nn.Module,
         switch: LoraSwitch,
-        choose: Callable[[torch.Size], Graphs],
+        choose: Callable[[torch.Size, int], Graphs],
         store: HostStore | None = None,
     ):
         self.parameters = dict(block.named_parameters())
@@ -327,7 +327,7 @@ class FusedBlock:
 
     def __call__(self, hidden: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         flat = [weight for pair in self.adapters.values() for weight in pair]
-        graphs = self.choose(hidden.shape)
+        graphs = self.choose(hidden.shape, self.state.passes)
         store = self.store if torch.is_grad_enabled() else None  # inside the function grad mode is always off
         return _BlockFunction.apply(self, graphs, store, self.state.gate, hidden, text, temb, *rotary, *flat)
 
@@ -394,7 +394,7 @@ def unfit(network: nn.Module, switch: Any) -> str:
 def fuse_blocks(
     network: nn.Module,
     switch: LoraSwitch,
-    plan: Callable[[torch.Size], list[int]],
+    plan: Callable[[torch.Size, int], list[int]],
     *,
     store: HostStore | None = None,
     float8: bool = False,
@@ -402,7 +402,8 @@ def fuse_blocks(
 ) -> None:
     """Replace every block's forward. Hooks stay outside the graphs.
 
-    `plan` gives, for hidden states of shape (B, N, D), each block's index of LEVELS: asked once a shape. `store` is for
+    `plan` gives, for hidden states of shape (B, N, D) and a number of passes that wait for their backward at once
+    (`LoraSwitch.sharing`), each block's index of LEVELS: asked once. `store` is for
     blocks that are OFFLOADED; without it, or where it is full, they keep everything on the device.
     """
     block = network.blocks[0]
@@ -410,4 +411,4 @@ def fuse_blocks(
     graphs = [Graphs(settings, level, compiled) for level in range(len(LEVELS))]
     plan = cache(plan)
     for index, block in enumerate(network.blocks):
-        block.forward = FusedBlock(block, switch, lambda shape, index=index: graphs[plan(shape)[index]], store)
+        block.forward = FusedBlock(block, switch, lambda *key, index=index: graphs[plan(*key)[index]], store)

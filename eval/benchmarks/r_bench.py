@@ -1,0 +1,249 @@
+"""R-Bench (Deng et al., 2026, arXiv 2601.15282): robots at work, image to video, rated by a vision-language model.
+
+    recipe key              run.r_bench.<field>, see RBenchConfig
+    data                    the data set DAGroup-PKU/RBench: prompts/<dimension>_prompts.json and imgs/
+    wording                 a clone of DAGroup-PKU/ReVidgen; every question is read from its eval/
+
+650 prompts in nine dimensions: five tasks and four embodiments. `average` is the unweighted mean of the nine, `tasks`
+and `embodiments` of theirs (PhysisForcing, Appendix B; its Table 1 agrees). All scores lie between 0 and 1.
+
+A task (eval/5_tasks/<task>.py): frames in one picture, one question, a JSON of marks from 1 to 5. With the marks a, b
+of the two aspects that decide and the model's own total t, the score is max(min((a + b) / 2, t), 1), less 1, over 4
+(summary_scores.py). Visual reasoning asks for a chain of questions about the prompt first, from words alone.
+
+An embodiment (eval/4_embodiments/): plausibility (2_physical_plausibility.py) and adherence (3_task_adherence_
+consistency.py), 1 to 5 each, of six frames; and stability (1_robot_subject_stability.py): how much robot and object
+change from the first frame to the one at three quarters, A to E each, 1 to 15 together. Scaled to 0 to 1
+(8_summarize_robot_results.py): task completion is the mean of the first two, visual quality is .8 stability + .2 motion
+smoothness - p(amplitude) - q(A to E), not below 0; the dimension is the mean of the two (summary_scores.py).
+
+Motion smoothness and amplitude come from operators (Q-Align, Grounded-SAM-2, CoTracker), not from a judge. Run steps 4
+to 7 of scripts/rbench_eval_4embodiments.sh on the laid-out clips and name its results/4_embodiments in `motion`. Left
+out, visual quality is stability - q(A to E): the embodiments and the average are then not comparable with others'.
+
+Kept as they are there: a letter of the object changes q only where the robot's does; long-horizon planning tells the
+model the length of the events' text as their number. Deviations: no rounding to three digits on the way; a bad answer
+is asked for again and then an error (there it is left out, or counts as 0 for plausibility and adherence); marks above
+5 are bad; the picture stands before the words, as JPEG of quality 90. The judge is whatever model serves; officially
+GPT-5 and Qwen3-VL-235B-A22B, apart, of which PhysisForcing uses the second. `judge.frames` and `judge.frame_height`
+play no part.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.r_bench_questions import EMBODIMENTS, SCRIPTS, TASKS, Wording, rate_embodiment, rate_task
+from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
+from eval.benchmarks.vqa import make_keys
+from eval.vlm import Vlm, jpeg_frames
+from eval.vlm_backend import VlmConfig
+from train.clips import VideoConfig
+
+DIMENSIONS = (*TASKS, *EMBODIMENTS)
+SHAPES = {"spatial_relationship": (1, 3)}  # rows and columns of the picture; others have GRID
+GRID = (3, 2)
+SAMPLED = 16  # frames out of which a picture's are taken
+DATA = (
+    "get it with 'hf download DAGroup-PKU/RBench --repo-type dataset' (prompts/ and imgs/) and name its folder in"
+    " run.r_bench.folder"
+)
+CLONE = "clone https://github.com/DAGroup-PKU/ReVidgen and name the clone in run.r_bench.checkout"
+MOTION = "run steps 4 to 7 of ReVidgen's scripts/rbench_eval_4embodiments.sh on the laid-out clips"
+
+# PhysisForcing, Table 1, percent: average, then the nine in the order of DIMENSIONS.
+_TABLE_1 = {
+    "HunyuanVideo 1.5": (46.0, 44.2, 31.6, 31.2, 43.8, 36.4, 51.3, 52.6, 63.4, 59.5),
+    "LongCat-Video": (43.7, 37.2, 31.0, 22.0, 38.4, 18.6, 58.6, 57.6, 68.1, 62.1),
+    "Wan2.1-14B": (39.9, 34.4, 26.8, 28.2, 33.5, 20.5, 46.4, 49.7, 59.5, 59.9),
+    "LTX-2": (38.1, 28.4, 30.4, 23.3, 38.6, 16.4, 45.3, 42.4, 62.2, 55.5),
+    "CogVideoX_5B": (25.6, 11.6, 11.2, 9.8, 21.2, 7.9, 33.8, 38.5, 46.5, 49.6),
+    "Wan2.6": (60.7, 54.6, 65.6, 47.9, 51.4, 53.1, 66.6, 68.1, 72.3, 66.7),
+    "Veo 3.1": (59.9, 54.1, 47.4, 53.4, 59.2, 46.7, 67.0, 66.6, 74.3, 70.4),
+    "Sora v2 Pro": (36.2, 20.8, 26.8, 18.6, 25.5, 11.5, 47.6, 51.3, 66.4, 56.1),
+    "Cosmos3-Super": (58.1, 48.7, 64.2, 44.4, 59.1, 39.5, 61.5, 62.3, 73.9, 69.1),
+    "Abot-PhysWorld": (52.9, 48.6, 54.8, 43.4, 52.3, 45.4, 66.2, 66.8, 53.1, 45.5),
+    "Wan2.2-TI2V-5B": (38.0, 33.1, 31.3, 14.2, 31.8, 23.4, 43.6, 44.8, 59.0, 60.7),
+    "Wan2.2-TI2V-5B (ft)": (44.8, 39.6, 41.5, 24.9, 42.4, 28.8, 49.2, 52.7, 61.4, 62.6),
+    "Wan2.2-TI2V-5B + PhysisForcing": (47.5, 43.4, 42.6, 29.6, 47.5, 31.2, 51.6, 57.4, 59.7, 64.2),
+    "Wan2.2-I2V-A14B": (50.7, 38.1, 45.4, 37.3, 50.1, 33.0, 60.8, 58.2, 69.0, 64.8),
+    "Wan2.2-I2V-A14B (ft)": (57.9, 52.3, 62.8, 45.2, 54.5, 47.8, 64.2, 63.5, 65.6, 65.3),
+    "PF-Wan": (62.0, 56.4, 65.4, 49.1, 58.4, 52.4, 68.7, 69.6, 69.2, 68.5),
+    "Cosmos3-Nano": (58.4, 55.0, 67.0, 46.6, 57.6, 39.4, 59.1, 61.1, 73.1, 66.6),
+    "Cosmos3-Nano (ft)": (61.5, 57.8, 67.4, 49.2, 59.3, 48.5, 66.5, 67.1, 70.6, 67.1),
+    "PF-Cosmos": (63.8, 58.9, 69.7, 51.3, 60.8, 53.0, 69.3, 70.0, 72.2, 69.0),
+}
+
+
+@dataclass
+class RBenchConfig:
+    folder: str = ""  # of the data set: prompts/, imgs/
+    checkout: str = ""  # a clone of DAGroup-PKU/ReVidgen
+    dimensions: list[str] = field(default_factory=lambda: list(DIMENSIONS))
+    motion: str = ""  # results/4_embodiments of the official motion steps; empty: leave motion out
+    judge: VlmConfig = field(default_factory=VlmConfig)
+
+
+class RBench(Benchmark):
+    name = "r_bench"
+    columns = (*DIMENSIONS, "task_completion", "visual_quality", "plausibility", "adherence", "stability")
+    figures = ("average", "tasks", "embodiments", *columns)
+    published = tuple(
+        Published(
+            model,
+            {name: value / 100 for name, value in zip(("average", *DIMENSIONS), values, strict=True)},
+            "PhysisForcing, Table 1 (with motion; Qwen3-VL as judge)",
+        )
+        for model, values in _TABLE_1.items()
+    )
+
+    def __init__(self, settings: RBenchConfig, video: VideoConfig):
+        self.settings = settings
+        self._video = video
+
+    def requirements(self) -> list[Requirement]:
+        settings = self.settings
+        found = [
+            Requirement(
+                "the data of R-Bench (prompts and first frames)",
+                "see the data set's card",
+                f"run.r_bench.folder={settings.folder}",
+                bool(settings.folder) and (_path(settings.folder) / "prompts").is_dir(),
+                DATA,
+            ),
+            Requirement(
+                "the official questions",
+                "Apache 2.0 (README badge)",
+                f"run.r_bench.checkout={settings.checkout}",
+                bool(settings.checkout) and all((_path(settings.checkout) / one).is_file() for one in SCRIPTS),
+                CLONE,
+            ),
+            judge_requirement("run.r_bench.judge", settings.judge, "GPT-5 and Qwen3-VL-235B-A22B-Instruct"),
+        ]
+        if settings.motion:
+            there = _path(settings.motion).is_dir()
+            found.append(
+                Requirement(
+                    "motion smoothness and amplitude", "none", f"run.r_bench.motion={settings.motion}", there, MOTION
+                )
+            )
+        return found
+
+    def prompts(self) -> list[Task]:
+        """The prompts of `dimensions`. Raises ValueError for missing or bad files."""
+        if not self.settings.folder:
+            raise ValueError(f"run.r_bench.folder is empty: {DATA}")
+        tasks = []
+        for dimension in self.settings.dimensions:
+            if dimension not in DIMENSIONS:
+                raise ValueError(
+                    f"run.r_bench.dimensions: {dimension!r} is no dimension: use some of {', '.join(DIMENSIONS)}"
+                )
+            tasks += self._tasks(dimension)
+        return tasks
+
+    def _tasks(self, dimension: str) -> list[Task]:
+        folder = _path(self.settings.folder)
+        file = folder / "prompts" / f"{dimension}_prompts.json"
+        fields = ("view", *(TASKS[dimension].fields if dimension in TASKS else EMBODIMENTS[dimension]))
+        records = read_records(file, ("name", "prompt", "image_path", *fields), DATA)
+        keys = make_keys([f"{dimension} {record['name']}" for record in records], str(file))
+        tasks = []
+        for key, record in zip(keys, records, strict=True):
+            image = folder / "imgs" / record["image_path"]
+            if not image.is_file():
+                raise ValueError(f"{image}, the first frame of {record['name']} in {file.name}, is not there: {DATA}")
+            facts = {"name": str(record["name"]), "prompt": record["prompt"], **{one: record[one] for one in fields}}
+            tasks.append(Task(key, record["prompt"].strip(), dimension, image, facts))
+        return tasks
+
+    def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
+        """<model>-<seed>/<dimension>/videos/<name>.mp4: ReVidgen/data, with a model's seed as a model of its own."""
+        for sample in samples:
+            if sample.path.is_file():
+                place(sample.path, folder / _run(sample) / sample.task.category / "videos" / _file_name(sample))
+        return folder
+
+    def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
+        """Raises ValueError for a clone or motion results that cannot be read."""
+        if not self.settings.checkout:
+            raise ValueError(f"run.r_bench.checkout is empty: {CLONE}")
+        wording = Wording(_path(self.settings.checkout), CLONE)
+        motion = self._motion(samples) if self.settings.motion else None
+
+        async def judge(vlm: Vlm, sample: Sample, pictures: Sequence[bytes]) -> dict[str, float]:
+            task = sample.task
+            if task.category in TASKS:
+                return {task.category: await rate_task(vlm, task, pictures[0], wording)}
+            found = await rate_embodiment(vlm, task, pictures, wording, motion and motion(sample))
+            return {task.category: (found["task_completion"] + found["visual_quality"]) / 2} | found
+
+        ready = []
+        for sample in samples:
+            if motion is None or sample.task.category in TASKS or motion(sample) is not None:
+                ready.append(sample)
+            else:
+                yield Row.of(sample, error=f"{sample.path}: no motion results in {self.settings.motion}: {MOTION}")
+        yield from judge_rows(self.settings.judge, ready, self._video, folder, pick, judge)
+
+    def _motion(self, samples: Sequence[Sample]) -> Callable[[Sample], tuple[float, float] | None]:
+        """Smoothness and amplitude of a sample, None where there are none."""
+        root = _path(self.settings.motion)
+
+        @cache
+        def table(run: str, dimension: str) -> dict[str, tuple[float, float]]:
+            path = root / run / dimension / "motion" / "results.json"
+            records = read_records(path, ("index",), MOTION) if path.is_file() else []
+            names = ("motion_smoothness_score", "perceptible_amplitude_robotic_manipulator")
+            values = {str(record["index"]): [record.get(name) for name in names] for record in records}
+            return {name: (float(a), float(b)) for name, (a, b) in values.items() if a is not None and b is not None}
+
+        return lambda sample: table(_run(sample), sample.task.category).get(sample.task.facts["name"])
+
+    def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tasks, embodiments = ([means[name] for name in names] for names in (TASKS, EMBODIMENTS))
+        found = {"tasks": np.mean(tasks, axis=0), "embodiments": np.mean(embodiments, axis=0)}
+        found["average"] = np.mean([*tasks, *embodiments], axis=0)
+        return {name: found[name] if name in found else means[name] for name in self.figures}
+
+
+def pick(task: Task, clip: Tensor) -> list[bytes]:
+    """Pictures for the questions, as JPEG: a grid of frames; for an embodiment also the pair for its stability."""
+    if len(clip) > SAMPLED:
+        sampled = np.linspace(0, len(clip) - 1, SAMPLED, dtype=int)
+    else:
+        sampled = np.arange(len(clip))
+    rows, columns = SHAPES.get(task.category, GRID)
+    chosen = sampled[np.linspace(0, len(sampled) - 1, rows * columns, dtype=int)]
+    pictures = [grid(clip, chosen, columns)]
+    if task.category in EMBODIMENTS:
+        pictures.append(grid(clip, [0, int(0.75 * (len(clip) - 1))], 2))
+    return pictures
+
+
+def grid(clip: Tensor, chosen: Sequence[int], columns: int) -> bytes:
+    """Frames of a clip (T, H, W, 3) side by side, row by row, in full size."""
+    frames = clip.numpy()[list(chosen)]
+    count, height, width, _ = frames.shape
+    picture = frames.reshape(count // columns, columns, height, width, 3).swapaxes(1, 2)
+    picture = picture.reshape(1, count // columns * height, columns * width, 3)
+    return jpeg_frames(picture, 1, picture.shape[1])[0]
+
+
+def _path(folder: str) -> Path:
+    return Path(folder).expanduser()
+
+
+def _run(sample: Sample) -> str:
+    """The official code's name of a model: ours, which is the folder of its clips, and the seed."""
+    return f"{sample.path.parent.name}-{sample.seed}"
+
+
+def _file_name(sample: Sample) -> str:
+    return f"{sample.task.facts['name']}.mp4"

@@ -1,0 +1,223 @@
+"""R-Bench's questions to a vision-language model, in the official words, and what their answers are worth.
+
+What comes from where stands in `r_bench`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.base import Task
+from eval.benchmarks.official_prompts import Prompt, prompts
+from eval.benchmarks.vlm_rows import ask
+from eval.vlm import Vlm
+from eval.vlm_backend import Malformed, Question, Reply
+
+MANIPULATION = ("robotic manipulator", "manipulated object")
+
+
+@dataclass(frozen=True)
+class TaskRule:
+    decisive: tuple[str, str]  # aspects of the answer
+    fields: tuple[str, ...]  # of a prompt
+
+
+TASKS = {
+    "common_manipulation": TaskRule(("action_execution", "task_completion"), MANIPULATION),
+    "spatial_relationship": TaskRule(
+        ("spatial_relation_accuracy", "manipulation_feasibility"), (*MANIPULATION, "Spatial Relationship")
+    ),
+    "multi-entity_collaboration": TaskRule(
+        ("action_coordination", "task_completion"), ("manipulated object", "entity1", "entity2")
+    ),
+    "long-horizon_planning": TaskRule(("action_execution", "event_completion_ratio"), (*MANIPULATION, "event_list")),
+    "visual_reasoning": TaskRule(("action_execution", "visual_reasoning_accuracy"), MANIPULATION),
+}
+EMBODIMENTS = dict.fromkeys(("single_arm", "dual_arm", "quad", "humanoid"), MANIPULATION)  # with fields of a prompt
+STABILITY = "eval/4_embodiments/1_robot_subject_stability.py"
+PLAUSIBILITY = "eval/4_embodiments/2_physical_plausibility.py"
+ADHERENCE = "eval/4_embodiments/3_task_adherence_consistency.py"
+SCRIPTS = (STABILITY, PLAUSIBILITY, ADHERENCE, *(f"eval/5_tasks/{task}.py" for task in TASKS))
+
+LETTERS = "ABCDE"  # from no change to the most
+# Stability of robot and object, by their letters in the alphabet's order, 15 to 1; of the robot alone.
+PAIRS = dict(zip("AA AB BB AC BC AD BD AE BE CC CD DD CE DE EE".split(), range(15, 0, -1), strict=True))
+SINGLES = {"A": 15, "B": 11, "C": 7, "D": 4, "E": 1}
+PENALTIES = {"A": 0.0, "B": 0.2, "C": 0.4, "D": 0.6, "E": 0.8}
+STILL, NEARLY_STILL = 0.05, 0.1  # amplitudes below which a clip counts as a still picture, or nearly
+STILL_PENALTY = 0.1  # more for the former
+SMOOTHNESS_SHARE = 0.2  # of visual quality
+
+
+class Wording:
+    """The official questions, filled for a task. ValueError for a clone without them."""
+
+    def __init__(self, checkout: Path, remedy: str):
+        def text(script: str, name: str) -> list[Prompt]:
+            return prompts(checkout / script, name, remedy)
+
+        self._tasks = {task: text(f"eval/5_tasks/{task}.py", "create_prompt")[0] for task in TASKS}
+        self._chain = text("eval/5_tasks/visual_reasoning.py", "create_question_chain")[0]
+        self._relation = text("eval/5_tasks/spatial_relationship.py", "spatial_text")[-1]
+        self._plausibility = text(PLAUSIBILITY, "create_prompt")[0]
+        self._adherence = text(ADHERENCE, "create_prompt")[0]
+        self._object = text(STABILITY, "Q2")[0]
+        robots, worst = text(STABILITY, "Q1"), text(STABILITY, "analyze_phrase")
+        if len(robots) < 2 or len(worst) < 4:
+            raise ValueError(f"{checkout / STABILITY} is another version than the one meant: {remedy}")
+        self._with_hand, self._without_hand = robots[:2]
+        self._worst = worst[:4]  # what E means for a gripper or arm, for a hand, for a robot, for anything else
+
+    def chain(self, task: Task) -> str:
+        return self._chain.fill({"prompt": task.facts["prompt"]})
+
+    def task(self, task: Task, questions: str = "") -> str:
+        blanks = self._blanks(task)
+        if task.category == "visual_reasoning":
+            blanks["questions"] = questions
+        elif task.category == "multi-entity_collaboration":
+            blanks |= {name: str(task.facts[name]) for name in ("entity1", "entity2")}
+        elif task.category == "long-horizon_planning":
+            events = [f"{number}) {event}" for number, event in enumerate(task.facts["event_list"], start=1)]
+            blanks["events_formatted"] = "\n".join(events)
+            blanks["len(events_formatted)"] = str(len(blanks["events_formatted"]))  # letters, not events, as there
+        elif task.category == "spatial_relationship":
+            relation = task.facts["Spatial Relationship"]
+            names = {"spatial": "spatial", "obj1": "object1", "obj2": "object2"}
+            parts = {blank: str(relation.get(name, "")) for blank, name in names.items()}
+            blanks |= {**parts, "spatial_text": self._relation.fill(parts)}
+        return self._tasks[task.category].fill(blanks)
+
+    def plausibility(self, task: Task) -> str:
+        return self._plausibility.fill(self._blanks(task))
+
+    def adherence(self, task: Task) -> str:
+        return self._adherence.fill(self._blanks(task))
+
+    def robot(self, phrase: str) -> str:
+        def has(word: str) -> bool:
+            return bool(re.search(rf"\b{word}s?\b", phrase.lower()))
+
+        kinds = (has("gripper") or has("arm"), has("hand"), has("robot"), True)
+        worst = self._worst[kinds.index(True)].fill({"phrase_1": phrase})
+        question = self._with_hand if has("gripper") or has("hand") else self._without_hand
+        return question.fill({"phrase_1": phrase, "E1": worst})
+
+    def object(self, phrase: str) -> str:
+        return self._object.fill({"phrase_2": phrase})
+
+    def _blanks(self, task: Task) -> dict[str, str]:
+        facts = {"view": task.facts["view"], "description": task.facts["prompt"]}
+        names = {"robotic_manipulator": "robotic manipulator", "manipulated_object": "manipulated object"}
+        facts |= {blank: task.facts[name] for blank, name in names.items() if name in task.facts}
+        return {blank: str(value) for blank, value in facts.items()}
+
+
+async def rate_task(vlm: Vlm, task: Task, picture: bytes, wording: Wording) -> float:
+    """Score of a task, 0 to 1. Raises NoAnswer."""
+    questions = ""
+    if task.category == "visual_reasoning":
+        questions = await ask(vlm, "chain of questions", Question(wording.chain(task)), words)
+    question = Question(wording.task(task, questions), frames=(picture,))
+    first, second = TASKS[task.category].decisive
+
+    def score(reply: Reply) -> float:
+        answer = read_json(reply)
+        marks = [mark(answer.get(name), name, reply) for name in (first, second, "total")]
+        return task_score(*marks)
+
+    return await ask(vlm, task.category, question, score)
+
+
+def task_score(first: float, second: float, total: float) -> float:
+    """0 to 1 of two aspects' marks and the model's own total, up to 5."""
+    return (max(min((first + second) / 2, total), 1) - 1) / 4
+
+
+async def rate_embodiment(
+    vlm: Vlm, task: Task, pictures: Sequence[bytes], wording: Wording, motion: tuple[float, float] | None
+) -> dict[str, float]:
+    """Sub-metrics of an embodiment, 0 to 1. Raises NoAnswer.
+
+    pictures: six frames; the first frame beside a later one. motion: smoothness and amplitude, None: not measured.
+    """
+    six, pair = pictures
+    texts = {"plausibility": wording.plausibility(task), "adherence": wording.adherence(task)}
+    found = {}
+    for name, text in texts.items():
+        found[name] = (await ask(vlm, name, Question(text, frames=(six,)), lambda reply: score_field(reply, 1)) - 1) / 4
+    robot, thing = (str(task.facts[name]) for name in MANIPULATION)
+    letters = await ask(vlm, "stability of the robot", Question(wording.robot(robot), frames=(pair,)), letter)
+    if thing.strip().lower() not in ("none", ""):
+        letters += await ask(vlm, "stability of the object", Question(wording.object(thing), frames=(pair,)), letter)
+    found["stability"] = stability(letters)
+    found["task_completion"] = (found["plausibility"] + found["adherence"]) / 2
+    found["visual_quality"] = visual_quality(found["stability"], letters, motion)
+    return found
+
+
+def stability(letters: str) -> float:
+    """0 to 1 of the robot's letter, or of the robot's and the object's."""
+    return ((PAIRS["".join(sorted(letters))] if len(letters) == 2 else SINGLES[letters]) - 1) / 14
+
+
+def visual_quality(stable: float, letters: str, motion: tuple[float, float] | None) -> float:
+    """0 to 1 of stability in [0, 1], its letters, and smoothness and amplitude in [0, 1] where they are known."""
+    robot, *thing = (PENALTIES[one] for one in letters)
+    change = (robot + thing[0]) / 2 if robot and thing and thing[0] else robot
+    if motion is None:
+        return max(stable - change, 0.0)
+    smoothness, amplitude = (min(max(value, 0.0), 1.0) for value in motion)
+    base = (1 - SMOOTHNESS_SHARE) * stable + SMOOTHNESS_SHARE * smoothness
+    return max(base - still_penalty(amplitude) - change, 0.0)
+
+
+def still_penalty(amplitude: float) -> float:
+    if amplitude >= NEARLY_STILL:
+        return 0.0
+    return NEARLY_STILL - amplitude + (STILL_PENALTY if amplitude < STILL else 0.0)
+
+
+def read_json(reply: Reply) -> dict[str, Any]:
+    """The JSON object of an answer, from its first brace to its last; Malformed where there is none."""
+    text = reply.text
+    try:
+        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the answer is no JSON ({error})", text) from error
+    if not isinstance(found, dict):
+        raise Malformed("the answer is no JSON object", text)
+    return found
+
+
+def mark(value: Any, name: str, reply: Reply, least: float = 0.0) -> float:
+    """The number under `score`, from `least` to 5."""
+    try:
+        number = float(value["score"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise Malformed(f"the answer has no number for the score of {name!r}", reply.text) from error
+    if not (math.isfinite(number) and least <= number <= 5):
+        raise Malformed(f"the score of {name!r} is {number:g}, not {least:g} to 5", reply.text)
+    return number
+
+
+def score_field(reply: Reply, least: float) -> float:
+    return mark(read_json(reply), "the answer", reply, least)
+
+
+def letter(reply: Reply) -> str:
+    """The letter under `adjust`, which the model chooses after explaining its first one."""
+    found = str(read_json(reply).get("adjust", "")).strip().upper()
+    if len(found) != 1 or found not in LETTERS:
+        raise Malformed(f"the answer's adjust is {found[:20]!r}, not a letter from A to E", reply.text)
+    return found
+
+
+def words(reply: Reply) -> str:
+    if not reply.text.strip():
+        raise Malformed("the answer is empty", reply.text)
+    return reply.text.strip()

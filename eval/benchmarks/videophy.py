@@ -1,0 +1,239 @@
+"""VideoPhy (Bansal et al., 2024, arXiv 2406.03520): interactions of solids and fluids, rated by VideoCon-Physics.
+
+    recipe key              run.videophy.<field>, see VideoPhyConfig
+    data                    videophy_test_public.csv of the data set videophysics/videophy_test_public
+
+A prompt is a caption of that table, which has a row for each of the authors' clips: captions are taken once each, 344.
+The judge gives two probabilities, of `semantic` adherence (SA) and `physical` commonsense (PC); 0.5 and above counts as
+yes (paper, section on the automatic evaluation). `joint` is the share of clips with both (README, leaderboards).
+How it is run, and what it cannot take, stands in `eval.judges.videocon_physics`.
+
+`category` is the table's states_of_matter. Figures are shares from 0 to 1; the leaderboards print them in percent.
+"""
+
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.official_files import place, read_table
+from eval.judges import videocon_physics
+from eval.judges.external_tool import InstallationConfig, Tool, find_tool, write_table
+from eval.prompts import make_key
+from train.clips import ClipError, VideoConfig, read_clip
+
+THRESHOLD = 0.5
+MAX_NAME = 200  # characters of a caption in a file name
+ENVIRONMENT = "the environment of its README (conda, Python 3.10, transformers 4.28)"
+
+# README of Hritikbansal/videophy, "Automatic LeaderBoard", percent: SA, PC.
+_LEADERBOARD = {
+    "CogVideoX-5B": (57, 41),
+    "Luma Dream Machine": (53, 30),
+    "VideoCrafter2": (47, 36),
+    "LaVIE": (47, 36),
+    "Mochi": (50, 31),
+    "CogVideoX-2B": (40, 39),
+    "HunyuanVideo": (42, 28),
+    "OpenSora": (21, 35),
+}
+
+
+@dataclass
+class RatedConfig(InstallationConfig):
+    """The judge's installation and how much it is given at once."""
+
+    folder: str = ""  # of the benchmark's table
+    clips_a_call: int = 128  # clips that are rated together, and lost together if the run is stopped
+
+
+@dataclass
+class VideoPhyConfig(RatedConfig):
+    batch_size: int = 16  # questions that the judge answers at once, 32 frames of 224x224 each
+
+
+class Rated(Benchmark):
+    """A benchmark of VideoPhy's authors: captions of a CSV, judged by a program of their checkout."""
+
+    table: ClassVar[str]  # name of the CSV
+    source: ClassVar[str]  # where to get it
+    weights: ClassVar[str]  # of the judge
+    laid_out: ClassVar[str]  # table of clips and captions for the official program
+    header: ClassVar[list[str]]  # of it
+    dropped: ClassVar[str] = ""  # letters that a caption loses at its end to become a file's name
+    programs: ClassVar[tuple[str, ...]]
+    settings: RatedConfig
+
+    def __init__(self, settings: RatedConfig, video: VideoConfig):
+        self.settings = settings
+        self._video = video
+
+    def requirements(self) -> list[Requirement]:
+        key, settings = f"run.{self.name}", self.settings
+        program = bool(settings.checkout) and all((Path(settings.checkout) / one).is_file() for one in self.programs)
+        return [
+            Requirement(
+                f"the table {self.table}",
+                "MIT",
+                f"{key}.folder={settings.folder}",
+                bool(settings.folder) and self._table().is_file(),
+                f"get {self.table} from {self.source} and name its folder in {key}.folder",
+            ),
+            Requirement(
+                "the judge's program",
+                "MIT",
+                f"{key}.checkout={settings.checkout}, {key}.python={settings.python}",
+                program and bool(settings.python),
+                f"clone https://github.com/Hritikbansal/videophy, make {ENVIRONMENT}, and name the clone in"
+                f" {key}.checkout and the environment's interpreter in {key}.python",
+            ),
+            Requirement(
+                "the judge's weights (7B, one GPU)",
+                "see the model card; made from LLaMA-7B",
+                f"{key}.checkpoint={settings.checkpoint}",
+                bool(settings.checkpoint) and Path(settings.checkpoint).is_dir(),
+                f"get {self.weights} and name its folder in {key}.checkpoint",
+            ),
+        ]
+
+    def prompts(self) -> list[Task]:
+        """A task a caption, in the order of the table. Raises ValueError for a table that cannot be read."""
+        if not self.settings.folder:
+            raise ValueError(f"run.{self.name}.folder is empty: name the folder of {self.table}, from {self.source}")
+        remedy = f"give the {self.table} of {self.source} in run.{self.name}.folder"
+        tasks = self._tasks(read_table(self._table(), ["caption"], remedy))
+        if not tasks:
+            raise ValueError(f"{self._table()} holds no captions: {remedy}")
+        return tasks
+
+    @abstractmethod
+    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]: ...
+
+    @abstractmethod
+    def _rate(
+        self, tool: Tool, paths: Mapping[int, str], tasks: Sequence[Task], folder: Path
+    ) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
+        """Clip number -> ratings by column, and clip number -> why it has none."""
+
+    @abstractmethod
+    def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]: ...
+
+    def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
+        """Clips as in the authors' examples, <caption with underscores>_<seed>.mp4, and their table."""
+        names: set[str] = set()
+        rows = []
+        for sample in samples:
+            if not sample.path.is_file():
+                continue
+            caption = sample.task.facts["caption"]
+            stem = (
+                caption.replace("/", " ").replace("\0", " ").strip().rstrip(self.dropped).replace(" ", "_")[:MAX_NAME]
+            )
+            name = f"{stem}_{sample.seed}.mp4"
+            if name in names or len(name.encode()) > 255:
+                name = f"{sample.task.key}_{sample.seed}.mp4"
+            names.add(name)
+            target = folder.absolute() / "examples" / name
+            place(sample.path, target)
+            rows.append({"caption": caption, "videopath": str(target)})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_table(folder / self.laid_out, self.header, [[row[name] for name in self.header] for row in rows])
+        return folder
+
+    def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
+        """Raises ValueError for an installation that is not there, ToolError when the judge fails as a whole."""
+        tool = find_tool(self.name, self.settings, "cpu", self.programs, key=f"run.{self.name}")
+        if self.settings.clips_a_call < 1:
+            raise ValueError(f"run.{self.name}.clips_a_call={self.settings.clips_a_call} must be 1 or more")
+        folder.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(samples), self.settings.clips_a_call):
+            yield from self._call(tool, samples[start : start + self.settings.clips_a_call], folder)
+
+    def _call(self, tool: Tool, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
+        failures = {}
+        for number, sample in enumerate(samples):  # one damaged file would end the judge's whole run
+            if reason := self._refuse(sample.task.facts["caption"]) or self._damage(sample):
+                failures[number] = reason
+        paths = {number: str(sample.path.absolute()) for number, sample in enumerate(samples) if number not in failures}
+        rated: dict[int, dict[str, float]] = {}
+        if paths:
+            with tempfile.TemporaryDirectory(prefix="judge-", dir=folder) as temporary:
+                rated, unrated = self._rate(tool, paths, [sample.task for sample in samples], Path(temporary))
+                failures |= unrated
+        for number, sample in enumerate(samples):
+            if number in failures:
+                yield Row.of(sample, error=f"{sample.path}: {failures[number]}")
+            else:
+                yield Row.of(sample, self._values(sample.task, rated[number]))
+
+    @abstractmethod
+    def _refuse(self, caption: str) -> str | None: ...
+
+    def _damage(self, sample: Sample) -> str:
+        try:
+            read_clip(sample.path, self._video)
+        except ClipError as error:
+            return str(error).removeprefix(f"{sample.path}: ")
+        return ""
+
+    def _table(self) -> Path:
+        return Path(self.settings.folder).expanduser() / self.table
+
+
+def once_each(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """The table's rows by caption, in its order; rows without one are left out."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if caption := row["caption"].strip():
+            found.setdefault(caption, []).append(row)
+    return found
+
+
+def by_clip(found: Mapping[str, Mapping[int, Any]], failures: Mapping[int, str]) -> dict[int, dict[str, float]]:
+    """Name -> clip -> value turned into clip -> name -> value, for clips that have all of them."""
+    clips = set.intersection(*(set(values) for values in found.values())) - set(failures)
+    return {clip: {name: float(values[clip]) for name, values in found.items()} for clip in clips}
+
+
+class VideoPhy(Rated):
+    name = "videophy"
+    columns = ("joint", "semantic", "physical", "semantic_score", "physical_score")
+    figures = ("joint", "semantic", "physical")
+    published = tuple(
+        Published(
+            model,
+            {"semantic": semantic / 100, "physical": physical / 100},
+            "Hritikbansal/videophy, README, automatic leaderboard (VideoCon-Physics)",
+        )
+        for model, (semantic, physical) in _LEADERBOARD.items()
+    )
+    table = "videophy_test_public.csv"
+    source = "huggingface.co/datasets/videophysics/videophy_test_public"
+    weights = "huggingface.co/videophysics/videocon_physics"
+    laid_out = "example.csv"
+    header = videocon_physics.HEADER
+    programs = (videocon_physics.PREPARE, videocon_physics.INFERENCE)
+    settings: VideoPhyConfig
+
+    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
+        return [
+            Task(make_key(index, caption), caption, group[0].get("states_of_matter", ""), facts={"caption": caption})
+            for index, (caption, group) in enumerate(once_each(rows).items())
+        ]
+
+    def _refuse(self, caption: str) -> str | None:
+        return videocon_physics.refuse(caption)
+
+    def _rate(self, tool, paths, tasks, folder):
+        captions = [task.facts["caption"] for task in tasks]
+        found, failures = videocon_physics.score_files(tool, self.settings.batch_size, paths, captions, folder)
+        return by_clip(found, failures), failures
+
+    def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]:
+        semantic, physical = (ratings[name] >= THRESHOLD for name in ("semantic", "physical"))
+        values = {"joint": semantic and physical, "semantic": semantic, "physical": physical}
+        scores = {f"{name}_score": ratings[name] for name in ("semantic", "physical")}
+        return {name: float(value) for name, value in values.items()} | scores

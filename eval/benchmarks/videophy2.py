@@ -1,0 +1,168 @@
+"""VideoPhy-2 (Bansal et al., 2025, arXiv 2503.06800): 590 prompts about 200 actions, rated by VideoPhy2-AutoRater.
+
+    recipe key              run.videophy2.<field>, see VideoPhy2Config
+    data                    videophy2_test.csv of the data set videophysics/videophy2_test
+
+The AutoRater rates a clip from 1 to 5 for `semantic` adherence (SA) and for `physical` commonsense (PC). A clip counts
+where its rating is 4 or 5; `joint` is the share of clips where both are (VIDEOPHY2/README.md, inference, step 5). The
+figures hard_* are the same over the prompts that the table marks in its column is_hard. How the AutoRater is run, and
+what becomes of an answer without a rating (the tool writes 0; here it is an error, not a low rating), stands in
+`eval.judges.videophy2`.
+
+The table has a row for each of the authors' clips: captions are taken once each, and one that any row marks is hard.
+Some papers generate from the short captions (PhyGDPO), others from the table's upsampled ones; the judge sees the short
+ones in both cases. `category` is the table's own column. Figures are shares from 0 to 1.
+
+The table also lists physical rules that a clip of a caption follows, breaks or does not show. With `rules`, the
+AutoRater is asked about each rule of a caption, and `rules_followed` is the mean over clips of followed / (followed +
+broken). The authors print no such figure: compare base and tuned by it, nothing else.
+"""
+
+import ast
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from eval.benchmarks.base import Published, Task
+from eval.benchmarks.videophy import Rated, RatedConfig, by_clip, once_each
+from eval.judges import videophy2
+from eval.judges.scores import refuse_caption
+from eval.prompts import make_key
+
+GOOD = 4  # the least rating that counts
+SPLITS = ("all", "hard")
+RULES = ("physics_rules_followed", "physics_rules_unfollowed", "physics_rules_cannot_be_determined")
+TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false", "")
+
+# joint and hard_joint, as shares.
+_PHYGDPO_1 = "PhyGDPO, Table 1a"
+_PHYGDPO_2C = "PhyGDPO, Table 2c"
+_PHYGDPO = (
+    ("VideoCrafter2", 0.1034, 0.0222, _PHYGDPO_1),
+    ("Wan2.1-14B", 0.1288, 0.0111, _PHYGDPO_1),
+    ("HunyuanVideo", 0.1356, 0.0222, _PHYGDPO_1),
+    ("VideoDPO", 0.1373, 0.0167, _PHYGDPO_1),
+    ("PhyT2V", 0.1492, 0.0389, _PHYGDPO_1),
+    ("Sora2", 0.1508, 0.0389, _PHYGDPO_1),
+    ("Veo3.1", 0.1525, 0.0444, _PHYGDPO_1),
+    ("PhyGDPO (Wan2.1-14B)", 0.1627, 0.0500, _PHYGDPO_1),
+    ("Wan2.1-14B + LoRA-SR", 0.1458, 0.0278, "PhyGDPO, Table 2b"),
+    ("Wan2.1-14B + LoRA-SR + groupwise", 0.1559, 0.0389, "PhyGDPO, Table 2b"),
+    ("VideoDPO (Wan2.1-1.3B)", 0.1305, 0.0278, _PHYGDPO_2C),
+    ("PhyGDPO (Wan2.1-1.3B)", 0.1407, 0.0444, _PHYGDPO_2C),
+)
+# Percent: SA, PC, joint, then the same on the hard split.
+_PROPRIO_1 = "Proprio, Table 1 (180 sampled prompts of each split; not all 590)"
+_PROPRIO_3 = "Proprio, Table 3 (180 sampled prompts of each split; not all 590)"
+_PROPRIO = (
+    ("Wan2.2 5B, random of 16", (65.4, 58.1, 48.6, 31.7, 44.4, 19.4), _PROPRIO_1),
+    ("Wan2.2 5B + Qwen 7B search", (67.0, 63.7, 52.0, 35.0, 42.2, 18.9), _PROPRIO_1),
+    ("Wan2.2 5B + WMReward search", (62.2, 66.1, 51.1, 33.9, 47.8, 20.6), _PROPRIO_1),
+    ("Wan2.2 5B + Proprio search, hybrid", (66.5, 69.8, 55.3, 33.3, 52.8, 22.8), _PROPRIO_1),
+    ("Turbo Wan14B, random of 16", (67.2, 68.3, 56.1, 32.2, 47.8, 23.3), _PROPRIO_1),
+    ("Turbo Wan14B + Qwen 7B search", (65.6, 69.4, 55.0, 32.8, 46.1, 22.2), _PROPRIO_1),
+    ("Turbo Wan14B + WMReward search", (63.9, 73.3, 53.9, 30.0, 53.9, 20.0), _PROPRIO_1),
+    ("Turbo Wan14B + Proprio search, hybrid", (64.2, 74.9, 56.4, 33.3, 58.3, 23.9), _PROPRIO_1),
+    ("Hunyuan Video, random of 16", (61.1, 75.0, 50.0, 29.4, 61.1, 20.0), _PROPRIO_1),
+    ("Hunyuan Video + Proprio search, hybrid", (58.9, 78.3, 50.6, 28.9, 71.7, 25.0), _PROPRIO_1),
+    ("Turbo Wan2.2", (65.6, 67.2, 55.0, 31.1, 45.6, 19.4), _PROPRIO_3),
+    ("Turbo Wan2.2 + WMReward guidance", (67.3, 67.2, 55.6, 32.8, 45.0, 21.7), _PROPRIO_3),
+    ("Turbo Wan2.2 + Proprio refinement, hybrid", (65.6, 71.7, 54.4, 32.2, 50.6, 21.1), _PROPRIO_3),
+    ("Turbo Wan2.2 + Proprio refinement, hybrid, best of 8", (66.1, 74.4, 57.8, 29.6, 54.2, 20.7), _PROPRIO_3),
+)
+COUNTED = ("semantic", "physical", "joint")
+_PERCENT = (*COUNTED, *(f"hard_{name}" for name in COUNTED))
+
+
+@dataclass
+class VideoPhy2Config(RatedConfig):
+    split: str = "all"  # all | hard: prompts to make clips of; the hard ones are among all
+    upsampled: bool = False  # generate from the table's long captions; the judge sees the short ones
+    rules: bool = False  # ask about the table's physical rules too: a question a rule, and the weights loaded once more
+
+
+class VideoPhy2(Rated):
+    name = "videophy2"
+    columns = ("semantic_rating", "physical_rating", *_PERCENT, "rules_followed")
+    figures = ("joint", "semantic", "physical", "hard_joint", "hard_semantic", "hard_physical", "rules_followed")
+    published = (
+        *(Published(model, {"joint": joint, "hard_joint": hard}, source) for model, joint, hard, source in _PHYGDPO),
+        *(
+            Published(model, {name: value / 100 for name, value in zip(_PERCENT, values, strict=True)}, source)
+            for model, values, source in _PROPRIO
+        ),
+    )
+    table = "videophy2_test.csv"
+    source = "huggingface.co/datasets/videophysics/videophy2_test"
+    weights = "huggingface.co/videophysics/videophy_2_auto"
+    laid_out = "sa_pc.csv"
+    header = videophy2.HEADER
+    dropped = "."
+    programs = (videophy2.INFERENCE,)
+    settings: VideoPhy2Config
+
+    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
+        split = self.settings.split
+        if split not in SPLITS:
+            raise ValueError(f"run.videophy2.split={split!r} is no split: use one of {', '.join(SPLITS)}")
+        needed = ["is_hard", *(["upsampled_caption"] if self.settings.upsampled else [])]
+        for column in [*needed, *(RULES if self.settings.rules else [])]:
+            if rows and column not in rows[0]:
+                raise ValueError(f"{self._table()} has no column {column!r}: give the {self.table} of {self.source}")
+        tasks = []
+        for index, (caption, group) in enumerate(once_each(rows).items()):
+            hard = any(self._is_hard(row) for row in group)
+            text = group[0]["upsampled_caption"].strip() if self.settings.upsampled else caption
+            if not text:
+                raise ValueError(f"{self._table()}: {caption!r} has no upsampled_caption; use upsampled=false")
+            if split == "all" or hard:
+                facts = {"caption": caption, "hard": hard}
+                if self.settings.rules:
+                    facts["rules"] = list(dict.fromkeys(rule for row in group for rule in self._rules(row)))
+                tasks.append(Task(make_key(index, caption), text, group[0].get("category", ""), facts=facts))
+        return tasks
+
+    def _is_hard(self, row: dict[str, str]) -> bool:
+        value = row["is_hard"].strip().lower()
+        if value not in (*TRUE, *FALSE):
+            raise ValueError(f"{self._table()}: is_hard is {row['is_hard']!r} for {row['caption']!r}, not 0 or 1")
+        return value in TRUE
+
+    def _rules(self, row: dict[str, str]) -> list[str]:
+        """The rules of a row, which writes them as Python lists of strings."""
+        found = []
+        for column in RULES:
+            try:
+                listed = ast.literal_eval(row[column].strip() or "[]")
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list ({error})") from error
+            if not isinstance(listed, list) or not all(isinstance(rule, str) for rule in listed):
+                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list of strings")
+            found += [rule.strip() for rule in listed if rule.strip()]
+        return found
+
+    def _refuse(self, caption: str) -> str | None:
+        return refuse_caption(caption, videophy2.RESERVED)
+
+    def _rate(self, tool, paths, tasks, folder):
+        found, failures = videophy2.rate_files(tool, paths, [task.facts["caption"] for task in tasks], folder)
+        ratings = by_clip(found, failures)
+        pairs = [(clip, rule) for clip in ratings for rule in tasks[clip].facts.get("rules", [])]
+        verdicts = defaultdict(list)
+        if pairs:
+            judged = videophy2.judge_rules(tool, [(paths[clip], rule) for clip, rule in pairs], folder)
+            for (clip, _), verdict in zip(pairs, judged, strict=True):
+                if isinstance(verdict, str):
+                    failures[clip] = verdict
+                elif verdict != videophy2.UNSEEN:
+                    verdicts[clip].append(verdict == videophy2.FOLLOWED)
+        for clip, followed in verdicts.items():
+            ratings[clip]["rules_followed"] = sum(followed) / len(followed)
+        return ratings, failures
+
+    def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]:
+        semantic, physical = (ratings[name] >= GOOD for name in ("semantic", "physical"))
+        counted = {"semantic": float(semantic), "physical": float(physical), "joint": float(semantic and physical)}
+        values = {f"{name}_rating": ratings[name] for name in ("semantic", "physical")} | counted
+        values |= {name: value for name, value in ratings.items() if name == "rules_followed"}
+        return values | {f"hard_{name}": value for name, value in counted.items()} if task.facts["hard"] else values

@@ -1,0 +1,67 @@
+"""Rows out of questions to a vision-language model: what the benchmarks have in common whose judge is one.
+
+A benchmark says which pictures of a clip the model sees (`pick`) and what it is asked (`judge`); reading, asking many
+clips at a time, keeping the answers and naming what went wrong is done here. A clip with a question that got no answer
+has no row of its own but an error: never a zero, which official code often counts instead.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from eval.benchmarks.base import Requirement, Row, Sample, Task
+from eval.vlm import NoAnswer, Vlm
+from eval.vlm_backend import Question, Reply, VlmConfig
+from train.clips import ClipError, VideoConfig, read_clip
+
+AT_ONCE = 64  # clips between two looks of the caller; their rows are kept before the next ones are asked about
+
+T = TypeVar("T")
+Pick = Callable[[Task, Tensor], Any]  # of a clip (T, H, W, 3) uint8, in a thread
+JudgeClip = Callable[[Vlm, Sample, Any], Awaitable[Mapping[str, float]]]  # of what `pick` gave
+
+
+def judge_rows(
+    config: VlmConfig, samples: Sequence[Sample], video: VideoConfig, folder: Path, pick: Pick, judge: JudgeClip
+) -> Iterator[Row]:
+    """A row a sample, in order. Answers are kept below `folder`, unless the settings name another cache.
+
+    Raises ValueError for settings that cannot work and VlmUnavailable, one too, when nothing can be answered.
+    """
+    vlm = Vlm(dataclasses.replace(config, cache=config.cache or str(folder / "answers")))
+
+    async def row(sample: Sample) -> Row:
+        try:
+            picked = await asyncio.to_thread(lambda: pick(sample.task, read_clip(sample.path, video)))
+            return Row.of(sample, await judge(vlm, sample, picked))
+        except ClipError as error:
+            return Row.of(sample, error=str(error))
+        except NoAnswer as refusal:
+            return Row.of(sample, error=f"{sample.path}: {refusal}")
+
+    for start in range(0, len(samples), AT_ONCE):
+        yield from vlm.run(row, samples[start : start + AT_ONCE])
+
+
+async def ask(vlm: Vlm, name: str, question: Question, check: Callable[[Reply], T]) -> T:
+    """`vlm.ask` with the question's name in its NoAnswer."""
+    try:
+        return await vlm.ask(question, check)
+    except NoAnswer as refusal:
+        raise NoAnswer(refusal.reason, f"{name}: {refusal.detail}", refusal.raw) from refusal
+
+
+def judge_requirement(key: str, config: VlmConfig, official: str) -> Requirement:
+    """The judge in requirements(): key of its settings, and the model that the official protocol asks."""
+    named = bool(config.model and (config.base_url or config.backend != "openai"))
+    return Requirement(
+        f"a vision-language model as judge (officially {official})",
+        "the model's own",
+        f"{key}.model={config.model}, {key}.base_url={config.base_url}",
+        named,
+        f"serve one (vllm serve MODEL) and name it in {key}.model and its address in {key}.base_url",
+    )

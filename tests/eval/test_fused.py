@@ -1,0 +1,80 @@
+"""Fused blocks in evaluation: the same velocities, gradients, masks and switch as diffusers' own blocks."""
+
+import pytest
+import torch
+
+from eval.fused import fuse
+from eval.search.candidates import Candidates
+from eval.search.masks import mask_of
+from eval.search.residuals import ResidualConfig, Residuals
+from train.backbones import load_backbone
+from train.backbones.base import BackboneConfig, Conditioning
+from train.lora_switch import LoraConfig, LoraSwitch
+
+
+def load(family="wan21"):
+    config = BackboneConfig(family=family, architecture="tiny", random_weights=True, dtype="float32", text_length=8)
+    return load_backbone(config, "cpu", parts=("transformer",))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(backbone):
+    latents = draw(2, *backbone.latent_shape(32, 32, 5))
+    width = backbone.architecture["transformer"]["text_dim"]
+    stacked = backbone.input_channels(backbone.architecture) > latents.shape[1]
+    return latents, Conditioning(draw(2, 8, width, seed=1), draw(*latents.shape, seed=2) if stacked else None)
+
+
+@pytest.mark.parametrize("family", ["wan21", "wan22_ti2v", "wan22_i2v"])
+def test_velocity_and_gradient_are_those_of_plain_blocks(family):
+    backbone, found = load(family), []
+    latents, conditioning = inputs(backbone)
+    for times in range(2):
+        if times:
+            assert fuse(backbone, compiled=False) == ""
+        for t in (0.95, 0.3):  # one of each expert
+            x = latents.clone().requires_grad_()
+            velocity = backbone.velocity_at(x, t, conditioning)
+            (gradient,) = torch.autograd.grad(velocity.square().sum(), x)
+            found.append((velocity.detach(), gradient))
+    for plain, fused in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-4)
+
+
+def test_the_switch_turns_fused_blocks_as_well():
+    backbone = load()
+    latents, conditioning = inputs(backbone)
+    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=2, alpha=2))
+    for number, weight in enumerate(switch.parameters()):
+        weight.data = draw(*weight.shape, seed=number) / 10
+    with torch.no_grad():
+        plain = backbone.velocity_at(latents, 0.5, conditioning)
+        assert fuse(backbone, switch, compiled=False) == ""
+        fused = backbone.velocity_at(latents, 0.5, conditioning)
+        with switch.reference():
+            base = backbone.velocity_at(latents, 0.5, conditioning)
+    torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-4)
+    assert (base - fused).abs().max() > 1e-2
+
+
+def test_masks_still_see_the_attention():
+    backbone = load()
+    latents, conditioning = inputs(backbone)
+    found = []
+    for times in range(2):
+        if times:
+            fuse(backbone, compiled=False)
+        candidates = Candidates("a", "a ball", latents, conditioning[:1], None, 8.0)
+        residuals = Residuals(backbone, ResidualConfig(levels=1, draws=1))
+        found.append(mask_of("attention", candidates, residuals))
+    torch.testing.assert_close(found[0], found[1])
+    assert "forward" in backbone.blocks[0].__dict__ and "forward" in backbone.blocks[-1].__dict__
+
+
+def test_what_cannot_be_fused_is_said():
+    backbone = load()
+    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=2, alpha=2, targets=["proj_out"]))
+    assert "outside" in fuse(backbone, switch)

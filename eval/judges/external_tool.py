@@ -32,13 +32,17 @@ LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); os.exe
 
 
 @dataclass
-class ToolConfig:
+class InstallationConfig:
     """The user's own installation of a judge."""
 
     checkout: str = ""  # folder of a clone of github.com/Hritikbansal/videophy
     python: str = ""  # interpreter of the environment its README describes (transformers 4.28)
     checkpoint: str = ""  # folder of the judge's weights
     timeout: float = 1800.0  # seconds without a word of output after which the tool is stopped; loading is silent too
+
+
+@dataclass
+class ToolConfig(InstallationConfig):
     fps: float = 16.0  # frames a second of the clips; `eval.judges.build_judge` sets it
 
 
@@ -51,6 +55,7 @@ class Tool:
     """A checked installation, ready to run."""
 
     name: str  # for messages
+    key: str  # of the installation in the recipe, for messages
     python: str
     checkout: Path
     checkpoint: Path
@@ -91,7 +96,7 @@ class Tool:
                 if now - heard > self.timeout:
                     raise ToolError(
                         f"{self.name}: {script} printed nothing for {self.timeout:g} s and was stopped after"
-                        f" {now - started:.0f} s; if it only needs longer, raise judge.{self.name}.timeout.{_tail(log)}"
+                        f" {now - started:.0f} s; if it only needs longer, raise {self.key}.timeout.{_tail(log)}"
                     )
                 if now - reported > REPORT_SECONDS:
                     reported = now
@@ -118,9 +123,14 @@ class Tool:
             raise ToolError(f"{self.name}: {script} wrote {path.name}, which is no CSV in UTF-8: {error}") from error
 
 
-def find_tool(name: str, config: ToolConfig, device: torch.device | str, scripts: Sequence[str]) -> Tool:
-    """Check the installation that `config` describes, before any work; ValueError names the key to correct."""
-    key = f"judge.{name}"
+def find_tool(
+    name: str, config: InstallationConfig, device: torch.device | str, scripts: Sequence[str], *, key: str = ""
+) -> Tool:
+    """Check the installation that `config` describes, before any work; ValueError names the key to correct.
+
+    key: of `config` in the recipe, judge.<name> by default.
+    """
+    key = key or f"judge.{name}"
     for field in ("checkout", "python", "checkpoint"):
         if not getattr(config, field):
             raise ValueError(f"{key}.{field} is empty; {name} runs in its own checkout and environment, give all three")
@@ -137,7 +147,7 @@ def find_tool(name: str, config: ToolConfig, device: torch.device | str, scripts
     if not config.timeout > 0:
         raise ValueError(f"{key}.timeout={config.timeout} must be a number of seconds above 0")
     environment = tool_environment(os.environ, torch.device(device))
-    return Tool(name, os.path.abspath(python), checkout, checkpoint, config.timeout, environment)
+    return Tool(name, key, os.path.abspath(python), checkout, checkpoint, config.timeout, environment)
 
 
 def tied(command: list[str]) -> list[str]:

@@ -30,11 +30,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import av
 import jinja2
 import numpy as np
+import torch
 
 from eval.intervals import Estimate, bootstrap_mean
 from eval.search.store import write_text
+from train.clips import ClipError, write_clip
 
 TEMPLATE = Path(__file__).with_name("vote.html")
 CHOICES = ("left", "right", "tie")
@@ -130,13 +133,30 @@ def write_page(
     page = folder / "page"
     (page / "clips").mkdir(parents=True, exist_ok=True)
     for name, path in sorted(zip(neutral, clips, strict=True)):  # so that times tell nothing either
-        shutil.copyfile(path, page / "clips" / name)
+        copy_clip(path, page / "clips" / name)
     write_text(place, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
     shown = [{name: trial[name] for name in ("prompt", "left", "right")} for trial in key["trials"]]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=key["page"], trials=shown)
     write_text(page / "index.html", text)
     return page / "index.html"
+
+
+def copy_clip(source: Path, target: Path) -> None:
+    """The clip as it is where browsers play its pixel format, else encoded anew (clips without loss are RGB).
+
+    Raises ClipError, a ValueError, where it cannot be read.
+    """
+    try:
+        with av.open(str(source), options={"protocol_whitelist": "file"}) as container:
+            stream = container.streams.video[0]
+            if stream.codec_context.pix_fmt == "yuv420p":
+                shutil.copyfile(source, target)
+                return
+            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+            write_clip(target, torch.from_numpy(frames), float(stream.average_rate))
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        raise ClipError(source, "unreadable", f"no video file, or damaged ({error}); make it again") from error
 
 
 def order_trials(pairs: int, repeat: float, generator: np.random.Generator) -> list[tuple[int, bool]]:

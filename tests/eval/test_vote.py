@@ -4,14 +4,15 @@ import hashlib
 import json
 import re
 
+import av
 import numpy as np
 import pytest
 import torch
 
 from eval import vote
-from eval.vote import agreement, analyse_votes, order_trials, wilson, write_page
+from eval.vote import agreement, analyse_votes, copy_clip, order_trials, wilson, write_page
 from tests.chromium import Chromium, is_installed
-from train.clips import write_clip
+from train.clips import VideoConfig, read_clip, write_clip
 
 PROMPTS = ["a ball falls", "</script><b>a ramp</b>", 'two "balls" meet & part']
 LEFT, RIGHT, DOWN, BACKSPACE, ENTER = "\ue012", "\ue014", "\ue015", "\ue003", "\ue007"
@@ -90,6 +91,24 @@ def test_order_and_sides():
             pair, second_left = trials[number]
             assert number > first[pair] and second_left != trials[first[pair]][1]
         assert abs(2 * sum(trials[number][1] for number in first.values()) - pairs) <= 1
+
+
+def test_clips_that_browsers_do_not_play_are_encoded_anew(tmp_path):
+    frames = np.full((4, 32, 48, 3), (200, 40, 40), dtype=np.uint8)
+    with av.open(str(tmp_path / "rgb.mp4"), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=8, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "rgb24"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    copy_clip(tmp_path / "rgb.mp4", tmp_path / "copy.mp4")
+    with av.open(str(tmp_path / "copy.mp4")) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+    found = read_clip(tmp_path / "copy.mp4", VideoConfig(32, 48, 4, 8.0)).numpy()
+    assert np.abs(found.astype(int) - frames).max() < 8
+    (tmp_path / "broken.mp4").write_bytes(b"no clip")
+    with pytest.raises(ValueError, match="broken.mp4.*make it again"):
+        copy_clip(tmp_path / "broken.mp4", tmp_path / "copy.mp4")
 
 
 @pytest.mark.parametrize(

@@ -8,26 +8,29 @@ which the violated clip has the LOWER loss. 0.5 is chance, lower is better.
 
 As in the release (github.com/YuanJianhao508/LikePhys): ten levels evenly spaced over all of them, one draw of noise a
 level, shared by all clips of a scene; every true clip of a scene with every violated one of a kind; the mean over
-scenes and then over kinds, each kind of each scenario with equal weight; five kinds left out (`LEFT_OUT`); one prompt a
+scenes and then over kinds, each kind of each scenario with equal weight; six kinds left out (`LEFT_OUT`); one prompt a
 scenario; frames picked evenly from the whole clip and stretched to the model's size.
 
 Deviations. The release noises Wan's latents along another path (x + sigma noise, scaled to unit variance) than the
 one Wan was trained on; here it is the model's own, (1 - t) x + t noise. It applies classifier-free guidance to the
-prediction; here there is none, as in the paper's loss. Equal losses count half, there as no error.
+prediction; here there is none. Equal losses count half, there as no error.
 
-Two sources of clips. `sandbox`: simulated scenes with held-out prompts and their planted violations, figures by
-kind. `folder`: the published clips, figures by scenario, a mean over its rows (scenes and kinds).
+Two sources of clips. `sandbox`: simulated scenes with held-out prompts and their planted violations, equally many pairs
+of each kind, figures by kind. `folder`: the published clips, figures by scenario. All figures are means over rows, one
+for each kind of a scene: in the published clips kinds weigh the same where they have equally many scenes.
 
 The losses of finished scenes are kept in `<folder>/losses.jsonl`. Nothing in a backbone says which LoRA is on, so the
 first scene is always asked again, and the others are taken over only if it gives the very same losses.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import av
@@ -37,7 +40,8 @@ from PIL import Image
 from torch import Tensor
 
 from eval.benchmarks.base import Benchmark, Requirement, Row
-from eval.sandbox.clips import SCENES, simulate
+from eval.sandbox.clips import SCENES, Clips, simulate
+from eval.sandbox.prompts import TEMPLATES, write_prompt
 from eval.sandbox.splits import is_held_out
 from eval.sandbox.world import VIOLATIONS
 from eval.search.candidates import Candidates
@@ -68,6 +72,7 @@ LEFT_OUT = {
     "pendulum": ("reverse_gravity", "break_conservation_energy"),
     "river": ("color_change", "teleporting_fluid", "negative_viscosity"),
 }
+BLOCK = 8  # scenes simulated together
 DATASET = "huggingface.co/datasets/JianhaoDYDY/LikePhys-Benchmark"
 
 
@@ -80,7 +85,7 @@ class LikePhysConfig:
     source: str = "sandbox"  # "sandbox": simulated scenes; "folder": the published clips
     folder: str = ""  # of the published clips, with ball_drop_videos and so on
     num_frames: int = 33  # of a published clip; what the release takes for Wan 2.1
-    scenes: int = 32  # simulated, of each of the five kinds
+    pairs: int = 64  # of each of the sandbox's kinds, from all scenes that know it
     severity: float = 1.0  # of the planted violations, in (0, 1]
     seed: int = 0  # of the simulated scenes
     residuals: ResidualConfig = field(default_factory=_levels)  # levels, draws, their seed, clips in a pass
@@ -103,8 +108,8 @@ class LikePhys(Benchmark):
     def __init__(self, settings: LikePhysConfig, video: VideoConfig):
         if settings.source not in ("sandbox", "folder"):
             raise ValueError(f"run.likephys.source={settings.source!r} is unknown: use sandbox or folder")
-        if settings.scenes < 1:
-            raise ValueError(f"run.likephys.scenes={settings.scenes}: use 1 or more")
+        if settings.pairs < 1:
+            raise ValueError(f"run.likephys.pairs={settings.pairs}: use 1 or more")
         self.settings, self._video = settings, video
         self._parts = tuple(VIOLATIONS) if settings.source == "sandbox" else tuple(SCENARIOS)
         # margin: by how much the violated clips' mean loss is above the true ones', as a share of the latter
@@ -119,15 +124,6 @@ class LikePhys(Benchmark):
         where = f"run.likephys.folder={self.settings.folder!r}"
         licence = "none stated; see the dataset's page"
         return [Requirement("the LikePhys clips", licence, where, self._root() is not None, remedy)]
-
-    def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        figures = {name: means[name] for name in self.figures}
-        if self.settings.source == "sandbox":  # kinds have unequal numbers of scenes
-            parts = np.stack([means[name] for name in self._parts])
-            known = np.isfinite(parts)
-            with np.errstate(invalid="ignore"):
-                figures["error"] = np.where(known, parts, 0).sum(axis=0) / known.sum(axis=0)
-        return figures
 
     def probe(self, backbone: Backbone, folder: Path) -> Iterator[Row]:
         """A row for every scene and kind: the share of its pairs that are ranked wrongly."""
@@ -150,31 +146,33 @@ class LikePhys(Benchmark):
         return self._simulated() if self.settings.source == "sandbox" else self._published()
 
     def _simulated(self) -> Iterator[Group]:
-        settings, video = self.settings, self._video
+        video = self._video
         shrink = math.gcd(video.height, video.width)  # what happens depends on the frame's aspect, not on its size
         small = replace(video, height=video.height // shrink, width=video.width // shrink)
+        for scene, quota in share_pairs(self.settings.pairs).items():
+            found, wanted = 0, max(quota.values(), default=0)
+            for block in itertools.count():
+                if found == wanted:
+                    break
+                attributes = self._block(scene, block, None, small).attributes
+                prompts = {index: _held_out_prompt(scene, shown) for index, shown in enumerate(attributes)}
+                prompts = {index: prompt for index, prompt in prompts.items() if prompt}
+                frames = cache(lambda kind, scene=scene, block=block: self._block(scene, block, kind, video).frames)
+                for index, prompt in list(prompts.items())[: wanted - found]:
+                    clips = {
+                        (kind or VALID, ""): lambda kind=kind, index=index, frames=frames: frames(kind)[index]
+                        for kind in (None, *(kind for kind, pairs in quota.items() if pairs > found))
+                    }
+                    yield Group(f"{scene}-{block:04d}-{index}", "", prompt, clips)
+                    found += 1
 
-        def make(scene: str, number: int, kind: str | None, size: VideoConfig):
-            digest = hashlib.sha256(f"likephys\0{scene}\0{settings.seed}\0{number}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            shape = {"height": size.height, "width": size.width, "num_frames": size.num_frames, "fps": size.fps}
-            return simulate(scene, 1, generator, **shape, violation=kind, severity=settings.severity)
-
-        for scene in SCENES:
-            found, number = 0, -1
-            while found < settings.scenes:
-                number += 1
-                prompt = make(scene, number, None, small).prompts[0]
-                if not is_held_out(prompt):
-                    continue
-                found += 1
-                clips = {
-                    (kind or VALID, ""): lambda kind=kind, scene=scene, number=number: make(
-                        scene, number, kind, video
-                    ).frames[0]
-                    for kind in (None, *SCENES[scene].violations)
-                }
-                yield Group(f"{scene}-{number:05d}", "", prompt, clips)
+    def _block(self, scene: str, block: int, kind: str | None, video: VideoConfig) -> Clips:
+        """BLOCK clips, the same scenes with every kind."""
+        settings = self.settings
+        digest = hashlib.sha256(f"likephys\0{scene}\0{settings.seed}\0{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
+        return simulate(scene, BLOCK, generator, **size, violation=kind, severity=settings.severity)
 
     def _published(self) -> Iterator[Group]:
         root = self._root()
@@ -235,6 +233,22 @@ class LikePhys(Benchmark):
             error = preference_error(true, violated)
             margin = float(np.mean(violated) / np.mean(true) - 1)
             yield Row(key, seed, {"error": error, "margin": margin, group.figure or kind: error})
+
+
+def share_pairs(pairs: int) -> dict[str, dict[str, int]]:
+    """By scene and kind: `pairs` of each kind, shared evenly by the scenes that know it, the first ones one more."""
+    shares: dict[str, dict[str, int]] = {scene: {} for scene in SCENES}
+    for kind in VIOLATIONS:
+        knowing = [scene for scene in SCENES if kind in SCENES[scene].violations]
+        for place, scene in enumerate(knowing):
+            shares[scene][kind] = pairs // len(knowing) + (place < pairs % len(knowing))
+    return shares
+
+
+def _held_out_prompt(scene: str, attributes: dict[str, str]) -> str:
+    """The first paraphrase that no training set holds; empty: there is none."""
+    paraphrases = (write_prompt(scene, attributes, number) for number in range(len(TEMPLATES[scene])))
+    return next((prompt for prompt in paraphrases if is_held_out(prompt)), "")
 
 
 def losses_of(residuals: Residuals, candidates: Candidates) -> Tensor:

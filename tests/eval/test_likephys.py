@@ -1,6 +1,7 @@
 """LikePhys: its losses against a float64 reference, its pairs, both sources of clips, and resuming."""
 
 import hashlib
+import itertools
 import json
 from dataclasses import replace
 
@@ -9,10 +10,19 @@ import pytest
 import torch
 
 from eval.benchmarks import likephys
-from eval.benchmarks.likephys import LEFT_OUT, SCENARIOS, LikePhys, LikePhysConfig, losses_of, preference_error
+from eval.benchmarks.likephys import (
+    LEFT_OUT,
+    SCENARIOS,
+    LikePhys,
+    LikePhysConfig,
+    losses_of,
+    preference_error,
+    share_pairs,
+)
 from eval.sandbox.clips import SCENES
+from eval.sandbox.prompts import write_prompt
 from eval.sandbox.splits import is_held_out
-from eval.sandbox.world import VIOLATIONS
+from eval.sandbox.world import COLOUR_NAMES, VIOLATIONS
 from eval.search.candidates import Candidates
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones import load_backbone
@@ -61,9 +71,9 @@ class Flat:
         return self.sign * noisy
 
 
-def sandbox(folder, **settings):
+def sandbox(folder, pairs=1, **settings):
     residuals = ResidualConfig(levels=2, t_min=0.3, t_max=0.6, draws=1, batch_size=16)
-    return LikePhys(LikePhysConfig(scenes=1, residuals=residuals, **settings), VIDEO)
+    return LikePhys(LikePhysConfig(pairs=pairs, residuals=residuals, **settings), VIDEO)
 
 
 def test_losses_are_the_reference(backbone):
@@ -105,56 +115,72 @@ def test_preference_by_hand():
     assert preference_error([1.0], [1.0]) == 0.5
 
 
-def test_pairs_of_the_sandbox_are_one_scene_with_and_without(tmp_path):
-    groups = list(sandbox(tmp_path).groups())
-    assert [group.key.partition("-")[0] for group in groups] == list(SCENES)
+def test_pairs_are_shared_by_the_scenes():
+    shares = share_pairs(64)
+    assert list(shares) == list(SCENES)
+    for kind in VIOLATIONS:
+        parts = [quota[kind] for quota in shares.values() if kind in quota]
+        assert sum(parts) == 64 and max(parts) - min(parts) <= 1
+        assert len(parts) == sum(kind in scene.violations for scene in SCENES.values())
+    assert shares["projectile"]["tilt"] == 13 and shares["occluder"]["tilt"] == 12
+
+
+def test_pairs_of_the_sandbox_are_one_scene_with_and_without(tmp_path, monkeypatch):
+    few = {name: SCENES[name] for name in ("pendulum", "collision")}  # they know all kinds between them
+    monkeypatch.setattr(likephys, "SCENES", few)
+    groups = list(sandbox(tmp_path, pairs=3).groups())
+    assert len({group.key for group in groups}) == len(groups) == 2 + 1 + 3  # gravity, tilt ... | momentum and ghost
     for group in groups:
         scene = group.key.partition("-")[0]
-        assert [kind for kind, _ in group.clips] == ["valid", *SCENES[scene].violations]
-        assert is_held_out(group.prompt)
-    true, *violated = (frames() for frames in groups[0].clips.values())
-    assert true.shape == (17, 16, 16, 3) and all((frames != true).any() for frames in violated)
-    late = groups[0].clips["teleport", ""]()
+        assert is_held_out(group.prompt) and group.prompt in {
+            write_prompt(scene, {"colour": one, "second_colour": two, "direction": way, "second_state": state}, number)
+            for one, two in itertools.product(COLOUR_NAMES, COLOUR_NAMES)
+            for way, state, number in itertools.product(("left", "right"), ("moving", "resting"), range(4))
+        }
+    kinds = [kind for group in groups for kind, _ in group.clips]
+    assert {kind: kinds.count(kind) for kind in VIOLATIONS} == dict.fromkeys(VIOLATIONS, 3)
+    assert kinds.count("valid") == len(groups)
+    clips = {kind: frames() for (kind, _), frames in groups[0].clips.items()}
+    true = clips.pop("valid")
+    assert true.shape == (17, 16, 16, 3) and all((frames != true).any() for frames in clips.values())
+    late = clips["teleport"]
     assert (late[0] == true[0]).all() and (late[-1] != true[-1]).any()
-    again = next(iter(sandbox(tmp_path).groups()))
+    again = next(iter(sandbox(tmp_path, pairs=3).groups()))
     assert (again.clips["valid", ""]() == true).all()
 
 
 def test_rows_and_figures_by_kind(tmp_path, monkeypatch):
-    few = {name: SCENES[name] for name in ("pendulum", "collision")}  # they know all kinds between them
+    few = {name: SCENES[name] for name in ("pendulum", "collision")}
     monkeypatch.setattr(likephys, "SCENES", few)
-    benchmark = sandbox(tmp_path)
+    benchmark = sandbox(tmp_path, pairs=2)
     rows = list(benchmark.probe(Flat(), tmp_path))
-    assert len(rows) == len({row.key for row in rows}) == sum(len(scene.violations) for scene in few.values())
-    means = {}
-    for column in benchmark.columns:
-        values = [row.values[column] for row in rows if column in row.values]
-        means[column] = np.array([np.mean(values)])
-        if column in VIOLATIONS:
-            assert len(values) == sum(column in scene.violations for scene in few.values())
-    figures = benchmark.derive(means)
-    assert set(figures) == set(benchmark.figures)
-    np.testing.assert_allclose(figures["error"], np.mean([means[kind] for kind in VIOLATIONS]))
-    figures = benchmark.derive(means | {"ghost": np.array([np.nan])})
-    np.testing.assert_allclose(figures["error"], np.mean([means[kind] for kind in VIOLATIONS if kind != "ghost"]))
+    assert len(rows) == len({row.key for row in rows}) == 2 * len(VIOLATIONS)
+    means = {column: np.array([np.mean(found)]) for column in benchmark.columns if (found := column_of(rows, column))}
+    assert all(len(column_of(rows, kind)) == 2 for kind in VIOLATIONS)
+    assert set(benchmark.derive(means)) == set(benchmark.figures) == {"error", "margin", *VIOLATIONS}
+    np.testing.assert_allclose(means["error"], np.mean([means[kind] for kind in VIOLATIONS]))
+
+
+def column_of(rows, column):
+    return [row.values[column] for row in rows if column in row.values]
 
 
 def test_resumes_and_notices_another_model(tmp_path, monkeypatch):
     few = {name: replace(SCENES[name], violations=("teleport",)) for name in ("pendulum", "occluder", "collision")}
     monkeypatch.setattr(likephys, "SCENES", few)
     kept, whole, first = tmp_path / "losses.jsonl", Flat(), Flat()
-    rows = list(sandbox(tmp_path).probe(whole, tmp_path))
+    rows = list(sandbox(tmp_path, pairs=3).probe(whole, tmp_path))
     lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
     kept.write_text(lines[0] + lines[1] + lines[2][:40], encoding="utf-8")  # killed while writing
-    assert list(sandbox(tmp_path).probe(first, tmp_path)) == rows
-    passes = [2 * len(group.clips) for group in sandbox(tmp_path).groups()]
+    assert list(sandbox(tmp_path, pairs=3).probe(first, tmp_path)) == rows
+    passes = [2 * len(group.clips) for group in sandbox(tmp_path, pairs=3).groups()]
     assert whole.asked == sum(passes) and first.asked == sum(passes) - passes[1]
     assert kept.read_text(encoding="utf-8").splitlines(keepends=True) == lines
     other = Flat(sign=-1.0)
-    assert list(sandbox(tmp_path).probe(other, tmp_path)) != rows
+    assert list(sandbox(tmp_path, pairs=3).probe(other, tmp_path)) != rows
     assert other.asked == sum(passes)
     settings = Flat()
-    list(sandbox(tmp_path, severity=0.5).probe(settings, tmp_path))
+    list(sandbox(tmp_path, pairs=3, severity=0.5).probe(settings, tmp_path))
     assert settings.asked == sum(passes)
 
 
@@ -210,8 +236,8 @@ def test_frames_are_picked_evenly_and_stretched(tmp_path):
 def test_settings_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(ValueError, match="source"):
         LikePhys(LikePhysConfig(source="internet"), VIDEO)
-    with pytest.raises(ValueError, match="scenes"):
-        LikePhys(LikePhysConfig(scenes=0), VIDEO)
+    with pytest.raises(ValueError, match="pairs"):
+        LikePhys(LikePhysConfig(pairs=0), VIDEO)
     image = Flat()
     image.input_channels = lambda architecture: 2 * architecture["z_dim"]
     with pytest.raises(ValueError, match="image"):

@@ -71,9 +71,9 @@ class Flat:
         return self.sign * noisy
 
 
-def sandbox(folder, pairs=1, **settings):
+def sandbox(folder, pairs=1, severity=1.0, **settings):
     residuals = ResidualConfig(levels=2, t_min=0.3, t_max=0.6, draws=1, batch_size=16)
-    return LikePhys(LikePhysConfig(pairs=pairs, residuals=residuals, **settings), VIDEO)
+    return LikePhys(LikePhysConfig(pairs=pairs, severity=severity, residuals=residuals, **settings), VIDEO)
 
 
 def test_losses_are_the_reference(backbone):

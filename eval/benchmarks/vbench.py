@@ -1,0 +1,238 @@
+"""VBench (Huang et al., CVPR 2024, arXiv 2311.17982): does the picture stay good? Six dimensions, for any prompts.
+
+The five of Proprio's Table 6 (subject and background consistency, motion smoothness, aesthetic and imaging quality) and
+dynamic degree, without which a model that stands still looks best. None of them looks at the prompt's words, so VBench
+takes clips of any prompts ("custom_input").
+
+VBench (github.com/Vchitect/VBench, 0.1.5) runs in an environment of its own, that of the setting `python`:
+
+    python <package>/launch/evaluate.py --mode custom_input --videos_path <folder> --dimension <six names>
+        --prompt_file prompts.json --output_path <folder>
+
+It writes results_<time>_eval_results.json: for each dimension [mean, [{"video_path", "video_results"}, ...]]. A clip's
+`video_results` is the row's value, except that imaging quality is out of 100 there and, as in VBench's mean, out of 1
+here; dynamic degree is true or false. Figures are means over clips. So are VBench's own, but that on one GPU the two
+consistencies are means over frames: the same where all clips have equally many.
+
+VBench needs a GPU, at least two frames a clip, and the network when it first loads a dimension's weights.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.judges.external_tool import Tool, ToolError, tool_environment
+from eval.prompts import read_prompts
+from train.clips import ClipError, VideoConfig, read_clip
+
+PROGRAM = "launch/evaluate.py"  # of the package
+DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "aesthetic_quality",
+    "imaging_quality",
+    "dynamic_degree",
+)
+SCALE = {"imaging_quality": 100.0}  # of a clip's value; 1 elsewhere
+# Where the package lies, without importing it; the folder that one happens to be in does not count.
+FIND = (
+    "import importlib.util, sys; sys.path.pop(0); found = importlib.util.find_spec('vbench');"
+    " print(list(found.submodule_search_locations)[0] if found else '')"
+)
+FIND_SECONDS = 60.0
+# Of `accelerate launch`: with them the tool would wait for ranks that are not its own.
+OF_OUR_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_TABLE_6 = {
+    "VideoPhy-2 prompts (T2V)": (
+        ("Turbo Wan2.2", (0.92, 0.92, 0.99, 0.51, 0.67)),
+        ("Turbo Wan2.2 + Proprio refinement", (0.93, 0.93, 0.98, 0.51, 0.68)),
+        ("Turbo Wan2.2 + Proprio search", (0.95, 0.95, 0.99, 0.54, 0.68)),
+        ("Turbo Wan2.2 + Proprio refinement and search", (0.93, 0.93, 0.98, 0.52, 0.68)),
+    ),
+    "Physics-IQ prompts (I2V)": (
+        ("Turbo Wan2.2", (0.95, 0.96, 0.99, 0.49, 0.66)),
+        ("Turbo Wan2.2 + Proprio refinement", (0.95, 0.96, 0.99, 0.49, 0.66)),
+        ("Turbo Wan2.2 + Proprio search", (0.95, 0.96, 0.99, 0.48, 0.68)),
+        ("Turbo Wan2.2 + Proprio refinement and search", (0.96, 0.96, 0.99, 0.49, 0.66)),
+    ),
+}
+
+
+@dataclass
+class VBenchConfig:
+    prompts_file: str = ""  # .txt, a prompt a line; .csv or .jsonl, columns prompt [image] [key]
+    python: str = ""  # interpreter of an environment with the package vbench
+    timeout: float = 1800.0  # seconds without a word of output after which VBench is stopped; downloads are silent too
+    clips_a_call: int = 128  # clips scored together, and lost together if the run is stopped
+    device: str = "cuda"  # "cuda:1": the second GPU; VBench knows no CPU
+
+
+class VBench(Benchmark):
+    name = "vbench"
+    columns = DIMENSIONS
+    figures = DIMENSIONS
+    published = tuple(
+        Published(model, dict(zip(DIMENSIONS, values, strict=False)), f"Proprio, Table 6, {prompts}")
+        for prompts, rows in _TABLE_6.items()
+        for model, values in rows
+    )
+
+    def __init__(self, settings: VBenchConfig, video: VideoConfig):
+        if settings.clips_a_call < 1 or not settings.timeout > 0:
+            raise ValueError(
+                f"run.vbench.clips_a_call={settings.clips_a_call} and run.vbench.timeout={settings.timeout}: use 1 and"
+                " more clips, and a time above 0"
+            )
+        self.settings, self._video = settings, video
+
+    def requirements(self) -> list[Requirement]:
+        settings = self.settings
+        return [
+            Requirement(
+                "prompts of your own",
+                "yours",
+                f"run.vbench.prompts_file={settings.prompts_file}",
+                bool(settings.prompts_file) and Path(settings.prompts_file).is_file(),
+                "name a file of prompts in run.vbench.prompts_file, as for generate.prompts_file",
+            ),
+            Requirement(
+                "VBench and a GPU",
+                "Apache 2.0; the weights that it downloads have licences of their own",
+                f"run.vbench.python={settings.python}",
+                self._package is not None,
+                "make an environment with a CUDA build of PyTorch, `pip install vbench` there, and name its interpreter"
+                " in run.vbench.python; VBENCH_CACHE_DIR may say where its weights go",
+            ),
+        ]
+
+    def prompts(self) -> list[Task]:
+        """A task a prompt, in the order of the file."""
+        if not self.settings.prompts_file:
+            raise ValueError(f"run.vbench.prompts_file is empty: {self.requirements()[0].remedy}")
+        return [Task(one.key, one.text, image=one.image) for one in read_prompts([], [], self.settings.prompts_file)]
+
+    def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
+        """`videos/<key>-<seed>.mp4`, and prompts.json as VBench's --prompt_file wants it."""
+        videos = folder / "videos"
+        videos.mkdir(parents=True, exist_ok=True)
+        prompts = {}
+        for sample in samples:
+            if sample.path.is_file():
+                shutil.copyfile(sample.path, videos / _name(sample))
+                prompts[_name(sample)] = sample.task.text
+        (folder / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+        return folder
+
+    def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
+        """Rows by `clips_a_call`. ToolError, with the end of its output, where VBench fails as a whole."""
+        tool = self._tool()
+        for start in range(0, len(samples), self.settings.clips_a_call):
+            readable = []
+            for sample in samples[start : start + self.settings.clips_a_call]:
+                try:
+                    read_clip(sample.path, self._video)
+                    readable.append(sample)
+                except ClipError as error:  # one of them would stop VBench for all
+                    yield Row.of(sample, error=str(error))
+            if readable:
+                yield from self._call(tool, readable, folder)
+
+    def _call(self, tool: Tool, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.absolute()) as place:
+            laid_out, results = self.layout(samples, Path(place)), Path(place) / "results"
+            arguments = ["--mode", "custom_input", "--videos_path", str(laid_out / "videos")]
+            arguments += ["--prompt_file", str(laid_out / "prompts.json"), "--output_path", str(results)]
+            arguments += ["--full_json_dir", str(tool.checkout / "VBench_full_info.json")]
+            tool.run(PROGRAM, [*arguments, "--dimension", *DIMENSIONS], Path(place))
+            values = read_results(results)
+        for sample in samples:
+            own = values.get(_name(sample), {})
+            if lacking := [name for name in DIMENSIONS if name not in own]:
+                yield Row.of(sample, error=f"{sample.path}: VBench gave no {', '.join(lacking)}")
+            else:
+                yield Row.of(sample, own)
+
+    def _tool(self) -> Tool:
+        """VBench, ready to run; ValueError where the interpreter has no such package."""
+        settings = self.settings
+        if self._package is None:
+            needed = self.requirements()[1]
+            raise ValueError(f"{needed.where} has no package vbench: {needed.remedy}")
+        environment = {
+            name: value
+            for name, value in tool_environment(os.environ, torch.device(settings.device)).items()
+            if name not in OF_OUR_RANKS
+        }
+        environment["MASTER_PORT"] = str(_free_port())
+        return Tool(
+            name=self.name,
+            key="run.vbench",
+            python=self._python,
+            checkout=self._package,
+            checkpoint=self._package,  # VBench keeps its weights in a cache of its own
+            timeout=settings.timeout,
+            environment=environment,
+        )
+
+    @property
+    def _python(self) -> str:
+        """The interpreter's path, links not followed (that of a virtual environment is one); empty: there is none."""
+        found = shutil.which(os.path.expanduser(self.settings.python)) if self.settings.python else None
+        return os.path.abspath(found) if found else ""
+
+    @cached_property
+    def _package(self) -> Path | None:
+        """The folder of the package vbench in the user's environment."""
+        if not self._python:
+            return None
+        environment = tool_environment(os.environ, torch.device("cpu"))
+        try:
+            found = subprocess.run(
+                [self._python, "-c", FIND], env=environment, capture_output=True, text=True, timeout=FIND_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        place = Path(found.stdout.strip() or "/nonexistent")
+        return place if found.returncode == 0 and (place / PROGRAM).is_file() else None
+
+
+def read_results(folder: Path) -> dict[str, dict[str, float]]:
+    """File name -> dimension -> value, of what VBench wrote; ToolError where that is no results file."""
+    files = sorted(folder.glob("*_eval_results.json"))
+    if len(files) != 1:
+        raise ToolError(f"vbench: it ended well, but wrote {len(files)} files *_eval_results.json instead of one")
+    try:
+        results = json.loads(files[0].read_text(encoding="utf-8"))
+        found: dict[str, dict[str, float]] = {}
+        for dimension in DIMENSIONS:
+            for entry in results.get(dimension, (None, ()))[1]:  # one that is not there is missing in every row
+                value = float(entry["video_results"]) / SCALE.get(dimension, 1.0)
+                if math.isfinite(value):
+                    found.setdefault(Path(entry["video_path"]).name, {})[dimension] = value
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ToolError(f"vbench: {files[0].name} is none of VBench 0.1.5's results ({error!r})") from error
+    return found
+
+
+def _name(sample: Sample) -> str:
+    return f"{sample.task.key}-{sample.seed}.mp4"
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

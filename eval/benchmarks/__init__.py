@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 
 from eval.benchmarks.base import Benchmark
+from eval.benchmarks.ezs_bench import EzsBench, EzsBenchConfig
+from eval.benchmarks.pai_bench import PaiBench, PaiBenchConfig
+from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
+from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
+from eval.benchmarks.r_bench import RBench, RBenchConfig
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
+from eval.benchmarks.videophy import VideoPhy, VideoPhyConfig
+from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
 
 
 @dataclass
@@ -11,8 +18,22 @@ class BenchmarkSettings:
     """One field a benchmark, of its name."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    physics_iq: PhysicsIQConfig = field(default_factory=PhysicsIQConfig)
+    videophy: VideoPhyConfig = field(default_factory=VideoPhyConfig)
+    videophy2: VideoPhy2Config = field(default_factory=VideoPhy2Config)
+    phygenbench: PhyGenBenchConfig = field(default_factory=PhyGenBenchConfig)
+    pai_bench: PaiBenchConfig = field(default_factory=PaiBenchConfig)
+    ezs_bench: EzsBenchConfig = field(default_factory=EzsBenchConfig)
+    r_bench: RBenchConfig = field(default_factory=RBenchConfig)
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     "sandbox": Sandbox,
+    "physics_iq": PhysicsIQ,
+    "videophy": VideoPhy,
+    "videophy2": VideoPhy2,
+    "phygenbench": PhyGenBench,
+    "pai_bench": PaiBench,
+    "ezs_bench": EzsBench,
+    "r_bench": RBench,
 }

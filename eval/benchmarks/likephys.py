@@ -86,8 +86,8 @@ class LikePhysConfig:
     folder: str = ""  # of the published clips, with ball_drop_videos and so on
     num_frames: int = 33  # of a published clip; what the release takes for Wan 2.1
     pairs: int = 64  # of each of the sandbox's kinds, from all scenes that know it
-    # Of the planted violations, in (0, 1]. Gross ones are too easy to compare models by: on the shipped sandbox model the
-    # error is 0.002 at severity 1, 0.087 at 0.3 and 0.266 at 0.1.
+    # Of the planted violations, in (0, 1]. Gross ones are too easy to compare models by: the error of the shipped
+    # sandbox model is 0.002 at severity 1, 0.087 at 0.3 and 0.266 at 0.1.
     severity: float = 0.1
     seed: int = 0  # of the simulated scenes
     residuals: ResidualConfig = field(default_factory=_levels)  # levels, draws, their seed, clips in a pass

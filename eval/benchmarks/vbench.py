@@ -32,8 +32,10 @@ from pathlib import Path
 import torch
 
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.official_files import place
 from eval.judges.external_tool import Tool, ToolError, tool_environment
 from eval.prompts import read_prompts
+from eval.search.store import write_text
 from train.clips import ClipError, VideoConfig, read_clip
 
 PROGRAM = "launch/evaluate.py"  # of the package
@@ -126,14 +128,12 @@ class VBench(Benchmark):
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """`videos/<key>-<seed>.mp4`, and prompts.json as VBench's --prompt_file wants it."""
-        videos = folder / "videos"
-        videos.mkdir(parents=True, exist_ok=True)
         prompts = {}
         for sample in samples:
             if sample.path.is_file():
-                shutil.copyfile(sample.path, videos / _name(sample))
+                place(sample.path, folder / "videos" / _name(sample))
                 prompts[_name(sample)] = sample.task.text
-        (folder / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_text(folder / "prompts.json", json.dumps(prompts, ensure_ascii=False, indent=1) + "\n")
         return folder
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
@@ -152,12 +152,12 @@ class VBench(Benchmark):
 
     def _call(self, tool: Tool, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.absolute()) as place:
-            laid_out, results = self.layout(samples, Path(place)), Path(place) / "results"
+        with tempfile.TemporaryDirectory(dir=folder.absolute()) as temporary:
+            laid_out, results = self.layout(samples, Path(temporary)), Path(temporary) / "results"
             arguments = ["--mode", "custom_input", "--videos_path", str(laid_out / "videos")]
             arguments += ["--prompt_file", str(laid_out / "prompts.json"), "--output_path", str(results)]
             arguments += ["--full_json_dir", str(tool.checkout / "VBench_full_info.json")]
-            tool.run(PROGRAM, [*arguments, "--dimension", *DIMENSIONS], Path(place))
+            tool.run(PROGRAM, [*arguments, "--dimension", *DIMENSIONS], laid_out)
             values = read_results(results)
         for sample in samples:
             own = values.get(_name(sample), {})
@@ -206,8 +206,8 @@ class VBench(Benchmark):
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        place = Path(found.stdout.strip() or "/nonexistent")
-        return place if found.returncode == 0 and (place / PROGRAM).is_file() else None
+        package = found.stdout.strip()
+        return Path(package) if package and found.returncode == 0 and (Path(package) / PROGRAM).is_file() else None
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float]]:

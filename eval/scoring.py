@@ -148,7 +148,7 @@ def _score_missing(
     for sample in samples:
         if model != TRUE and (reason := plan.refused.get(sample.task.key, "")):
             keep(Row.of(sample, error=reason), 0)
-    work = plan.folder / "scoring" / model
+    work = plan.folder / "scoring"
     work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with tqdm(total=len(left), desc=f"{plan.benchmark.name} {model}", unit="clip", smoothing=0) as bar:

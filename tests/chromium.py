@@ -1,6 +1,7 @@
 """A headless Chromium for tests of pages, driven through chromedriver's HTTP interface (W3C WebDriver)."""
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,9 @@ import subprocess
 import time
 import urllib.request
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 SWITCHES = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
@@ -85,8 +89,15 @@ class Chromium:
         strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": strokes}]})
 
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
+    def enter(self, field: str, value: str) -> None:
+        """Give a field of the page a value, as a user does."""
+        script = "const [field, value] = [document.getElementById({}), {}]; field.value = value;"
+        script += "for (const name of ['input', 'change']) field.dispatchEvent(new Event(name))"
+        self.run(script.format(json.dumps(field), json.dumps(value)))
+
+    def screenshot(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(self._call("GET", "/screenshot")))).convert("RGB"))
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGTERM)

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 
 from eval.benchmarks.base import Benchmark
 from eval.benchmarks.ezs_bench import EzsBench, EzsBenchConfig
+from eval.benchmarks.likephys import LikePhys, LikePhysConfig
 from eval.benchmarks.pai_bench import PaiBench, PaiBenchConfig
 from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
 from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
 from eval.benchmarks.r_bench import RBench, RBenchConfig
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
+from eval.benchmarks.vbench import VBench, VBenchConfig
 from eval.benchmarks.videophy import VideoPhy, VideoPhyConfig
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
 
@@ -25,6 +27,8 @@ class BenchmarkSettings:
     pai_bench: PaiBenchConfig = field(default_factory=PaiBenchConfig)
     ezs_bench: EzsBenchConfig = field(default_factory=EzsBenchConfig)
     r_bench: RBenchConfig = field(default_factory=RBenchConfig)
+    vbench: VBenchConfig = field(default_factory=VBenchConfig)
+    likephys: LikePhysConfig = field(default_factory=LikePhysConfig)
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
@@ -36,4 +40,6 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
     "pai_bench": PaiBench,
     "ezs_bench": EzsBench,
     "r_bench": RBench,
+    "vbench": VBench,
+    "likephys": LikePhys,
 }

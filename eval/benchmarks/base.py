@@ -116,7 +116,7 @@ class Benchmark(ABC):
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """A row for every sample, in any order; one with an error for a clip that cannot be scored.
 
-        folder: for files of its own (laid out clips, a tool's CSV, a cache). Called with what has no row yet.
+        folder: for files of its own (a tool's CSV, a cache), the same for all models. Called with what has no row yet.
         """
         raise NotImplementedError
 

@@ -1,25 +1,17 @@
 """The browser of group sets: summary, damage, gallery. The groups are of a tiny pipeline, their texts are hostile."""
 
-import base64
-import io
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import av
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data_pipeline import browse
+from tests.chromium import Chromium, is_installed
 from tests.conftest import TEXT_SHAPE
 from tests.synthetic_groups import synthetic_group
 from train import groups as shards
@@ -427,80 +419,11 @@ def test_tracks_that_do_not_fit_the_clip_are_named(tiny_pipeline, name, change):
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
-class Chromium:
-    """A headless browser, driven through chromedriver's HTTP interface."""
-
-    def __init__(self, profile):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.process = subprocess.Popen(
-            ["chromedriver", f"--port={port}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # so that the browser goes with it
-        )
-        self.address = f"http://127.0.0.1:{port}"
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-        switches += f" disable-component-update disable-sync window-size=1200,800 user-data-dir={profile}"
-        options = {"binary": shutil.which("chromium"), "args": [f"--{switch}" for switch in switches.split()]}
-        try:
-            self.wait(self._is_up)
-            session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
-        except BaseException:
-            self.close()
-            raise
-        self.address += f"/session/{session['sessionId']}"
-
-    def _is_up(self):
-        try:
-            return self._call("GET", "/status")["ready"]
-        except OSError:
-            return False
-
-    def _call(self, method, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data=data, method=method)
-        with self._opener.open(request, timeout=60) as answer:
-            return json.loads(answer.read())["value"]
-
-    def wait(self, condition, seconds=30.0):
-        end = time.monotonic() + seconds
-        while not (value := condition()):
-            assert time.monotonic() < end, f"still {value!r} after {seconds} s"
-            time.sleep(0.05)
-        return value
-
-    def open(self, address):
-        self._call("POST", "/url", {"url": address})
-
-    def run(self, script):
-        return self._call("POST", "/execute/sync", {"script": script, "args": []})
-
-    def press(self, key):
-        strokes = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
-        self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": strokes}]})
-
-    def enter(self, field, value):
-        """Give a field of the page a value, as a user does."""
-        script = "const [field, value] = [document.getElementById({}), {}]; field.value = value;"
-        script += "for (const name of ['input', 'change']) field.dispatchEvent(new Event(name))"
-        self.run(script.format(json.dumps(field), json.dumps(value)))
-
-    def screenshot(self):
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(self._call("GET", "/screenshot")))).convert("RGB"))
-
-    def close(self):
-        os.killpg(self.process.pid, signal.SIGTERM)
-        self.process.wait()
-
-
 @pytest.fixture
 def chromium(tmp_path):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    if not is_installed():
         pytest.skip("needs chromium and chromedriver")
-    browser = Chromium(tmp_path / "profile")
+    browser = Chromium(tmp_path / "browser")
     yield browser
     browser.close()
 

@@ -255,7 +255,6 @@ def test_votes_cast_in_a_browser(clips, tmp_path):
         assert progress() == f"4 of {len(trials)}"
         assert browser.run("return document.getElementById('rater').value") == "Ann"
         assert [clip[0] for clip in playing()] == [f"clips/{trials[4][side]}" for side in ("left", "right")]
-        browser.screenshot(tmp_path / "page.png")
         pairs = {}
         for trial in trials[4:]:  # every third pair goes to the other model, consistently
             pairs.setdefault(trial["pair"], len(pairs) % 3 != 2 or trial["pair"] in {t["pair"] for t in trials[:4]})

@@ -31,5 +31,5 @@ def fuse(backbone: Backbone, switch: Trainable | None = None, *, compiled: bool 
             reasons.append("the attention kernel gives no logsumexp")
         else:
             levels = [0] * len(network.blocks)
-            fuse_blocks(network, holder, lambda shape, levels=levels: levels, compiled=compiled)
+            fuse_blocks(network, holder, lambda *_, levels=levels: levels, compiled=compiled)
     return "; ".join(dict.fromkeys(reasons))

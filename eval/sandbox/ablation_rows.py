@@ -1,7 +1,8 @@
-"""What the ablation compares: rows of the two suites, and what the papers report for them.
+"""What the ablation compares: rows of the suites, and what the papers report for them.
 
 preference   the objectives of PhyGDPO's comparison, and sweeps of its hyperparameters
 physics      PhysisForcing's two terms and the self-score regulariser, on SFT and on PhyGDPO
+precision    the recipe in float32, bfloat16 and with 8-bit products
 """
 
 from collections.abc import Callable, Mapping
@@ -200,7 +201,25 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, {"block": MIDDLE, "w_pix": W_PIX, "w_sem": W_SEM}, "sft_both")
 
 
-SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {"preference": preference, "physics": physics}
+FUSED = ("backbone.dtype=bfloat16", "train.compile=true", "train.pairs_per_pass=1")  # on a GPU: as the large recipes
+
+
+def precision(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """The recipe's PhyGDPO in float32, in bfloat16 with fused blocks, and with 8-bit products besides."""
+    rows = [
+        Row("base", "base model", "", against="gdpo"),
+        Row("gdpo", "float32", "train.gdpo", against="base"),
+        Row("gdpo_bf16", "bfloat16, fused blocks", "train.gdpo", FUSED, against="gdpo"),
+        Row("gdpo_float8", "+ float8", "train.gdpo", (*FUSED, "train.float8=true"), against="gdpo_bf16"),
+    ]
+    return Suite({row.name: row for row in rows}, {}, "gdpo")
+
+
+SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {
+    "preference": preference,
+    "physics": physics,
+    "precision": precision,
+}
 
 
 def paper_figures(row: Row) -> list[dict[str, Any]]:

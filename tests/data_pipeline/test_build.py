@@ -216,6 +216,7 @@ def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(built, copied, model):
     assert verify(copied / "out" / "groups") == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
     real, calls = generate.generate_losers, []
 
@@ -266,6 +267,7 @@ def test_moved_rows_and_other_units_generate_nothing_again(copied, model, clips,
     assert new["red"].action == "roll"
 
 
+@pytest.mark.slow
 def test_changed_inputs_rebuild_only_the_groups_they_touch(copied, model, clips, monkeypatch, capsys):
     old, keys = by_key(copied / "out"), []
     real = encode.encode_clips
@@ -282,6 +284,7 @@ def test_changed_inputs_rebuild_only_the_groups_they_touch(copied, model, clips,
     assert torch.equal(by_key(copied / "out")["blue"].losers, old["blue"].losers)
 
 
+@pytest.mark.slow
 def test_other_settings_generate_everything_again(copied, model):
     old = by_key(copied / "out")
     build.main(arguments(model, copied / "clips.csv", copied / "out", "seed=1"))
@@ -290,6 +293,7 @@ def test_other_settings_generate_everything_again(copied, model):
     assert not any(torch.equal(new[key].losers, old[key].losers) for key in GOOD)
 
 
+@pytest.mark.slow
 def test_loser_clips_for_a_judge(copied, model, clips):
     before = shards(copied / "out")
     build.main(arguments(model, copied / "clips.csv", copied / "out", "pipeline.save_losers=true"))
@@ -305,6 +309,7 @@ def test_loser_clips_for_a_judge(copied, model, clips):
     }
 
 
+@pytest.mark.slow
 def test_jsonl_with_scores_for_each_loser(model, clips, tmp_path):
     row = {"clip": "red.mp4", "prompt": "a red ball falls", "key": "red", "scores": [[0, 1], [0.5, 0.25]]}
     shutil.copy(clips / "red.mp4", tmp_path)  # relative to the manifest
@@ -386,6 +391,7 @@ def test_simulated_clips_with_losers_and_in_one_batch_or_several(model, tmp_path
         assert three[key].losers_info == one[key].losers_info
 
 
+@pytest.mark.slow
 def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkeypatch):
     output = tmp_path / "out"
     build.main(simulated(model, output))
@@ -533,9 +539,11 @@ def times(output: Path) -> dict[str, set[int]]:
     ("change", "changed"),
     [
         ("sampler.steps=3", ["generate", "encode"]),  # nobody judges here
-        ("pipeline.judge.name=sandbox", ["judge", "targets", "encode"]),
-        ("pipeline.table_rows=3", ["pool", "filter", "cluster", "difficulty", "resample"]),
-        ("pipeline.judge.sandbox.batch_size=3", []),
+        pytest.param("pipeline.judge.name=sandbox", ["judge", "targets", "encode"], marks=pytest.mark.slow),
+        pytest.param(
+            "pipeline.table_rows=3", ["pool", "filter", "cluster", "difficulty", "resample"], marks=pytest.mark.slow
+        ),
+        pytest.param("pipeline.judge.sandbox.batch_size=3", [], marks=pytest.mark.slow),
         ("pipeline.batch_size=2", []),
     ],
 )
@@ -576,6 +584,7 @@ def test_hostile_clips_of_every_source_harm_nothing(model, clips, tmp_path, monk
     assert {path.name for path in out.iterdir()} == {"groups", "pipeline", "losers"}
 
 
+@pytest.mark.slow
 def test_losers_that_are_no_numbers_are_left_out(model, built, tmp_path, monkeypatch):
     real = generate.generate_losers
 
@@ -590,6 +599,7 @@ def test_losers_that_are_no_numbers_are_left_out(model, built, tmp_path, monkeyp
     assert (bad["stage"], bad["key"], bad["reason"]) == ("encode", "blue", "unusable") and "not finite" in bad["detail"]
 
 
+@pytest.mark.slow
 def test_a_clip_that_the_judge_refuses_is_left_out(model, built, tmp_path, monkeypatch):
     def judge(clips, prompts):
         found = [number for number, prompt in enumerate(prompts) if "green" not in prompt]
@@ -628,6 +638,7 @@ def test_saved_losers_follow_the_settings(built, copied, model):
     assert clip.read_bytes() == shown[0]
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(built, model, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "data_pipeline.build", *arguments(model, built / "clips.csv", tmp_path / "out")]

@@ -127,6 +127,7 @@ def test_what_is_known_is_not_made_again(model, manifest, judge, tmp_path, monke
         run(model, manifest, output, "sampler.steps=2")
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_continues_with_the_missing_clips(model, manifest, judge, tmp_path, monkeypatch):
     run(model, manifest, tmp_path / "whole")
     real, made = generate.generate_losers, []

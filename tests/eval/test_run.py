@@ -244,6 +244,7 @@ def test_another_sampler_is_sampled_anew(copied, monkeypatch):
         copied.run("sampler.steps=3")
 
 
+@pytest.mark.slow
 def test_a_search_stands_beside_both_models(copied):
     search = ["run.search=best_of_n", "search.num_candidates=2", "search.chosen_by=most_motion"]
     results = copied.run(*search)["benchmarks"]["sandbox"]

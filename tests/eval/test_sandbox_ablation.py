@@ -314,6 +314,13 @@ def test_the_papers_figures():
     assert overall["lam_0.3"] == [0.1592] and overall["lam_0.9"] == []
 
 
+def test_the_precision_rows_differ_in_precision_alone():
+    rows = ablation_rows.precision({}).rows
+    plain, fused, eight = (set(rows[name].overrides) for name in ("gdpo", "gdpo_bf16", "gdpo_float8"))
+    assert plain == set() and eight - fused == {"train.float8=true"} and fused < eight
+    assert {row.against for row in rows.values()} <= set(rows)
+
+
 def test_the_physics_rows_differ_in_their_terms_alone():
     def weights(name):
         return dict(pair.split("=") for pair in PHYSICS[name].overrides)

@@ -48,6 +48,7 @@ def test_splits_share_neither_prompts_nor_clips():
         list_clips("mixed", "test", 0, 1, VIDEO)
 
 
+@pytest.mark.slow
 def test_every_other_block_of_the_pool_breaks_a_law():
     judge = build(SandboxJudgeConfig(fps=8), "cpu")
     for scene in ("mixed", "pendulum"):

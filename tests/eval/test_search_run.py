@@ -120,6 +120,7 @@ STRATEGIES = [
 ]
 
 
+@pytest.mark.slow
 def test_strategies_are_judged_resumed_and_shared_between_processes(searched, tmp_path, monkeypatch, capsys):
     arguments = [*STRATEGIES, f"backbone.path={searched[0] / 'model'}", f"output={tmp_path}"]
     assert run.main([*arguments, "search.share=2/2"]) is None and len(records(tmp_path)) == 1

@@ -8,6 +8,7 @@ from train import benchmark
 from train.breakdown import kind_of
 
 
+@pytest.mark.slow
 def test_all_parts_run_and_are_written(tmp_path):
     parts = "benchmark.parts=[ceilings,plain,ours,low_memory,groupwise,copy,physics,self_score]"
     arguments = ["recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", parts]

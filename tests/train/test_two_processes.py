@@ -98,6 +98,7 @@ def measured_by(config, tiny, tmp_path, *more):
     return {name: load_file(tmp_path / "gradients" / f"{name}.safetensors") for name in names}, facts
 
 
+@pytest.mark.slow
 def test_data_parallel_equals_one_process(tiny, tmp_path, one_process):
     expected, one = one_process
     gradients, facts = measured_by("ddp", tiny, tmp_path)

@@ -201,7 +201,7 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, {"block": MIDDLE, "w_pix": W_PIX, "w_sem": W_SEM}, "sft_both")
 
 
-FUSED = ("backbone.dtype=bfloat16", "train.compile=true", "train.pairs_per_pass=1")  # on a GPU: as the large recipes
+FUSED = ("backbone.dtype=bfloat16", "train.compile=true")  # as the large recipes; float8 needs a GPU
 
 
 def precision(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:

@@ -240,6 +240,7 @@ def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
     assert index.read_bytes() == (built / "out" / "groups" / "index.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_new_scores_rewrite_the_shard_from_its_own_tensors(built, copied, model, clips, no_weights):
     output, old = copied / "out", by_key(copied / "out")
     before = shards(output)
@@ -256,6 +257,7 @@ def test_new_scores_rewrite_the_shard_from_its_own_tensors(built, copied, model,
     assert verify(output / "groups") == []
 
 
+@pytest.mark.slow
 def test_moved_rows_and_other_units_generate_nothing_again(copied, model, clips, no_weights):
     old = by_key(copied / "out")
     manifest = write_manifest(copied / "clips.csv", clips, list(reversed(good_rows(red={"action": "roll"}))))
@@ -435,6 +437,7 @@ def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
     assert not any(group.extra for group in by_key(tmp_path / "out").values())
 
 
+@pytest.mark.slow
 def test_a_bad_clip_spoils_no_other_of_its_batch(model, clips, tmp_path):
     rows = [{"clip": "red", "key": "a"}, {"clip": "cut", "key": "b"}, {"clip": "green", "key": "c"}]
     manifest = write_manifest(tmp_path / "clips.csv", clips, rows)

@@ -273,6 +273,7 @@ def test_equal_clips_are_asked_about_once_each_under_its_own_key(tmp_path):
         assert server.number == 3
 
 
+@pytest.mark.slow
 def test_a_fifth_of_the_requests_fails_and_no_clip_is_lost():
     def richness(request):
         return filter_answer(physics_richness=int(caption_of(request)) / 100)

@@ -118,6 +118,7 @@ def test_the_key_comes_from_the_variable_that_is_named_and_from_no_other(monkeyp
     assert "for-the-stub" not in server.headers[0] and "Bearer for-the-stub" in server.headers[1]
 
 
+@pytest.mark.slow
 def test_a_fifth_of_the_requests_fails_and_nothing_is_lost():
     with StubServer(echo, faults=0.2, hang=30) as server:
         vlm = Vlm(configured(server, timeout_s=1.5, concurrency=32))

@@ -206,6 +206,7 @@ def test_a_second_run_does_nothing(built, copied, model, no_weights):
     assert (copied / "out" / "groups" / "index.json").read_bytes() == index
 
 
+@pytest.mark.slow
 def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(built, copied, model):
     before = shards(copied / "out")
     (copied / "out" / "groups" / "unit-00001.tar").unlink()
@@ -324,6 +325,7 @@ def test_jsonl_with_scores_for_each_loser(model, clips, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["wan22_ti2v", "wan22_i2v"])
+@pytest.mark.slow
 def test_image_families_keep_the_first_frames_latents(family, clips, tmp_path, capsys):
     model = write_tiny_pipeline(family, tmp_path / "model")
     manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:1])
@@ -560,6 +562,7 @@ def test_a_changed_setting_rebuilds_what_depends_on_it(built, copied, model, mon
     assert [stage for stage in build.STAGES if after[stage] != before[stage]] == changed
 
 
+@pytest.mark.slow
 def test_hostile_clips_of_every_source_harm_nothing(model, clips, tmp_path, monkeypatch):
     """Shell metacharacters, path traversal, a damaged clip, duplicate keys: all in one build."""
     folder, captions = tmp_path / "in", ["`touch pwned`; $(touch pwned) && rm -rf ~ | cat 'A' \"B\"", "x" * 100_000]

@@ -76,6 +76,7 @@ def rows(output, stage):
     return [row for path in files for row in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.slow
 def test_the_difficult_are_taken_more_often(model, manifest, judge, tmp_path, capsys):
     """S = 3/4 of the judge's first score: d = 1 - 0.1875, 1 - 0.5625, 1 - 0.375; r = exp(3 d) = 11.44, 3.72, 6.52."""
     output = tmp_path / "out"
@@ -150,6 +151,7 @@ def test_a_stopped_trial_continues_with_the_missing_clips(model, manifest, judge
         assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
+@pytest.mark.slow
 def test_clips_that_cannot_be_judged_or_read_do_not_count(model, manifest, judge, tmp_path, capsys):
     judge.refuses |= {"pendulum number 27", "pendulum number 28", "ball number 0"}
     text = manifest.read_text(encoding="utf-8").replace(

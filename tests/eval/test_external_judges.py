@@ -424,6 +424,7 @@ def is_running(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_tool_that_falls_silent_is_stopped_with_all_it_started(installation):
     installation.behave(mode="hang")
     started = time.monotonic()
@@ -437,6 +438,7 @@ def test_a_tool_that_falls_silent_is_stopped_with_all_it_started(installation):
     assert not is_running(child)
 
 
+@pytest.mark.slow
 def test_a_tool_that_keeps_talking_is_not_stopped_and_its_progress_is_shown(installation, monkeypatch, capfd):
     monkeypatch.setattr(external_tool, "REPORT_SECONDS", 0.1)
     installation.behave(mode="slow", semantic=["0.5"], physical=["0.5"])

@@ -259,6 +259,7 @@ def test_a_search_stands_beside_both_models(copied):
     assert times(copied.eval / "sandbox" / "clips") == before
 
 
+@pytest.mark.slow
 def test_several_seeds_are_clips_of_one_prompt(copied):
     before = clip_times(copied)
     results = copied.run("run.seeds=[0,1]")

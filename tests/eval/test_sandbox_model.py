@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "eval" / "sandbox" / "model"
 
 
+@pytest.mark.slow
 def test_plain_diffusers_generates_clips_that_show_their_prompts_and_err_in_physics():
     texts, true = prompts(SandboxConfig(clips=20), VideoConfig(64, 64, 17, 8))
     pipeline = WanPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)

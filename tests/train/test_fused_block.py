@@ -114,6 +114,7 @@ def test_the_reference_builds_no_graph_and_keeps_nothing():
         assert not velocity(network, draw(2, 4, 2, 4, 4).requires_grad_()).requires_grad
 
 
+@pytest.mark.slow
 def test_compiled_blocks_share_a_graph_a_pass_and_never_compile_again(monkeypatch):
     expected = through_both(*make(layers=4))
     network, switch = make(layers=4)

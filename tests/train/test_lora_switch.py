@@ -416,6 +416,7 @@ def test_with_one_graph_plain_checkpointing_gives_a_wrong_gradient_unnoticed():
     assert any((right - wrong).norm() > 0.05 * right.norm() for right, wrong in pairs)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_switch_in_one_graph():
     network = make_network(layers=4)
     switch = make_switch(network)

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark
+from eval.files import write_text
 from eval.results import TRUE, Score, differences
-from eval.search.store import write_text
 from train.clips import VideoConfig
 
 

@@ -33,6 +33,7 @@ from accelerate import Accelerator, DistributedType
 from tqdm import tqdm
 
 import recipes
+from eval.files import write_text
 from eval.making import (
     BASE,
     TUNED,
@@ -51,7 +52,6 @@ from eval.making import (
 from eval.prompts import Prompt, read_prompts
 from eval.search import searcher
 from eval.search.config import SearchConfig
-from eval.search.store import write_text
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from eval.files import digest, write_text
 from eval.fused import fuse
 from eval.prompts import Prompt
-from eval.search.store import digest, write_text
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, lora_config, read_weights_metadata, weights_path

@@ -42,6 +42,7 @@ import recipes
 from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
+from eval.files import write_text
 from eval.making import (
     BASE,
     TUNED,
@@ -62,7 +63,6 @@ from eval.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig
-from eval.search.store import write_text
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.checkpoint import attach_trained

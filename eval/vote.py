@@ -35,8 +35,8 @@ import jinja2
 import numpy as np
 import torch
 
+from eval.files import write_text
 from eval.intervals import Estimate, bootstrap_mean
-from eval.search.store import write_text
 from train.clips import ClipError, write_clip
 
 TEMPLATE = Path(__file__).with_name("vote.html")

@@ -40,13 +40,13 @@ from PIL import Image
 from torch import Tensor
 
 from eval.benchmarks.base import Benchmark, Requirement, Row
+from eval.files import digest, write_text
 from eval.sandbox.clips import SCENES, Clips, simulate
 from eval.sandbox.prompts import TEMPLATES, write_prompt
 from eval.sandbox.splits import is_held_out
 from eval.sandbox.world import VIOLATIONS
 from eval.search.candidates import Candidates
 from eval.search.residuals import ResidualConfig, Residuals
-from eval.search.store import write_text
 from train.backbones.base import Backbone
 from train.clips import ClipError, VideoConfig, from_pixels
 
@@ -171,8 +171,8 @@ class LikePhys(Benchmark):
     def _block(self, scene: str, block: int, kind: str | None, video: VideoConfig) -> Clips:
         """BLOCK clips, the same scenes with every kind."""
         settings = self.settings
-        digest = hashlib.sha256(f"likephys\0{scene}\0{settings.seed}\0{block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        drawn = hashlib.sha256(f"likephys\0{scene}\0{settings.seed}\0{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
         size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
         return simulate(scene, BLOCK, generator, **size, violation=kind, severity=settings.severity)
 
@@ -298,7 +298,7 @@ class _Kept:
 
     def __init__(self, path: Path, settings: list):
         self._path = path
-        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()
+        self._digest = digest(settings)
         self._losses: dict[str, dict[tuple[str, str], float]] = {}
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:

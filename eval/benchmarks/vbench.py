@@ -33,9 +33,9 @@ import torch
 
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
 from eval.benchmarks.official_files import place
+from eval.files import write_text
 from eval.judges.external_tool import Tool, ToolError, tool_environment
 from eval.prompts import read_prompts
-from eval.search.store import write_text
 from train.clips import ClipError, VideoConfig, read_clip
 
 PROGRAM = "launch/evaluate.py"  # of the package

@@ -25,7 +25,6 @@ without a usable answer ends its prompt's rounds, is named in the round's `failu
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.files import write_text
 from eval.prompts import Prompt, slug
 from eval.refine import questions
 from eval.vlm import NoAnswer, Vlm, jpeg_frames
@@ -326,11 +326,4 @@ def _round_file(folder: Path, number: int) -> Path:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a UTF-8 file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))

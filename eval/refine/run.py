@@ -23,6 +23,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 import recipes
+from eval.files import digest, write_text
 from eval.making import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompts import Prompt, make_key, read_prompts
 from eval.refine.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
@@ -31,7 +32,6 @@ from eval.search.best_of_n import decoder
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
-from eval.search.store import digest, write_text
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained

@@ -47,6 +47,7 @@ import numpy as np
 from tqdm import tqdm
 
 import recipes
+from eval.files import digest, write_text
 from eval.intervals import bootstrap_mean
 from eval.sandbox.ablation_report import draw, table
 from eval.sandbox.ablation_rows import GROUPS, METHODS, SUITES, Row, Suite, paper_figures
@@ -148,10 +149,10 @@ class Plan:
             return {name: sections[name] for module in modules for name in READS[module]}
 
         kind = [row.trainer, GROUPS[row.groups], seed, self.model]
-        training = _digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
+        training = digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
         return {
             "training": training,
-            "settings": _digest([training, settings("eval.run"), seed, self.clips, self.model]),
+            "settings": digest([training, settings("eval.run"), seed, self.clips, self.model]),
             "groups": self.groups_digest(row, seed),
         }
 
@@ -219,7 +220,7 @@ def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) ->
     digests = plan.digests(row, seed)
     started = _read_json(place / "started.json") or {}
     if place.exists() and any(started.get(key) != digests[key] for key in ("training", "groups")):
-        _set_aside(place, plan.folder / "replaced" / f"{place.name}-{_digest(started)[:8]}")
+        _set_aside(place, plan.folder / "replaced" / f"{place.name}-{digest(started)[:8]}")
         started = {}
     started = {**digests, "seconds": started.get("seconds", {})}
     _write_json(place / "started.json", started)
@@ -381,23 +382,12 @@ def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[s
 # ---- files and the command line --------------------------------------------------------------------------------------
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=indent)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 
 import recipes
+from eval.files import write_text
 from eval.fused import fuse
 from eval.refine.proprio import refine
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
-from eval.search.store import write_text
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
 from train.clips import VideoConfig

@@ -6,8 +6,8 @@ from typing import Any
 
 import jinja2
 
+from eval.files import write_text
 from eval.search import report
-from eval.search.store import write_text
 from train.clips import VideoConfig
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import recipes
 from eval.benchmarks import sandbox
+from eval.files import digest
 from eval.prompts import make_key
 from eval.search import page, report, strategy_report
 from eval.search.best_of_n import RACING, batches, decoder, run_race
@@ -39,7 +40,7 @@ from eval.search.config import SearchConfig
 from eval.search.pruning import advance, begin, finish, promising, sampling_passes
 from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.scorers.most_motion import motion_energy
-from eval.search.store import digest, read_record, read_tensors, write_record, write_tensors
+from eval.search.store import read_record, read_tensors, write_record, write_tensors
 from eval.search.strategies import Guidance, Item, Made, Refinement
 from eval.search.world_model import WorldModel
 from train.backbones import load_backbone

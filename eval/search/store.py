@@ -8,7 +8,6 @@
 Both appear whole or not at all. A file of other settings is made again; a record of other candidates is begun anew.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -20,10 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-def digest(settings: Any) -> str:
-    """SHA-256 of plain JSON values."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()
+from eval.files import write_text
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], settings_digest: str, facts: Mapping[str, Any]) -> None:
@@ -70,14 +66,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -4,17 +4,12 @@ import pytest
 import torch
 
 from eval.refine.guidance import GuidanceConfig, guided_steps, normalised_move, reward_gradient, sample_guided
-from train.backbones import load_backbone
-from train.backbones.base import BackboneConfig, sigma_grid
+from tests.tiny_backbones import load
+from train.backbones.base import sigma_grid
 from train.backbones.tiny import write_tiny_pipeline
 from train.sampling import SamplerConfig
 
 SAMPLER = SamplerConfig(steps=4, guidance=1.0)
-
-
-def load(family, path):
-    config = BackboneConfig(family=family, path=str(path), dtype="float32", text_length=16)
-    return load_backbone(config, torch.device("cpu"), parts=("text", "vae", "transformer"))
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,14 @@ from torch.utils._pytree import tree_leaves
 from eval.refine import proprio
 from eval.refine.proprio import ProprioRefineConfig, SelfScore, kl_to_standard_normal, refine
 from losses.self_score import motion_mask
-from train.backbones import load_backbone
-from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
+from tests.tiny_backbones import load
+from train.backbones.base import Conditioning, sigma_grid
 from train.backbones.tiny import write_tiny_pipeline
 from train.sampling import SamplerConfig
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 FEW = SamplerConfig(steps=2, guidance=1.0)
 QUICK = {"levels": 2, "draws": 2}
-
-
-def load(family, path):
-    config = BackboneConfig(family=family, path=str(path), dtype="float32", text_length=16)
-    return load_backbone(config, torch.device("cpu"), parts=("text", "vae", "transformer"))
 
 
 @pytest.fixture(scope="module")

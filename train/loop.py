@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
 from multiprocessing.util import Finalize
@@ -38,7 +38,7 @@ from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream, Sample, positions
 from train.live_targets import LiveTargets
 from train.lora_switch import LoraSwitch
-from train.offload import HostStore
+from train.offload import HostStore, affordable
 from train.optimizer import build_optimizer, learning_rate
 from train.physics import PhysicsHeads, feature_block, lacks_targets
 from train.self_score import check_resume
@@ -59,8 +59,8 @@ class TrainConfig:
     # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed, each
     # block's input at least. 0: nine tenths of the GPU, on a CPU no limit; never more than 95 % of the GPU.
     memory_budget_gib: float = 0.0
-    # Of host memory, page-locked, for activations that go there and come back while other blocks compute. For networks
-    # as large as 14B; 0: none.
+    # Of host memory, page-locked, per GPU, for activations that go there and come back while other blocks compute; 0:
+    # none. Less is taken where the host has less.
     offload_gib: float = 0.0
     # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.backbones.float8). Faster; the
     # adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
@@ -345,6 +345,7 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) 
             raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
     reason = unfit(network, switch) if config.compile else "train.compile is false"
     if not reason:
+        config = replace(config, offload_gib=affordable(config.offload_gib))
         plan = memory.plan(network, switch.parameters(), config)
         if config.float8:
             float8.check(network.device)

@@ -74,10 +74,19 @@ def choose_levels(sizes: Sizes, available: float, host: float = 0.0, passes: int
     """A level for each block whose predicted activations of all `passes` fit `available` bytes on the device and `host`
     bytes there.
 
-    What the host has room for is offloaded, spread over the network so that copies have blocks to hide behind; the
-    last block never is. The other blocks' levels do not fall as `available` grows; all are 0 where nothing fits.
+    Blocks are offloaded, as many as the host has room for, until the others keep everything; they are spread over the
+    network so that copies have blocks to hide behind, and the last block never is. The other blocks' levels do not
+    fall as `available` grows; all are 0 where nothing fits.
     """
-    count = min(int(host // (passes * sizes.offloaded)), sizes.blocks - 1)
+    for count in range(min(int(host // (passes * sizes.offloaded)), sizes.blocks - 1) + 1):
+        levels = _levels(sizes, available, passes, count)
+        if min(levels) == 3:
+            break
+    return levels
+
+
+def _levels(sizes: Sizes, available: float, passes: int, count: int) -> list[int]:
+    """The levels with `count` blocks offloaded."""
     offloaded = {(2 * n + 1) * (sizes.blocks - 1) // (2 * count) for n in range(count)}
     levels = [OFFLOADED if index in offloaded else 0 for index in range(sizes.blocks)]
     for level in (1, 2, 3):

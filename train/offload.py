@@ -2,15 +2,34 @@
 
 A block's kept activations are written once and read once, seconds later: over PCIe both copies hide behind the blocks
 between, where recomputing them would cost as much time as the block's products. `HostStore.send` starts the copy out,
-`fetch` waits for the copy back, which `prefetch` has started one block earlier.
+which has until the next one to end; `fetch` waits for the copy back, which `prefetch` has started one block earlier.
+What was sent last is still there when backward begins, and is not copied back.
 """
 
+import os
+import warnings
 import weakref
 
+import psutil
 import torch
 from torch import Tensor
 
 ALIGNMENT = 4096  # bytes
+HOST_SHARE = 0.8  # of the host's memory that all of its processes may lock together
+
+
+def affordable(gib: float) -> float:
+    """At most `gib` GiB for this process, for the host's share HOST_SHARE of its memory; warns where that is less."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = HOST_SHARE * psutil.virtual_memory().total / 2**30 / processes
+    if gib <= share:
+        return gib
+    warnings.warn(
+        f"train.offload_gib={gib:g} for each of {processes} processes is more than this host has: {share:.0f} GiB each"
+        " are used, and steps recompute more",
+        stacklevel=2,
+    )
+    return share
 
 
 class HostStore:
@@ -39,7 +58,8 @@ class HostStore:
                 self._give_back(regions)
                 return None
             regions.append(region)
-        self.settle()
+        if (newest := self.newest()) is not None:
+            newest.leave()
         parcel = Parcel(self, tensors, regions)
         self.last = weakref.ref(parcel)
         return parcel
@@ -47,12 +67,6 @@ class HostStore:
     def newest(self) -> "Parcel | None":
         """What was sent last and is still wanted: what backward needs first."""
         return self.last() if self.last is not None else None
-
-    def settle(self) -> None:
-        """Let the newest parcel's tensors go: called a block after it was sent."""
-        newest = self.newest()
-        if newest is not None:
-            newest.leave()
 
     def _take(self, size: int) -> tuple[int, int] | None:
         """(offset, rounded size) of a free region."""
@@ -95,10 +109,12 @@ class Parcel:
             self.leaving = []
 
     def prefetch(self) -> None:
-        """Start the copy back, behind the work that is queued now."""
+        """Start the copy back, behind the work that is queued now; none for what has not left."""
         if self.arrived is not None:
             return
-        self.leave()
+        if self.leaving:
+            self.arrived, self.leaving = self.leaving, []
+            return
         device = self.store.device
         self.arrived = [torch.empty_strided(*like[:2], dtype=like[2], device=device) for like in self.like]
         self.store.stream.wait_stream(torch.cuda.current_stream(device))

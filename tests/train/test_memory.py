@@ -8,7 +8,7 @@ from torch import nn
 
 from train import loop, memory
 from train.memory import GIB, Sizes, choose_levels, predict
-from train.offload import HostStore
+from train.offload import HostStore, affordable
 
 WAN_14B = Sizes(tokens=32760, width=5120, ffn=13824, heads=40, blocks=40)
 
@@ -55,7 +55,25 @@ def test_what_the_host_takes_is_spread_and_never_the_last_block():
     assert len(places) == 10 and {later - earlier for earlier, later in zip(places, places[1:], strict=False)} <= {3, 4}
     assert levels[-1] < 4 and predict(WAN_14B, levels) <= 30 * GIB
     assert sum(choose_levels(WAN_14B, 30 * GIB)) < sum(levels)
-    assert choose_levels(WAN_14B, 1e15, 1e15).count(4) == 39
+
+
+def test_no_more_is_offloaded_than_it_takes_to_keep_everything():
+    assert choose_levels(WAN_14B, 1e15, 1e15) == [3] * 40
+    everything = predict(WAN_14B, [3] * 40)
+    assert choose_levels(WAN_14B, everything, 1e15).count(4) == 0
+    # What comes back has to fit beside the rest: a block less than the device holds takes two to the host.
+    less = choose_levels(WAN_14B, everything - 0.5 * WAN_14B.offloaded, 1e15)
+    assert less.count(4) == 2 and set(less) == {3, 4}
+    assert choose_levels(WAN_14B, 22 * GIB, 1e15).count(4) == 39
+
+
+def test_processes_share_the_host(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=100 * GIB))
+    assert affordable(80.0) == 80.0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert affordable(20.0) == 20.0
+    with pytest.warns(UserWarning, match="train.offload_gib=80 for each of 4 processes .* 20 GiB each"):
+        assert affordable(80.0) == 20.0
 
 
 def network(device="cpu"):

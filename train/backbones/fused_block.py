@@ -351,7 +351,6 @@ class _BlockFunction(torch.autograd.Function):
         ctx.earlier = ctx.parcel = None
         if store is not None:
             ctx.earlier = store.newest()
-            store.settle()
             if graphs.offloaded:
                 ctx.parcel = store.send(kept)
         if ctx.parcel is not None:

@@ -33,17 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import recipes
 from losses.flow_matching import flow_error, interpolate
 from losses.preference import pairwise_bound
 from train import gdpo
 from train.backbones import load_backbone
+from train.backbones.attention_kernels import kernels_on
 from train.backbones.base import Backbone
 from train.breakdown import draw_chart, where_time_goes
 from train.loop import Policy, build_heads, prepare_network
@@ -56,7 +55,6 @@ from train.tracking import peak_memory_gib, transformer_flops
 
 PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score")
 KINDS = ("", "_sustained")  # of ceilings
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
 
 @dataclass
@@ -122,30 +120,22 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
     left, right = random(tokens, width), random(width, ffn)
     rates = {"matrix": 2 * tokens * width * ffn / seconds(lambda: left @ right, backbone.device, 10) / 1e12}
     rates["matrix_sustained"] = 2 * tokens * width * ffn / sustained(lambda: left @ right, backbone.device) / 1e12
-    query, key, value = (random(1, heads, tokens, size).requires_grad_() for _ in range(3))
+    query, key, value, grad = (random(1, tokens, heads, size).transpose(1, 2) for _ in range(4))
     flops = 4 * tokens**2 * width
-    for name, backend in BACKENDS.items():
-        if (name == "math") == (backbone.device.type == "cuda"):
-            continue  # the math kernel would need the whole attention matrix; the others do not run on a CPU
+    kernels = kernels_on(backbone.device)
+    for name, kernel in list(kernels.items()):
+        forward = partial(kernel.forward, query, key, value)
         try:
-            with sdpa_kernel(backend):
-                with torch.no_grad():
-                    forward = seconds(lambda: F.scaled_dot_product_attention(query, key, value), backbone.device, 5)
-                    slower = sustained(lambda: F.scaled_dot_product_attention(query, key, value), backbone.device)
-                out = F.scaled_dot_product_attention(query, key, value)
-                grad = torch.randn_like(out)
-                run = partial(torch.autograd.grad, out, (query, key, value), grad, retain_graph=True)
-                backward, slower_backward = seconds(run, backbone.device, 5), sustained(run, backbone.device)
+            backward = partial(kernel.backward, grad, query, key, value, *forward())
+            rates[f"attention_{name}"] = flops / seconds(forward, backbone.device, 5) / 1e12
+            rates[f"attention_{name}_backward"] = 2.5 * flops / seconds(backward, backbone.device, 5) / 1e12
+            rates[f"attention_{name}_sustained"] = flops / sustained(forward, backbone.device) / 1e12
+            rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / sustained(backward, backbone.device) / 1e12
         except RuntimeError as error:
             print(f"attention kernel {name} does not run here: {str(error).splitlines()[0]}")
-            continue
-        rates[f"attention_{name}"] = flops / forward / 1e12
-        rates[f"attention_{name}_backward"] = 2.5 * flops / backward / 1e12
-        rates[f"attention_{name}_sustained"] = flops / slower / 1e12
-        rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / slower_backward / 1e12
-    names = [name for name in BACKENDS if f"attention_{name}" in rates]
+            del kernels[name]
     for kind in ("", "_backward", "_sustained", "_backward_sustained"):
-        rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in names)
+        rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in kernels)
     return rates
 
 

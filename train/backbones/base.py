@@ -35,7 +35,7 @@ class BackboneConfig:
     random_weights: bool = False  # build the architecture with seeded random weights (no path): speed and memory runs
     dtype: str = "bfloat16"  # of the frozen weights: bfloat16 | float32 (the VAE is always float32)
     expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise
-    attention: str = "auto"  # a diffusers attention backend; auto: the faster of cuDNN and PyTorch, measured
+    attention: str = "auto"  # a diffusers attention backend; auto: the fastest here, measured
     text_length: int = 512  # text tokens after zero padding; Wan was trained with 512
 
 

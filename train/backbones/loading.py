@@ -18,8 +18,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from train.backbones.attention_kernels import attention_seconds
 
 WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file, for the fingerprint
@@ -139,7 +140,9 @@ def random_transformer(
 def choose_attention(network: WanTransformer3DModel, name: str, device: torch.device) -> None:
     """Set the attention kernel: a diffusers backend by name, or with "auto" the fastest here for bfloat16 on a GPU.
 
-    Raises ValueError for a name that diffusers does not know or cannot use here.
+    "auto" also measures kernels that diffusers does not have; `network.self_attention` is the key of
+    `attention_kernels.KERNELS` that fused blocks use for self-attention. Raises ValueError for a name that diffusers
+    does not know or cannot use here.
     """
     if name == "auto":
         attention = network.blocks[0].attn1
@@ -147,41 +150,15 @@ def choose_attention(network: WanTransformer3DModel, name: str, device: torch.de
         if device.type != "cuda" or not half:
             return
         seconds = attention_seconds(attention.heads, attention.inner_dim // attention.heads, device)
-        if seconds.get("_native_cudnn", math.inf) >= seconds.get("default", math.inf):
+        if seconds:
+            network.self_attention = min(seconds, key=seconds.get)
+        if seconds.get("cudnn", math.inf) >= seconds.get("flash", math.inf):
             return
         name = "_native_cudnn"
     try:
         network.set_attention_backend(name)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"backbone.attention={name!r} cannot be used: {error}; use auto, native or flash") from error
-
-
-def attention_seconds(heads: int, size: int, device: torch.device) -> dict[str, float]:
-    """Seconds of attention over 8192 tokens, forward and backward, by diffusers backend; those that do not run lack.
-
-    "default" is what PyTorch takes unasked on GPUs, its flash kernel.
-    """
-    shape = (1, 8192, heads, size)
-    generator = torch.Generator(device).manual_seed(0)
-    draws = [torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(3)]
-    inputs = [draw.transpose(1, 2).requires_grad_() for draw in draws]
-    measured = {}
-    for name, backend in (("_native_cudnn", SDPBackend.CUDNN_ATTENTION), ("default", SDPBackend.FLASH_ATTENTION)):
-        times = []
-        try:
-            for _ in range(4):  # the first two load the kernels
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                with torch.enable_grad(), sdpa_kernel(backend):
-                    out = nn.functional.scaled_dot_product_attention(*inputs)
-                    torch.autograd.grad(out, inputs, out.detach())
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end) / 1000)
-        except RuntimeError:
-            continue
-        measured[name] = min(times[2:])
-    return measured
 
 
 def fingerprint(family: str, folder: Path) -> str:

@@ -8,14 +8,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 # The first kind of which a part stands in the kernel's or operator's name, in lower case. cuDNN and PyTorch's flash
-# kernels; cuBLAS's (nvjet, cutlass, xmma) and MKL's products; NCCL's collectives.
+# kernels; cuBLAS's (nvjet, cutlass, xmma) and MKL's products; NCCL's collectives; copies to the host and back.
 KINDS = {
     "communication": ("nccl", "gloo"),
+    "copies": ("memcpy dtoh", "memcpy htod"),
     "elementwise": ("triton", "elementwise"),  # what Inductor made, even where it names an attention beside it
     "attention": ("sdpa", "flash", "fmha", "cudnn::fusion", "scaled_dot_product"),
     "matrix": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "addmm", "aten::mm", "aten::bmm"),
 }
 REST = "elementwise"
+BESIDE = ("communication", "copies")  # they run while the others do
 
 
 def kind_of(kernel: str) -> str:
@@ -27,7 +29,7 @@ def kind_of(kernel: str) -> str:
 def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Seconds of device time (on a CPU of operators' own time) in one run, by kind.
 
-    Kinds that run side by side, communication beside products, add up to more than the wall time.
+    With those BESIDE the others they add up to more than the wall time.
     """
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as profiler:
@@ -42,7 +44,8 @@ def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, f
 
 
 def draw_chart(results: dict[str, Any], path: Path) -> None:
-    """Seconds a step of each measured part, stacked by kind where that was measured, beside the limit; peak memory."""
+    """Seconds a step of each measured part, beside the limit, and its peak memory. Seconds are stacked by kind where
+    that was measured; a thin bar is what ran beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,18 +54,22 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     parts = {name: part for name, part in results.items() if isinstance(part, dict) and "seconds" in part}
     size = (9, 0.7 * len(parts) + 1.8)
     figure, (time, memory) = pyplot.subplots(1, 2, figsize=size, sharey=True, width_ratios=(2, 1), layout="constrained")
-    colours = dict(zip([*KINDS, "idle"], ("#9467bd", "#f0b35a", "#3b6ea5", "#79b4a9", "#dddddd"), strict=True))
+    colours = ("#9467bd", "#b0558c", "#f0b35a", "#3b6ea5", "#79b4a9", "#dddddd")
+    colours = dict(zip([*KINDS, "idle"], colours, strict=True))
     shown = set()
     for row, part in enumerate(parts.values()):
         kinds = part.get("time") or {}
-        scale = part["seconds"] / max(sum(kinds.values()), part["seconds"])
-        left = 0.0
+        computing = sum(seconds for kind, seconds in kinds.items() if kind not in BESIDE)
+        scale = part["seconds"] / max(computing, part["seconds"])
+        ends = {True: 0.0, False: 0.0}  # of the thin bar and of the wide one
         for kind, seconds in kinds.items():
             if seconds > 0:
-                time.barh(row, seconds * scale, left=left, color=colours[kind], label=None if kind in shown else kind)
-                left += seconds * scale
+                thin, label = kind in BESIDE, None if kind in shown else kind
+                place, height = (row + 0.46, 0.1) if thin else (row, 0.8)
+                time.barh(place, seconds * scale, height, left=ends[thin], color=colours[kind], label=label)
+                ends[thin] += seconds * scale
                 shown.add(kind)
-        time.barh(row, part["seconds"] - left, left=left, color=colours["idle"])
+        time.barh(row, part["seconds"] - ends[False], left=ends[False], color=colours["idle"])
         time.text(part["seconds"], row, f" {part['seconds']:.3g}", va="center")
         if "limit_seconds" in part:
             label = None if "limit" in shown else "arithmetic limit"

@@ -34,7 +34,9 @@ shared noise of winner and losers, which the paper leaves open (objective.noise=
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -193,11 +195,14 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
     groups, members = clips.shape[:2]
     adapters = policy.switch.parameters()
     block = feature_block(config.physics, len(policy.backbone.blocks))
+    # Reference and policy see a clip through the same graphs, which depend on how many passes share the memory.
+    waiting = partial(policy.switch.sharing, winner.waiting(batch))
 
     if groups == 1:
 
         def predict(j: int, **options) -> winner.Prediction:
-            return winner.predict(policy, clips[:, j], batch["noise"][:, j], batch, **options)
+            with waiting() if j == 0 else nullcontext():
+                return winner.predict(policy, clips[:, j], batch["noise"][:, j], batch, **options)
 
         with policy.switch.frozen_reference():
             reference = torch.stack([predict(j).error.detach() for j in range(members)], dim=1)  # (1,1+M')
@@ -206,8 +211,8 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
             error = predict(j).error
             gradients.append(torch.autograd.grad(error.sum(), adapters))
             values.append(error.detach())
-        with policy.switch.sharing(winner.waiting(batch)):
-            won = predict(0, features_at=block)
+        won = predict(0, features_at=block)
+        with waiting():
             terms, more = winner.winner_losses(config, policy, won, batch)
         policy_errors = torch.stack([won.error.detach(), *values], dim=1).requires_grad_()
         loss, extra = preference_loss(config, policy_errors, reference, batch)
@@ -217,9 +222,9 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
         add_(combined, gradients, coefficients[0, 1:])
     else:
         flat_clips, flat_noise = clips.flatten(0, 1), batch["noise"].flatten(0, 1)
-        with policy.switch.frozen_reference():
-            reference = winner.predict(policy, flat_clips, flat_noise, batch).error.detach().view(groups, members)
-        with policy.switch.sharing(winner.waiting(batch)):
+        with waiting():
+            with policy.switch.frozen_reference():
+                reference = winner.predict(policy, flat_clips, flat_noise, batch).error.detach().view(groups, members)
             prediction = winner.predict(policy, flat_clips, flat_noise, batch, features_at=block)
             terms, more = winner.winner_losses(config, policy, prediction.every(members), batch)
         policy_errors = prediction.error.view(groups, members)

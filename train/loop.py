@@ -59,8 +59,8 @@ class TrainConfig:
     # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed, each
     # block's input at least. 0: nine tenths of the GPU, on a CPU no limit; never more than 95 % of the GPU.
     memory_budget_gib: float = 0.0
-    # Of host memory, page-locked, per GPU, for activations that go there and come back while other blocks compute; 0:
-    # none. Less is taken where the host has less.
+    # With compile and LoRA on a GPU: host memory, page-locked, per GPU, for activations that go there and come back
+    # while other blocks compute. Less is taken where less does, or where the host has less. 0: none.
     offload_gib: float = 0.0
     # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.backbones.float8). Faster; the
     # adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
@@ -338,25 +338,24 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
 def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) -> None:
     """Switch on activation checkpointing and compilation, as configured.
 
-    Raises ValueError for negative memory, and for float8 or offloading where blocks cannot be fused.
+    Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """
     for key in ("memory_budget_gib", "offload_gib"):
         if getattr(config, key) < 0:
             raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
     reason = unfit(network, switch) if config.compile else "train.compile is false"
     if not reason:
-        config = replace(config, offload_gib=affordable(config.offload_gib))
-        plan = memory.plan(network, switch.parameters(), config)
+        adapters = switch.parameters()
+        device = adapters[0].device
+        config = replace(config, offload_gib=affordable(config.offload_gib) if device.type == "cuda" else 0.0)
+        plan = memory.plan(network, adapters, config)
         if config.float8:
-            float8.check(network.device)
-        store = None
-        if config.offload_gib:
-            store = HostStore(int(config.offload_gib * memory.GIB), network.device)
+            float8.check(device)
+        store = HostStore(int(config.offload_gib * memory.GIB), device) if config.offload_gib else None
         fuse_blocks(network, switch, plan, store=store, float8=config.float8)
         return
-    for key in ("float8", "offload_gib"):
-        if getattr(config, key):
-            raise ValueError(f"train.{key} needs compiled blocks with LoRA, but {reason}: leave it at its default")
+    if config.float8:
+        raise ValueError(f"train.float8 needs compiled blocks with LoRA, but {reason}: set it to false")
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
     if config.compile:

@@ -2,14 +2,14 @@
 
 Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden state) and w = u ffn / width:
 
-    peak = resident + 4 adapters + passes x sum over blocks of kept(level) + workspace(highest level)
+    peak = resident + gathered + 4 adapters + passes x sum over blocks of kept(level) + workspace(highest level)
 
-`resident` is what is allocated before the first step; four times the adapters' bytes are AdamW's two moments and two
-sets of gradients. Passes are those whose activations wait for their backward at once: one, and two where the
-self-score's judge looks at what the policy predicts (`train.winner`). Kept: a block's input, and by
-`train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp), three more hidden states (3 u), everything
-(3 u + w), or everything in host memory. The workspace, fitted to measured peaks, is what one block's backward pass
-holds besides: it recomputes less the more was kept.
+`resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; four times the adapters' bytes
+are AdamW's two moments and two sets of gradients. Passes are those whose activations wait for their backward at once:
+one, and two where the self-score's judge looks at what the policy predicts (`train.winner`). Kept: a block's input, and
+by `train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp), three more hidden states (3 u),
+everything (3 u + w), or everything in host memory. The workspace, fitted to measured peaks, is what one block's
+backward pass holds besides: it recomputes less the more was kept.
 
 Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
 the backward pass starts, and a block that kept more needs less workspace.
@@ -100,6 +100,12 @@ def _levels(sizes: Sizes, available: float, passes: int, count: int) -> list[int
     return levels
 
 
+def gathered(network: nn.Module) -> int:
+    """Bytes of two gathered blocks under ZeRO-3, the one that runs and one that is not freed yet; else 0."""
+    weights = network.blocks[0].parameters()
+    return 2 * sum(getattr(weight, "ds_numel", 0) * weight.element_size() for weight in weights)
+
+
 def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[torch.Size, int], list[int]]:
     """Levels of a Wan network's blocks for hidden states (B, N, D) and waiting passes, by the train section `config`.
 
@@ -114,7 +120,7 @@ def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[t
     else:
         weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
         available = (budget or float("inf")) - weights - trained
-    available -= 4 * trained
+    available -= 4 * trained + gathered(network)
 
     def levels(shape: torch.Size, passes: int) -> list[int]:
         shapes = network.config

@@ -33,14 +33,9 @@ def affordable(gib: float) -> float:
 
 
 class HostStore:
-    """Page-locked host memory of at most `capacity` bytes, for tensors of one device; regions are used again.
-
-    Raises ValueError where there is no GPU.
-    """
+    """Page-locked host memory of at most `capacity` bytes, for tensors of one GPU; regions are used again."""
 
     def __init__(self, capacity: int, device: torch.device):
-        if device.type != "cuda":
-            raise ValueError(f"train.offload_gib is set, but the network is on {device.type}: set train.offload_gib=0")
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.memory = torch.empty(capacity, dtype=torch.uint8)

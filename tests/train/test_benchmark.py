@@ -43,7 +43,10 @@ def test_unknown_part_is_refused():
         ("void cublasLt::splitKreduce_kernel", "matrix"),
         ("triton_red_fused__scaled_dot_product_cudnn_attention__to_copy_add_mul", "elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90", "attention"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("Memcpy DtoH (Device -> Pinned)", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "elementwise"),
     ],
 )
 def test_kinds_of_kernels(kernel, kind):

@@ -8,7 +8,7 @@ from torch import nn
 
 from train import loop, memory
 from train.memory import GIB, Sizes, choose_levels, predict
-from train.offload import HostStore, affordable
+from train.offload import affordable
 
 WAN_14B = Sizes(tokens=32760, width=5120, ffn=13824, heads=40, blocks=40)
 
@@ -79,7 +79,7 @@ def test_processes_share_the_host(monkeypatch):
 def network(device="cpu"):
     shapes = SimpleNamespace(num_layers=2, ffn_dim=16, num_attention_heads=2)
     made = nn.Linear(4, 4, device=device)
-    made.config, made.dtype = shapes, torch.bfloat16
+    made.config, made.dtype, made.blocks = shapes, torch.bfloat16, nn.ModuleList([nn.Identity()])
     return made
 
 
@@ -114,15 +114,18 @@ def config(float8):
     return loop.TrainConfig(memory_budget_gib=6e3 / GIB, float8=float8)
 
 
-@pytest.mark.parametrize("setting", [{"float8": True}, {"offload_gib": 1.0}])
-def test_what_needs_fused_blocks_is_refused_without_them(setting):
-    with pytest.raises(ValueError, match="needs compiled blocks with LoRA, but train.compile is false"):
-        loop.prepare_network(network(), None, loop.TrainConfig(**setting))
+def test_float8_is_refused_without_fused_blocks():
+    with pytest.raises(ValueError, match="train.float8 needs compiled blocks with LoRA, but train.compile is false"):
+        loop.prepare_network(network(), None, loop.TrainConfig(float8=True))
 
 
-def test_offloading_needs_a_gpu():
-    with pytest.raises(ValueError, match="train.offload_gib is set, but the network is on cpu"):
-        HostStore(100, torch.device("cpu"))
+def test_blocks_that_zero3_gathers_count():
+    made = network()
+    made.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    assert memory.gathered(made) == 0
+    for weight in made.blocks.parameters():
+        weight.ds_numel = weight.numel()
+    assert memory.gathered(made) == 2 * (16 + 4) * 4
 
 
 def test_float8_leaves_room_for_its_operands():

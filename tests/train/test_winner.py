@@ -217,6 +217,20 @@ def test_passes_of_the_network(configure, entry):
         assert passes.count(True) == clips and passes.count(False) == more + (2 if entry is gdpo else 0)
 
 
+def test_reference_and_policy_see_a_clip_through_the_same_graphs(configure):
+    """Which graphs run depends on how many passes share the memory: two graphs round differently."""
+    config = configure(*SELF)
+    policy, seen = make_policy(config), []
+    state = policy.switch.state
+    policy.backbone.transformer.register_forward_hook(lambda *_: seen.append((state.active, state.passes)))
+    gdpo.step(config, policy, default_collate(samples(config, [0])))
+    judge = [(False, 2)] * 2
+    assert seen == [(False, 2), (False, 1), (True, 1), (True, 2), *judge]  # winner, loser; loser, winner
+    seen.clear()
+    gdpo.step(config, policy, default_collate(samples(config, [0, 1])))
+    assert seen == [(False, 2), (True, 2), *judge]
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 

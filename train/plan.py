@@ -10,6 +10,7 @@ from train.backbones.architecture import latent_shape, num_tokens, parameter_cou
 from train.groups import GroupSet
 from train.loop import accumulation_steps
 from train.lora_switch import targeted_layers
+from train.memory import Sizes, choose_levels, predict
 from train.parallel import build_accelerator
 from train.physics import feature_block
 
@@ -52,6 +53,11 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
     ]
+    if config.train.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
+        resident = memory["weights"] + memory["adapters"] * 5 / 6  # no buffer for a second clip's gradients
+        if world > 1 and sharded:
+            resident += 2 * parameters / layers * (4 if config.backbone.dtype == "float32" else 2)
+        lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
     block = feature_block(config.physics, layers)
     if block is not None:
         terms = f"w_pix {config.physics.w_pix:g}, w_sem {config.physics.w_sem:g}, heads on block {block}"
@@ -68,6 +74,30 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     except ValueError as error:
         lines.append(f"groups          none yet: {error}")
     return lines
+
+
+def kept_by_blocks(config: Any, network: dict[str, Any], tokens: int, resident: float) -> str:
+    """How many blocks keep what for their backward pass beside `resident` bytes, and the peak (`train.memory`), where
+    the host has what train.offload_gib asks for."""
+    heads, train = network["num_attention_heads"], config.train
+    sizes = Sizes(
+        tokens=tokens * clips_in_a_pass(config),
+        width=heads * network["attention_head_dim"],
+        ffn=network["ffn_dim"],
+        heads=heads,
+        blocks=network["num_layers"],
+        hidden_bytes=4 if config.backbone.dtype == "float32" else 2,
+    )
+    levels = choose_levels(sizes, train.memory_budget_gib * GIB - resident, train.offload_gib * GIB)
+    names = ("their input", "attention", "hidden states", "everything", "everything in host memory")
+    counts = [f"{levels.count(level)} {name}" for level, name in enumerate(names) if level in levels]
+    peak = (resident + predict(sizes, levels)) / GIB
+    return f"keep {', '.join(counts)}: peak {peak:.1f} GiB, train.memory_budget_gib {train.memory_budget_gib:g}"
+
+
+def clips_in_a_pass(config: Any) -> int:
+    pairs = config.train.pairs_per_pass
+    return 1 if pairs == 1 else pairs * (2 if config.objective.loss == "bound" else 1 + LOSERS)
 
 
 def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:
@@ -91,10 +121,11 @@ def memory_estimate(
     network = architecture["transformer"]
     width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
     size = 4 if config.backbone.dtype == "float32" else 2
-    pairs = config.train.pairs_per_pass
-    together = 2 if config.objective.loss == "bound" else 1 + LOSERS
-    clips = 1 if pairs == 1 else together * pairs
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
     experts = len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1
-    return {"weights": experts * parameters * size / world, "adapters": adapters * 4 * 6, "activations": clips * kept}
+    return {
+        "weights": experts * parameters * size / world,
+        "adapters": adapters * 4 * 6,
+        "activations": clips_in_a_pass(config) * kept,
+    }

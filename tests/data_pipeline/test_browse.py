@@ -436,6 +436,7 @@ VISIBLE = (
 )
 
 
+@pytest.mark.slow
 def test_the_page_works_in_a_browser(made, chromium, tmp_path):
     copied = tmp_path / "copied"  # the folder can go anywhere
     shutil.copytree(made, copied)

@@ -543,7 +543,7 @@ def times(output: Path) -> dict[str, set[int]]:
 @pytest.mark.parametrize(
     ("change", "changed"),
     [
-        ("sampler.steps=3", ["generate", "encode"]),  # nobody judges here
+        pytest.param("sampler.steps=3", ["generate", "encode"], marks=pytest.mark.slow),  # nobody judges here
         pytest.param("pipeline.judge.name=sandbox", ["judge", "targets", "encode"], marks=pytest.mark.slow),
         pytest.param(
             "pipeline.table_rows=3", ["pool", "filter", "cluster", "difficulty", "resample"], marks=pytest.mark.slow

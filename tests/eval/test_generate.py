@@ -240,6 +240,7 @@ def test_a_run_killed_between_clip_and_sidecar_leaves_no_lie(copied, model, monk
     assert contents(copied) == before
 
 
+@pytest.mark.slow
 def test_another_sampler_makes_all_again_and_says_so(copied, model, lora, capsys):
     before = files(copied)
     generate.main(arguments(model, copied, f"generate.lora={lora}", "sampler.steps=3"))
@@ -251,6 +252,7 @@ def test_another_sampler_makes_all_again_and_says_so(copied, model, lora, capsys
     assert {record["sampler"]["steps"] for record in manifest(copied)} == {3}
 
 
+@pytest.mark.slow
 def test_another_lora_under_its_own_name_shares_the_base_clips(copied, model, tmp_path):
     before = files(copied)
     other = write_lora(tmp_path / "other", model, scale=0.1)
@@ -301,6 +303,7 @@ def image_arguments(model: Path, output: Path, *more: str) -> list[str]:
     return arguments(model, output, *more, prompts=PROMPTS[:1])
 
 
+@pytest.mark.slow
 def test_the_lora_goes_to_the_expert_it_was_trained_on(image_model, tmp_path):
     """One step, at t = 1, is the high-noise expert's alone; of two the second, at t = .75, is the low-noise one's.
 
@@ -316,6 +319,7 @@ def test_the_lora_goes_to_the_expert_it_was_trained_on(image_model, tmp_path):
     assert names == {("high_noise", 1): False, ("low_noise", 1): True, ("low_noise", 2): False}
 
 
+@pytest.mark.slow
 def test_another_picture_under_the_same_name_counts(image_model, tmp_path, capsys):
     args = image_arguments(image_model, tmp_path, "sampler.steps=1")
     generate.main(args)

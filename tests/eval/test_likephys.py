@@ -194,6 +194,7 @@ def publish(root, scenes=("0001",)):
                 write_clip(root / place / scene / f"{kind}.mp4", frames, 8.0)
 
 
+@pytest.mark.slow
 def test_the_published_clips(tmp_path):
     root, work = tmp_path / "data", tmp_path / "work"
     work.mkdir()

@@ -373,6 +373,7 @@ def test_the_switch_frame_is_stretched_not_cut(copy):
         benchmark.shown(task)
 
 
+@pytest.mark.slow
 def test_layout_is_what_the_official_code_takes(data, tmp_path):
     benchmark = build(data)
     samples = made(benchmark, data)

@@ -270,6 +270,7 @@ def test_several_seeds_are_clips_of_one_prompt(copied):
     assert found["models"]["true"]["clips"] == 5 and found["gains"]["tuned"]["figures"]["physical"]["clips"] == 10
 
 
+@pytest.mark.slow
 def test_a_stop_while_sampling_or_scoring_loses_nothing(copied, monkeypatch):
     shutil.rmtree(copied.eval)
     real_make, real_score = making.Maker.make, sandbox.Sandbox.score
@@ -307,6 +308,7 @@ def test_a_stop_while_sampling_or_scoring_loses_nothing(copied, monkeypatch):
     assert same_figures(again, copied.results)
 
 
+@pytest.mark.slow
 def test_a_damaged_clip_is_named_and_counted_until_it_is_made_again(copied, capsys):
     victim = sorted((copied.eval / "sandbox" / "clips" / "tuned").glob("*.mp4"))[2]
     victim.write_bytes(b"\0" * victim.stat().st_size)  # its sidecar does not notice

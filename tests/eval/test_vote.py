@@ -209,6 +209,7 @@ def test_the_command_line(clips, tmp_path, capsys):
 # In a browser
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_installed(), reason="needs chromium and chromedriver")
 def test_votes_cast_in_a_browser(clips, tmp_path):
     page, key = make(clips, tmp_path / "vote", repeat=0.25)

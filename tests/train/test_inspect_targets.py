@@ -17,6 +17,7 @@ def size(path):
         return image.size
 
 
+@pytest.mark.slow
 def test_pictures_of_targets_and_of_a_checkpoint(tiny_targets, tmp_path, monkeypatch):
     tiny_targets.train(tmp_path, *TERMS, "optim.steps=1", entry=sft)
     targets, both = tmp_path / "targets.png", tmp_path / "both.png"

@@ -56,7 +56,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     if config.train.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
         resident = memory["weights"] + memory["adapters"] * 5 / 6  # no buffer for a second clip's gradients
         if world > 1 and sharded:
-            resident += 2 * parameters / layers * (4 if config.backbone.dtype == "float32" else 2)
+            resident += 2 * parameters / layers * bytes_a_number(config)
         lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
     block = feature_block(config.physics, layers)
     if block is not None:
@@ -86,13 +86,18 @@ def kept_by_blocks(config: Any, network: dict[str, Any], tokens: int, resident: 
         ffn=network["ffn_dim"],
         heads=heads,
         blocks=network["num_layers"],
-        hidden_bytes=4 if config.backbone.dtype == "float32" else 2,
+        hidden_bytes=bytes_a_number(config),
     )
     levels = choose_levels(sizes, train.memory_budget_gib * GIB - resident, train.offload_gib * GIB)
     names = ("their input", "attention", "hidden states", "everything", "everything in host memory")
     counts = [f"{levels.count(level)} {name}" for level, name in enumerate(names) if level in levels]
     peak = (resident + predict(sizes, levels)) / GIB
     return f"keep {', '.join(counts)}: peak {peak:.1f} GiB, train.memory_budget_gib {train.memory_budget_gib:g}"
+
+
+def bytes_a_number(config: Any) -> int:
+    """Of frozen weights and hidden states."""
+    return 4 if config.backbone.dtype == "float32" else 2
 
 
 def clips_in_a_pass(config: Any) -> int:
@@ -120,7 +125,7 @@ def memory_estimate(
     """
     network = architecture["transformer"]
     width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
-    size = 4 if config.backbone.dtype == "float32" else 2
+    size = bytes_a_number(config)
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
     experts = len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1

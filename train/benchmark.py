@@ -1,15 +1,19 @@
 """Measured speed and memory of one preference step, beside what it could be at best and what plain code makes of it.
 
-    python -m train.benchmark recipe=wan14b                                # random weights of the recipe's
-    architecture, one GPU python -m train.benchmark recipe=wan1_3b benchmark.parts=[ceilings,ours,copy]
+    python -m train.benchmark recipe=wan14b                                 # random weights, one GPU
+    python -m train.benchmark recipe=wan1_3b benchmark.parts=[ceilings,ours,copy]
+    accelerate launch --config_file launch/zero3.yaml --num_processes 4 train/benchmark.py recipe=wan14b \\
+        benchmark.parts=[ours,zero3]
 
 In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
 diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keeping only each block's input
 (`low_memory`), with 8-bit products (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full
 fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`); `ours` with the physics terms
 on stored targets (`physics`), and in a step in which the self-score regulariser is due (`self_score`; `amortised` is
-over `self_score.every` steps), both with their ratio to `ours` in the same run. The
-arithmetic limit is counted, without recomputation, at the ceilings' rates:
+over `self_score.every` steps). Launched on several GPUs every rank measures on its own GPU at the same time as the
+others, and the first rank's figures are kept; `zero3` is `ours` with the frozen network sharded over them, a group on
+each. What follows `ours` has its ratio to it in the same run. The arithmetic limit is counted, without recomputation,
+at the ceilings' rates:
 
     pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =
     W / matrix + 2.5 A / backward
@@ -17,8 +21,9 @@ arithmetic limit is counted, without recomputation, at the ceilings' rates:
 The ceilings are measured twice: in a burst of a few products, as a cool chip runs them, and `sustained` over seconds,
 at which the chip's power limit lowers its clock; the limit is counted at either.
 
-Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`), and as bars to `.png`. Seconds
-are medians over `benchmark.repeats` steps after a first one, optimizer included.
+Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`; a collective's includes waiting
+for the other ranks), and as bars to `.png`. Seconds are medians over `benchmark.repeats` steps after a first one,
+optimizer included.
 """
 
 import gc
@@ -33,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -48,12 +54,13 @@ from train.breakdown import draw_chart, where_time_goes
 from train.loop import Policy, build_heads, prepare_network
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
+from train.parallel import average_, build_accelerator, partition, release
 from train.physics import target_tensors
 from train.self_score import draws
 from train.teachers.points import pack, query_grid
 from train.tracking import peak_memory_gib, transformer_flops
 
-PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score")
+PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score", "zero3")
 KINDS = ("", "_sustained")  # of ceilings
 
 
@@ -133,8 +140,8 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
             rates[f"attention_{name}_backward"] = 2.5 * flops / seconds(backward, backbone.device, 5) / 1e12
             rates[f"attention_{name}_sustained"] = flops / sustained(forward, backbone.device) / 1e12
             rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / sustained(backward, backbone.device) / 1e12
-        except RuntimeError as error:
-            print(f"attention kernel {name} does not run here: {str(error).splitlines()[0]}")
+        except Exception as error:  # as in `attention_seconds`: whatever another package's compiler raises
+            print(f"attention kernel {name} does not run here: {str(error).strip().partition(chr(10))[0]}")
             del kernels[name]
     for kind in ("", "_backward", "_sustained", "_backward_sustained"):
         rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in kernels)
@@ -222,8 +229,10 @@ def ours(
     loss: str = "bound",
     physics: bool = False,
     self_score: bool = False,
+    ranks: Accelerator | None = None,
 ) -> dict[str, float]:
-    """`gdpo.step`, optimizer included; with the terms that are asked for and no others, whatever the recipe's."""
+    """`gdpo.step`, optimizer included; with the terms that are asked for and no others, whatever the recipe's. `ranks`:
+    those to shard the frozen network over."""
     weight = 1.0 if physics else 0.0
     config = replace(
         config,
@@ -232,14 +241,17 @@ def ours(
         self_score=replace(config.self_score, weight=1.0 if self_score else 0.0),
     )
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
+    policy = Policy(backbone, switch, build_heads(config, backbone))
+    engine = None if ranks is None else partition(ranks, backbone.transformer)
     prepare_network(backbone.transformer, switch, config.train)
-    return _preference_step(config, Policy(backbone, switch, build_heads(config, backbone)), losers)
+    measured = _preference_step(config, policy, losers, engine)
+    return measured if ranks is None else measured | {"ranks": ranks.num_processes}
 
 
 def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str, float]:
-    """What a part with terms costs beside `ours`: ratio of seconds, GiB more, and for the regulariser the ratio over
-    all steps."""
-    if part not in ("physics", "self_score") or "ours" not in results:
+    """What a part costs beside `ours`, if that came before: ratio of seconds, GiB more, and for the regulariser the
+    ratio over all steps."""
+    if "ours" not in results or part == "ours":
         return {}
     measured, plain = results[part], results["ours"]
     ratio = measured["seconds"] / plain["seconds"]
@@ -258,13 +270,16 @@ def copied(config: Config, backbone: Backbone) -> dict[str, float]:
     return _preference_step(config, Policy(backbone, switch), 1)
 
 
-def _preference_step(config: Config, policy: Policy, losers: int) -> dict[str, float]:
+def _preference_step(config: Config, policy: Policy, losers: int, engine: nn.Module | None = None) -> dict[str, float]:
     batch, heads = random_batch(config, policy.backbone, losers), policy.head_parameters()
     optimizer = build_optimizer(config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr)
     gaps = []
 
     def run() -> None:
         gradients, metrics = gdpo.step(config, policy, batch)
+        if engine is not None:
+            release(engine)
+            average_(gradients)
         gaps.append(abs(metrics["policy_winner"] - metrics["reference_winner"]).item())
         for weight, gradient in zip(policy.parameters(), gradients, strict=True):
             weight.grad = gradient
@@ -368,7 +383,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     config.backbone.random_weights = True  # speed and memory do not depend on what the weights are
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = build_accelerator()
+    if "zero3" in config.benchmark.parts and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            "benchmark.parts: zero3 shards over the ranks of a DeepSpeed launch: accelerate launch --config_file"
+            " launch/zero3.yaml --num_processes N train/benchmark.py ..."
+        )
+    device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     video = config.video
     results: dict[str, Any] = {
@@ -377,9 +398,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "architecture": config.backbone.architecture,
         "video": [video.height, video.width, video.num_frames],
     }
-    print(
+    accelerator.print(
         f"{config.backbone.family} {config.backbone.architecture},"
-        f" {video.height}x{video.width}x{video.num_frames}, on {name}"
+        f" {video.height}x{video.width}x{video.num_frames}, on {accelerator.num_processes} x {name}"
     )
     measures = {
         "plain": plain,
@@ -390,6 +411,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "copy": copied,
         "physics": lambda c, b: ours(c, b, physics=True),
         "self_score": lambda c, b: ours(c, b, self_score=True),
+        "zero3": lambda c, b: ours(c, b, ranks=accelerator),
     }
     path = Path(config.output) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -401,21 +423,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             results[part] = rates | both
         else:
             results[part] = measures[part](config, backbone)
-            if "ceilings" in results:
+            if "ceilings" in results and part != "self_score":  # of which the judge's passes are not counted
                 clips = 1 + config.benchmark.losers if part == "groupwise" else 2
                 results[part]["limit_seconds"] = limit(config, backbone, results["ceilings"], clips=clips)
             results[part] |= against_ours(config, part, results)
         measured = results[part] | results[part].get("time", {})
         numbers = (f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, int | float))
-        print(part, "  ".join(numbers), flush=True)
-        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        accelerator.print(part, "  ".join(numbers), flush=True)
+        if accelerator.is_main_process:
+            path.write_text(json.dumps(results, indent=1), encoding="utf-8")
         del backbone
         gc.collect()
         torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    draw_chart(results, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
+    if accelerator.is_main_process:
+        draw_chart(results, path.with_suffix(".png"))
+    accelerator.print(f"wrote {path} and {path.with_suffix('.png').name}")
     return results
 
 

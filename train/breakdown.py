@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The first kind of which a part stands in the kernel's or operator's name, in lower case. cuDNN and PyTorch's flash
-# kernels; cuBLAS's (nvjet, cutlass, xmma) and MKL's products; NCCL's collectives; copies to the host and back.
+# The first kind of which a part stands in the kernel's or operator's name, in lower case: NCCL's and gloo's
+# collectives, copies to the host and back, cuDNN and PyTorch's flash kernels, cuBLAS's (nvjet, cutlass, xmma) and MKL's
+# products.
 KINDS = {
-    "communication": ("nccl", "gloo"),
+    "communication": ("nccl", "gloo", "c10d::"),
     "copies": ("memcpy dtoh", "memcpy htod"),
     "elementwise": ("triton", "elementwise"),  # what Inductor made, even where it names an attention beside it
     "attention": ("sdpa", "flash", "fmha", "cudnn::fusion", "scaled_dot_product"),
@@ -77,7 +78,8 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
             shown.add("limit")
         memory.barh(row, part["memory_gib"], color="#8c8c8c")
         memory.text(part["memory_gib"], row, f" {part['memory_gib']:.3g}", va="center")
-    time.set_yticks(range(len(parts)), list(parts))
+    labels = [name + (f", {part['ranks']} GPUs" if "ranks" in part else "") for name, part in parts.items()]
+    time.set_yticks(range(len(parts)), labels)
     time.invert_yaxis()
     time.set_xlabel("seconds a step")
     memory.set_xlabel("peak memory, GiB")

@@ -3,13 +3,15 @@
 Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden state) and w = u ffn / width:
 
     peak = resident + gathered + 4 adapters + passes x sum over blocks of kept(level) + workspace(highest level)
+           + (passes - 1) x outside
 
 `resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; four times the adapters' bytes
 are AdamW's two moments and two sets of gradients. Passes are those whose activations wait for their backward at once:
 one, and two where the self-score's judge looks at what the policy predicts (`train.winner`). Kept: a block's input, and
 by `train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp), three more hidden states (3 u),
 everything (3 u + w), or everything in host memory. The workspace, fitted to measured peaks, is what one block's
-backward pass holds besides: it recomputes less the more was kept.
+backward pass holds besides: it recomputes less the more was kept. `outside`, fitted likewise, is what a pass that waits
+behind another keeps outside its blocks.
 
 Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
 the backward pass starts, and a block that kept more needs less workspace.
@@ -26,6 +28,7 @@ GIB = 2**30
 OFFLOADED = 4  # the level of `train.backbones.fused_block` that keeps everything on the host
 WORKSPACE = (21.0, 18.0, 18.0, 14.0)  # hidden states u, by level; the last block, where the peak is, is not offloaded
 WIDE_WORKSPACE = 0.3  # feed-forward activations w
+OUTSIDE = 2.2  # hidden states u: two measured peaks of two waiting passes against two of one
 FLOAT8_WORKSPACE = 6.0  # hidden states u more with 8-bit products: their quantised operands
 
 
@@ -67,7 +70,8 @@ class Sizes:
 def predict(sizes: Sizes, levels: list[int], passes: int = 1) -> float:
     """Bytes of activations at the peak, when the last block's backward pass runs and one block's come back."""
     coming = sizes.offloaded if OFFLOADED in levels else 0
-    return passes * sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming
+    outside = (passes - 1) * OUTSIDE * sizes.hidden
+    return passes * sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming + outside
 
 
 def choose_levels(sizes: Sizes, available: float, host: float = 0.0, passes: int = 1) -> list[int]:

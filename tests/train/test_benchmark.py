@@ -24,14 +24,20 @@ def test_all_parts_run_and_are_written(tmp_path):
     # Two clips against five: the limit is proportional to the clips.
     assert results["groupwise"]["limit_seconds"] == pytest.approx(2.5 * results["ours"]["limit_seconds"])
     assert results["ours"]["limit_seconds"] == results["ceilings"]["pair_limit_seconds"]
-    for part in ("physics", "self_score"):
+    for part in ("low_memory", "groupwise", "copy", "physics", "self_score"):
         assert results[part]["ratio"] == results[part]["seconds"] / results["ours"]["seconds"]
+    assert "ratio" not in results["plain"] and "limit_seconds" not in results["self_score"]
     assert results["self_score"]["amortised"] - 1 == pytest.approx((results["self_score"]["ratio"] - 1) / 4)
 
 
 def test_unknown_part_is_refused():
     with pytest.raises(ValueError, match="benchmark.parts: unknown theirs"):
         benchmark.main(["recipe=tiny", "benchmark.parts=[theirs]"])
+
+
+def test_sharding_needs_a_launch_that_shards():
+    with pytest.raises(ValueError, match="zero3 shards over the ranks of a DeepSpeed launch"):
+        benchmark.main(["recipe=tiny", "benchmark.parts=[zero3]"])
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,7 @@ def test_unknown_part_is_refused():
         ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
         ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90", "attention"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("c10d::_allgather_base_", "communication"),
         ("Memcpy DtoH (Device -> Pinned)", "copies"),
         ("Memcpy DtoD (Device -> Device)", "elementwise"),
     ],

@@ -152,6 +152,20 @@ def test_zero3_gathers_fused_blocks_for_both_passes(tiny, tmp_path, one_process,
 
 
 @pytest.mark.slow
+def test_the_benchmark_measures_a_sharded_step_beside_a_whole_one(tmp_path):
+    arguments = ("recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", "benchmark.parts=[ours,zero3]")
+    finish(launch("zero3", ("train/benchmark.py",), *arguments, tmp_path=tmp_path), tmp_path)
+    results = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    whole, sharded = results["ours"], results["zero3"]
+    assert sharded["ranks"] == 2 and sharded["ratio"] == sharded["seconds"] / whole["seconds"]
+    assert sharded["time"]["communication"] > 0 == whole["time"]["communication"]
+    assert sharded["untrained_gap"] == 0
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    output = (tmp_path / "output.txt").read_text(encoding="utf-8", errors="replace")
+    assert output.count("zero3 seconds") == 1  # the first rank's figures only
+
+
+@pytest.mark.slow
 def test_zero3_killed_and_resumed_equals_the_uninterrupted_run(tiny, tmp_path, zero3):
     _, _, whole = zero3
     script, arguments = ("-m", "train.gdpo"), tiny.arguments(tmp_path, *RUN)

@@ -243,7 +243,7 @@ def ours(
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
     policy = Policy(backbone, switch, build_heads(config, backbone))
     engine = None if ranks is None else partition(ranks, backbone.transformer)
-    prepare_network(backbone.transformer, switch, config.train)
+    prepare_network(backbone.transformer, switch, config.train, gradients=1 + losers)
     measured = _preference_step(config, policy, losers, engine)
     return measured if ranks is None else measured | {"ranks": ranks.num_processes}
 

@@ -140,7 +140,8 @@ def fit(
     accelerator.print(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
     )
-    prepare_network(backbone.transformer, policy.switch, config.train)
+    gradients = gradient_sets(config, config.objective.clips_per_group(groups), accumulation)
+    prepare_network(backbone.transformer, policy.switch, config.train, gradients=gradients)
     heads = policy.head_parameters()
     optimizer = build_optimizer(config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr)
 
@@ -321,6 +322,12 @@ def accumulation_steps(config: Any, world: int) -> int:
     return config.optim.batch_size // per_round
 
 
+def gradient_sets(config: Any, clips: int, accumulation: int) -> int:
+    """Sets of the adapters' gradients that a step of `clips` clips a group holds at once: each clip's, or one of them
+    all, and the sum over the passes before."""
+    return (clips if config.train.pairs_per_pass == 1 else 1) + (accumulation > 1)
+
+
 def open_groups(config: Any, backbone: Backbone) -> GroupSet:
     """The recipe's groups, checked against the backbone and the recipe's video size."""
     groups = GroupSet(config.train.groups, fingerprint=backbone.fingerprint)
@@ -335,8 +342,9 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
     return groups
 
 
-def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) -> None:
-    """Switch on activation checkpointing and compilation, as configured.
+def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig, *, gradients: int = 2) -> None:
+    """Switch on activation checkpointing and compilation, as configured; `gradients`: sets of the adapters' gradients
+    that a step holds at once, for the memory plan.
 
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """
@@ -348,7 +356,7 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig) 
         adapters = switch.parameters()
         device = adapters[0].device
         config = replace(config, offload_gib=affordable(config.offload_gib) if device.type == "cuda" else 0.0)
-        plan = memory.plan(network, adapters, config)
+        plan = memory.plan(network, adapters, config, gradients=gradients)
         if config.float8:
             float8.check(device)
         store = HostStore(int(config.offload_gib * memory.GIB), device) if config.offload_gib else None

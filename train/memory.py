@@ -2,16 +2,16 @@
 
 Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden state) and w = u ffn / width:
 
-    peak = resident + gathered + 4 adapters + passes x sum over blocks of kept(level) + workspace(highest level)
-           + (passes - 1) x outside
+    peak = resident + gathered + (2 + gradients) adapters + passes x sum over blocks of kept(level)
+           + workspace(highest level) + (passes - 1) x outside
 
-`resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; four times the adapters' bytes
-are AdamW's two moments and two sets of gradients. Passes are those whose activations wait for their backward at once:
-one, and two where the self-score's judge looks at what the policy predicts (`train.winner`). Kept: a block's input, and
-by `train.backbones.fused_block.LEVELS` nothing, attention (u and a logsumexp), three more hidden states (3 u),
-everything (3 u + w), or everything in host memory. The workspace, fitted to measured peaks, is what one block's
-backward pass holds besides: it recomputes less the more was kept. `outside`, fitted likewise, is what a pass that waits
-behind another keeps outside its blocks.
+`resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; the adapters' bytes come again
+for AdamW's two moments and for each set of gradients that waits, a clip's or the sum over earlier passes. Passes are
+those whose activations wait for their backward at once: one, and two where the self-score's judge looks at what the
+policy predicts (`train.winner`). Kept: a block's input, and by `train.backbones.fused_block.LEVELS` nothing, attention
+(u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host memory. The workspace,
+fitted to measured peaks, is what one block's backward pass holds besides: it recomputes less the more was kept.
+`outside`, fitted likewise, is what a pass that waits behind another keeps outside its blocks.
 
 Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
 the backward pass starts, and a block that kept more needs less workspace.
@@ -110,8 +110,11 @@ def gathered(network: nn.Module) -> int:
     return 2 * sum(getattr(weight, "ds_numel", 0) * weight.element_size() for weight in weights)
 
 
-def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[torch.Size, int], list[int]]:
-    """Levels of a Wan network's blocks for hidden states (B, N, D) and waiting passes, by the train section `config`.
+def plan(
+    network: nn.Module, adapters: list[Tensor], config: Any, *, gradients: int = 2
+) -> Callable[[torch.Size, int], list[int]]:
+    """Levels of a Wan network's blocks for hidden states (B, N, D) and waiting passes, by the train section `config`;
+    `gradients`: sets of the adapters' gradients that a step holds at once.
 
     Call it when everything but the optimizer is in place: what is allocated now counts as resident.
     """
@@ -124,7 +127,7 @@ def plan(network: nn.Module, adapters: list[Tensor], config: Any) -> Callable[[t
     else:
         weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
         available = (budget or float("inf")) - weights - trained
-    available -= 4 * trained + gathered(network)
+    available -= (2 + gradients) * trained + gathered(network)
 
     def levels(shape: torch.Size, passes: int) -> list[int]:
         shapes = network.config

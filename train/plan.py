@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from train.backbones import BACKBONES, find_architecture
 from train.backbones.architecture import latent_shape, num_tokens, parameter_count
 from train.groups import GroupSet
-from train.loop import accumulation_steps
+from train.loop import accumulation_steps, gradient_sets
 from train.lora_switch import targeted_layers
 from train.memory import Sizes, choose_levels, predict
 from train.parallel import build_accelerator
@@ -54,7 +54,8 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
     ]
     if config.train.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
-        resident = memory["weights"] + memory["adapters"] * 5 / 6  # no buffer for a second clip's gradients
+        gradients = gradient_sets(config, clips_in_a_group(config), accumulation)
+        resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
         if world > 1 and sharded:
             resident += 2 * parameters / layers * bytes_a_number(config)
         lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
@@ -102,7 +103,11 @@ def bytes_a_number(config: Any) -> int:
 
 def clips_in_a_pass(config: Any) -> int:
     pairs = config.train.pairs_per_pass
-    return 1 if pairs == 1 else pairs * (2 if config.objective.loss == "bound" else 1 + LOSERS)
+    return 1 if pairs == 1 else pairs * clips_in_a_group(config)
+
+
+def clips_in_a_group(config: Any) -> int:
+    return 2 if config.objective.loss == "bound" else 1 + LOSERS
 
 
 def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:

@@ -128,6 +128,21 @@ def test_blocks_that_zero3_gathers_count():
     assert memory.gathered(made) == 2 * (16 + 4) * 4
 
 
+def test_every_set_of_gradients_that_waits_counts():
+    """By hand: four more sets of 500 float32 numbers take 8000 of 20,000 bytes from the blocks."""
+    config, shape = loop.TrainConfig(memory_budget_gib=20e3 / GIB), torch.Size([1, 10, 8])
+    few, many = (memory.plan(network(), [torch.zeros(500)], config, gradients=sets)(shape, 1) for sets in (1, 5))
+    assert few == [3, 3] and sum(many) < sum(few)
+
+
+def test_gradients_of_one_step():
+    one, batched = loop.TrainConfig(), loop.TrainConfig(pairs_per_pass=2)
+    sets = [
+        loop.gradient_sets(SimpleNamespace(train=train), 5, passes) for train in (one, batched) for passes in (1, 4)
+    ]
+    assert sets == [5, 6, 1, 2]
+
+
 def test_float8_leaves_room_for_its_operands():
     wide, narrow = (memory.plan(network(), [torch.zeros(3)], config(float8)) for float8 in (False, True))
     shape = torch.Size([1, 10, 8])

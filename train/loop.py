@@ -229,7 +229,8 @@ def fit(
 
         values = {name: value.item() for name, value in metrics.items()}
         values |= norms | {"lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
-        tracker.log(number, values | pace.measure(), shown=shown)
+        values |= pace.measure() | {"data_seconds": batches.waited()}
+        tracker.log(number, values, shown=shown)
         if bad_in_a_row > config.train.max_nonfinite:
             raise ValueError(
                 f"the loss or its gradient was not finite for {bad_in_a_row} steps in a row (train.max_nonfinite="
@@ -407,11 +408,19 @@ class _Batches:
 
     def __init__(self, loader: DataLoader, complete: Callable[[Tensors], Tensors] | None = None):
         self._iterator, self._complete = iter(loader), complete
+        self._waited = 0.0
         atexit.register(self.close)  # runs before what PyTorch registered
 
     def __next__(self) -> Tensors:
+        start = time.perf_counter()
         batch = next(self._iterator)
+        self._waited += time.perf_counter() - start
         return self._complete(batch) if self._complete else batch
+
+    def waited(self) -> float:
+        """Seconds that the trainer stood still for the loader since this was last asked."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
 
     def close(self) -> None:
         self._iterator = None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from train import gdpo
 from train.tracking import Tracker, device_peak_tflops, peak_memory_gib, transformer_flops
 
 TOKENS = 32_760  # 480 x 832, 81 frames
@@ -66,6 +68,21 @@ def test_devices_without_a_known_peak():
 
 
 # metrics.jsonl
+
+
+def test_a_step_says_how_long_it_waited_for_its_groups(tiny, tmp_path, monkeypatch):
+    prepare = gdpo.prepare
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        return prepare(*arguments)
+
+    tiny.train(tmp_path / "quick", "optim.steps=2")
+    monkeypatch.setattr(gdpo, "prepare", slow)
+    tiny.train(tmp_path / "slow", "optim.steps=2")  # two groups a step, read in this process
+    for quick, waited in zip(lines(tmp_path / "quick/train"), lines(tmp_path / "slow/train"), strict=True):
+        assert 0 < quick["data_seconds"] < quick["seconds"]
+        assert 0.2 <= waited["data_seconds"] < waited["seconds"]
 
 
 def make_tracker(folder, *, start=0, total=10, trackers=(), config=None):

@@ -14,6 +14,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from train.memory import GIB
+
 ALIGNMENT = 4096  # bytes
 HOST_SHARE = 0.8  # of the host's memory that all of its processes may lock together
 
@@ -21,7 +23,7 @@ HOST_SHARE = 0.8  # of the host's memory that all of its processes may lock toge
 def affordable(gib: float) -> float:
     """At most `gib` GiB for this process, for the host's share HOST_SHARE of its memory; warns where that is less."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = HOST_SHARE * psutil.virtual_memory().total / 2**30 / processes
+    share = HOST_SHARE * psutil.virtual_memory().total / GIB / processes
     if gib <= share:
         return gib
     warnings.warn(

@@ -10,11 +10,10 @@ from train.backbones.architecture import latent_shape, num_tokens, parameter_cou
 from train.groups import GroupSet
 from train.loop import accumulation_steps, gradient_sets
 from train.lora_switch import targeted_layers
-from train.memory import Sizes, choose_levels, predict
+from train.memory import GIB, Sizes, choose_levels, predict
 from train.parallel import build_accelerator
 from train.physics import feature_block
 
-GIB = 2**30
 LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce with several pairs a pass
 
 

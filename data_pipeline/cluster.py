@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data_pipeline.tables import atomic, digest, write_text
-from train.teachers.weights import check_path
+from train.teachers.weights import check_path, first_line
 
 SHIPPED = Path(__file__).with_name("actions.yaml")
 OTHER = "other"  # action and category of what matches nothing
@@ -170,10 +170,6 @@ def load_encoder(config: ClusterConfig, device: torch.device | str) -> Encoder:
         return model.encode(texts, batch_size=config.batch_size, show_progress_bar=False, convert_to_numpy=True)
 
     return encode
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- the list of actions ---------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ from train.parallel import average_, build_accelerator, partition, release
 from train.physics import target_tensors
 from train.self_score import draws
 from train.teachers.points import pack, query_grid
+from train.teachers.weights import first_line
 from train.tracking import peak_memory_gib, transformer_flops
 
 PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score", "zero3")
@@ -141,7 +142,7 @@ def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
             rates[f"attention_{name}_sustained"] = flops / sustained(forward, backbone.device) / 1e12
             rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / sustained(backward, backbone.device) / 1e12
         except Exception as error:  # as in `attention_seconds`: whatever another package's compiler raises
-            print(f"attention kernel {name} does not run here: {str(error).strip().partition(chr(10))[0]}")
+            print(f"attention kernel {name} does not run here: {first_line(error)}")
             del kernels[name]
     for kind in ("", "_backward", "_sustained", "_backward_sustained"):
         rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in kernels)

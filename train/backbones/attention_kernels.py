@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from train.teachers.weights import first_line
+
 
 class Kernel(NamedTuple):
     """An attention kernel: forward (q, k, v) -> (out, logsumexp), and its backward."""
@@ -141,8 +143,8 @@ def attention_seconds(heads: int, size: int, device: torch.device) -> dict[str, 
                     times.append(start.elapsed_time(end) / 1000)
         except Exception as error:  # compilers of another package: whatever they raise, other kernels do the same
             if name == "flash4":
-                first = str(error).strip().partition("\n")[0]
-                warnings.warn(f"flash-attn-4 is installed but does not run here ({first}): not used", stacklevel=2)
+                why = first_line(error)
+                warnings.warn(f"flash-attn-4 is installed but does not run here ({why}): not used", stacklevel=2)
             continue
         measured[name] = min(times[2:])
     return measured

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from train.teachers.weights import first_line
+
 Tracker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 WINDOW = 60  # frames, of the published offline weights; longer and shorter clips interpolate its time embedding
@@ -56,7 +58,7 @@ def build(config: CoTrackerConfig, device: torch.device | str) -> Tracker:
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"cotracker.path={config.path!r} does not hold CoTracker3's offline weights "
-            f"({str(error).splitlines()[0]}): convert scaled_offline.pth again"
+            f"({first_line(error)}): convert scaled_offline.pth again"
         ) from error
     predictor = predictor.to(device).eval().requires_grad_(False)
 

@@ -28,7 +28,7 @@ def read_config(key: str, path: str, kind: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(_place(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={path!r}: no config can be read there ({_first_line(error)}); {REMEDY}") from error
+        raise ValueError(f"{key}={path!r}: no config can be read there ({first_line(error)}); {REMEDY}") from error
     if config.model_type != kind:
         raise ValueError(f"{key}={path!r} holds a {config.model_type} model, not a {kind} one: give another checkpoint")
     return config
@@ -41,7 +41,7 @@ def load_model(key: str, path: str, model_class: type[nn.Module], config: Any, d
             _place(path), config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{key}={path!r}: its weights cannot be read ({_first_line(error)}); {REMEDY}") from error
+        raise ValueError(f"{key}={path!r}: its weights cannot be read ({first_line(error)}); {REMEDY}") from error
     if report["missing_keys"]:  # transformers would leave them random
         first = min(report["missing_keys"])
         raise ValueError(f"{key}={path!r} lacks {len(report['missing_keys'])} tensors, {first} among them: {REMEDY}")
@@ -56,5 +56,6 @@ def _place(path: str) -> str:
     return str(folder) if folder.is_dir() else path
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of another package's error, for a message; its type's name where it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -82,10 +82,10 @@ class ObjectiveConfig:
     t_max: float = 1.0
     reference_passes: ClassVar[int] = 1  # forward passes of the reference per clip
 
-    def clips_per_group(self, groups: GroupSet) -> int:
-        """Clips that pass through the network for one group."""
+    def clips_per_group(self, num_losers: int) -> int:
+        """Clips that pass through the network for a group of `num_losers` losers."""
         taken = 1 if self.winner == "generated" else 0
-        return 2 if self.loss == "bound" else 1 + groups.num_losers(0) - taken
+        return 2 if self.loss == "bound" else 1 + num_losers - taken
 
 
 @dataclass

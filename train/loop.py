@@ -140,7 +140,8 @@ def fit(
     accelerator.print(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
     )
-    gradients = gradient_sets(config, config.objective.clips_per_group(groups), accumulation)
+    clips = config.objective.clips_per_group(groups.num_losers(0))
+    gradients = gradient_sets(config, clips, accumulation)
     prepare_network(backbone.transformer, policy.switch, config.train, gradients=gradients)
     heads = policy.head_parameters()
     optimizer = build_optimizer(config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr)
@@ -179,7 +180,7 @@ def fit(
     tracker = Tracker(
         accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config)
     )
-    pace = _Pace(config, backbone, groups, device)
+    pace = _Pace(config, backbone, clips, device)
 
     saved = start
 
@@ -479,9 +480,9 @@ class _StopSignal:
 
 
 class _Pace:
-    """Tokens a second, arithmetic rate and its share of the device's peak, memory."""
+    """Tokens a second, arithmetic rate and its share of the device's peak, memory; of `clips` clips a group."""
 
-    def __init__(self, config: Any, backbone: Backbone, groups: GroupSet, device: torch.device):
+    def __init__(self, config: Any, backbone: Backbone, clips: int, device: torch.device):
         video, network = config.video, backbone.transformer.config
         self.device = device
         tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
@@ -489,7 +490,7 @@ class _Pace:
         matrix, attention = transformer_flops(
             tokens, config.backbone.text_length, width, network.ffn_dim, network.num_layers
         )
-        clips = config.optim.batch_size * config.objective.clips_per_group(groups)
+        clips *= config.optim.batch_size
         passes = config.objective.reference_passes
         self.tokens = tokens * clips
         self.flops = clips * (

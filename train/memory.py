@@ -29,6 +29,7 @@ OFFLOADED = 4  # the level of `train.backbones.fused_block` that keeps everythin
 WORKSPACE = (21.0, 18.0, 18.0, 14.0)  # hidden states u, by level; the last block, where the peak is, is not offloaded
 WIDE_WORKSPACE = 0.3  # feed-forward activations w
 OUTSIDE = 2.2  # hidden states u: two measured peaks of two waiting passes against two of one
+GATHERED = 2  # blocks whole at once under ZeRO-3: the one that runs and one that is not freed yet
 FLOAT8_WORKSPACE = 6.0  # hidden states u more with 8-bit products: their quantised operands
 
 
@@ -105,9 +106,9 @@ def _levels(sizes: Sizes, available: float, passes: int, count: int) -> list[int
 
 
 def gathered(network: nn.Module) -> int:
-    """Bytes of two gathered blocks under ZeRO-3, the one that runs and one that is not freed yet; else 0."""
+    """Bytes of GATHERED blocks under ZeRO-3; else 0."""
     weights = network.blocks[0].parameters()
-    return 2 * sum(getattr(weight, "ds_numel", 0) * weight.element_size() for weight in weights)
+    return GATHERED * sum(getattr(weight, "ds_numel", 0) * weight.element_size() for weight in weights)
 
 
 def plan(

@@ -10,11 +10,11 @@ from train.backbones.architecture import latent_shape, num_tokens, parameter_cou
 from train.groups import GroupSet
 from train.loop import accumulation_steps, gradient_sets
 from train.lora_switch import targeted_layers
-from train.memory import GIB, Sizes, choose_levels, predict
+from train.memory import GATHERED, GIB, Sizes, choose_levels, predict
 from train.parallel import build_accelerator
 from train.physics import feature_block
 
-LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce with several pairs a pass
+LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce
 
 
 def print_plan(config: Any) -> None:
@@ -53,10 +53,10 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
     ]
     if config.train.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
-        gradients = gradient_sets(config, clips_in_a_group(config), accumulation)
+        gradients = gradient_sets(config, config.objective.clips_per_group(LOSERS), accumulation)
         resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
         if world > 1 and sharded:
-            resident += 2 * parameters / layers * bytes_a_number(config)
+            resident += GATHERED * parameters / layers * bytes_a_number(config)
         lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
     block = feature_block(config.physics, layers)
     if block is not None:
@@ -102,11 +102,7 @@ def bytes_a_number(config: Any) -> int:
 
 def clips_in_a_pass(config: Any) -> int:
     pairs = config.train.pairs_per_pass
-    return 1 if pairs == 1 else pairs * clips_in_a_group(config)
-
-
-def clips_in_a_group(config: Any) -> int:
-    return 2 if config.objective.loss == "bound" else 1 + LOSERS
+    return 1 if pairs == 1 else pairs * config.objective.clips_per_group(LOSERS)
 
 
 def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:

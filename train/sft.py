@@ -17,7 +17,7 @@ from torch import Tensor
 
 import recipes
 from train import gdpo, winner
-from train.groups import GroupSet, Sample, pad_text
+from train.groups import Sample, pad_text
 from train.loop import Policy, fit
 from train.physics import feature_block
 from train.plan import print_plan
@@ -29,7 +29,7 @@ class ObjectiveConfig(gdpo.ObjectiveConfig):
 
     reference_passes: ClassVar[int] = 0
 
-    def clips_per_group(self, groups: GroupSet) -> int:
+    def clips_per_group(self, num_losers: int) -> int:
         return 1
 
 

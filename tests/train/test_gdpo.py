@@ -197,7 +197,7 @@ def test_every_clip_passes_the_network_twice(policy, configure):
             config = configure(f"objective.loss={loss}")
             gdpo.step(config, policy, default_collate(samples(config, [0])))
             assert passes == {True: clips, False: clips}
-            assert config.objective.clips_per_group(GroupSet(config.train.groups)) == clips
+            assert config.objective.clips_per_group(GroupSet(config.train.groups).num_losers(0)) == clips
             passes.clear()
     finally:
         handle.remove()
@@ -283,7 +283,7 @@ def test_released_preset_divides_gamma_by_the_losers_own_alpha(policy, configure
 def test_a_generated_winner_is_the_best_scored_loser(configure):
     groups = GroupSet(configure().train.groups)
     config = configure("objective.winner=generated", "objective.loss=plackett_luce")
-    assert config.objective.clips_per_group(groups) == 4
+    assert config.objective.clips_per_group(groups.num_losers(0)) == 4
     seen = samples(config, range(8))
     for group in groups:
         best = max(range(4), key=lambda j: group.losers_info[j].semantic + group.losers_info[j].physical)

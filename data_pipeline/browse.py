@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.tables import atomic
+from train import entry
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import to_pixels, write_clip
@@ -423,4 +424,4 @@ def render(groups: GroupSet, cards: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

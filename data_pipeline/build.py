@@ -40,6 +40,7 @@ from data_pipeline.stages import STAGES, Config, Stages, sources_of
 from data_pipeline.tables import Table, read_dropped, read_summary, write_text
 from data_pipeline.targets import TargetMaker
 from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage, stage_table
+from train import entry, files
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, latent_shape, num_tokens
 
@@ -137,7 +138,7 @@ def build(config: Config) -> None:
     stages = Stages(config, team.device)
     if team.is_first:
         stages.check(chosen)
-        recipes.save(config, Path(settings.groups) / "build" / "recipe.yaml")
+        files.write_text(Path(settings.groups) / "build" / "recipe.yaml", recipes.to_yaml(config))
     before: Table | None = None
     for name in STAGES[: STAGES.index(chosen[-1]) + 1]:
         stage, selected_now = stages.make(name), name in chosen
@@ -193,4 +194,4 @@ def _write_quarantine(config: Config, last: str) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

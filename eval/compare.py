@@ -20,6 +20,7 @@ from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark
 from eval.files import write_text
 from eval.results import TRUE, Score, differences
+from train import entry
 from train.clips import VideoConfig
 
 
@@ -124,4 +125,4 @@ def _pairs(rows: Sequence[Score], others: Sequence[Score]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -52,6 +52,7 @@ from eval.making import (
 from eval.prompts import Prompt, read_prompts
 from eval.search import searcher
 from eval.search.config import SearchConfig
+from train import entry, files
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
@@ -331,7 +332,7 @@ def conclude(config: Config, work: Work, *, made: int) -> None:
             records.append(record)
             rows.append((f"{clip.which}: {job.prompt.text[:60]} (seed {job.seed})", read_clip(clip.path, small)))
     sheet, manifest = folder / f"sheet{suffix}.png", folder / f"manifest{suffix}.jsonl"
-    recipes.save(config, folder / f"recipe{suffix}.yaml")
+    files.write_text(folder / f"recipe{suffix}.yaml", recipes.to_yaml(config))
     contact_sheet(sheet, rows, columns=SHEET_COLUMNS)
     write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     seconds = sum(record["seconds"] for record in records) / len(records)
@@ -342,4 +343,4 @@ def conclude(config: Config, work: Work, *, made: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

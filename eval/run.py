@@ -63,6 +63,7 @@ from eval.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig
+from train import entry, files
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.checkpoint import attach_trained
@@ -364,7 +365,7 @@ def conclude(
     }
     write_text(folder / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores))
     write_text(folder / "results.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-    recipes.save(config, folder / "recipe.yaml")
+    files.write_text(folder / "recipe.yaml", recipes.to_yaml(config))
     comparisons = {}
     for plan in plans:
         if not plan.problem and plan.samples:
@@ -434,4 +435,4 @@ def device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

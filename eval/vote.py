@@ -37,6 +37,7 @@ import torch
 
 from eval.files import write_text
 from eval.intervals import Estimate, bootstrap_mean
+from train import entry
 from train.clips import ClipError, write_clip
 
 TEMPLATE = Path(__file__).with_name("vote.html")
@@ -383,4 +384,4 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -11,7 +11,6 @@ have, are errors with a suggestion.
 
 import dataclasses
 import difflib
-import os
 import sys
 import typing
 from pathlib import Path
@@ -94,8 +93,8 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         raise ValueError(f"{origin}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
 
 
-def save(config: Any, path: Path) -> None:
-    """Write the resolved config as a recipe that gives the same config, so that a run's folder says how it was made.
+def to_yaml(config: Any) -> str:
+    """The resolved config as a recipe that gives the same config: a run's folder says with it how it was made.
 
     A preset stands in it only as a comment: its values are there, and it would be laid over what the command line set.
     """
@@ -103,10 +102,7 @@ def save(config: Any, path: Path) -> None:
     preset = tree.get("objective", {}).get("preset", DEFAULT_PRESET)
     if preset != DEFAULT_PRESET:
         tree["objective"]["preset"], comment = DEFAULT_PRESET, f"# Made with objective.preset={preset}.\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(comment + OmegaConf.to_yaml(OmegaConf.create(tree)), encoding="utf-8")
-    os.replace(aside, path)
+    return comment + OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def available() -> list[str]:
@@ -123,7 +119,16 @@ def _parse(argv: list[str]) -> dict[str, Any]:
             pairs.append(argument.removeprefix("--"))
         else:
             raise ValueError(f"argument {argument!r} is not of the form key=value (or --flag)")
-    return _plain(OmegaConf.from_dotlist(pairs))
+    layer = OmegaConf.create()
+    for pair in pairs:
+        try:
+            layer.merge_with_dotlist([pair])
+        except Exception as error:  # OmegaConf's own, its grammar's, yaml's
+            detail = " ".join(str(error).split())
+            raise ValueError(
+                f"argument {pair!r} cannot be read ({detail}): quote lists and texts, as 'key=[a, b]'"
+            ) from error
+    return _plain(layer)
 
 
 def _find(name: str) -> Path:

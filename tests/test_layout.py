@@ -23,6 +23,8 @@ FROM_TRAIN = {
         "checkpoint",
         "lora_switch",
         "clips",
+        "files",
+        "entry",
         "sampling",
         "parallel",
     )

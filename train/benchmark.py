@@ -46,7 +46,7 @@ from torch._dynamo.utils import counters
 import recipes
 from losses.flow_matching import flow_error, interpolate
 from losses.preference import pairwise_bound
-from train import gdpo
+from train import entry, gdpo
 from train.backbones import load_backbone
 from train.backbones.attention_kernels import kernels_on
 from train.backbones.base import Backbone
@@ -445,4 +445,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -20,6 +20,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train import entry
 from train.backbones.loading import fingerprint, load_transformer, resolve_folder
 from train.checkpoint import lora_path, read_lora_metadata
 
@@ -134,4 +135,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -44,7 +44,7 @@ from torch import Tensor
 
 import recipes
 from losses.preference import pairwise_bound, physics_guided_weights, plackett_luce, relative_error
-from train import winner
+from train import entry, winner
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
 from train.groups import GroupSet, Sample, pad_text
@@ -305,4 +305,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -24,7 +24,7 @@ from torch import Tensor
 import recipes
 from losses.flow_matching import interpolate
 from losses.relational import cosines
-from train import checkpoint, gdpo
+from train import checkpoint, entry, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.clips import to_pixels
@@ -208,4 +208,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

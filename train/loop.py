@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import recipes
-from train import checkpoint, export, memory, parallel
+from train import checkpoint, export, files, memory, parallel
 from train.backbones import float8, load_backbone
 from train.backbones.base import Backbone
 from train.backbones.fused_block import fuse_blocks, unfit
@@ -173,7 +173,7 @@ def fit(
         accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
 
     if accelerator.is_main_process:  # not before: a refused run leaves the folder as it was
-        recipes.save(config, folder / "recipe.yaml")
+        files.write_text(folder / "recipe.yaml", recipes.to_yaml(config))
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world)
     batches = _Batches(loader, partial(live.complete, backbone=backbone) if live else None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import recipes
-from train import gdpo, winner
+from train import entry, gdpo, winner
 from train.groups import Sample, pad_text
 from train.loop import Policy, fit
 from train.physics import feature_block
@@ -77,4 +77,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

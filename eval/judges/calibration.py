@@ -4,6 +4,7 @@ python -m eval.judges.calibration
 """
 
 from eval.judges.sandbox import calibrate
+from train import entry
 
 
 def main() -> None:
@@ -16,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -32,6 +32,7 @@ from eval.search.best_of_n import decoder
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
+from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained
@@ -164,4 +165,4 @@ def strategy_of(settings: RunConfig) -> searcher.Strategy:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

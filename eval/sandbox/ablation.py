@@ -51,6 +51,7 @@ from eval.files import digest, write_text
 from eval.intervals import bootstrap_mean
 from eval.sandbox.ablation_report import draw, table
 from eval.sandbox.ablation_rows import GROUPS, METHODS, SUITES, Row, Suite, paper_figures
+from train import entry
 
 RECIPE = "sandbox"
 SCORES = ("physical", "semantic")
@@ -475,4 +476,4 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop: trainers save their step
-    sys.exit(main())
+    entry.run(lambda: sys.exit(main()))

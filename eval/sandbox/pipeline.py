@@ -20,6 +20,7 @@ from tokenizers import normalizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from train import entry
 from train.backbones.architecture import wan_architecture
 from train.backbones.tokenizer import build_tokenizer
 
@@ -131,4 +132,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

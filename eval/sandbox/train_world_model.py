@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers import VJEPA2Config, VJEPA2Model
 
 from eval.sandbox.splits import is_held_out, simulate_block
+from train import entry
 from train.clips import VideoConfig
 from train.teachers.vjepa2 import MEAN, STD
 
@@ -317,4 +318,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from eval.sandbox.clips import Clips, simulate
 from eval.sandbox.world import FIRST_OBJECT, ROD
+from train import entry
 from train.clips import contact_sheet, from_pixels, to_pixels
 
 OBJECT_WEIGHT = 10.0  # of an object's pixel; the others weigh 1
@@ -268,4 +269,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

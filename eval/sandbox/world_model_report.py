@@ -17,6 +17,7 @@ from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.world import VIOLATIONS
 from eval.search.world_model import WorldModel
 from losses.surprise import AXES
+from train import entry
 
 
 def make_pairs(
@@ -76,4 +77,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

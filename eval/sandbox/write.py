@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from eval.sandbox.clips import SCENES, simulate
+from train import entry
 from train.clips import VideoConfig, write_clip
 
 
@@ -55,4 +56,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

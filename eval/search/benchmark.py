@@ -37,6 +37,7 @@ from eval.refine.proprio import refine
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
+from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
 from train.clips import VideoConfig
@@ -234,4 +235,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

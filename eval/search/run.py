@@ -43,6 +43,7 @@ from eval.search.scorers.most_motion import motion_energy
 from eval.search.store import read_record, read_tensors, write_record, write_tensors
 from eval.search.strategies import Guidance, Item, Made, Refinement
 from eval.search.world_model import WorldModel
+from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, weights_path
@@ -389,4 +390,4 @@ def check(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from transformers import UMT5Config, UMT5EncoderModel
 
+from train import entry
 from train.backbones import BACKBONES
 from train.backbones.loading import random_transformer
 from train.backbones.tokenizer import build_tokenizer
@@ -101,4 +102,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

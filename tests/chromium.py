@@ -64,10 +64,10 @@ class Chromium:
     def _call(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data=data, method=method)
-        with self._opener.open(request, timeout=60) as answer:
+        with self._opener.open(request, timeout=300) as answer:
             return json.loads(answer.read())["value"]
 
-    def wait(self, condition, seconds=30.0):
+    def wait(self, condition, seconds=300.0):
         """The first true value of `condition`."""
         end = time.monotonic() + seconds
         while not (value := condition()):

@@ -652,7 +652,7 @@ def test_two_processes_write_what_one_writes(built, model, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
     try:
-        printed, errors = run.communicate(timeout=120)
+        printed, errors = run.communicate(timeout=600)
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)  # the ranks too

@@ -242,20 +242,24 @@ def test_clips_that_cannot_be_read_are_refused():
 
 def test_frames_are_read_beside_each_other_and_no_more_than_needed():
     """Frames are read in threads while requests are under way; those of waiting items are not held."""
-    lock, alive, most, threads = threading.Lock(), [0], [0], set()
+    lock, alive, most, read, threads = threading.Lock(), [0], [0], [0], set()
+    both = threading.Barrier(2)
 
     def frames():
         with lock:
             alive[0] += 1
+            read[0] += 1
             most[0] = max(most[0], alive[0])
             threads.add(threading.current_thread().name)
-        time.sleep(0.005)
+            early = read[0] <= 2
+        if early:
+            both.wait(120)  # the first two can only go on together
         with lock:
             alive[0] -= 1
         return FRAMES
 
     told = []
-    with StubServer(latency=0.01) as server:
+    with StubServer(full=3, until=80) as server:
         prompts = [f"ball {number}" for number in range(80)]
         chosen = cot_filter(server, concurrency=3)
         results = chosen.run([Item(prompt, prompt, frames) for prompt in prompts], advance=told.append)
@@ -279,13 +283,14 @@ def test_a_fifth_of_the_requests_fails_and_no_clip_is_lost():
         return filter_answer(physics_richness=int(caption_of(request)) / 100)
 
     with StubServer(richness, faults=0.2, hang=30, seed=1) as server:
-        chosen = cot_filter(server, timeout_s=1.5, concurrency=32, retries=8)
+        chosen = cot_filter(server, timeout_s=5, concurrency=32, retries=8)
         results = chosen.run(items(*map(str, range(100))))
         counts = chosen.vlm.counts
     assert [result.physics_richness for result in results] == [number / 100 for number in range(100)]
     assert sum(result.physics_label for result in results) == 40
-    assert counts.retries == server.injected and len(server.injected) == 3
-    assert counts.requests == server.number == 100 + server.injected.total()
+    late = counts.retries - server.injected  # a busy machine's answers may come too late as well
+    assert counts.retries == server.injected + late and set(late) <= {"timeout"} and len(server.injected) == 3
+    assert counts.requests == server.number == 100 + counts.retries.total()
 
 
 def test_failures_of_the_server_have_one_reason():
@@ -319,19 +324,23 @@ CotFilter(FilterConfig(vlm)).run([Item(str(number), str(number), lambda: [b"fram
 
 
 def test_a_killed_run_continues_where_it_was(tmp_path):
-    prompts = list(map(str, range(200)))
-    with StubServer(lambda request: filter_answer(reason=f"It is {caption_of(request)}."), latency=0.02) as server:
+    prompts, killed = list(map(str, range(200))), False
+
+    def answer(request):  # silent after 60 answers; then 8 wait for one, so that all before them were kept
+        silent = server.number > 60 and not killed
+        return Response(filter_answer(reason=f"It is {caption_of(request)}."), delay=600 if silent else 0)
+
+    with StubServer(answer) as server:
         process = subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(tmp_path)], cwd=ROOT)
-        while server.number < 60 and process.poll() is None:
+        while server.number < 68 and process.poll() is None:
             time.sleep(0.005)
         process.kill()
         process.wait()
-        asked = server.number
+        killed = True
         chosen = cot_filter(server, cache=str(tmp_path), concurrency=32)
         results = chosen.run([Item(prompt, prompt, lambda: [b"frame"]) for prompt in prompts])
     assert [result.reason for result in results] == [f"It is {prompt}." for prompt in prompts]
-    assert 60 <= asked < 200 and asked - 8 <= chosen.vlm.counts.cache_hits <= asked  # but for those in flight
-    assert server.number == asked + 200 - chosen.vlm.counts.cache_hits
+    assert chosen.vlm.counts.cache_hits == 60 and server.number == 68 + 140
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def installed(tmp_path):
         "checkout": str(tmp_path / "checkout"),
         "python": sys.executable,
         "checkpoint": str(tmp_path / "weights"),
-        "timeout": 30.0,
+        "timeout": 300.0,
         "folder": str(tmp_path / "data"),
     }
 

@@ -484,7 +484,7 @@ def test_two_ranks_make_what_one_makes(made, model, lora, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
     try:
-        printed, errors = run.communicate(timeout=120)
+        printed, errors = run.communicate(timeout=600)
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)  # the ranks too

@@ -1,6 +1,8 @@
 """Scorers against references of their own: the network called clip by clip, the arithmetic in float64, plain loops."""
 
 import hashlib
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,12 +119,15 @@ def test_other_masks_only_change_the_weights(backbone, kind):
     torch.testing.assert_close(values.double(), torch.from_numpy(expected), rtol=2e-5, atol=0)
 
 
-def test_passes_are_shared_and_counted_for_each_scorer(backbone):
+def test_passes_are_shared_and_counted_for_each_scorer(backbone, monkeypatch):
+    # Every look at this clock is a second later than the one before.
+    monkeypatch.setattr("eval.search.candidates.time", SimpleNamespace(perf_counter=itertools.count().__next__))
     found, residuals = candidates(), Residuals(backbone, CONFIG)
     _, first = found.measure(Proprio(residuals, "global"))
     _, second = found.measure(Proprio(Residuals(backbone, CONFIG), "hybrid", "text"))
     assert first.passes == 3 * 4 and second.passes == 3 * 4 + 3  # the same residuals, and one pass for the masks
-    assert second.seconds > first.seconds * 0.5  # what was there already counts as well
+    assert first.seconds == 3  # looks at the start and the end, and two between them for the residuals: 0, 1, 2, 3
+    assert second.seconds == 4  # 4 to 7, two for the masks, and the residuals' second, which were there already
     _, third = found.measure(most_motion)
     assert third.passes == 0
 

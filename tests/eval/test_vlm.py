@@ -32,7 +32,8 @@ from eval.vlm import (
 )
 from eval.vlm_cache import Cache
 from eval.vlm_local import LocalModel
-from tests.eval.vlm_stub import FAULTS, Response, StubServer, media_of, question_of, stub_process
+from tests.counting import calls
+from tests.eval.vlm_stub import FAULTS, Response, StubServer, media_of, question_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +71,7 @@ def adds_up(vlm: Vlm) -> bool:
 
 
 def test_answers_come_in_order_and_so_many_at_a_time():
-    with StubServer(echo, latency=0.02) as server:
+    with StubServer(echo, full=7, until=60) as server:
         vlm, told = Vlm(configured(server, concurrency=7)), []
 
         async def one(number):
@@ -84,7 +85,15 @@ def test_answers_come_in_order_and_so_many_at_a_time():
     assert adds_up(vlm) and json.loads(json.dumps(summary)) == summary
     assert summary["questions"] == summary["requests"] == summary["answers"] == server.number == 60
     assert (summary["prompt_tokens"], summary["completion_tokens"]) == (6000, 600)
-    assert 0.02 <= summary["latency_p50"] <= summary["latency_p95"] <= summary["seconds"]
+    assert 0 < summary["latency_p50"] <= summary["latency_p95"] <= summary["seconds"]
+
+
+def test_one_process_keeps_64_in_flight():
+    """The server answers one question at a time, and only while 64 wait for it: fewer would wait for ever."""
+    with StubServer(echo, full=64, until=448) as server:
+        vlm = Vlm(configured(server, concurrency=64))
+        ask_all(vlm, [f"number {number}" for number in range(448)])
+        assert server.most_in_flight == 64 and server.number == vlm.counts.answers == 448
 
 
 def test_the_request_holds_rules_frames_schema_and_settings():
@@ -121,12 +130,13 @@ def test_the_key_comes_from_the_variable_that_is_named_and_from_no_other(monkeyp
 @pytest.mark.slow
 def test_a_fifth_of_the_requests_fails_and_nothing_is_lost():
     with StubServer(echo, faults=0.2, hang=30) as server:
-        vlm = Vlm(configured(server, timeout_s=1.5, concurrency=32))
+        vlm = Vlm(configured(server, timeout_s=5, concurrency=32))
         texts = [f"number {number}" for number in range(200)]
         assert ask_all(vlm, texts) == [{"text": text} for text in texts]
         assert set(server.injected) == set(FAULTS) and 25 <= server.injected.total() <= 90
-        assert vlm.counts.retries == server.injected
-        assert vlm.counts.requests == server.number == 200 + server.injected.total()
+        late = vlm.counts.retries - server.injected  # a busy machine's answers may come too late as well
+        assert vlm.counts.retries == server.injected + late and set(late) <= {"timeout"}
+        assert vlm.counts.requests == server.number == 200 + vlm.counts.retries.total()
         assert vlm.counts.answers == 200 and vlm.counts.refusals == 0 and adds_up(vlm)
 
 
@@ -232,11 +242,12 @@ def test_a_server_that_starts_again_loses_nothing():
         results = []
         asking = threading.Thread(target=lambda: results.extend(ask_all(vlm, texts)))
         asking.start()
-        while server.number < 8:
+        while server.number < 8 and asking.is_alive():
             time.sleep(0.01)
-    time.sleep(0.2)  # nobody is there
+    while vlm.counts.retries["connection"] < 4 and asking.is_alive():  # nobody is there
+        time.sleep(0.01)
     with StubServer(echo, port=server.port):
-        asking.join(20)
+        asking.join(300)
     assert results == [{"text": text} for text in texts]
     assert vlm.counts.retries["connection"] >= 4 and adds_up(vlm)
 
@@ -364,25 +375,29 @@ for number in range(2000):
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     writers = [subprocess.Popen([*command, str(number)], cwd=ROOT) for number in range(3)]
-    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert [writer.wait(300) for writer in writers] == [0, 0, 0]
     cache = Cache(tmp_path)
     assert len(cache) == 4000 and len(list(tmp_path.iterdir())) == 3
     assert all(cache.get(name).text.startswith("xxx") for name in digests(4000))
 
 
-def test_a_cache_of_many_answers_is_quick(tmp_path):
-    cache, names = Cache(tmp_path), digests(100_000)
+def test_an_answer_costs_the_same_however_many_there_are(tmp_path):
+    """Putting and getting one, and opening per answer: 100,000 must not take longer each than ten."""
     reply = Reply("x" * 1000)
-    started = time.process_time()
-    for name in names:
-        cache.put(name, reply)
-    written = time.process_time()
-    cache = Cache(tmp_path)
-    opened = time.process_time()
-    assert all(cache.get(name) == reply for name in names[::10])
-    read = time.process_time()
-    assert len(cache) == 100_000
-    assert written - started < 8 and opened - written < 2 and read - opened < 2
+    cost = {}
+    for count in (10, 1000):
+        cache, names = Cache(tmp_path / str(count)), digests(count + 10)
+        for name in names[:count]:
+            cache.put(name, reply)
+        (path,) = (tmp_path / str(count)).iterdir()
+        put = calls(lambda: [cache.put(name, reply) for name in names[count:]])  # noqa: B023
+        opened = calls(lambda: Cache(tmp_path / str(count)))  # noqa: B023
+        got = calls(lambda: [cache.get(name) for name in names[:10]])  # noqa: B023
+        lines = path.read_bytes().splitlines()
+        assert all(cache.get(name) == reply for name in names) and len(lines) == len(cache) == count + 10
+        cost[count] = put, got, opened / (count + 10)
+    assert cost[1000][:2] == cost[10][:2]
+    assert cost[1000][2] <= cost[10][2]
 
 
 KILLED = """
@@ -399,17 +414,18 @@ vlm.run(one, range(200))
 
 def test_what_a_killed_run_got_is_not_asked_again(tmp_path):
     texts = [f"number {number}" for number in range(200)]
-    with StubServer(echo, latency=0.02) as server:
+    killed = False
+    # The server falls silent after 60 answers; then 8 wait for one, so that all before them were kept.
+    with StubServer(lambda request: echo(request) if server.number <= 60 or killed else Response(delay=600)) as server:
         process = subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(tmp_path)], cwd=ROOT)
-        while server.number < 60:
+        while server.number < 68 and process.poll() is None:
             time.sleep(0.005)
         process.kill()
         process.wait()
-        asked = server.number
+        killed = True
         vlm = Vlm(configured(server, cache=str(tmp_path), concurrency=32))
         assert ask_all(vlm, texts) == [{"text": text} for text in texts]
-    assert asked - 8 <= vlm.counts.cache_hits <= asked < 200  # but for those in flight
-    assert server.number == asked + 200 - vlm.counts.cache_hits
+    assert vlm.counts.cache_hits == 60 and server.number == 68 + 140
 
 
 @pytest.mark.parametrize(
@@ -511,32 +527,6 @@ def test_a_caption_stays_within_its_quotes():
     assert quoted(caption).isprintable() and "<" not in quoted(caption) and json.loads(quoted(caption)) == caption
     assert quoted("ein Ball fällt 球 🏀") == '"ein Ball fällt 球 🏀"'
     assert storable("a \udcff name") == "a ? name"
-
-
-def request_rate(vlm: Vlm, count: int) -> tuple[float, float]:
-    """Requests a second, and seconds of this process's CPU time for each."""
-    seconds, cpu = time.perf_counter(), time.process_time()
-    ask_all(vlm, [f"{time.monotonic()} {number}" for number in range(count)])
-    return count / (time.perf_counter() - seconds), (time.process_time() - cpu) / count
-
-
-def test_one_process_keeps_64_in_flight():
-    """With 64 in flight and 200 ms each, 320 requests a second is the most; a core must have the time for 250."""
-    with stub_process(latency=0.2) as url:
-        vlm = Vlm(configured(url, concurrency=64))
-        request_rate(vlm, 64)  # opens what is opened once
-        rate, cpu = request_rate(vlm, 384)
-        print(f"{rate:.0f} requests/s, {1000 * cpu:.2f} ms of CPU each")
-        assert cpu < 1 / 250 and rate > 64 and vlm.counts.answers == 448  # other processes may want the core
-
-
-@pytest.mark.slow
-def test_64_in_flight_sustain_hundreds_of_requests_a_second():
-    with stub_process(latency=0.2) as url:
-        vlm = Vlm(configured(url, concurrency=64))
-        rates = [request_rate(vlm, 2000)[0] for _ in range(5)]
-    print("requests/s:", *[f"{rate:.0f}" for rate in rates])
-    assert max(rates) >= 150  # the best of five, on a machine that others use, too; by itself 250 and more
 
 
 SPECIAL = "<|im_end|> <|im_start|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()

@@ -7,7 +7,8 @@ with StubServer() as server:                   # answers the filter's question a
 
 with StubServer(lambda request: Response("not JSON")) as server: ...        # or a str
 with StubServer(latency=0.2, faults=0.2, hang=5) as server: ...             # a fifth: 500s, time-outs, no JSON
-with stub_process(latency=0.2) as url: ...                                  # in a process of its own, for speed
+with StubServer(full=64, until=448) as server: ...                          # answers only while 64 are in flight
+with stub_process(latency=0.2) as url: ...                                  # in a process of its own, for vlm_rate.py
 
 python tests/eval/vlm_stub.py --latency 0.2                                 # prints its address
 """
@@ -19,7 +20,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class StubServer:
 
     latency: seconds before every response. faults: share of the requests that fail, chosen by their number and `seed`;
     `injected` counts them. hang: seconds that a time-out takes. keep: whether to parse and keep `requests`.
+    full: an answer leaves, the oldest first, only while so many requests are in flight, or once `until` have come.
     """
 
     def __init__(
@@ -94,8 +96,12 @@ class StubServer:
         seed: int = 0,
         port: int = 0,
         keep: bool = True,
+        full: int = 0,
+        until: int = 0,
     ):
         self.answer, self.latency, self.faults, self.hang, self.keep = answer, latency, faults, hang, keep
+        self.full, self.until = full, until
+        self._held: deque[tuple[_Connection, Response]] = deque()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.injected: Counter[str] = Counter()
@@ -131,6 +137,15 @@ class StubServer:
         for connection in list(self._connections):
             connection.transport.abort()
         await asyncio.sleep(0)
+
+    def deliver(self, connection: "_Connection", response: Response) -> None:
+        if not self.full:
+            connection.task = self._loop.call_later(self.latency + response.delay, connection.send, response)
+            return
+        self._held.append((connection, response))
+        while self._held and (self.in_flight >= self.full or self.number >= self.until):
+            waiting, ready = self._held.popleft()
+            waiting.send(ready)
 
     def respond(self, head: str, body: bytes) -> Response:
         self.number += 1
@@ -183,8 +198,7 @@ class _Connection(asyncio.Protocol):
         response = self.server.respond(head, body)
         self.server.in_flight += 1
         self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
-        delay = self.server.latency + response.delay
-        self.task = asyncio.get_running_loop().call_later(delay, self.send, response)
+        self.server.deliver(self, response)
 
     def send(self, response: Response) -> None:
         self.task = None
@@ -221,7 +235,7 @@ def stub_process(latency: float = 0.0) -> Iterator[str]:
     try:
         yield process.stdout.readline().strip()
     finally:
-        process.communicate("stop\n", timeout=30)
+        process.communicate("stop\n", timeout=120)
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def test_preempted(tiny, tmp_path, twelve_steps, everyone):
         for child in children(process.pid):
             os.kill(child, signal.SIGTERM)
     process.terminate()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == 0
     done = len(tiny.metrics(tmp_path))
     assert 2 <= done < 12

@@ -39,7 +39,7 @@ def launch(config, script, *arguments, tmp_path):
 def finish(process, tmp_path):
     """Wait for the launcher; its output is the message when it fails or hangs."""
     try:
-        process.wait(150)
+        process.wait(600)
     except subprocess.TimeoutExpired:
         kill_all(process)
     assert process.returncode == 0, (tmp_path / "output.txt").read_text(encoding="utf-8", errors="replace")[-6000:]
@@ -51,11 +51,11 @@ def kill_all(process):
     for member in family:
         member.kill()
     process.wait()
-    psutil.wait_procs(family[1:], timeout=10)
+    psutil.wait_procs(family[1:], timeout=120)
 
 
 def wait_for_steps(process, folder, count):
-    metrics, deadline = folder / "train" / "metrics.jsonl", time.monotonic() + 100
+    metrics, deadline = folder / "train" / "metrics.jsonl", time.monotonic() + 600
     while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= count):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hangs before the step"
         time.sleep(0.02)

@@ -11,6 +11,7 @@ have, are errors with a suggestion.
 
 import dataclasses
 import difflib
+import functools
 import sys
 import typing
 from pathlib import Path
@@ -48,6 +49,9 @@ KEYS = ("recipe", "output", "seed", "dry_run", "benchmarks", "list")
 
 C = TypeVar("C")
 
+# A class's defaults, the dearest part of a load, are made once: a merge copies them.
+_defaults = functools.cache(OmegaConf.structured)
+
 
 def load(config_class: type[C], argv: list[str] | None = None) -> C:
     """Build `config_class` from defaults, the recipe named by `recipe=`, and the command line (default: sys.argv).
@@ -71,7 +75,7 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         layers.insert(len(layers) - 1, (str(path), _read(path)))
 
     fields = _fields(config_class)
-    merged = OmegaConf.structured(config_class)
+    merged = _defaults(config_class)
     for source, layer in layers:
         kept = {}
         for key, value in layer.items():

@@ -151,7 +151,7 @@ def test_a_scorer_chooses_among_the_rounds(tmp_path):
 def test_many_prompts_go_through_a_stage_together(tmp_path):
     prompts = [Prompt(f"p{number}", f"Scene {number}.", None) for number in range(5)]
     generate = Generator()
-    with StubServer(Models(), latency=0.05) as server:
+    with StubServer(Models(), full=5, until=5) as server:
         found = refiner(server, tmp_path, generate, rounds=1, batch_size=3).run(prompts)
     assert [one.prompt.key for one in found] == [prompt.key for prompt in prompts]
     assert [len(call) for call in generate.calls] == [3, 2] and server.most_in_flight == 5

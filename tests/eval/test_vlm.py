@@ -72,7 +72,7 @@ def adds_up(vlm: Vlm) -> bool:
 
 def test_answers_come_in_order_and_so_many_at_a_time():
     with StubServer(echo, full=7, until=60) as server:
-        vlm, told = Vlm(configured(server, concurrency=7)), []
+        vlm, told = Vlm(configured(server, concurrency=7, retries=0)), []
 
         async def one(number):
             return await vlm.ask(Question(f"number {number}"), as_json)
@@ -91,7 +91,7 @@ def test_answers_come_in_order_and_so_many_at_a_time():
 def test_one_process_keeps_64_in_flight():
     """The server answers one question at a time, and only while 64 wait for it: fewer would wait for ever."""
     with StubServer(echo, full=64, until=448) as server:
-        vlm = Vlm(configured(server, concurrency=64))
+        vlm = Vlm(configured(server, concurrency=64, retries=0))
         ask_all(vlm, [f"number {number}" for number in range(448)])
         assert server.most_in_flight == 64 and server.number == vlm.counts.answers == 448
 

@@ -102,7 +102,7 @@ def test_a_call_repeated_asks_nothing_again(tmp_path):
 
 
 def test_requests_in_flight_are_bounded():
-    with StubServer(answer, latency=0.02) as server:
+    with StubServer(answer, full=3, until=24) as server:
         scores = build(server, concurrency=3)(grey_clips(*range(100, 112)), [f"prompt {i}" for i in range(12)])
     assert server.most_in_flight == 3 and len(server.requests) == 24
     expected = [0.8 * level / 256 for level in range(100, 112)]  # in order, whatever came first

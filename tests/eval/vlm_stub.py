@@ -83,7 +83,8 @@ class StubServer:
 
     latency: seconds before every response. faults: share of the requests that fail, chosen by their number and `seed`;
     `injected` counts them. hang: seconds that a time-out takes. keep: whether to parse and keep `requests`.
-    full: an answer leaves, the oldest first, only while so many requests are in flight, or once `until` have come.
+    full: an answer leaves, the oldest first, only while so many requests are in flight; all that wait leave whenever
+    another `until` requests have come.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class StubServer:
             connection.task = self._loop.call_later(self.latency + response.delay, connection.send, response)
             return
         self._held.append((connection, response))
-        while self._held and (self.in_flight >= self.full or self.number >= self.until):
+        while self._held and (self.in_flight >= self.full or self.number % self.until == 0):
             waiting, ready = self._held.popleft()
             waiting.send(ready)
 

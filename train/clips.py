@@ -24,12 +24,13 @@ MAX_SIDE = 8192  # pixels; a larger declared size is taken for damage, and refus
 THUMBNAIL = 320  # pixels, the widest frame of a contact sheet, which is looked at whole
 SEEK_FROM = 10.0  # seconds; a later start is sought, an earlier one reached by decoding, which always works
 SEEK_MARGIN = 1.0  # seconds; seeking goes by decoding time, which runs ahead of presentation with B-frames
-# What is read. Left out: whatever names other files (playlists, concat, numbered pictures), and text.
+# What is read. Left out: text, and whatever names other files, such as playlists.
 FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,flv,asf,gif,ogg,apng,rm,nut,mxf,dv,ivf,wtv,gxf,amv,yuv4mpegpipe,webp,"
     "h264,hevc,m4v,mpegvideo,mjpeg,av1,obu,vvc,vc1,h263,"
-    "png_pipe,jpeg_pipe,webp_pipe,tiff_pipe,bmp_pipe,gif_pipe,jpegxl_pipe,j2k_pipe,ppm_pipe,pgm_pipe,exr_pipe"
+    "image2,png_pipe,jpeg_pipe,webp_pipe,tiff_pipe,bmp_pipe,gif_pipe,jpegxl_pipe,j2k_pipe,ppm_pipe,exr_pipe"
 )
+STILLS = ("_pipe", "image2")  # how the formats of pictures end
 # Files that are no video, by how they begin, in small letters.
 NO_VIDEO = {
     b"<html": "it begins with <html: a web page, not a video; fetch it again",
@@ -91,13 +92,9 @@ def read_clip(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> Te
         raise ClipError(path, "missing", "no such file")
     if not (math.isfinite(start) and start >= 0):
         raise ValueError(f"{path}: start must be a number of seconds, 0 or more, not {start}")
-    for way in ("seek", "presentation", "decoding"):
-        if way == "seek" and start <= SEEK_FROM:
-            continue
-        try:
+    for way in ("seek", "presentation", "decoding") if start > SEEK_FROM else ("presentation", "decoding"):
+        with suppress(_BadTimes):
             return _read(path, video, start, way)
-        except _BadTimes:
-            continue
     raise ClipError(
         path,
         "no time stamps",
@@ -118,7 +115,7 @@ def _read(path: Path, video: VideoConfig, start: float, way: str) -> Tensor:
     with _open(path) as container:
         try:
             stream = _video_stream(path, container)
-            upright = orientation_of_still(path) if container.format.name.endswith("_pipe") else None
+            upright = orientation_of_still(path) if container.format.name.endswith(STILLS) else None
             hold = 0.0
             for frame, shown_from, shown_until in _shown_frames(container, stream, way, start):
                 end, hold = shown_until, min(shown_until - shown_from, 1 / video.fps)
@@ -160,8 +157,8 @@ def _open(path: Path):
                 raise ClipError(path, "unreadable", what)
         if not path.stat().st_size:
             raise ClipError(path, "unreadable", "it has 0 bytes; fetch it again")
-        # "file:" because a name may hold a colon. A clip is one local file: nothing inside it may name another.
-        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        # A clip is one local file: nothing inside it may name another, and a colon or %d in its name means nothing.
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "pattern_type": "none"}
         return av.open(f"file:{path}", options=options, metadata_errors="replace")
     except ClipError:
         raise

@@ -55,7 +55,9 @@ def film(num_frames: int = 90) -> np.ndarray:
     """Frame n: its number as a brightness on the left, a moving pattern on the right, so that B-frames pay."""
     number = np.arange(num_frames)[:, None, None]
     rows, columns = np.arange(HEIGHT)[None, :, None], np.arange(WIDTH)[None, None, :]
-    grey = np.where(columns < WIDTH // 2, np.minimum(3 * number + 15, 240), (columns * 3 + rows * 5 + number * 7) % 200 + 20)
+    grey = np.where(
+        columns < WIDTH // 2, np.minimum(3 * number + 15, 240), (columns * 3 + rows * 5 + number * 7) % 200 + 20
+    )
     return np.broadcast_to(grey[..., None], (num_frames, HEIGHT, WIDTH, 3)).astype(np.uint8)
 
 

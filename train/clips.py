@@ -5,8 +5,8 @@ A clip is a uint8 tensor (T, H, W, 3), RGB. The network's side is float in [-1, 
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,10 +17,32 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from train.clip_frames import fit, orientation_of, orientation_of_still, resize
+from train.files import atomic
+
 MAX_SIDE = 8192  # pixels; a larger declared size is taken for damage, and refused before a frame buffer exists
 THUMBNAIL = 320  # pixels, the widest frame of a contact sheet, which is looked at whole
 SEEK_FROM = 10.0  # seconds; a later start is sought, an earlier one reached by decoding, which always works
 SEEK_MARGIN = 1.0  # seconds; seeking goes by decoding time, which runs ahead of presentation with B-frames
+# What is read. Left out: text, and whatever names other files, such as playlists.
+FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,flv,asf,gif,ogg,apng,rm,nut,mxf,dv,ivf,wtv,gxf,amv,yuv4mpegpipe,webp,"
+    "h264,hevc,m4v,mpegvideo,mjpeg,av1,obu,vvc,vc1,h263,"
+    "image2,png_pipe,jpeg_pipe,webp_pipe,tiff_pipe,bmp_pipe,gif_pipe,jpegxl_pipe,j2k_pipe,ppm_pipe,exr_pipe"
+)
+STILLS = ("_pipe", "image2")  # how the formats of pictures end
+# Files that are no video, by how they begin, in small letters.
+NO_VIDEO = {
+    b"<html": "it begins with <html: a web page, not a video; fetch it again",
+    b"<!doctype": "it begins with <!DOCTYPE: a web page, not a video; fetch it again",
+    b"<?xml": "it begins with <?xml: text, maybe a server's error, not a video; fetch it again",
+    b"version https://git-lfs": "a Git LFS pointer in place of the file; run git lfs pull",
+    b"#extm3u": "a playlist, which names other files; give the video itself",
+    b"ffconcat": "a playlist, which names other files; give the video itself",
+}
+DOLBY_VISION = ("dvh1", "dvhe", "dva1", "dvav", "dav1")  # tags of streams that only its own decoder shows rightly
+# What PyAV raises for damaged files; overflowing numbers and time bases of 0 among it.
+DAMAGE = (av.error.FFmpegError, OSError, ArithmeticError, ValueError)
 TIME_TOLERANCE = 1e-3  # seconds; containers round presentation times, Matroska to the millisecond
 # x264's AVX-512 code has been seen to give other bytes from one run to the next; SSE 4.2 costs next to nothing more.
 H264_SETTINGS = {"crf": "17", "preset": "medium", "x264-params": "asm=sse4.2:cpu-independent=1"}
@@ -53,92 +75,207 @@ class ClipError(ValueError):
 def read_clip(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> Tensor:
     """Decode the clip that begins `start` seconds into the file: (T, H, W, 3) uint8 at the size and rate of `video`.
 
-    Frame i is the one shown at time start + i / fps, so variable frame rates come out right. Rotation flags and
-    non-square pixels are honoured; the picture covers the frame, cropped at its centre and scaled (antialiased
-    bicubic). Decoding stops at the last frame needed and only chosen frames are converted: memory is the result's.
+    Frame i is the one shown at time start + i / fps, so variable frame rates come out right; times count from the
+    first frame that can be decoded. The last frame is held for up to its own duration or 1 / fps, whichever is
+    shorter: 81 frames at 16 fps, whose last one lies at 5.000 s, can be had of a clip of 5.000 s. Display matrices,
+    EXIF orientation and non-square pixels are honoured, interlaced frames deinterlaced, HDR and wide gamuts converted
+    to SDR BT.709. The picture covers the frame, cropped at its centre and scaled (antialiased bicubic). Decoding
+    stops at the last frame needed and only chosen frames are converted: memory is the result's.
 
     Raises ClipError, a ValueError with the file, a reason and the remedy: "missing", "unreadable" (no video, or cut
-    before its index), "no video stream", "too large" (declares more than 8192 pixels a side), "truncated" (or damaged
-    where it is read), "too short" (ends before the last frame's time).
+    before its index), "no video stream", "unknown codec", "HDR" (Dolby Vision that needs its own decoder), "no time
+    stamps" (raw streams), "too large" (declares more than 8192 pixels a side), "truncated" (or damaged where it is
+    read), "too short" (ends before the last frame's time).
     """
     path = Path(path)
     if not path.is_file():
         raise ClipError(path, "missing", "no such file")
     if not (math.isfinite(start) and start >= 0):
         raise ValueError(f"{path}: start must be a number of seconds, 0 or more, not {start}")
-    frames = _read(path, video, start, seek=True) if start > SEEK_FROM else None
-    return _read(path, video, start, seek=False) if frames is None else frames
+    for way in ("seek", "presentation", "decoding") if start > SEEK_FROM else ("presentation", "decoding"):
+        with suppress(_BadTimes):
+            return _read(path, video, start, way)
+    raise ClipError(
+        path,
+        "no time stamps",
+        "the times of its frames are missing or go back; encode it anew with its frame rate in place of 30:"
+        " ffmpeg -r 30 -i IN -crf 12 OUT.mp4",
+    )
 
 
-def _read(path: Path, video: VideoConfig, start: float, *, seek: bool) -> Tensor | None:
-    """`read_clip`; None when a seek landed behind `start`, as it does in containers without an index."""
+class _BadTimes(Exception):
+    """This way of reading cannot tell when the frames are shown."""
+
+
+def _read(path: Path, video: VideoConfig, start: float, way: str) -> Tensor:
+    """`read_clip` by one way: seeking, or from the first frame on by presentation or decoding times."""
+    times = [start + i / video.fps for i in range(video.num_frames)]
     frames = torch.empty(video.num_frames, video.height, video.width, 3, dtype=torch.uint8)
-    try:
-        # Only local files: a playlist inside a file that calls itself a clip must not reach the network.
-        container = av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
-    except (av.error.FFmpegError, OSError) as error:
-        raise ClipError(path, "unreadable", f"no video file, or cut short ({error.strerror})") from error
-    with container:
-        if not container.streams.video:
-            raise ClipError(path, "no video stream", "none of its streams is video; it may be cut short")
-        stream = container.streams.video[0]
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if max(width, height) > MAX_SIDE:
-            raise ClipError(path, "too large", f"declares {width}x{height} pixels; at most {MAX_SIDE} a side are read")
-        stream.codec_context.options = {"max_pixels": str(MAX_SIDE**2)}  # the decoder's own headers may disagree
-        stream.thread_type = "AUTO"
-        times = [start + i / video.fps for i in range(video.num_frames)]
-        filled, end = 0, 0.0
+    filled, end = 0, 0.0
+    with _open(path) as container:
         try:
-            if seek:
-                _seek(container, stream, start - SEEK_MARGIN)
-            for frame, shown_from, shown_until in _shown_frames(container, stream):
-                if seek and end == 0 and shown_from > start + TIME_TOLERANCE:
-                    return None
-                end = shown_until
-                if times[filled] >= shown_until - TIME_TOLERANCE:
+            stream = _video_stream(path, container)
+            upright = orientation_of_still(path) if container.format.name.endswith(STILLS) else None
+            hold = 0.0
+            for frame, shown_from, shown_until in _shown_frames(container, stream, way, start):
+                end, hold = shown_until, min(shown_until - shown_from, 1 / video.fps)
+                upright = upright or orientation_of(frame)  # once: looked at, a frame stays in memory for long
+                if times[filled] >= end - TIME_TOLERANCE:
                     continue
-                pixels = _fit(frame, stream.sample_aspect_ratio, video.height, video.width)
-                while filled < len(times) and times[filled] < shown_until - TIME_TOLERANCE:
+                pixels = fit(frame, stream.sample_aspect_ratio, upright, video.height, video.width)
+                while filled < len(times) and times[filled] < end - TIME_TOLERANCE:
                     frames[filled] = pixels
                     filled += 1
                 if filled == len(times):
                     return frames
-        except (av.error.FFmpegError, OSError) as error:
-            raise ClipError(path, "truncated", f"damaged after {end:.2f} s ({error.strerror})") from error
-        declared = _declared_duration(container, stream)
-    needed = times[-1] + 1 / video.fps
+            if filled == len(times) - 1 and times[-1] < end + hold - TIME_TOLERANCE:
+                frames[-1] = fit(frame, stream.sample_aspect_ratio, upright, video.height, video.width)
+                return frames
+            declared = _declared_duration(container, stream)
+        except ClipError:
+            raise
+        except DAMAGE as error:
+            raise ClipError(path, "truncated", f"damaged after {end:.2f} s ({_words(error)})") from error
     if declared is not None and declared >= times[-1] + TIME_TOLERANCE:
         raise ClipError(path, "truncated", f"declares {declared:.2f} s, but its frames end at {max(end, start):.2f} s")
     raise ClipError(
         path,
         "too short",
         f"it ends at {end if end else declared or 0.0:.2f} s, but {video.num_frames} frames at"
-        f" {video.fps:g} fps from {start:g} s need {needed:.2f} s; use a longer clip, an earlier start,"
+        f" {video.fps:g} fps from {start:g} s need {times[-1]:.2f} s; use a longer clip, an earlier start,"
         " fewer video.num_frames or a higher video.fps",
     )
 
 
-def _seek(container, stream, seconds: float) -> None:
-    container.seek((stream.start_time or 0) + int(seconds / stream.time_base), stream=stream, backward=True)
+def _open(path: Path):
+    """The opened container. Raises ClipError."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).removeprefix(b"\xef\xbb\xbf").strip().lower()
+        for beginning, what in NO_VIDEO.items():
+            if head.startswith(beginning):
+                raise ClipError(path, "unreadable", what)
+        if not path.stat().st_size:
+            raise ClipError(path, "unreadable", "it has 0 bytes; fetch it again")
+        # A clip is one local file: nothing inside it may name another, and a colon or %d in its name means nothing.
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "pattern_type": "none"}
+        return av.open(f"file:{path}", options=options, metadata_errors="replace")
+    except ClipError:
+        raise
+    except DAMAGE as error:
+        detail = f"no video file of a known kind, or cut short ({_words(error)})"
+        raise ClipError(path, "unreadable", detail) from error
 
 
-def _shown_frames(container, stream) -> Iterator[tuple[av.VideoFrame, float, float]]:
-    """Each decoded frame with the times it is shown from and until, in seconds from the stream's first frame."""
-    origin = float((stream.start_time or 0) * stream.time_base)
+def _video_stream(path: Path, container):
+    """The first video stream, ready to be decoded. Raises ClipError."""
+    if av.format.Flags.no_timestamps in av.format.Flags(container.format.flags):
+        if container.format.name != "mpegvideo":  # whose headers hold the frame rate
+            raise _BadTimes
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        raise ClipError(path, "no video stream", "none of its streams is video; it may be cut short")
+    stream = streams[0]
+    context = stream.codec_context
+    if context is None:
+        raise ClipError(path, "unknown codec", "its video is of a kind that ffmpeg does not decode; use H.264")
+    if context.codec_tag in DOLBY_VISION:
+        raise ClipError(path, "HDR", "Dolby Vision without a compatible base; convert it to SDR first")
+    if max(context.width, context.height) > MAX_SIDE:
+        detail = f"declares {context.width}x{context.height} pixels; at most {MAX_SIDE} a side are read"
+        raise ClipError(path, "too large", detail)
+    context.options = {"max_pixels": str(MAX_SIDE**2)}  # the decoder's own headers may disagree
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _shown_frames(container, stream, way: str, start: float) -> Iterator[tuple[av.VideoFrame, float, float]]:
+    """Each frame with the times it is shown from and until, in seconds from the first frame of the file.
+
+    By seeking, the first one is shown at `start` or before. Raises _BadTimes.
+    """
+    origin = None
+    if way == "seek":
+        first = next(_decoded(container, stream, way), None)
+        if first is None:
+            raise _BadTimes
+        origin = first.time
+        seconds = origin + start - SEEK_MARGIN
+        container.seek(int(seconds / stream.time_base), stream=stream, backward=True)
     previous = None
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            raise av.error.InvalidDataError(0, "damaged frame")
-        if frame.time is None:
-            raise av.error.InvalidDataError(0, "a frame without a presentation time")
-        if previous is not None:
+    for frame in _deinterlaced(_decoded(container, stream, way)):
+        if previous is None:
+            origin = frame.time if origin is None else origin
+            if way == "seek" and frame.time - origin > start + TIME_TOLERANCE:
+                raise _BadTimes  # as in containers without an index
+        else:
             yield previous, previous.time - origin, frame.time - origin
         previous = frame
     if previous is not None:
         duration = float(previous.duration * previous.time_base) if previous.duration else 0.0
         begin = previous.time - origin
         yield previous, begin, begin + (duration or float(1 / (stream.average_rate or 1)))
+
+
+def _decoded(container, stream, way: str) -> Iterator[av.VideoFrame]:
+    """The frames from the first key frame on, each with its time. Raises _BadTimes, and InvalidDataError for damage.
+
+    By decoding times: AVI knows no others, and where B-frames come out of order there, a frame is shown when the
+    packet that completes it is decoded, less a constant. The last ones, which no packet completes, follow evenly.
+    """
+    found_key, damaged_from = False, math.inf
+    previous, step = None, 0
+    for packet in container.demux(stream):
+        found_key = found_key or packet.is_keyframe
+        if not found_key:
+            continue
+        if packet.is_corrupt:
+            stamps = [stamp for stamp in (packet.dts, packet.pts) if stamp is not None]
+            damaged_from = min([damaged_from, *stamps]) if stamps else -math.inf
+        for frame in packet.decode():
+            if way == "decoding":
+                frame.pts = previous + step if frame.dts is None and step else frame.dts
+            if frame.pts is None or (previous is not None and frame.pts < previous):
+                raise _BadTimes
+            # Nothing shown before a packet is decoded depends on it.
+            if frame.is_corrupt or frame.pts >= damaged_from:
+                raise av.error.InvalidDataError(0, "damaged frame")
+            if previous is not None:
+                step = frame.pts - previous
+            previous = frame.pts
+            yield frame
+    if not found_key:
+        raise av.error.InvalidDataError(0, "no key frame")
+
+
+def _deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The same frames, one for one; from the first interlaced one on, interlaced ones are deinterlaced."""
+    graph = shape = None
+    for frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if shape != (frame.width, frame.height, frame.format.name):
+            if graph is not None:
+                yield from _filtered(graph, None)
+            shape = (frame.width, frame.height, frame.format.name)
+            graph = av.filter.Graph()
+            source = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+            )
+            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+            graph.configure()
+        yield from _filtered(graph, frame)
+    if graph is not None:
+        yield from _filtered(graph, None)
+
+
+def _filtered(graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+    """What the filter gives for one more frame; for None, what it still holds."""
+    graph.vpush(frame)
+    with suppress(BlockingIOError, EOFError):
+        while True:
+            yield graph.vpull()
 
 
 def _declared_duration(container, stream) -> float | None:
@@ -148,30 +285,8 @@ def _declared_duration(container, stream) -> float | None:
     return container.duration / av.time_base if container.duration else None
 
 
-def _fit(frame: av.VideoFrame, pixel_aspect: Fraction | None, height: int, width: int) -> Tensor:
-    """One frame, upright, cut at its centre to the shape of the result and scaled to it: (height, width, 3) uint8.
-
-    Cutting first gives what scaling to cover and cropping gives, to half a source pixel, and never scales what is cut.
-    """
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # (rows, columns, 3)
-    turns = round(frame.rotation / 90) % 4  # the flag counts counter-clockwise degrees, as rot90 does
-    aspect = float(pixel_aspect) if pixel_aspect else 1.0  # width over height of one pixel
-    if turns:
-        pixels = torch.rot90(pixels, turns, dims=(0, 1))
-        aspect = aspect if turns == 2 else 1 / aspect
-    rows, columns, _ = pixels.shape
-    kept_rows = min(rows, max(1, round(columns * aspect * height / width)))
-    kept_columns = min(columns, max(1, round(rows / aspect * width / height)))
-    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
-    return _resize(pixels[None, top : top + kept_rows, left : left + kept_columns], (height, width))[0]
-
-
-def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """(T, H, W, 3) uint8 to another (H, W), antialiased bicubic."""
-    if frames.shape[1:3] == size:
-        return frames
-    images = frames.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def write_clip(path: str | Path, frames: Tensor, fps: float, *, lossless: bool = False) -> None:
@@ -182,16 +297,13 @@ def write_clip(path: str | Path, frames: Tensor, fps: float, *, lossless: bool =
     back bit for bit at its own size; few browsers play it.
     """
     assert frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[-1] == 3, (frames.dtype, frames.shape)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     _, height, width, _ = frames.shape
     even = 1 if lossless else 2
     rows = torch.arange(height + height % even).clamp(max=height - 1)
     columns = torch.arange(width + width % even).clamp(max=width - 1)
     codec, settings = ("libx264rgb", LOSSLESS_SETTINGS) if lossless else ("libx264", H264_SETTINGS)
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(str(temporary), "w", format="mp4", options=options) as container:
+    with atomic(path) as aside, av.open(f"file:{aside}", "w", format="mp4", options=options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=settings)
         stream.width, stream.height, stream.pix_fmt = len(columns), len(rows), "rgb24" if lossless else "yuv420p"
         context = stream.codec_context
@@ -205,13 +317,6 @@ def write_clip(path: str | Path, frames: Tensor, fps: float, *, lossless: bool =
                 frame = frame.reformat(format="yuv420p", dst_colorspace="itu709")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    _finish(temporary, path)
-
-
-def _finish(temporary: Path, path: Path) -> None:
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def side_by_side(clips: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
@@ -235,17 +340,14 @@ def contact_sheet(path: str | Path, rows: Sequence[tuple[str, Tensor]], *, colum
         chosen = torch.linspace(0, len(clip) - 1, columns).round().long()
         frames = clip[chosen].cpu()
         if frames.shape[2] > THUMBNAIL:
-            frames = _resize(frames, (round(frames.shape[1] * THUMBNAIL / frames.shape[2]), THUMBNAIL))
+            frames = resize(frames, (round(frames.shape[1] * THUMBNAIL / frames.shape[2]), THUMBNAIL))
         thumbnails.append((label, torch.cat(list(frames), dim=1)))
     width = max(strip.shape[1] for _, strip in thumbnails)
     lines = []
     for label, strip in thumbnails:
         lines += [_caption(label, width, 18), F.pad(strip, (0, 0, 0, width - strip.shape[1]))]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(torch.cat(lines).numpy()).save(temporary, format="PNG")
-    _finish(temporary, path)
+    with atomic(path) as aside:
+        Image.fromarray(torch.cat(lines).numpy()).save(aside, format="PNG")
 
 
 def _caption(label: str, width: int, height: int) -> Tensor:

@@ -225,7 +225,7 @@ def test_file_cut_before_its_index(tmp_path):
 
 def test_short_clip_names_both_lengths_and_the_remedy(tmp_path):
     write_clip(tmp_path / "clip.mp4", grey_steps(3), 8)
-    with pytest.raises(ClipError, match="ends at 0.38 s, but 9 frames at 8 fps from 0 s need 1.12 s; use a longer"):
+    with pytest.raises(ClipError, match="ends at 0.38 s, but 9 frames at 8 fps from 0 s need 1.00 s; use a longer"):
         read_clip(tmp_path / "clip.mp4", video())
     with pytest.raises(ClipError, match="ends at 0.38 s.*from 5 s"):
         read_clip(tmp_path / "clip.mp4", video(num_frames=1), start=5)

@@ -87,10 +87,10 @@ def restore(
     """
     start, state = 0, {"samples_seen": 0, "skipped": 0}
     if path is not None:
-        check(config, path, groups, accelerator)
         backbone = policy.backbone
         ours = {"fingerprint": backbone.fingerprint, "expert": backbone.expert, "heads": policy.heads}
         loaded = checkpoint.load(path, switch=policy.switch, optimizer=optimizer, **ours)
+        check(config, path, loaded, groups, accelerator)
         start, state = loaded["step"], {key: loaded[key] for key in state}
     if start >= config.optim.steps:
         accelerator.print(f"step {start} of optim.steps={config.optim.steps}: nothing to train")
@@ -104,10 +104,10 @@ def restore(
     return start, state | identity(config, groups)
 
 
-def check(config: Any, path: Path, groups: GroupSet, accelerator: Accelerator) -> None:
-    """Print what differs between this run and that of checkpoint `path`; ValueError where it cannot go on from there.
-    Expert, adapters and heads are checked by `checkpoint.load`."""
-    state, ours = checkpoint.read_state(path), identity(config, groups)
+def check(config: Any, path: Path, state: checkpoint.State, groups: GroupSet, accelerator: Accelerator) -> None:
+    """Print what differs between this run and that of checkpoint `path` with its `state`; ValueError where it cannot go
+    on from there. Backbone, expert, adapters and heads are checked by `checkpoint.load`."""
+    ours = identity(config, groups)
     if state["seed"] != config.seed:
         raise ValueError(
             f"{path} was trained with seed={state['seed']}, the recipe says seed={config.seed}: restore the seed"

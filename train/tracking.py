@@ -33,14 +33,16 @@ PEAK_TFLOPS = {
 
 def check_trackers(names: list[str]) -> None:
     """ValueError for a tracker that accelerate does not know, or that is not installed: it would leave it out."""
+    installed = {str(tracker) for tracker in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(LOGGER_TYPE_TO_CLASS)}"
             raise ValueError(f"train.trackers: {name!r} is no tracker; {hint}")
-        if name not in get_available_trackers():
+        if name not in installed:
             raise ValueError(
-                f"train.trackers: {name} is not installed: run pip install -e '.[logging]', or take it out of the list"
+                f"train.trackers: {name} is not installed: run pip install -e '.[logging]' (tensorboard, wandb,"
+                " trackio), install it yourself, or take it out of the list"
             )
 
 

@@ -419,7 +419,8 @@ def test_moments_of_other_weights_are_refused(tmp_path, change):
     moments = load_file(path / checkpoint.OPTIMIZER_FILE)
     change(moments, "blocks.0.attn1.to_q.lora_A.weight")
     save_file(moments, path / checkpoint.OPTIMIZER_FILE)
-    with pytest.raises(ValueError, match="does not hold the moments of this run's weights .first: blocks.*delete .*step_00000003"):
+    said = "does not hold the moments of this run's weights .first: blocks.*delete .*step_00000003"
+    with pytest.raises(ValueError, match=said):
         run.load(path)
 
 

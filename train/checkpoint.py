@@ -172,8 +172,7 @@ def check_whole(path: Path) -> State:
         if file.stat().st_size != expected["bytes"] or files.sha256(file) != expected["sha256"]:
             raise ValueError(f"{name} is damaged")
         _read_header(file)
-    if kinds == {LoraSwitch.file}:
-        read_lora_metadata(path / LoraSwitch.file)
+    _read_ours(path / kinds.pop())
     return state
 
 
@@ -262,10 +261,10 @@ def read_lora_metadata(path: Path) -> dict[str, str]:
 
 def read_weights_metadata(path: Path) -> dict[str, str]:
     """Metadata of the LoRA or full weights at `path` (see `weights_path`); ValueError as for a LoRA."""
-    return _read_ours(weights_path(path), (LoraSwitch.format, FullParameters.format))
+    return _read_ours(weights_path(path))
 
 
-def _read_ours(path: Path, formats: Sequence[str]) -> dict[str, str]:
+def _read_ours(path: Path, formats: Sequence[str] = (LoraSwitch.format, FullParameters.format)) -> dict[str, str]:
     metadata, shapes = _read_header(path)
     if metadata.get("format") not in formats:
         raise ValueError(
@@ -304,13 +303,14 @@ def lora_config(metadata: Mapping[str, str]) -> LoraConfig:
 
 def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str, expert: str) -> None:
     """Load the LoRA that `path` names (see `lora_path`) into `switch`; ValueError as for `load_weights`."""
-    read_lora_metadata(path)
-    load_weights(lora_path(path), switch, fingerprint=fingerprint, expert=expert)
+    path = lora_path(path)
+    _read_ours(path, (LoraSwitch.format,))
+    load_weights(path, switch, fingerprint=fingerprint, expert=expert)
 
 
 def load_weights(path: Path, switch: Trainable, *, fingerprint: str, expert: str) -> None:
     """Load a weight file; ValueError when it differs from `switch` in kind, backbone, expert, rank, alpha or layers."""
-    metadata, ours = read_weights_metadata(path), switch.describe()
+    metadata, ours = _read_ours(path), switch.describe()
     if metadata["format"] != ours["format"]:
         raise ValueError(f"{path} is a {metadata['format']} file, this run trains {ours['format']}")
     if metadata["fingerprint"] != fingerprint:
@@ -339,7 +339,7 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
     `load_weights` does, and for an expert that is not there.
     """
     path = weights_path(path)
-    metadata = read_weights_metadata(path)
+    metadata = _read_ours(path)
     full, expert = metadata["format"] == FullParameters.format, metadata["expert"]
     if expert not in experts:
         raise ValueError(f"LoRA {path} is for the network {expert!r}, this backbone has: {', '.join(experts)}")
@@ -370,6 +370,12 @@ def weights_path(path: Path | str, names: Sequence[str] = (LoraSwitch.file, Full
         raise ValueError(
             f"LoRA {path} does not exist: give a LoRA file, a checkpoint folder, or a training output folder"
         )
+    if (path.parent / STATE_FILE).exists():
+        record = read_state(path.parent)["files"].get(path.name)
+        if record and record["sha256"] != files.sha256(path):
+            raise ValueError(
+                f"LoRA {path} is damaged: its checksum is not that in {STATE_FILE}; use another checkpoint"
+            )
     return path
 
 

@@ -44,7 +44,7 @@ def newest(config: Any, accelerator: Accelerator) -> Path | None:
     different ones."""
     folder = checkpoint_folder(config)
     found = checkpoint.latest(folder)
-    step = torch.tensor([0.0 if found is None else float(found.name[-8:])], device=accelerator.device)
+    step = torch.tensor(float(found.name[-8:]) if found else 0.0, device=accelerator.device, dtype=torch.float64)
     mean = step.clone()
     parallel.average_([mean])
     if parallel.any_rank(bool(mean != step), accelerator.device):

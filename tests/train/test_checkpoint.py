@@ -371,6 +371,17 @@ def test_a_lora_that_says_another_shape_than_it_has_is_damaged(tmp_path, metadat
     assert "\n" not in str(caught.value)
 
 
+def test_a_lora_in_a_checkpoint_that_a_user_names_has_its_checksum_checked(tmp_path):
+    """Its last byte belongs to a weight: the file itself looks whole."""
+    path = Run(tmp_path).save(1)
+    data = bytearray((path / LoraSwitch.file).read_bytes())
+    data[-1] ^= 1
+    (path / LoraSwitch.file).write_bytes(data)
+    for named in (path, path / LoraSwitch.file):
+        with pytest.raises(ValueError, match="is damaged: its checksum is not that in state.json; use another"):
+            checkpoint.attach_trained(named, {"transformer": Run(tmp_path).network}, fingerprint=BACKBONE)
+
+
 def test_a_lora_of_another_network_is_refused_before_adapters_are_made(tmp_path):
     path = Run(tmp_path).save(1)
     network = Run(tmp_path, target="attn2.to_q", width=32).network

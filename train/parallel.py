@@ -96,6 +96,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item() > 0)
 
 
+def same_on_all_ranks(number: int, device: torch.device) -> bool:
+    """Whether every rank has the same `number`; the same answer on all."""
+    mean = torch.tensor([number], dtype=torch.float64, device=device)
+    average_([mean])
+    return not any_rank(mean.item() != number, device)
+
+
 def stop_together(problem: Exception | None, device: torch.device) -> None:
     """Raise `problem` on the rank that has one and end the others without a word, status 1. Call on every rank."""
     if any_rank(problem is not None, device):

@@ -44,10 +44,7 @@ def newest(config: Any, accelerator: Accelerator) -> Path | None:
     different ones."""
     folder = checkpoint_folder(config)
     found = checkpoint.latest(folder)
-    step = torch.tensor(float(found.name[-8:]) if found else 0.0, device=accelerator.device, dtype=torch.float64)
-    mean = step.clone()
-    parallel.average_([mean])
-    if parallel.any_rank(bool(mean != step), accelerator.device):
+    if not parallel.same_on_all_ranks(int(found.name[-8:]) if found else 0, accelerator.device):
         raise ValueError(
             f"the newest checkpoint in {folder} is {found.name if found else 'none'} here and another one for other"
             f" ranks: output={config.output} must lie on one file system that all nodes share"

@@ -1,36 +1,73 @@
 """Checkpoints: only what training changes, whole or not at all, and the LoRA file format.
 
-    <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets and fingerprint
-    as metadata
+    <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets, expert and
+                              fingerprint as metadata
                               heads.safetensors   the physics terms' heads, where there are any (train/physics.py)
                               optimizer.safetensors   AdamW moments by weight name
-                              state.json   step, samples seen, counters, and the size and sha256 of the other files
+                              state.json   step, samples seen, counters, what the run was (`State`), and the size and
+                              sha256 of the other files
 
 A checkpoint is written into a sibling folder, synced to disk and renamed: a process killed at any moment leaves the
 earlier ones as they were. There is no generator or sampler state beyond `seed` and `samples_seen`: every draw is a
-function of those two. Nothing is pickled, and no frozen weight is stored.
+function of those two. Nothing is pickled, and no frozen weight is stored. Equal contents are equal bytes.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import FiniteFloat, Json, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
+from train import files
 from train.full_parameters import FullParameters
-from train.lora_switch import LoraConfig, LoraSwitch
+from train.lora_switch import LoraConfig, LoraSwitch, adapter_shapes, check_shapes
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 HEADS_FILE = "heads.safetensors"
 STATE_FILE = "state.json"
+
+
+class Groups(TypedDict):
+    """The groups that a run trained on."""
+
+    folder: str
+    digest: str  # GroupSet.digest
+
+
+class FileRecord(TypedDict):
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class State(TypedDict):
+    """What state.json holds. Checkpoints of earlier versions lack the last three."""
+
+    step: PositiveInt
+    samples_seen: NonNegativeInt
+    skipped: NonNegativeInt  # steps
+    seed: int
+    files: dict[str, FileRecord]  # of the checkpoint, by name
+    groups: NotRequired[Groups]
+    settings: NotRequired[dict[str, bool | int | float | str]]  # of the recipe: train.resume.settings
+    digest: NotRequired[str]  # of all the others
+
+
+class Adapters(TypedDict):
+    """What the metadata of a LoRA say of its shape, once their text is read."""
+
+    rank: PositiveInt
+    alpha: FiniteFloat
+    targets: Json[list[str]]
+
 
 Trainable = LoraSwitch | FullParameters  # what a checkpoint holds: its `file`, `weights`, `describe()`, state dicts
 
@@ -53,8 +90,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:08d}"
-    aside = folder / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = files.temporary(final)
     tensors = {
         switch.file: (switch.state_dict(), metadata),
         OPTIMIZER_FILE: (_optimizer_tensors(_trained(switch, heads), optimizer), None),
@@ -65,11 +101,13 @@ def save(
     try:
         aside.mkdir()
         for name, (content, header) in tensors.items():
-            save_file(content, aside / name, metadata=header)
-        files = {name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in tensors}
-        (aside / STATE_FILE).write_text(json.dumps({**state, "step": step, "files": files}, indent=1), encoding="utf-8")
-        for path in aside.iterdir():
-            _sync(path)
+            write_tensors(content, aside / name, header)
+        records = {
+            name: {"bytes": (aside / name).stat().st_size, "sha256": files.sha256(aside / name)} for name in tensors
+        }
+        state = {**state, "step": step, "files": records}
+        state["digest"] = files.digest(state)
+        files.write_text(aside / STATE_FILE, json.dumps(state, indent=1))
         _sync(aside)
         if final.exists():  # left by a run that went back to an earlier step
             shutil.rmtree(final)
@@ -80,8 +118,8 @@ def save(
         needed = sum(t.numel() * t.element_size() for content, _ in tensors.values() for t in content.values())
         free = shutil.disk_usage(folder).free
         raise ValueError(
-            f"checkpoint {final} could not be written ({error}): it needs {needed / 2**20:.1f} MiB and the disk has"
-            f" {free / 2**20:.1f} MiB free. Free space or point `output` elsewhere, then start again:"
+            f"checkpoint {final} could not be written ({error.__cause__ or error}): it needs {needed / 2**20:.1f} MiB"
+            f" and the disk has {free / 2**20:.1f} MiB free. Free space or point `output` elsewhere, then start again:"
             f" it resumes from the last whole checkpoint ({(latest(folder) or Path('none')).name})."
         ) from error
     upto = [path for path in _steps(folder) if path <= final]  # a later one is damaged: the run went back behind it
@@ -90,36 +128,104 @@ def save(
     return final
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically, equal bytes for equal contents: the library orders metadata at random."""
+    with files.atomic(path) as aside:
+        save_file(tensors, aside, metadata=metadata)
+        if not metadata:
+            return
+        with aside.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+            assert len(ordered) <= length, "another order is not longer"
+            file.seek(8)
+            file.write(ordered.ljust(length))
+
+
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint under `folder` whose files are whole; damaged ones are passed over with a warning. None
     where there is none."""
     for path in reversed(_steps(folder)):
-        problem = _problem(path)
-        if problem is None:
+        try:
+            check_whole(path)
+        except ValueError as error:
+            warnings.warn(f"checkpoint {path} is passed over: {error}", stacklevel=2)
+        else:
             return path
-        warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
     return None
 
 
+def check_whole(path: Path) -> State:
+    """The state of checkpoint folder `path`; ValueError where anything in it is not as it was written."""
+    state = read_state(path)
+    if path.name != f"step_{state['step']:08d}":
+        raise ValueError(f"{STATE_FILE} is of step {state['step']}")
+    kinds = {LoraSwitch.file, FullParameters.file} & state["files"].keys()
+    if len(kinds) != 1 or state["files"].keys() - kinds - {HEADS_FILE} != {OPTIMIZER_FILE}:
+        raise ValueError(f"{STATE_FILE} lists other files than a checkpoint has: {', '.join(state['files'])}")
+    for name, expected in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != expected["bytes"] or files.sha256(file) != expected["sha256"]:
+            raise ValueError(f"{name} is damaged")
+        _read_header(file)
+    _read_ours(path / kinds.pop())
+    return state
+
+
+def read_state(path: Path) -> State:
+    """State of checkpoint folder `path`; ValueError where it has another form, or is not what was written."""
+    state = files.read_json(path / STATE_FILE, State, remedy="delete this checkpoint to do without it")
+    written = {key: value for key, value in state.items() if key != "digest"}
+    if "digest" in state or "settings" in state or "groups" in state:  # earlier versions had none of the three
+        if state.get("digest") != files.digest(written):
+            raise ValueError(f"{STATE_FILE} is not as it was written")
+    return state
+
+
 def load(
-    path: Path, *, switch: Trainable, optimizer: torch.optim.AdamW, fingerprint: str, heads: nn.Module | None = None
-) -> dict[str, Any]:
+    path: Path,
+    *,
+    switch: Trainable,
+    optimizer: torch.optim.AdamW,
+    fingerprint: str,
+    expert: str,
+    heads: nn.Module | None = None,
+) -> State:
     """Restore weights and optimizer from checkpoint `path`; returns its state. Call on every rank.
 
-    Raises ValueError when the checkpoint belongs to another backbone or adapter shape, naming both, and where its heads
-    are not those of this run.
+    Raises ValueError when the checkpoint belongs to another backbone, expert or adapter shape, naming both, and where
+    its heads or moments are not those of this run.
     """
-    load_weights(path / switch.file, switch, fingerprint=fingerprint)
+    state = read_state(path)
+    if switch.file not in state["files"]:
+        raise ValueError(
+            f"checkpoint {path} holds {', '.join(state['files'])}, this recipe trains {switch.file}: restore"
+            " train.parameters, or choose another output folder to train anew"
+        )
+    load_weights(path / switch.file, switch, fingerprint=fingerprint, expert=expert)
     load_heads(path, heads)
-    moments = load_file(path / OPTIMIZER_FILE)
-    for name, weight in _trained(switch, heads).items():
-        if f"{name}.step" in moments:
-            optimizer.state[weight] = {
-                "step": moments[f"{name}.step"].clone().to(weight.device if weight.is_cuda else "cpu"),
-                "exp_avg": moments[f"{name}.exp_avg"].to(weight.device),
-                "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(weight.device),
-            }
-    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    moments, trained = read_tensors(path / OPTIMIZER_FILE), _trained(switch, heads)
+    wanted = {f"{name}.step": torch.Size() for name in trained}
+    wanted |= {f"{name}.{key}": weight.shape for name, weight in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+    found = {name: tensor.shape for name, tensor in moments.items()}
+    wrong = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+    wrong += [name for name, tensor in moments.items() if tensor.dtype != torch.float32]
+    if moments and wrong:  # none: every step so far was skipped
+        raise ValueError(
+            f"{path / OPTIMIZER_FILE} does not hold the moments of this run's weights (first: {wrong[0]}): delete"
+            f" {path} to resume from the checkpoint before it"
+        )
+    for name, weight in trained.items() if moments else ():
+        optimizer.state[weight] = {
+            "step": moments[f"{name}.step"].clone().to(weight.device if weight.is_cuda else "cpu"),
+            "exp_avg": moments[f"{name}.exp_avg"].to(weight.device),
+            "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(weight.device),
+        }
+    return state
 
 
 def load_heads(path: Path, heads: nn.Module | None) -> None:
@@ -127,7 +233,7 @@ def load_heads(path: Path, heads: nn.Module | None) -> None:
     file = path / HEADS_FILE
     if heads is None and not file.exists():
         return
-    found = load_file(file) if file.exists() else {}
+    found = read_tensors(file) if file.exists() else {}
     wanted = {} if heads is None else dict(heads.named_parameters())
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
     if shapes[0] != shapes[1]:
@@ -148,44 +254,74 @@ def weights_metadata(switch: Trainable, *, fingerprint: str, expert: str) -> dic
 
 
 def read_lora_metadata(path: Path) -> dict[str, str]:
-    """Metadata of the LoRA that `path` names (see `lora_path`); ValueError when it is missing or not one of ours."""
-    return _read_ours(lora_path(path), ("physalign-lora-1",))
+    """Metadata of the LoRA that `path` names (see `lora_path`); ValueError when it is missing, not one of ours, or
+    describes other adapters than it holds."""
+    return _read_ours(lora_path(path), (LoraSwitch.format,))
 
 
 def read_weights_metadata(path: Path) -> dict[str, str]:
     """Metadata of the LoRA or full weights at `path` (see `weights_path`); ValueError as for a LoRA."""
-    return _read_ours(weights_path(path), ("physalign-lora-1", FullParameters.format))
+    return _read_ours(weights_path(path))
 
 
-def _read_ours(path: Path, formats: Sequence[str]) -> dict[str, str]:
-    metadata = _read_metadata(path)
+def _read_ours(path: Path, formats: Sequence[str] = (LoraSwitch.format, FullParameters.format)) -> dict[str, str]:
+    metadata, shapes = _read_header(path)
     if metadata.get("format") not in formats:
         raise ValueError(
             f"LoRA {path} carries no physalign metadata: give a checkpoint folder or its {LoraSwitch.file}"
         )
+    if missing := {"fingerprint", "expert"} - metadata.keys():
+        raise ValueError(f"LoRA {path} is damaged: its metadata lack {', '.join(sorted(missing))}")
+    if metadata["format"] == LoraSwitch.format:
+        try:
+            rank = lora_config(metadata).rank
+        except ValueError as error:
+            raise ValueError(f"LoRA {path} is damaged: {error}") from None
+        _check_pairs(path, rank, shapes)
     return metadata
 
 
-def lora_config(metadata: dict[str, str]) -> LoraConfig:
-    """The shape of the adapters that a LoRA file's metadata describe."""
-    return LoraConfig(int(metadata["rank"]), float(metadata["alpha"]), json.loads(metadata["targets"]))
+def _check_pairs(path: Path, rank: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless `shapes` are pairs of A (rank, in) and B (out, rank)."""
+    layers = {name.rpartition(".lora_")[0] for name in shapes}
+    pairs = {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
+    if not shapes or shapes.keys() != pairs:
+        raise ValueError(f"LoRA {path} is damaged: it holds other tensors than pairs of lora_A and lora_B")
+    for name, shape in shapes.items():
+        if len(shape) != 2 or shape[name.endswith(".lora_B.weight")] != rank:
+            raise ValueError(f"LoRA {path} is damaged: its metadata say rank {rank}, but {name} has shape {shape}")
 
 
-def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str) -> None:
+def lora_config(metadata: Mapping[str, str]) -> LoraConfig:
+    """The shape of the adapters that a LoRA file's metadata describe; ValueError for what describes none."""
+    try:
+        return LoraConfig(**TypeAdapter(Adapters).validate_python(metadata))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"its {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str, expert: str) -> None:
     """Load the LoRA that `path` names (see `lora_path`) into `switch`; ValueError as for `load_weights`."""
-    read_lora_metadata(path)
-    load_weights(lora_path(path), switch, fingerprint=fingerprint)
+    path = lora_path(path)
+    _read_ours(path, (LoraSwitch.format,))
+    load_weights(path, switch, fingerprint=fingerprint, expert=expert)
 
 
-def load_weights(path: Path, switch: Trainable, *, fingerprint: str) -> None:
-    """Load a weight file; ValueError when it differs from `switch` in kind, backbone, rank, alpha or layers."""
-    metadata, ours = _read_metadata(path), switch.describe()
-    if metadata.get("format") != ours["format"]:
-        raise ValueError(f"{path} is a {metadata.get('format')} file, this run trains {ours['format']}")
+def load_weights(path: Path, switch: Trainable, *, fingerprint: str, expert: str) -> None:
+    """Load a weight file; ValueError when it differs from `switch` in kind, backbone, expert, rank, alpha or layers."""
+    metadata, ours = _read_ours(path), switch.describe()
+    if metadata["format"] != ours["format"]:
+        raise ValueError(f"{path} is a {metadata['format']} file, this run trains {ours['format']}")
     if metadata["fingerprint"] != fingerprint:
         raise ValueError(
             f"LoRA {path} was trained on backbone {metadata['fingerprint']}, this backbone is {fingerprint}."
             " Use the backbone it was trained on."
+        )
+    if metadata["expert"] != expert:
+        raise ValueError(
+            f"LoRA {path} was trained on the expert {metadata['expert']}, this run trains {expert}: set"
+            f" backbone.expert={metadata['expert']}, or give each expert an output folder of its own"
         )
     for key in ("rank", "alpha"):
         if key in ours and float(metadata[key]) != float(ours[key]):
@@ -193,7 +329,7 @@ def load_weights(path: Path, switch: Trainable, *, fingerprint: str) -> None:
                 f"LoRA {path} has {key} {metadata[key]}, the recipe says lora.{key}={ours[key]}."
                 f" Set lora.{key}={metadata[key]}, or choose another output folder to train anew."
             )
-    switch.load_state_dict(load_file(path), source=str(path))
+    switch.load_state_dict(read_tensors(path), source=str(path))
 
 
 def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, fingerprint: str) -> Trainable:
@@ -203,7 +339,7 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
     `load_weights` does, and for an expert that is not there.
     """
     path = weights_path(path)
-    metadata = read_weights_metadata(path)
+    metadata = _read_ours(path)
     full, expert = metadata["format"] == FullParameters.format, metadata["expert"]
     if expert not in experts:
         raise ValueError(f"LoRA {path} is for the network {expert!r}, this backbone has: {', '.join(experts)}")
@@ -211,8 +347,10 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
     if full:
         switch = FullParameters(experts[expert], keep_reference=True)
     else:
-        switch = LoraSwitch(experts[expert], lora_config(metadata))
-    load_weights(path, switch, fingerprint=fingerprint)
+        config = lora_config(metadata)  # the file's word: nothing is made of it before it fits file and network
+        check_shapes(_read_header(path)[1], adapter_shapes(experts[expert], config), source=f"LoRA {path}")
+        switch = LoraSwitch(experts[expert], config)
+    load_weights(path, switch, fingerprint=fingerprint, expert=expert)
     return switch
 
 
@@ -232,6 +370,12 @@ def weights_path(path: Path | str, names: Sequence[str] = (LoraSwitch.file, Full
         raise ValueError(
             f"LoRA {path} does not exist: give a LoRA file, a checkpoint folder, or a training output folder"
         )
+    if (path.parent / STATE_FILE).exists():
+        record = read_state(path.parent)["files"].get(path.name)
+        if record and record["sha256"] != files.sha256(path):
+            raise ValueError(
+                f"LoRA {path} is damaged: its checksum is not that in {STATE_FILE}; use another checkpoint"
+            )
     return path
 
 
@@ -254,34 +398,24 @@ def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.opt
     return tensors
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Metadata and the tensors' shapes of a safetensors file, no tensor of which is read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            return file.metadata() or {}, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except Exception as error:  # safetensors raises its own type
         raise ValueError(f"LoRA {path} cannot be read ({error}): the file is damaged or not safetensors") from error
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own type
+        raise ValueError(f"{path} cannot be read ({error}): the file is damaged or not safetensors") from error
+
+
 def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
-
-
-def _problem(path: Path) -> str | None:
-    try:
-        files = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{STATE_FILE} cannot be read ({error})"
-    for name, expected in files.items():
-        if not (path / name).exists():
-            return f"{name} is missing"
-        if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
-            return f"{name} is damaged"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -5,26 +5,30 @@
     python -m train.export runs/wan14b/train out/ --to merged --base Wan-AI/Wan2.1-T2V-14B-Diffusers   # full weights
 
 The first argument is a LoRA file, a checkpoint folder, or a training folder (its newest checkpoint). The two experts of
-A14B are trained and exported one by one; load a low-noise one with `load_lora_weights(...,
-load_into_transformer_2=True)`.
+A14B are trained and exported one by one, and a file's metadata say which it is for; load a low-noise one with
+`load_lora_weights(..., load_into_transformer_2=True)`. Merged weights are rounded to bfloat16 unless `--dtype float32`
+is given: on a small network rounding moves the output by more than a short training does.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from train import entry
+from train import entry, files
 from train.backbones.loading import fingerprint, load_transformer, resolve_folder
-from train.checkpoint import lora_path, read_lora_metadata
+from train.checkpoint import lora_config, lora_path, read_lora_metadata, read_tensors, write_tensors
+from train.lora_switch import adapter_shapes, check_shapes
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # diffusers' layer names within a block, and those of Wan's own code, which ComfyUI uses.
 ORIGINAL_NAMES = {
     "attn1.to_q": "self_attn.q",
@@ -49,15 +53,16 @@ def to_diffusers(source: Path, target: Path) -> Path:
         "target_modules": json.loads(metadata["targets"]),
         "peft_type": "LORA",
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = f".{target.name}.tmp"
-    WanPipeline.save_lora_weights(
-        target.parent,
-        transformer_lora_layers=load_file(lora_path(source)),
-        transformer_lora_adapter_metadata=adapter,
-        weight_name=aside,
-    )
-    os.replace(target.parent / aside, target)
+    with files.atomic(target) as aside:
+        WanPipeline.save_lora_weights(
+            aside.parent,
+            transformer_lora_layers=read_tensors(lora_path(source)),
+            transformer_lora_adapter_metadata=adapter,
+            weight_name=aside.name,
+        )
+        with safe_open(aside, framework="pt") as file:
+            header = file.metadata()
+        write_tensors(read_tensors(aside), aside, header | _origin(metadata))
     return target
 
 
@@ -68,7 +73,7 @@ def to_comfyui(source: Path, target: Path) -> Path:
     """
     metadata = read_lora_metadata(source)
     tensors: dict[str, Tensor] = {}
-    for name, weight in load_file(lora_path(source)).items():
+    for name, weight in read_tensors(lora_path(source)).items():
         layer, matrix = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
         in_block = re.fullmatch(r"(blocks\.\d+)\.(.+)", layer)
         if in_block is None or in_block[2] not in ORIGINAL_NAMES:
@@ -76,11 +81,13 @@ def to_comfyui(source: Path, target: Path) -> Path:
         key = f"diffusion_model.{in_block[1]}.{ORIGINAL_NAMES[in_block[2]]}"
         tensors[f"{key}.lora_{'down' if matrix == 'A' else 'up'}.weight"] = weight.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(metadata["alpha"]))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.tmp")
-    save_file(tensors, aside, metadata={"format": "pt"})
-    os.replace(aside, target)
+    write_tensors(tensors, target, {"format": "pt"} | _origin(metadata))
     return target
+
+
+def _origin(metadata: dict[str, str]) -> dict[str, str]:
+    """What an exported LoRA says of itself beyond its format: the backbone and, of two experts, the one it is for."""
+    return {key: metadata[key] for key in ("fingerprint", "expert")}
 
 
 def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -100,19 +107,31 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
         )
     name = {"transformer": "transformer", "high_noise": "transformer", "low_noise": "transformer_2"}[metadata["expert"]]
     network = load_transformer(pipeline, name, torch.device("cpu"), dtype)
-    adapters = load_file(lora_path(source))
+    adapters = read_tensors(lora_path(source))
+    shapes = {key: tuple(tensor.shape) for key, tensor in adapters.items()}
+    check_shapes(shapes, adapter_shapes(network, lora_config(metadata)), source=f"LoRA {lora_path(source)}")
     with torch.no_grad():
         for name in sorted(adapters):
             if name.endswith(".lora_A.weight"):
                 layer = network.get_submodule(name.removesuffix(".lora_A.weight"))
                 update = adapters[name.replace("lora_A", "lora_B")] @ adapters[name]
                 layer.weight.copy_(layer.weight.float() + scale * update)
-    aside = target / ".merged.tmp"
-    network.save_pretrained(aside)
-    for file in sorted(aside.iterdir()):  # the index of the shards comes after them
-        os.replace(file, target / file.name)
-    aside.rmdir()
-    return target
+    return save_network(network, target)
+
+
+def save_network(network: nn.Module, folder: Path) -> Path:
+    """`network.save_pretrained`, each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = files.temporary(folder / "network")
+    try:
+        with files.explain_full_disk(aside):
+            network.save_pretrained(aside)
+        for file in sorted(aside.iterdir()):  # the index of the shards comes after them
+            with files.atomic(folder / file.name) as whole:
+                os.replace(file, whole)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,17 +140,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help="file (diffusers, comfyui) or folder (diffusers, merged) to write")
     parser.add_argument("--to", choices=("diffusers", "comfyui", "merged"), default="diffusers")
     parser.add_argument("--base", help="pipeline to merge into: hub id or folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of merged weights (default: bfloat16)")
     arguments = parser.parse_args(argv)
     if arguments.to == "merged":
         if not arguments.base:
             parser.error("--to merged needs --base, the pipeline that the LoRA was trained on")
-        written = to_merged(arguments.source, arguments.target, base=arguments.base)
+        dtype = DTYPES[arguments.dtype]
+        written = to_merged(arguments.source, arguments.target, base=arguments.base, dtype=dtype)
     elif arguments.to == "comfyui":
         written = to_comfyui(arguments.source, arguments.target)
     else:
         is_file = arguments.target.suffix == ".safetensors"
         written = to_diffusers(arguments.source, arguments.target if is_file else arguments.target / DIFFUSERS_FILE)
-    print(f"wrote {written}")
+    expert = read_lora_metadata(arguments.source)["expert"]
+    print(f"wrote {written}" + ("" if expert == "transformer" else f", for the {expert} expert"))
 
 
 if __name__ == "__main__":

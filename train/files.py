@@ -106,7 +106,7 @@ def lock(folder: str | Path, *, task: str = "") -> Iterator[None]:
 
     task: a name for one of several processes that share the folder on purpose; equal names exclude each other, and
     any task excludes a run without one. The system releases a lock when its process ends, however it ends; children
-    do not inherit it. Without a task, the temporary files that killed processes left below the folder are removed.
+    do not inherit it. Without a task, what killed processes left below the folder under temporary names is removed.
 
     Raises ValueError naming host and process of the holder, and since when. On a file system without locks it warns
     and goes on.
@@ -118,8 +118,10 @@ def lock(folder: str | Path, *, task: str = "") -> Iterator[None]:
         if task:
             held.append(_acquire(folder, f"{LOCK}-{task}", shared=False))
         else:
-            for path in folder.rglob(".*.tmp"):
-                if TEMPORARY.fullmatch(path.name) and path.is_file():
+            for path in [path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name)]:
+                if path.is_dir() and not path.is_symlink():  # of a checkpoint, or of a network's files
+                    shutil.rmtree(path)
+                else:
                     path.unlink(missing_ok=True)
         yield
     finally:

@@ -261,6 +261,7 @@ class GroupSet(torch.utils.data.Dataset):
     def __init__(self, folder: str | Path, *, fingerprint: str | None = None):
         self.folder = Path(folder)
         index = _read_index(self.folder)
+        self.digest = hashlib.sha256((self.folder / INDEX).read_bytes()).hexdigest()
         self.fingerprint: str = index["fingerprint"]
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise ValueError(
@@ -278,6 +279,9 @@ class GroupSet(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def key(self, index: int) -> str:
+        return self._samples[index][1]["key"]
 
     def num_losers(self, index: int) -> int:
         return self._samples[index][1]["num_losers"]
@@ -386,6 +390,10 @@ class GroupStream(torch.utils.data.Dataset):
         group_index, loser_index = assignment(position, self._num_losers, self.seed)
         group = self.groups[group_index]
         return Sample(position, generated_winner(group) if self.winner == "generated" else group, loser_index)
+
+    def key(self, position: int) -> str:
+        """Of the group that `position` trains on; nothing is read."""
+        return self.groups.key(assignment(position, self._num_losers, self.seed)[0])
 
 
 def generated_winner(group: Group) -> Group:

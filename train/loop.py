@@ -10,42 +10,34 @@ every draw is seeded by (seed, position), so a run is the same on any number of 
 number of samples seen.
 """
 
-import atexit
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from multiprocessing.sharedctypes import RawValue
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-import recipes
-from train import checkpoint, export, files, memory, parallel
+from train import checkpoint, export, memory, parallel, resume
 from train.backbones import float8, load_backbone
 from train.backbones.base import Backbone
 from train.backbones.fused_block import fuse_blocks, unfit
+from train.batches import Batches, Tensors, build_loader
 from train.checkpoint import Trainable
 from train.full_parameters import FullParameters
-from train.groups import GroupSet, GroupStream, Sample, positions
+from train.groups import GroupSet, Sample
 from train.live_targets import LiveTargets
 from train.lora_switch import LoraSwitch
 from train.offload import HostStore, affordable
 from train.optimizer import build_optimizer, learning_rate
 from train.physics import PhysicsHeads, feature_block, lacks_targets
-from train.self_score import check_resume
-from train.tracking import Tracker, device_peak_tflops, peak_memory_gib, transformer_flops
+from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib, transformer_flops
 from train.validation import Validation
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass
@@ -108,169 +100,159 @@ def fit(
     of the progress bar; `keep_reference`: full fine-tuning needs the untrained weights.
 
     Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the
-    ranks, a checkpoint of another rank, a full disk, a run whose losses stay non-finite.
+    ranks, a folder that another run holds, a checkpoint of another run, a full disk, a damaged group, a run whose
+    losses stay non-finite.
     """
     trackers = [name for name in config.train.trackers if name]
+    check_trackers(trackers)
     folder = Path(config.train.folder)
     accelerator = parallel.build_accelerator(log_with=trackers or None, project_dir=str(folder))
     device = accelerator.device
     accumulation = accumulation_steps(config, accelerator.num_processes)
     check_intervals(config)
+    with resume.claimed(folder, accelerator):
+        newest = resume.newest(config, accelerator)
 
-    live = None
-    if lacks_targets(config.physics, config.train.groups):
-        live = LiveTargets(config.physics, config.video, device, accelerator.print)
-    validation = Validation(config, accelerator, folder / "validation")
-    parts = ["transformer" if validation.enabled else "expert"]
-    parts += ["vae"] if validation.enabled or live else []
-    backbone = load_backbone(config.backbone, device, parts=parts)
-    groups = open_groups(config, backbone)
-    check_groups(config, groups)
-    policy = Policy(
-        backbone,
-        attach_parameters(config, backbone.transformer, keep_reference=keep_reference),
-        build_heads(config, backbone),
-    )
-    engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
-    if engines[0] is not None and isinstance(policy.switch, FullParameters):
-        raise ValueError(
-            "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
+        live = None
+        if lacks_targets(config.physics, config.train.groups):
+            live = LiveTargets(config.physics, config.video, device, accelerator.print)
+        validation = Validation(config, accelerator, folder / "validation")
+        parts = ["transformer" if validation.enabled else "expert"]
+        parts += ["vae"] if validation.enabled or live else []
+        backbone = load_backbone(config.backbone, device, parts=parts)
+        groups = open_groups(config, backbone)
+        check_groups(config, groups)
+        policy = Policy(
+            backbone,
+            attach_parameters(config, backbone.transformer, keep_reference=keep_reference),
+            build_heads(config, backbone),
         )
-    whole = "sharded over the ranks" if engines[0] else "whole on every rank"
-    accelerator.print(
-        f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
-    )
-    clips = config.objective.clips_per_group(groups.num_losers(0))
-    gradients = gradient_sets(config, clips, accumulation)
-    prepare_network(backbone.transformer, policy.switch, config.train, gradients=gradients)
-    heads = policy.head_parameters()
-    optimizer = build_optimizer(config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr)
-
-    checkpoints = folder / "checkpoints"
-    metadata = checkpoint.weights_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
-    state = {"samples_seen": 0, "skipped": 0, "seed": config.seed}
-    start = 0
-    newest = checkpoint.latest(checkpoints)
-    if newest is not None and not config.train.resume:
-        raise ValueError(
-            f"{checkpoints} already holds {newest.name} and train.resume is false: choose another output folder"
-        )
-    if newest is not None:
-        loaded = checkpoint.load(
-            newest,
-            switch=policy.switch,
-            optimizer=optimizer,
-            fingerprint=backbone.fingerprint,
-            heads=policy.heads,
-        )
-        if loaded["seed"] != config.seed:
+        engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
+        if engines[0] is not None and isinstance(policy.switch, FullParameters):
             raise ValueError(
-                f"{newest} was trained with seed={loaded['seed']}, the recipe says seed={config.seed}: restore the seed"
+                "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with"
+                " launch/ddp.yaml"
             )
-        state = {key: loaded[key] for key in state}
-        check_resume(config.self_score, samples_seen=state["samples_seen"], batch_size=config.optim.batch_size)
-        start = loaded["step"]
-        accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
+        whole = "sharded over the ranks" if engines[0] else "whole on every rank"
+        accelerator.print(
+            f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
+        )
+        clips = config.objective.clips_per_group(groups.num_losers(0))
+        gradients = gradient_sets(config, clips, accumulation)
+        prepare_network(backbone.transformer, policy.switch, config.train, gradients=gradients)
+        heads = policy.head_parameters()
+        optimizer = build_optimizer(
+            config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr
+        )
 
-    if accelerator.is_main_process:  # not before: a refused run leaves the folder as it was
-        files.write_text(folder / "recipe.yaml", recipes.to_yaml(config))
-    rank, world = accelerator.process_index, accelerator.num_processes
-    loader = build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world)
-    batches = _Batches(loader, partial(live.complete, backbone=backbone) if live else None)
-    tracker = Tracker(
-        accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config)
-    )
-    pace = _Pace(config, backbone, clips, device)
+        checkpoints = resume.checkpoint_folder(config)
+        metadata = checkpoint.weights_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
+        start, state = resume.restore(config, newest, policy, optimizer, groups, accelerator)
 
-    saved = start
+        rank, world = accelerator.process_index, accelerator.num_processes
+        loader = build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world)
+        batches = Batches(loader, device, partial(live.complete, backbone=backbone) if live else None)
+        tracker = Tracker(
+            accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config)
+        )
+        pace = _Pace(config, backbone, clips, device)
 
-    def save(step_number: int) -> None:  # on the main process alone
-        nonlocal saved
-        if accelerator.is_main_process and step_number > saved:
-            keep = config.train.keep_checkpoints
-            options = {
-                "switch": policy.switch,
-                "optimizer": optimizer,
-                "state": state,
-                "metadata": metadata,
-                "keep": keep,
-                "heads": policy.heads,
-            }
-            checkpoint.save(checkpoints, step_number, **options)
-            saved = step_number
+        saved = start
 
-    completed = start
-    stopping = _StopSignal(lambda: save(completed))
-    if start == 0:
-        validation.run(0, policy)
-    bad_in_a_row = 0
-    for number in range(start, config.optim.steps):
-        optimizer.zero_grad(set_to_none=True)
-        gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
-        for engine in engines:
-            parallel.release(engine)
-        asked_to_stop = torch.tensor([float(stopping.asked)], device=device)
-        parallel.average_([*gradients, *metrics.values(), asked_to_stop])
-        for weight, gradient in zip(policy.parameters(), gradients, strict=True):
-            weight.grad = gradient
-        norm = nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
-        norms = {"grad_norm": norm.item()}
-        if heads:  # apart: random weights at first, whose gradients would leave the adapters no share of the norm
-            norms["head_grad_norm"] = nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm).item()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, number) * group["scale"]
-        finite = all(math.isfinite(value) for value in (*norms.values(), metrics["loss"].item()))
-        with stopping.held():  # weights, moments and counters change together
-            if finite:  # the same on all ranks: both numbers are averages over them
-                optimizer.step()
-            state["skipped"] += not finite
-            state["samples_seen"] += config.optim.batch_size
-            completed = number + 1
-        bad_in_a_row = 0 if finite else bad_in_a_row + 1
+        def save(step_number: int) -> None:  # on the main process alone
+            nonlocal saved
+            if accelerator.is_main_process and step_number > saved:
+                keep = config.train.keep_checkpoints
+                options = {
+                    "switch": policy.switch,
+                    "optimizer": optimizer,
+                    "state": state,
+                    "metadata": metadata,
+                    "keep": keep,
+                    "heads": policy.heads,
+                }
+                checkpoint.save(checkpoints, step_number, **options)
+                saved = step_number
 
-        values = {name: value.item() for name, value in metrics.items()}
-        values |= norms | {"lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
-        values |= pace.measure() | {"data_seconds": batches.waited()}
-        tracker.log(number, values, shown=shown)
-        if bad_in_a_row > config.train.max_nonfinite:
-            raise ValueError(
-                f"the loss or its gradient was not finite for {bad_in_a_row} steps in a row (train.max_nonfinite="
-                f"{config.train.max_nonfinite}), last at step {number}. The last good checkpoint is"
-                f" {checkpoint.latest(checkpoints)}. Lower optim.lr or objective.beta,"
-                " and check the groups with train.groups.verify."
-            )
-        done, stop = completed == config.optim.steps, asked_to_stop.item() > 0
-        if done or stop or completed % config.train.checkpoint_every == 0:
-            problem = None
-            with stopping.held():
-                try:
+        completed = start
+        stopping = _StopSignal(lambda: save(completed))
+        if start == 0 or start >= config.optim.steps or validation.due(start):
+            validation.catch_up(start, policy)
+        bad_in_a_row = 0
+        for number in range(start, config.optim.steps):
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
+            except (ValueError, OSError, SystemExit):  # a group that this rank, or another, cannot read
+                with stopping.held():
                     save(completed)
-                except ValueError as error:
-                    problem = error
-            if parallel.any_rank(problem is not None, device):  # all ranks stop together
-                raise problem or ValueError("the main process could not write a checkpoint: see its message")
-        if stop and not done:
-            accelerator.print(f"stopped by signal after step {completed}; run the same command to continue")
-            break
-        if done or validation.due(completed):
-            validation.run(completed, policy)
-        pace.restart()  # checkpoints and clips are not training time
-    exported = folder / "lora" / export.DIFFUSERS_FILE
-    if isinstance(policy.switch, FullParameters):
-        exported = folder / "transformer"
-    if accelerator.is_main_process and completed == config.optim.steps:
-        if isinstance(policy.switch, FullParameters):
-            backbone.transformer.save_pretrained(exported)
-        else:
-            export.to_diffusers(checkpoints, exported)
-    accelerator.wait_for_everyone()
-    tracker.close()  # ends the process group
-    if completed < config.optim.steps:
-        raise SystemExit(0)
-    accelerator.print(f"weights  {exported}\nmetrics  {tracker.path}")
-    if validation.enabled:
-        accelerator.print(f"clips    {validation.folder}")
-    return exported
+                raise
+            for engine in engines:
+                parallel.release(engine)
+            asked_to_stop = torch.tensor([float(stopping.asked)], device=device)
+            parallel.average_([*gradients, *metrics.values(), asked_to_stop])
+            for weight, gradient in zip(policy.parameters(), gradients, strict=True):
+                weight.grad = gradient
+            norm = nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
+            norms = {"grad_norm": norm.item()}
+            if heads:  # apart: random weights at first, whose gradients would leave the adapters no share of the norm
+                norms["head_grad_norm"] = nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm).item()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, number) * group["scale"]
+            finite = all(math.isfinite(value) for value in (*norms.values(), metrics["loss"].item()))
+            if not finite:
+                met = range(state["samples_seen"], state["samples_seen"] + config.optim.batch_size)
+                keys = ", ".join(loader.dataset.stream.key(position) for position in met)
+                accelerator.print(f"step {number} is skipped, its loss or gradient is not finite; its groups: {keys}")
+            with stopping.held():  # weights, moments and counters change together
+                if finite:  # the same on all ranks: both numbers are averages over them
+                    optimizer.step()
+                state["skipped"] += not finite
+                state["samples_seen"] += config.optim.batch_size
+                completed = number + 1
+            bad_in_a_row = 0 if finite else bad_in_a_row + 1
+
+            values = {name: value.item() for name, value in metrics.items()}
+            values |= norms | {"lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
+            values |= pace.measure() | {"data_seconds": batches.waited()}
+            tracker.log(number, values, shown=shown)
+            if bad_in_a_row > config.train.max_nonfinite:
+                raise ValueError(
+                    f"the loss or its gradient was not finite for {bad_in_a_row} steps in a row (train.max_nonfinite="
+                    f"{config.train.max_nonfinite}), last at step {number}. The last good checkpoint is"
+                    f" {checkpoint.latest(checkpoints)}. Lower optim.lr or objective.beta,"
+                    " and check the groups with train.groups.verify."
+                )
+            done, stop = completed == config.optim.steps, asked_to_stop.item() > 0
+            if done or stop or completed % config.train.checkpoint_every == 0:
+                problem = None
+                with stopping.held():
+                    try:
+                        save(completed)
+                    except ValueError as error:
+                        problem = error
+                parallel.stop_together(problem, device)
+            if stop and not done:
+                accelerator.print(f"stopped by signal after step {completed}; run the same command to continue")
+                break
+            if done or validation.due(completed):
+                validation.run(completed, policy)
+            pace.restart()  # checkpoints and clips are not training time
+        full = isinstance(policy.switch, FullParameters)
+        exported = folder / "transformer" if full else folder / "lora" / export.DIFFUSERS_FILE
+        if accelerator.is_main_process and completed >= config.optim.steps:
+            if full:
+                export.save_network(backbone.transformer, exported)
+            else:
+                export.to_diffusers(checkpoints, exported)
+        accelerator.wait_for_everyone()
+        tracker.close()  # ends the process group
+        if completed < config.optim.steps:
+            raise SystemExit(0)
+        accelerator.print(f"weights  {exported}\nmetrics  {tracker.path}")
+        if validation.enabled:
+            accelerator.print(f"clips    {validation.folder}")
+        return exported
 
 
 def attach_parameters(config: Any, network: nn.Module, *, keep_reference: bool) -> Trainable:
@@ -374,62 +356,6 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig, 
         # per mode.
         for block in network.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
-
-
-class _Prepared(Dataset):
-    def __init__(self, config: Any, stream: GroupStream, prepare: Callable[[Any, Sample], Tensors]):
-        self.config, self.stream, self.prepare = config, stream, prepare
-
-    def __getitem__(self, position: int) -> Tensors:
-        return self.prepare(self.config, self.stream[position])
-
-
-def build_loader(
-    config: Any, groups: GroupSet, prepare: Callable[[Any, Sample], Tensors], *, start: int, rank: int, world: int
-) -> DataLoader:
-    """Endless loader of this rank's prepared groups from global position `start` on, in order."""
-    stream = GroupStream(groups, config.seed, winner=config.objective.winner)
-    leaving = RawValue("b", 0)  # shared with the loader's processes
-    # Set at exit, before multiprocessing ends the processes by SIGTERM.
-    Finalize(None, setattr, args=(leaving, "value", 1), exitpriority=0)
-    return DataLoader(
-        _Prepared(config, stream, prepare),
-        sampler=positions(start, rank, world),
-        batch_size=config.train.pairs_per_pass,
-        num_workers=config.train.num_workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.train.num_workers > 0,
-        worker_init_fn=partial(_outlive_stop_signal, leaving),
-    )
-
-
-class _Batches:
-    """A loader's iterator that is closed at exit; else, after an error, PyTorch waits five seconds for each of its
-    processes. `complete` may add to a batch what the loader's processes cannot."""
-
-    def __init__(self, loader: DataLoader, complete: Callable[[Tensors], Tensors] | None = None):
-        self._iterator, self._complete = iter(loader), complete
-        self._waited = 0.0
-        atexit.register(self.close)  # runs before what PyTorch registered
-
-    def __next__(self) -> Tensors:
-        start = time.perf_counter()
-        batch = next(self._iterator)
-        self._waited += time.perf_counter() - start
-        return self._complete(batch) if self._complete else batch
-
-    def waited(self) -> float:
-        """Seconds that the trainer stood still for the loader since this was last asked."""
-        seconds, self._waited = self._waited, 0.0
-        return seconds
-
-    def close(self) -> None:
-        self._iterator = None
-
-
-def _outlive_stop_signal(leaving: Any, _worker: int) -> None:
-    """In a loader process: a scheduler signals every process, but the trainer's last step still needs its groups."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
 
 
 def _accumulate(

@@ -23,7 +23,7 @@ for bit.
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -83,6 +83,7 @@ class LoraSwitch:
     """
 
     file = "lora.safetensors"  # in a checkpoint
+    format = "physalign-lora-1"  # in its metadata
 
     def __init__(self, network: nn.Module, config: LoraConfig, *, seed: int = 0):
         if config.rank < 1:
@@ -110,7 +111,7 @@ class LoraSwitch:
         """What a LoRA file says of itself."""
         config = self.config
         return {
-            "format": "physalign-lora-1",
+            "format": self.format,
             "rank": str(config.rank),
             "alpha": str(config.alpha),
             "targets": json.dumps(list(config.targets)),
@@ -174,23 +175,40 @@ class LoraSwitch:
 
     def load_state_dict(self, state: dict[str, Tensor], *, source: str = "the LoRA file") -> None:
         """Load weights made by `state_dict`. ValueError naming `source` where layers, ranks or shapes differ."""
-        missing, unexpected = sorted(self.weights.keys() - state.keys()), sorted(state.keys() - self.weights.keys())
-        if missing or unexpected:
-            raise ValueError(
-                f"{source} holds adapters for other layers: {len(missing)} of this recipe's are missing"
-                f" (first: {missing[:1]}), {len(unexpected)} are unknown (first: {unexpected[:1]})."
-                " Set lora.targets to what it was trained with."
-            )
-        for name, weight in self.weights.items():
-            if weight.shape != state[name].shape:
-                raise ValueError(
-                    f"{source}: {name} has shape {tuple(state[name].shape)}, this recipe needs"
-                    f" {tuple(weight.shape)} (lora.rank={self.config.rank}). Set lora.rank to the file's rank,"
-                    " or train anew."
-                )
+        wanted = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, source=source)
+        for name, tensor in state.items():
+            if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+                raise ValueError(f"{source}: {name} is no finite float tensor: the file is damaged, use another one")
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(state[name])
+
+
+def adapter_shapes(network: nn.Module, config: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Shape of every adapter weight that `LoraSwitch(network, config)` makes, by its name; ValueError as there."""
+    shapes = {}
+    for name, layer in targeted_layers(network, config.targets):
+        shapes[f"{name}.lora_A.weight"] = (config.rank, layer.in_features)
+        shapes[f"{name}.lora_B.weight"] = (layer.out_features, config.rank)
+    return shapes
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+    """ValueError naming `source`, which holds `found`, unless these are the layers and shapes of `wanted`."""
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} holds adapters for other layers: {len(missing)} of this recipe's are missing"
+            f" (first: {missing[:1]}), {len(unexpected)} are unknown (first: {unexpected[:1]})."
+            " Set lora.targets to what it was trained with."
+        )
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"{source}: {name} has shape {found[name]}, this recipe needs {shape}. Set lora.rank to the file's"
+                " rank, use the backbone that it was trained on, or train anew."
+            )
 
 
 def targeted_layers(network: nn.Module, targets: list[str]) -> list[tuple[str, nn.Linear]]:

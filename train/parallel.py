@@ -74,7 +74,7 @@ def is_partitioned(network: nn.Module) -> bool:
 def average_(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over the ranks, in place, with one all-reduce. All on one device and of one
     dtype."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _alone():
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
@@ -83,8 +83,27 @@ def average_(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true on at least one rank; the same answer on all."""
+    if _alone():
+        return flag
     value = torch.tensor([float(flag)], device=device)
     average_([value])
     return bool(value.item() > 0)
+
+
+def same_on_all_ranks(number: int, device: torch.device) -> bool:
+    """Whether every rank has the same `number`; the same answer on all."""
+    mean = torch.tensor([number], dtype=torch.float64, device=device)
+    average_([mean])
+    return not any_rank(mean.item() != number, device)
+
+
+def stop_together(problem: Exception | None, device: torch.device) -> None:
+    """Raise `problem` on the rank that has one and end the others without a word, status 1. Call on every rank."""
+    if any_rank(problem is not None, device):
+        raise problem or SystemExit(1)

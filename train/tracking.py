@@ -4,16 +4,19 @@
 so that a step stands in it once.
 """
 
+import difflib
 import json
 import math
-import os
 import resource
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm.auto import tqdm
+
+from train import files
 
 # Dense bf16 peak of a device by name, TFLOP/s, from the vendors' datasheets.
 PEAK_TFLOPS = {
@@ -26,6 +29,21 @@ PEAK_TFLOPS = {
     "L40S": 362.0,
     "RTX 4090": 165.0,
 }
+
+
+def check_trackers(names: list[str]) -> None:
+    """ValueError for a tracker that accelerate does not know, or that is not installed: it would leave it out."""
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            raise ValueError(f"train.trackers: {name!r} is no tracker; {hint}")
+        if name not in installed:
+            raise ValueError(
+                f"train.trackers: {name} is not installed: run pip install -e '.[logging]' (tensorboard, wandb,"
+                " trackio), install it yourself, or take it out of the list"
+            )
 
 
 def transformer_flops(tokens: int, text_tokens: int, width: int, ffn: int, layers: int) -> tuple[float, float]:
@@ -78,7 +96,7 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.bar = None
         if trackers:
-            accelerator.init_trackers("physalign", config=_flatten(config))
+            accelerator.init_trackers("physalign", config=flatten(config))
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_lines_from(self.path, start)
@@ -112,18 +130,17 @@ def _drop_lines_from(path: Path, start: int) -> None:
         try:
             if json.loads(line)["step"] < start:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue  # the half-written last line of a killed run, or what a power cut left in its place
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    files.write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """{"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}; what is no plain value, as lists are, becomes its text."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
     return flat

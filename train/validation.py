@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from train import files, parallel
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
 from train.clips import contact_sheet, from_pixels, read_clip, side_by_side, to_pixels, write_clip
@@ -50,11 +51,18 @@ class Validation:
     def due(self, step: int) -> bool:
         return self.enabled and step % self.config.validation.every == 0
 
+    def catch_up(self, step: int, policy: Any) -> None:
+        """Make the clips of `step`, from which training starts, unless a run before made all of them."""
+        wanted = [self._clip_path(step, *job) for job, own in zip(self.jobs, self.own, strict=True) if own]
+        wanted += [self._sheet_path(step)] if any(self.own) else []
+        missing = step == 0 or not all(path.exists() for path in wanted)
+        if parallel.any_rank(self.enabled and missing, self.accelerator.device):
+            self.run(step, policy)
+
     def run(self, step: int, policy: Any) -> None:
         """Make the clips of `step` and, on the main process, the contact sheet of all ranks' clips."""
         if not self.enabled:
             return
-        folder = self.folder / f"step_{step:08d}"
         backbone = policy.backbone
         backbone.vae.to(self.accelerator.device)
         if not self.base:
@@ -65,7 +73,7 @@ class Validation:
         for (prompt, seed), own, base, clip in zip(self.jobs, self.own, self.base, tuned, strict=True):
             if own:
                 both = side_by_side([base, clip], ["base", f"step {step}"])
-                write_clip(folder / f"{prompt:02d}-{seed}.mp4", both, self.config.video.fps)
+                write_clip(self._clip_path(step, prompt, seed), both, self.config.video.fps)
         rows = [
             (f"{label} {self.config.validation.prompts[prompt][:60]} (seed {seed})", clip)
             for (prompt, seed), own, base, tuned_clip in zip(self.jobs, self.own, self.base, tuned, strict=True)
@@ -73,9 +81,16 @@ class Validation:
             for label, clip in (("base:", base), ("tuned:", tuned_clip))
         ]
         if rows:
-            name = "sheet.png" if self.accelerator.num_processes == 1 else f"sheet-{self.accelerator.process_index}.png"
-            contact_sheet(folder / name, rows)
+            contact_sheet(self._sheet_path(step), rows)  # last: what `catch_up` finds is whole
         self.accelerator.wait_for_everyone()
+
+    def _clip_path(self, step: int, prompt: int, seed: int) -> Path:
+        return self.folder / f"step_{step:08d}" / f"{prompt:02d}-{seed}.mp4"
+
+    def _sheet_path(self, step: int) -> Path:
+        """Of this rank."""
+        name = "sheet.png" if self.accelerator.num_processes == 1 else f"sheet-{self.accelerator.process_index}.png"
+        return self.folder / f"step_{step:08d}" / name
 
     @torch.no_grad()
     def _clip(self, backbone: Any, prompt: int, seed: int) -> torch.Tensor:
@@ -111,9 +126,14 @@ class Validation:
             tensors = {"text": conditioning.text, "negative": negative.text}
             if conditioning.image is not None:
                 tensors["image"] = conditioning.image
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+            with files.atomic(path) as aside:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside)
             del backbone
         self.accelerator.wait_for_everyone()
+        if not path.exists():
+            raise ValueError(
+                f"{path}, which the main process has written, is not there: output={self.config.output} must lie on one"
+                " file system that all nodes share"
+            )
         tensors = load_file(path)
         return Conditioning(tensors["text"], tensors.get("image")), Conditioning(tensors["negative"])

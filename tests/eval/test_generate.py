@@ -57,7 +57,8 @@ def write_lora(folder: Path, model: Path, *, scale: float, family: str = "wan21"
     metadata = checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
     optimizer = torch.optim.AdamW(switch.parameters())
     step = folder / "checkpoints"
-    checkpoint.save(step, 4, switch=switch, optimizer=optimizer, state={}, metadata=metadata, keep=1)
+    state = {"samples_seen": 1, "skipped": 0, "seed": 0}
+    checkpoint.save(step, 4, switch=switch, optimizer=optimizer, state=state, metadata=metadata, keep=1)
     return folder
 
 

@@ -201,7 +201,8 @@ def test_two_experts_an_image_and_a_lora(tmp_path):
     metadata = checkpoint.weights_metadata(switch, fingerprint=network.fingerprint, expert=network.expert)
     optimizer = torch.optim.AdamW(switch.parameters())
     lora = tmp_path / "train" / "checkpoints"
-    checkpoint.save(lora, 1, switch=switch, optimizer=optimizer, state={}, metadata=metadata, keep=1)
+    state = {"samples_seen": 1, "skipped": 0, "seed": 0}
+    checkpoint.save(lora, 1, switch=switch, optimizer=optimizer, state=state, metadata=metadata, keep=1)
     picture = tmp_path / "start.mp4"
     write_clip(picture, torch.full((2, 64, 64, 3), 90, dtype=torch.uint8), 8)
     more = ["backbone.family=wan22_i2v", f"generate.images=[{picture}]", f"generate.lora={tmp_path / 'train'}"]

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from PIL import Image
 import train.parallel
 import train.validation
 from tests.synthetic_groups import write_synthetic_groups
-from train import checkpoint, gdpo, sft
+from train import checkpoint, files, gdpo, sft
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
 from train.loop import accumulation_steps
@@ -22,7 +24,8 @@ PROMPT = "validation.prompts=[a red ball falls,a box slides down a ramp]"
 
 
 def files_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """But the lock's, which names the last process."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != files.LOCK}
 
 
 @pytest.fixture
@@ -49,6 +52,7 @@ def trained(tiny, tmp_path):
         ("objective.t_min=0.9 objective.t_max=0.2", "objective.t_min=0.9, t_max=0.2"),
         ("objective.timestep_shift=0", "objective.timestep_shift=0.0: must be positive"),
         ("objective.betta=3", "unknown key objective.betta; did you mean 'beta'"),
+        ("train.trackers=[wanbd]", "train.trackers: 'wanbd' is no tracker; did you mean wandb"),
         ("optim.schedule=linear", "optim.schedule='linear': must be cosine or constant"),
         ("lora.rank=0", "lora.rank is 0"),
         ("lora.targets=[attn1.to_x]", "lora.targets: 'attn1.to_x' matches no linear layer. Did you mean attn1.to_"),
@@ -137,7 +141,7 @@ def test_a_byte_that_flips_in_a_shard(tiny, tmp_path, monkeypatch, workers):
     """Found by its checksum when the sample is read; the checkpoints stay, and with the byte restored it goes on."""
     groups = write_groups(tmp_path / "groups", fingerprint=tiny.fingerprint, samples_per_shard=4)
     shard = tmp_path / "groups" / "shard-00000.tar"
-    run = (groups, "optim.steps=30", "train.checkpoint_every=1", f"train.num_workers={workers}")
+    run = (groups, "optim.steps=30", "train.checkpoint_every=100", f"train.num_workers={workers}")
     whole, step = shard.read_bytes(), gdpo.step
     calls = 0
 
@@ -154,8 +158,8 @@ def test_a_byte_that_flips_in_a_shard(tiny, tmp_path, monkeypatch, workers):
         return step(*args)
 
     monkeypatch.setattr(gdpo, "step", flip_later)
-    with pytest.raises(ValueError, match="(?s)shard-00000.tar.*group-0000.*build"):
-        tiny.train(tmp_path, *run)
+    with pytest.raises(ValueError, match=r"^\S*shard-00000.tar is damaged: group 'group-0000.*run the build again$"):
+        tiny.train(tmp_path, *run)  # one line, from a loader's process too
     reached = len(tiny.metrics(tmp_path))
     assert 2 <= reached < 30
     assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == f"step_{reached:08d}"
@@ -181,6 +185,28 @@ def spoil(monkeypatch, where):
         return gradients, metrics
 
     monkeypatch.setattr(gdpo, "step", spoiled)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_groups_named(tiny, tmp_path, monkeypatch, capsys):
+    """By the keys of the groups that it read."""
+    prepare, read = gdpo.prepare, []
+
+    def noted(config, sample):
+        read.append(sample.group.key)
+        return prepare(config, sample)
+
+    monkeypatch.setattr(gdpo, "prepare", noted)
+    spoil(monkeypatch, lambda call: call in (4, 5, 10))  # two groups a step
+    tiny.train(tmp_path, "optim.steps=6", "optim.batch_size=2")
+    named = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    reason = "is skipped, its loss or gradient is not finite; its groups:"
+    assert named == [f"step {step} {reason} {read[2 * step]}, {read[2 * step + 1]}" for step in (2, 5)]
+
+
+def test_a_batch_larger_than_the_groups_is_said_once(tiny, tmp_path, capsys):
+    groups = write_groups(tmp_path / "groups", fingerprint=tiny.fingerprint, num_groups=1)
+    tiny.train(tmp_path, groups, "optim.steps=2", "optim.batch_size=2")
+    assert capsys.readouterr().out.count("optim.batch_size=2 is more than the 1 groups there are") == 1
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
@@ -229,6 +255,7 @@ def test_too_many_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
     [
         ("seed=1", "trained with seed=0, the recipe says seed=1"),
         ("train.resume=false", "already holds step_00000002 and train.resume is false: choose another output"),
+        ("train.parameters=full", "holds lora.safetensors.*this recipe trains transformer.safetensors: restore"),
         ("lora.rank=4", "has rank 8, the recipe says lora.rank=4.*Set lora.rank=8"),
         ("lora.alpha=16", "has alpha 8.0, the recipe says lora.alpha=16.0.*Set lora.alpha=8"),
         ("lora.targets=[attn2.to_q]", "adapters for other layers.*lora.targets"),
@@ -239,6 +266,35 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tiny, trained, setting, said)
     with pytest.raises(ValueError, match=said):
         tiny.train(trained, "optim.steps=4", "train.checkpoint_every=1", setting)
     assert files_of(trained) == before  # metrics, checkpoints, the recipe of the run: all as they were
+
+
+def test_a_checkpoint_of_other_groups_is_refused_naming_both(tiny, trained, tmp_path_factory):
+    setting = write_groups(tmp_path_factory.mktemp("groups"), fingerprint=tiny.fingerprint)
+    before, ours, theirs = files_of(trained), tiny.groups, setting.removeprefix("train.groups=")
+    digests = [files.sha256(Path(folder) / "index.json")[:12] for folder in (ours, theirs)]
+    said = f"step_00000002 was trained on the groups {digests[0]} in {ours}, {setting} now holds {digests[1]}: restore"
+    with pytest.raises(ValueError, match=said):
+        tiny.train(trained, setting, "optim.steps=4")
+    assert files_of(trained) == before
+
+
+def test_groups_that_moved_are_the_same_groups(tiny, trained, tmp_path_factory):
+    moved = shutil.copytree(tiny.groups, tmp_path_factory.mktemp("groups") / "moved")
+    tiny.train(trained, f"train.groups={moved}", "optim.steps=3")
+    assert len(tiny.metrics(trained)) == 3
+
+
+def test_the_other_experts_checkpoint_is_refused_naming_both(tiny, tmp_path):
+    """The recipes of A14B give both experts one output: the second would go on from the first one's adapters."""
+    pipeline = write_tiny_pipeline("wan22_t2v", tmp_path / "model")
+    groups = write_groups(tmp_path / "groups", fingerprint=fingerprint("wan22_t2v", pipeline))
+    run = (groups, f"backbone.path={pipeline}", "backbone.family=wan22_t2v", "optim.batch_size=1")
+    tiny.train(tmp_path, *run, "backbone.expert=high_noise", "optim.steps=2")
+    before = files_of(tmp_path)
+    for steps in (2, 3):
+        with pytest.raises(ValueError, match="trained on the expert high_noise, this run trains low_noise: set .*"):
+            tiny.train(tmp_path, *run, "backbone.expert=low_noise", f"optim.steps={steps}")
+    assert files_of(tmp_path) == before
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tiny, trained, tmp_path_factory):

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from train import checkpoint
+from train import checkpoint, files
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.optimizer import OptimConfig, build_optimizer
 
@@ -55,6 +56,7 @@ class Run:
 
     def save(self, step):
         state = {"samples_seen": 8 * step, "skipped": 0, "seed": 0}
+        state |= {"groups": {"folder": "groups", "digest": "0" * 64}, "settings": {"optim.lr": 1e-5}}
         return checkpoint.save(
             self.folder,
             step,
@@ -66,7 +68,8 @@ class Run:
         )
 
     def load(self, path):
-        return checkpoint.load(path, switch=self.switch, optimizer=self.optimizer, fingerprint=BACKBONE)
+        options = {"switch": self.switch, "optimizer": self.optimizer}
+        return checkpoint.load(path, **options, fingerprint=BACKBONE, expert="transformer")
 
     def names(self):
         return sorted(path.name for path in self.folder.iterdir())
@@ -96,7 +99,7 @@ def test_no_base_weights_and_nothing_pickled(tmp_path):
     assert {name.rsplit(".", 1)[0] for name in moments} == run.switch.weights.keys()
     assert {name.rsplit(".", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
     total = sum(file.stat().st_size for file in path.iterdir())
-    assert total < 3 * 4 * adapters + 6000  # weights and two moments in float32, and headers
+    assert total < 3 * 4 * adapters + 6500  # weights and two moments in float32, and headers
     assert total < 4 * sum(p.numel() for p in run.network.parameters())
     metadata = checkpoint.read_lora_metadata(path)
     assert metadata["rank"] == "2" and metadata["alpha"] == "2.0" and metadata["fingerprint"] == BACKBONE
@@ -112,9 +115,10 @@ class Killed(BaseException):
 
 CALLS = (
     (checkpoint, "save_file"),
-    (checkpoint, "_sync"),
+    (os, "fsync"),
+    (os, "replace"),
     (os, "rename"),
-    (Path, "write_text"),
+    (Path, "write_bytes"),
     (Path, "mkdir"),
     (shutil, "rmtree"),
 )
@@ -122,8 +126,10 @@ CALLS = (
 
 @contextmanager
 def failing(monkeypatch, at, error):
-    """The `at`-th call that changes the disk fails half done: a file cut, a folder half deleted, else not begun."""
+    """The `at`-th call that changes the disk fails half done: a file cut, a folder half deleted, else not begun. The
+    dead tidy nothing up."""
     count = 0
+    unlink = Path.unlink
 
     def wrap(name, original):
         def call(*args, **options):
@@ -131,23 +137,28 @@ def failing(monkeypatch, at, error):
             count += 1
             if count != at:
                 return original(*args, **options)
-            if name in ("save_file", "write_text"):
+            if name in ("save_file", "write_bytes"):
                 original(*args, **options)
                 file = args[1] if name == "save_file" else args[0]
                 os.truncate(file, file.stat().st_size // 2)
-            if name == "rmtree" and (files := sorted(args[0].glob("*"))):
-                files[0].unlink()
+            if name == "rmtree" and (found := sorted(args[0].glob("*"))):
+                found[0].unlink()
             raise error
 
         return call
 
+    def unlink_alive(path, **options):
+        if count < at or not isinstance(error, Killed):
+            unlink(path, **options)
+
     with monkeypatch.context() as patch:
         for owner, name in CALLS:
             patch.setattr(owner, name, wrap(name, getattr(owner, name)))
+        patch.setattr(Path, "unlink", unlink_alive)
         yield
 
 
-@pytest.mark.parametrize("moment", range(1, 16))
+@pytest.mark.parametrize("moment", range(1, 21))
 def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, moment):
     run = Run(tmp_path, keep=2)
     run.save(1), run.save(2)
@@ -160,30 +171,41 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, moment):
         finished = True
     except Killed:
         pass
-    assert finished == (moment > 13)  # twelve calls write it, one deletes the oldest
+    assert finished == (moment > 18)  # seventeen calls write it, one deletes the oldest
     assert {path: path.read_bytes() for path in kept} == kept
-    visible = sorted(tmp_path.glob("step_*"))
-    assert all(checkpoint._problem(path) is None for path in visible[1:])  # only the oldest may be half deleted
+    for path in sorted(tmp_path.glob("step_*"))[1:]:  # only the oldest may be half deleted
+        checkpoint.check_whole(path)
     newest = checkpoint.latest(tmp_path)
     assert newest.name in ("step_00000002", "step_00000003")
     other = Run(tmp_path, keep=2)
-    assert other.load(newest)["step"] == int(newest.name[-8:])
-    other.learn(3), other.save(3), other.save(4)  # the run that goes on tidies up
-    assert other.names() == ["step_00000003", "step_00000004"]
+    with files.lock(tmp_path):  # the run that goes on tidies up
+        assert other.load(newest)["step"] == int(newest.name[-8:])
+        other.learn(3), other.save(3), other.save(4)
+    assert other.names() == [files.LOCK, "step_00000003", "step_00000004"]
 
 
-@pytest.mark.parametrize("moment", range(3, 12))  # from the first write to the renaming
+@pytest.mark.parametrize("moment", range(2, 17))  # from the first folder to the renaming
 def test_an_error_in_a_save_names_the_path_and_leaves_nothing(tmp_path, monkeypatch, moment):
     run = Run(tmp_path)
     run.save(1)
     error = OSError(errno.EIO, "Input/output error")
     with (
         failing(monkeypatch, moment, error),
-        pytest.raises(ValueError, match="step_00000002.*resumes from.*step_00000001"),
+        pytest.raises(ValueError, match="step_00000002.*Input/output error.*resumes from.*step_00000001"),
     ):
         run.save(2)
     assert run.names() == ["step_00000001"]
     run.load(checkpoint.latest(tmp_path))
+
+
+def test_equal_contents_are_equal_bytes_that_all_may_read(tmp_path):
+    """safetensors orders metadata at random, and gives its files to their owner alone."""
+    one, other = Run(tmp_path / "one").save(1), Run(tmp_path / "other").save(1)
+    for name in FILES:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+        umask = os.umask(0)
+        os.umask(umask)
+        assert stat.S_IMODE((one / name).stat().st_mode) == 0o666 & ~umask
 
 
 @contextmanager
@@ -276,8 +298,8 @@ def spoil_state(path):
     [
         (cut, "lora.safetensors is damaged"),
         (flip, "optimizer.safetensors is damaged"),
-        (spoil_state, "state.json cannot be read"),
-        (lambda path: (path / checkpoint.STATE_FILE).unlink(), "state.json cannot be read"),
+        (spoil_state, ".*state.json is damaged .*EOF"),
+        (lambda path: (path / checkpoint.STATE_FILE).unlink(), ".*state.json cannot be read .No such file"),
         (lambda path: (path / LoraSwitch.file).unlink(), "lora.safetensors is missing"),
     ],
 )
@@ -290,6 +312,127 @@ def test_a_damaged_newest_is_passed_over(tmp_path, damage, said):
     damage(tmp_path / "step_00000002")
     with pytest.warns(UserWarning):
         assert checkpoint.latest(tmp_path) is None
+
+
+def rewrite(path, change, *, sign=True):
+    """Change the state of checkpoint `path`; `sign`: with the digest that a real writer would give it."""
+    state = json.loads((path / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
+    state.pop("digest", None)
+    change(state)
+    state |= {"digest": files.digest(state)} if sign else {}
+    (path / checkpoint.STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.update(samples_seen="24"), "samples_seen: Input should be a valid integer"),
+        (lambda state: state.update(samples_seen=-24), "samples_seen: .*greater than or equal to 0"),
+        (lambda state: state.update(skipped=None), "skipped: Input should be a valid integer"),
+        (lambda state: state.update(files=[1]), "files: Input should be an object"),
+        (lambda state: state.update(settings={"optim.lr": [1]}), "settings"),
+        (lambda state: state.pop("seed"), "seed: Field required"),
+        (lambda state: state.update(step=4), "state.json is of step 4"),
+        (lambda state: state["files"].update({"../../x": {"bytes": 1, "sha256": ""}}), "lists other files"),
+        (lambda state: state["files"].pop(checkpoint.OPTIMIZER_FILE), "lists other files"),
+    ],
+)
+def test_a_state_that_cannot_be_is_passed_over(tmp_path, change, said):
+    run = Run(tmp_path)
+    run.save(2), run.save(3)
+    rewrite(tmp_path / "step_00000003", change)
+    with pytest.warns(UserWarning, match=f"step_00000003 is passed over: .*{said}"):
+        assert checkpoint.latest(tmp_path).name == "step_00000002"
+
+
+def test_a_changed_counter_is_passed_over_and_an_earlier_versions_state_is_not(tmp_path):
+    run = Run(tmp_path)
+    run.save(2), run.save(3)
+    rewrite(tmp_path / "step_00000003", lambda state: state.update(samples_seen=25), sign=False)
+    with pytest.warns(UserWarning, match="step_00000003 is passed over: state.json is not as it was written"):
+        assert checkpoint.latest(tmp_path).name == "step_00000002"
+    rewrite(tmp_path / "step_00000003", lambda state: (state.pop("groups"), state.pop("settings")), sign=False)
+    assert checkpoint.latest(tmp_path).name == "step_00000003"
+
+
+@pytest.mark.parametrize("metadata", [{"rank": "2000000000"}, {"rank": "two"}, {"alpha": "inf"}, {"targets": "7"}])
+def test_a_lora_that_says_another_shape_than_it_has_is_damaged(tmp_path, metadata):
+    """Nothing is allocated by what it says: two thousand million ranks would be 256 GiB here."""
+    run = Run(tmp_path)
+    run.save(2)
+    run.metadata |= metadata
+    path = run.save(3)
+    with pytest.warns(UserWarning, match="step_00000003 is passed over: LoRA .* is damaged: its"):
+        assert checkpoint.latest(tmp_path).name == "step_00000002"
+    (field,) = metadata
+    with pytest.raises(ValueError, match=rf"LoRA .*lora\.safetensors is damaged: its .*{field}") as caught:
+        checkpoint.attach_trained(path, {"transformer": run.network}, fingerprint=BACKBONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_in_a_checkpoint_that_a_user_names_has_its_checksum_checked(tmp_path):
+    """Its last byte belongs to a weight: the file itself looks whole."""
+    path = Run(tmp_path).save(1)
+    data = bytearray((path / LoraSwitch.file).read_bytes())
+    data[-1] ^= 1
+    (path / LoraSwitch.file).write_bytes(data)
+    for named in (path, path / LoraSwitch.file):
+        with pytest.raises(ValueError, match="is damaged: its checksum is not that in state.json; use another"):
+            checkpoint.attach_trained(named, {"transformer": Run(tmp_path).network}, fingerprint=BACKBONE)
+
+
+def test_a_lora_of_another_network_is_refused_before_adapters_are_made(tmp_path):
+    path = Run(tmp_path).save(1)
+    network = Run(tmp_path, target="attn2.to_q", width=32).network
+    with pytest.raises(ValueError, match=r"LoRA .*shape \(2, 16\), this recipe needs \(2, 32\)"):
+        checkpoint.attach_trained(path, {"transformer": network}, fingerprint=BACKBONE)
+    assert all(type(block.attn1.to_q) is nn.Linear for block in network.blocks)
+
+
+def spoil_name(tensors, name):
+    tensors["odd.weight"] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, name: tensors.pop(name), "other tensors than pairs of lora_A and lora_B"),
+        (spoil_name, "other tensors than pairs of lora_A and lora_B"),
+        (lambda tensors, name: tensors.clear(), "other tensors than pairs"),
+        (lambda tensors, name: tensors.update({name: torch.zeros(3, 16)}), r"say rank 2, but .* has shape \(3, 16\)"),
+        (lambda tensors, name: tensors.update({name: torch.zeros(2)}), r"say rank 2, but .* has shape \(2,\)"),
+        (lambda tensors, name: tensors[name].fill_(torch.nan), "is no finite float tensor"),
+        (lambda tensors, name: tensors.update({name: torch.zeros(2, 16).int()}), "is no finite float tensor"),
+    ],
+)
+def test_damaged_adapters_are_named(tmp_path, change, said):
+    run, name = Run(tmp_path), "blocks.0.attn1.to_q.lora_A.weight"
+    tensors, path = run.switch.state_dict(), tmp_path / "mine.safetensors"
+    change(tensors, name)
+    save_file(tensors, path, metadata=run.metadata)
+    with pytest.raises(ValueError, match=rf"{path}.*{said}"):
+        checkpoint.load_lora(path, run.switch, fingerprint=BACKBONE, expert="transformer")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda moments, name: moments.pop(f"{name}.step"),
+        lambda moments, name: moments.update({f"{name}.exp_avg": torch.zeros(3)}),
+        lambda moments, name: moments.update({f"{name}.step": torch.zeros(2)}),
+        lambda moments, name: moments.update({f"{name}.exp_avg_sq": torch.zeros(2, 16, dtype=torch.int32)}),
+        lambda moments, name: moments.update({"blocks.7.exp_avg": torch.zeros(3)}),
+    ],
+)
+def test_moments_of_other_weights_are_refused(tmp_path, change):
+    run = Run(tmp_path)
+    path = run.save(3)
+    moments = load_file(path / checkpoint.OPTIMIZER_FILE)
+    change(moments, "blocks.0.attn1.to_q.lora_A.weight")
+    save_file(moments, path / checkpoint.OPTIMIZER_FILE)
+    said = "does not hold the moments of this run's weights .first: blocks.*delete .*step_00000003"
+    with pytest.raises(ValueError, match=said):
+        run.load(path)
 
 
 def test_going_back_behind_a_damaged_one_loses_no_new_checkpoint(tmp_path):
@@ -328,7 +471,18 @@ def test_adapters_of_another_backbone_are_refused(tmp_path):
     run = Run(tmp_path)
     path = run.save(1)
     with pytest.raises(ValueError, match=f"trained on backbone {BACKBONE}, this backbone is wan21-random-14B"):
-        checkpoint.load(path, switch=run.switch, optimizer=run.optimizer, fingerprint="wan21-random-14B")
+        options = {"switch": run.switch, "optimizer": run.optimizer, "expert": "transformer"}
+        checkpoint.load(path, **options, fingerprint="wan21-random-14B")
+
+
+def test_adapters_of_the_other_expert_are_refused(tmp_path):
+    run = Run(tmp_path)
+    run.metadata["expert"] = "high_noise"
+    path = run.save(1)
+    said = "trained on the expert high_noise, this run trains low_noise: set backbone.expert=high_noise, or give each"
+    with pytest.raises(ValueError, match=said):
+        options = {"switch": run.switch, "optimizer": run.optimizer, "fingerprint": BACKBONE}
+        checkpoint.load(path, **options, expert="low_noise")
 
 
 def test_what_is_no_lora_of_ours_is_refused(tmp_path):
@@ -343,7 +497,7 @@ def test_what_is_no_lora_of_ours_is_refused(tmp_path):
         (tmp_path, "no checkpoint in"),
     ):
         with pytest.raises(ValueError, match=said):
-            checkpoint.load_lora(path, run.switch, fingerprint=BACKBONE)
+            checkpoint.load_lora(path, run.switch, fingerprint=BACKBONE, expert="transformer")
 
 
 def test_a_lora_is_found_by_file_checkpoint_or_run(tmp_path):

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -97,6 +99,29 @@ def test_without_its_metadata_the_file_would_act_at_another_scale(trained, tmp_p
     assert (velocity(pipeline.transformer) - trained.outputs()[0]).abs().max() > 0.01
 
 
+def test_exported_again_the_bytes_are_the_same_and_all_may_read_them(trained, tmp_path):
+    """safetensors orders metadata at random, and gives its files to their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for write in (export.to_diffusers, export.to_comfyui):
+        first, *others = (write(trained.file, tmp_path / str(number) / "lora.safetensors") for number in range(6))
+        assert all(first.read_bytes() == other.read_bytes() for other in others)
+        assert stat.S_IMODE(first.stat().st_mode) == 0o666 & ~umask
+    merged = export.to_merged(trained.file, tmp_path / "merged", base=str(trained.pipeline))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in merged.iterdir()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_an_exported_file_says_which_expert_it_is_for(folder_of, tmp_path, expert, capsys):
+    trained = Trained(folder_of("wan22_t2v"), tmp_path, "wan22_t2v", expert=expert)
+    for write in (export.to_diffusers, export.to_comfyui):
+        with safe_open(write(trained.file, tmp_path / "out.safetensors"), framework="pt") as file:
+            assert file.metadata()["expert"] == expert
+            assert file.metadata()["fingerprint"] == trained.backbone.fingerprint
+    export.main([str(trained.file), str(tmp_path / "out")])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'out' / export.DIFFUSERS_FILE}, for the {expert} expert\n"
+
+
 def test_diffusers_and_the_switch_load_the_same_numbers(trained, tmp_path):
     written = export.to_diffusers(trained.file, tmp_path / "lora.safetensors")
     tensors, ours = load_file(written), trained.switch.state_dict()
@@ -181,7 +206,7 @@ def save_checkpoints(trained, folder, steps=(1, 2)):
             step,
             switch=trained.switch,
             optimizer=optimizer,
-            state={"samples_seen": step},
+            state={"samples_seen": step, "skipped": 0, "seed": 0},
             metadata=trained.metadata,
             keep=3,
         )
@@ -206,6 +231,13 @@ def test_main_exports_the_newest_checkpoint_of_a_training_folder(trained, tmp_pa
     assert merged.blocks[0].attn1.to_q.weight.dtype == torch.float32
     found = velocity(merged)  # the weights were rounded to bfloat16
     assert (found - policy).abs().mean() < 0.1 * (found - reference).abs().mean()
+
+
+def test_main_merges_in_float32_where_asked_to(trained, tmp_path):
+    policy, _ = trained.outputs()
+    arguments = [str(trained.file), str(tmp_path), "--to", "merged", "--base", str(trained.pipeline)]
+    export.main([*arguments, "--dtype", "float32"])
+    assert_same(velocity(WanTransformer3DModel.from_pretrained(tmp_path)), policy)
 
 
 def test_main_takes_an_older_checkpoint_and_a_lora_file(trained, tmp_path):
@@ -258,6 +290,23 @@ def test_a_foreign_file_is_refused(trained, tmp_path, to):
     foreign = export.to_diffusers(trained.file, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"LoRA .*foreign\.safetensors carries no physalign metadata"):
         EXPORTS[to](foreign, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", EXPORTS)
+def test_a_file_that_says_another_rank_than_it_has_is_refused(trained, tmp_path, to):
+    trained.metadata["rank"] = "2000000000"
+    save_file(trained.switch.state_dict(), trained.file, metadata=trained.metadata)
+    with pytest.raises(ValueError, match=r"LoRA .* is damaged: its metadata say rank 2000000000, but .* has shape \("):
+        EXPORTS[to](trained.file, tmp_path / "out")
+
+
+def test_merging_adapters_of_layers_that_are_not_there_is_refused(trained, tmp_path):
+    name = "blocks.7.attn1.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.zeros(4, 8), f"{name}.lora_B.weight": torch.zeros(8, 4)}
+    save_file(tensors, trained.file, metadata=trained.metadata)
+    with pytest.raises(ValueError, match="holds adapters for other layers.*blocks.7.attn1.to_q"):
+        export.to_merged(trained.file, tmp_path / "merged", base=str(trained.pipeline))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_into_another_backbone_is_refused_naming_both(folder_of, trained, tmp_path):

@@ -114,12 +114,15 @@ def test_a_run_removes_what_killed_ones_left_and_nothing_else(tmp_path):
     left = files.temporary(tmp_path / "clips" / "a.mp4")
     left.parent.mkdir()
     left.write_text("half a clip")
+    folder = files.temporary(tmp_path / "step_00000001")
+    folder.mkdir()
+    (folder / "lora.safetensors").write_text("half a checkpoint")
     for name in (".mine.tmp", "a.tmp", ".hidden"):
         (tmp_path / name).write_text("a user's")
     with files.lock(tmp_path, task="0-of-2"):
         assert left.exists()  # it may be another task's
     with files.lock(tmp_path):
-        assert not left.exists()
+        assert not left.exists() and not folder.exists()
     assert sorted(path.name for path in tmp_path.glob("*")) == [
         ".hidden",
         ".lock",

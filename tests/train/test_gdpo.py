@@ -387,7 +387,7 @@ def test_thirty_steps_raise_margin_and_accuracy(tiny, tmp_path, configure):
     fresh = Policy(backbone, LoraSwitch(backbone.transformer, config.lora, seed=config.seed))
     positions = range(32)  # of the 60 that training saw: every group with every loser
     _, reference_before = measure(fresh, config, positions)
-    checkpoint.load_lora(checkpoints, fresh.switch, fingerprint=backbone.fingerprint)
+    checkpoint.load_lora(checkpoints, fresh.switch, fingerprint=backbone.fingerprint, expert="transformer")
     after, reference_after = measure(fresh, config, positions)
     assert torch.equal(reference_before, reference_after)  # the reference has not moved by a bit
     gained = reference_after - after  # (N, 2) how much better than the reference on winner and loser

@@ -5,12 +5,15 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from train import checkpoint, gdpo, sft
+from train import checkpoint, files, gdpo, sft
 from train.groups import GroupSet
 from train.loop import build_loader
 
@@ -25,12 +28,11 @@ def assert_equal_runs(tiny, folder, other, *, step):
     assert tiny.metrics(folder) == tiny.metrics(other)
     left, right = (at / "train" / "checkpoints" / f"step_{step:08d}" for at in (folder, other))
     assert_equal_tensors(tiny.weights(left), tiny.weights(right))
-    states = [json.loads((path / checkpoint.STATE_FILE).read_text(encoding="utf-8")) for path in (left, right)]
-    for state in states:
-        del state["files"]  # checksums: safetensors orders the metadata at random
-    assert states[0] == states[1]
     (name,) = (name for name in EXPORTS if (folder / "train" / name).is_dir())
-    assert_equal_tensors(tiny.weights(folder / "train" / name), tiny.weights(other / "train" / name))
+    for one, two in ((left, right), (folder / "train" / name, other / "train" / name)):
+        assert {path.name: path.read_bytes() for path in one.iterdir()} == {
+            path.name: path.read_bytes() for path in two.iterdir()
+        }
 
 
 def assert_equal_tensors(left, right):
@@ -78,12 +80,117 @@ def test_three_steps_and_three_equal_six(tiny, tmp_path, entry, more):
     assert_equal_runs(tiny, parts, whole, step=6)
 
 
-def test_a_finished_run_is_left_as_it_is(tiny, tmp_path):
+def contents(folder):
+    """Bytes of every file below `folder` but the lock, which names the last process."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != files.LOCK}
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, capsys):
     tiny.train(tmp_path, *SIX)
-    files = [path for path in (tmp_path / "train").rglob("*") if path.is_file() and path.parent.name != "lora"]
-    before = {path: path.read_bytes() for path in files}
+    before = contents(tmp_path)
+    capsys.readouterr()
     tiny.train(tmp_path, *SIX)
-    assert {path: path.read_bytes() for path in files} == before
+    assert contents(tmp_path) == before
+    assert "step 6 of optim.steps=6: nothing to train" in capsys.readouterr().out
+
+
+def test_a_run_with_nothing_to_do_exports_what_there_is(tiny, tmp_path, capsys):
+    """Checkpoints of a stopped run, and fewer steps than it made, as one ends a run early."""
+    checkpoints = tiny.train(tmp_path / "whole", "optim.steps=3", "train.checkpoint_every=1")
+    early = tmp_path / "early" / "train"
+    shutil.copytree(checkpoints, early / "checkpoints")
+    capsys.readouterr()
+    tiny.train(tmp_path / "early", "optim.steps=1")
+    said = capsys.readouterr().out
+    assert "step 3 of optim.steps=1: nothing to train" in said
+    for line in said.splitlines():
+        if line.startswith(("weights  ", "metrics  ", "clips    ")):
+            assert Path(line[9:]).exists(), line
+    name = "lora/pytorch_lora_weights.safetensors"
+    assert (early / name).read_bytes() == (tmp_path / "whole" / "train" / name).read_bytes()
+    assert not (early / "recipe.yaml").exists()  # that of this call made nothing
+
+
+def recipes_of(folder):
+    """beta by file of the recipes that a run left."""
+    found = {path.name: OmegaConf.load(path) for path in (folder / "train").glob("recipe*.yaml")}
+    return {name: content.objective.beta for name, content in found.items()}
+
+
+def test_other_settings_are_listed_in_one_line_and_every_recipe_is_kept(tiny, tmp_path, capsys):
+    run = ("train.checkpoint_every=1", "optim.schedule=constant")
+    tiny.train(tmp_path, "optim.steps=2", *run)
+    assert recipes_of(tmp_path) == {"recipe.yaml": 1000, "recipe-from-00000000.yaml": 1000}
+    capsys.readouterr()
+    tiny.train(tmp_path, "optim.steps=3", *run, "optim.lr=0.01", "objective.beta=5")
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "other settings" in line]
+    assert said == (
+        "resuming with other settings: objective.beta 1000.0 -> 5.0, optim.steps 2 -> 3, optim.lr 0.001 -> 0.01"
+    )
+    earlier = {"recipe-from-00000000.yaml": 1000, "recipe-from-00000002.yaml": 5}
+    assert recipes_of(tmp_path) == {"recipe.yaml": 5} | earlier
+    tiny.train(tmp_path, "optim.steps=4", *run, "optim.lr=0.01", "objective.beta=7")
+    shutil.rmtree(tmp_path / "train" / "checkpoints" / "step_00000004")
+    tiny.train(tmp_path, "optim.steps=4", *run, "optim.lr=0.01", "objective.beta=8")  # the fourth step once more
+    assert recipes_of(tmp_path) == {"recipe.yaml": 8, "recipe-from-00000003.yaml": 8} | earlier
+
+
+def test_an_earlier_versions_checkpoint_goes_on_and_says_what_is_unchecked(tiny, tmp_path, capsys):
+    checkpoints = tiny.train(tmp_path, "optim.steps=1")
+    path = checkpoints / "step_00000001" / checkpoint.STATE_FILE
+    state = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("groups", "settings", "digest"):
+        del state[key]
+    path.write_text(json.dumps(state), encoding="utf-8")
+    (tmp_path / "train" / "recipe-from-00000000.yaml").unlink()
+    tiny.train(tmp_path, "optim.steps=2", "objective.beta=5")
+    said = capsys.readouterr().out
+    assert "does not say which groups and settings it was trained with: unchecked" in said
+    assert "other settings" not in said
+    assert recipes_of(tmp_path) == {
+        "recipe.yaml": 5,
+        "recipe-from-00000000.yaml": 1000,
+        "recipe-from-00000001.yaml": 5,
+    }
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_dies(tiny, tmp_path):
+    run = ("optim.steps=300", "train.checkpoint_every=1", "train.num_workers=1")
+    first = tiny.process(tmp_path, *run)
+    metrics = tmp_path / "train" / "metrics.jsonl"
+    try:
+        while first.is_alive() and not (metrics.exists() and metrics.read_bytes()):
+            time.sleep(0.01)
+        said = rf"train is in use by process {first.pid} on {socket.gethostname()} since \d{{4}}-.* output folder"
+        with pytest.raises(ValueError, match=said):
+            tiny.train(tmp_path, *run)
+        assert first.is_alive()
+    finally:
+        first.kill()
+        first.join()
+    steps = int(checkpoint.latest(tmp_path / "train" / "checkpoints").name[-8:]) + 1
+    tiny.train(tmp_path, f"optim.steps={steps}")  # at once, though the dead one's loader may still live
+    assert [line["step"] for line in tiny.metrics(tmp_path)] == list(range(steps))
+    assert not list((tmp_path / "train").rglob(".*.tmp"))
+
+
+def test_clips_of_a_validation_that_was_killed_are_made_on_resume(tiny, tmp_path):
+    clips = ("validation.prompts=[a ball]", "validation.every=2", "sampler.steps=1", "video.fps=8")
+    run = ("optim.batch_size=1", "train.checkpoint_every=1", *clips)
+    folder = tmp_path / "train" / "validation"
+    tiny.train(tmp_path, "optim.steps=2", *run)
+    first = {path: path.read_bytes() for path in (folder / "step_00000000").iterdir()}
+    (folder / "step_00000002" / "sheet.png").unlink()  # killed before the last file of the last step's validation
+    tiny.train(tmp_path, "optim.steps=2", *run)
+    assert {path.name for path in (folder / "step_00000002").iterdir()} == {"00-0.mp4", "sheet.png"}
+    shutil.rmtree(folder / "step_00000002")  # in the midst of a run: step 2 of 3
+    tiny.train(tmp_path, "optim.steps=3", *run)
+    for step in (2, 3):
+        assert {path.name for path in (folder / f"step_0000000{step}").iterdir()} == {"00-0.mp4", "sheet.png"}
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.mp4")}
+    tiny.train(tmp_path, "optim.steps=3", *run)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.mp4")} == made
+    assert {path: path.read_bytes() for path in first} == first
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -71,7 +71,8 @@ def test_twenty_steps_lower_the_error(tiny, tmp_path, config, policy):
     with torch.no_grad():
         before = [error(policy, sample) for sample in prepared(config, range(8))]
     checkpoints = tiny.train(tmp_path, "optim.steps=20", "optim.lr=0.01", "optim.lr_end=0.01", entry=sft)
-    checkpoint.load_lora(checkpoints, policy.switch, fingerprint=policy.backbone.fingerprint)
+    options = {"fingerprint": policy.backbone.fingerprint, "expert": "transformer"}
+    checkpoint.load_lora(checkpoints, policy.switch, **options)
     with torch.no_grad():
         after = [error(policy, sample) for sample in prepared(config, range(8))]
     assert sum(after) < 0.9 * sum(before)

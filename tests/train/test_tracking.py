@@ -1,5 +1,6 @@
 """Counted operations against hand and against the measured limits; metrics.jsonl through a run, a stop and a resume."""
 
+import importlib.util
 import json
 import math
 import time
@@ -11,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from train import gdpo
-from train.tracking import Tracker, device_peak_tflops, peak_memory_gib, transformer_flops
+from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib, transformer_flops
 
 TOKENS = 32_760  # 480 x 832, 81 frames
 # One H200: TFLOP/s of a matrix product, of attention forward and of attention backward.
@@ -145,7 +146,9 @@ def test_resume_drops_a_half_written_line(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 5]
 
 
-@pytest.mark.parametrize("torn", [b"\0\0\0\0", b"\xff\xfe{", b'{"step": 1, "lo', b"\n"])
+@pytest.mark.parametrize(
+    "torn", [b"\0\0\0\0", b"\xff\xfe{", b'{"step": 1, "lo', b"\n", b"3\n", b"[]\n", b"{}\n", b'{"step": "1"}\n']
+)
 def test_resume_drops_what_is_no_line_of_ours(tmp_path, torn):
     """A file system that lost its power may leave zeros or another file's bytes."""
     write(tmp_path, range(2))
@@ -183,3 +186,24 @@ def test_accelerates_trackers_get_the_same_numbers(tmp_path):
     assert {"loss", "seconds", "eta_seconds"} <= set(accumulator.Tags()["scalars"])
     first, second = accumulator.Scalars("loss")
     assert (first.step, first.value, second.step) == (0, 0.5, 1) and math.isnan(second.value)
+
+
+@pytest.mark.parametrize("names", [["aim"], ["tensorboard", "aim"]])
+def test_a_tracker_that_is_not_installed_stops_the_run_before_anything_is_loaded(tiny, tmp_path, names):
+    """accelerate would leave it out; of two without a word."""
+    assert importlib.util.find_spec("aim") is None
+    with pytest.raises(ValueError, match=r"train.trackers: aim is not installed: run pip install -e '.\[logging\]'"):
+        tiny.train(tmp_path, f"train.trackers=[{','.join(names)}]", "backbone.path=/nowhere")
+    assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize(("name", "said"), [("wanbd", "did you mean wandb"), ("xyz", "known: .*tensorboard")])
+def test_a_tracker_that_nobody_knows_is_refused_with_a_suggestion(name, said):
+    with pytest.raises(ValueError, match=f"train.trackers: '{name}' is no tracker; {said}"):
+        check_trackers([name])
+
+
+def test_trackers_that_are_installed_are_let_through():
+    pytest.importorskip("tensorboard")
+    check_trackers(["tensorboard"])
+    check_trackers([])

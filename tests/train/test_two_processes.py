@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.train import two_process_worker
-from train import checkpoint
+from train import checkpoint, files
+from train.groups import GroupSet, GroupStream
 
 ROOT = Path(__file__).parents[2]
 RUN = ("optim.batch_size=4", "optim.steps=6", "train.checkpoint_every=1", "train.keep_checkpoints=9")
@@ -212,3 +213,54 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tiny, tmp_path):
     step = int(newest.name[-8:])
     tiny.train(tmp_path, *run[:-2], f"optim.steps={step + 2}")
     assert [line["step"] for line in tiny.metrics(tmp_path)] == list(range(step + 2))
+
+
+def failed(process, tmp_path):
+    """Wait for the launcher; the lines of its output, which must not be a success."""
+    process.wait(150)
+    output = (tmp_path / "output.txt").read_text(encoding="utf-8", errors="replace")
+    assert process.returncode != 0, output[-6000:]
+    return output
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_checkpoints_stop_and_say_what_they_need(tiny, tmp_path):
+    """As on nodes whose output is a local disk: one rank finds the first run's checkpoint, the other none."""
+    tiny.train(tmp_path / "node-0", "optim.steps=1")
+    arguments = tiny.arguments("${oc.env:NODE_DISK}-${oc.env:RANK}", *RUN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NODE_DISK", str(tmp_path / "node"))
+        output = failed(launch("ddp", ("-m", "train.gdpo"), *arguments, tmp_path=tmp_path), tmp_path)
+    for rank, found in enumerate(("step_00000001", "none")):
+        folder = tmp_path / f"node-{rank}"
+        assert f"the newest checkpoint in {folder / 'train' / 'checkpoints'} is {found} here" in output
+        assert f"output={folder} must lie on one file system that all nodes share" in output
+
+
+@pytest.mark.slow
+def test_a_second_launch_in_the_folder_ends_all_its_ranks_with_one_sentence(tiny, tmp_path):
+    arguments = tiny.arguments(tmp_path, *RUN)
+    with files.lock(tmp_path / "train"):
+        output = failed(launch("ddp", ("-m", "train.gdpo"), *arguments, tmp_path=tmp_path), tmp_path)
+    assert output.count(f"error: {tmp_path}/train is in use by process {os.getpid()} on ") == 1
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {files.LOCK}
+
+
+@pytest.mark.slow
+def test_a_damaged_group_of_one_rank_ends_both_and_loses_no_step(tiny, tmp_path):
+    """Position 5 of the stream, in the second step, belongs to the second rank: the first saves what was done."""
+    groups = tmp_path / "groups"
+    shutil.copytree(tiny.groups, groups)
+    damaged = GroupStream(GroupSet(groups), 0).key(5)
+    for shard in json.loads((groups / "index.json").read_text(encoding="utf-8"))["shards"]:
+        for sample in shard["samples"]:
+            if sample["key"] == damaged:
+                data = bytearray((groups / shard["file"]).read_bytes())
+                data[sample["offset"] + sample["bytes"] // 2] ^= 1
+                (groups / shard["file"]).write_bytes(data)
+    run = (f"train.groups={groups}", *RUN, "train.checkpoint_every=100", "train.num_workers=1")
+    output = failed(launch("ddp", ("-m", "train.gdpo"), *tiny.arguments(tmp_path, *run), tmp_path=tmp_path), tmp_path)
+    (line,) = [line for line in output.splitlines() if "is damaged" in line]
+    assert "rank 1: error: " in line and f"group {damaged!r}" in line  # behind the progress bar
+    assert "DataLoader worker" not in output
+    assert checkpoint.latest(tmp_path / "train" / "checkpoints").name == "step_00000001"

@@ -235,6 +235,7 @@ def _decoded(container, stream, way: str) -> Iterator[av.VideoFrame]:
         for frame in packet.decode():
             if way == "decoding":
                 frame.pts = previous + step if frame.dts is None and step else frame.dts
+                frame.duration = step or frame.duration  # AVI holds none
             if frame.pts is None or (previous is not None and frame.pts < previous):
                 raise _BadTimes
             # Nothing shown before a packet is decoded depends on it.

@@ -120,6 +120,11 @@ def test_an_mp4_whose_times_are_those_of_decoding_is_read_in_order(tmp_path, mp4
     assert np.abs(np.subtract(found, EVERY_125_MS)).max() <= 1
 
 
+def test_the_last_frame_of_an_avi_with_b_frames_is_shown_as_long_as_the_others(tmp_path, mp4):
+    ffmpeg("-i", mp4, "-c", "copy", tmp_path / "clip.avi")
+    assert read_clip(tmp_path / "clip.avi", video(25, 8)).shape[0] == 25  # the last one lies at 3 s, where it ends
+
+
 def test_a_late_start_in_an_avi_with_b_frames(tmp_path):
     steps = np.repeat(np.arange(0, 200, dtype=np.uint8), 2)[:, None, None, None]  # 400 frames, 25 a second
     encode(tmp_path / "clip.mp4", np.tile(steps, (1, 32, 32, 3)), *H264, "-g", 50, fps=25)

@@ -9,14 +9,22 @@ from torch import Tensor
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
 
+NEGATIVE_PROMPT = (  # Wan's own, word for word: sample_neg_prompt in the shared configs of Wan2.1 and Wan2.2
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
 
 @dataclass
 class SamplerConfig:
+    """The defaults are Wan2.1's own for text to video, at 480p too. Wan2.2's own are in its recipes."""
+
     steps: int = 50  # Euler steps
     guidance: float = 5.0  # classifier-free guidance scale; 1 leaves the negative pass out
     guidance_low: float | None = None  # of the low-noise expert of two-expert families; null: `guidance`
-    shift: float = 3.0  # of the time grid, applied once: 3 for 480p, 5 for 720p
-    negative_prompt: str = ""  # what guidance steers away from
+    shift: float = 5.0  # of the time grid, applied once
+    negative_prompt: str = NEGATIVE_PROMPT  # what guidance steers away from; Wan's own, in Chinese
 
 
 def sample_clips(

@@ -76,6 +76,11 @@ class Conditioning:
         one, none elsewhere."""
         return 0 if self.image is None or self.image.shape[2] == num_frames else self.image.shape[2]
 
+    def generated(self, cells: Tensor) -> Tensor:
+        """The latent frames of cells (..., F, H, W) that are generated, the ones that an error counts: all but the
+        `held_frames`."""
+        return cells[..., self.held_frames(cells.shape[-3]) :, :, :]
+
     @staticmethod
     def cat(items: Sequence[Conditioning]) -> Conditioning:
         """Joined along the batch; either all items have an image or none has."""
@@ -107,6 +112,7 @@ class Backbone:
     architectures: ClassVar[dict[str, dict[str, Any]]]
     expert_folders: ClassVar[dict[str, str]] = {"transformer": "transformer"}  # expert name -> folder in the pipeline
     expand_timesteps: ClassVar[bool] = False  # the pipeline's own flag: timesteps per token
+    first_frame: ClassVar[tuple[bool, ...]] = (False,)  # may clips begin with an image, must they; first the default
     default_boundary: ClassVar[float | None] = None  # two experts: high_noise where t >= boundary
 
     def __init__(

@@ -74,6 +74,7 @@ def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_
         None,
         **SIZE,
         steps=4,  # t = 1, .9, .75, .5: both experts, and with wan22_i2v the boundary itself
+        shift=3.0,
         guidance=4.0,
         guidance_low=low,
         negative="blurry",

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 import recipes
+from data_pipeline.encode import takes_first_frame
 from data_pipeline.sources import read_pool
 from data_pipeline.stages import STAGES, Config, Stages, sources_of
 from data_pipeline.tables import Table, read_dropped, read_summary, write_text
@@ -99,9 +100,9 @@ def plan(config: Config) -> str:
     size = (video.height, video.width, video.num_frames)
     channels, frames, rows, columns = latent_shape(architecture, *size)
     family = BACKBONES[config.backbone.family]
-    # Image-to-video families keep image latents: stacked on the input they are a whole video, else the first frame.
+    # Image latents that are stacked on the input are a whole video, others the first frame.
     stacked = family.input_channels(architecture) > channels
-    image = frames if stacked else 1 if family.expand_timesteps else 0
+    image = (frames if stacked else 1) if takes_first_frame(family, settings.first_frame) else 0
     clip_bytes = 2 * channels * frames * rows * columns  # bfloat16
     group_bytes = (1 + losers) * clip_bytes + clip_bytes // frames * image
     text_bytes = 2 * config.backbone.text_length * architecture["transformer"]["text_dim"]

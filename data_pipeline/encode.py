@@ -27,7 +27,8 @@ class Encode(Stage):
 
     extras: gives the tensors that go with a row's winner (tracks, ...), None where there are none. settings: plain
     values that the winners depend on, the backbone's fingerprint among them; loser_settings and extra_settings: those
-    of the losers and extras. encode_batch: clips encoded together.
+    of the losers and extras. first_frame: whether groups hold their clip's first frame. encode_batch: clips encoded
+    together.
     """
 
     name = "encode"
@@ -46,13 +47,14 @@ class Encode(Stage):
         extras: Callable[[Mapping[str, Any]], dict[str, Tensor]] | None,
         extra_settings: Any,
         num_losers: int,
+        first_frame: bool,
         encode_batch: int,
     ):
         super().__init__(folder)
         self.groups, self.load, self.settings, self.video = groups, load, settings, video
         self.losers, self.loser_settings = losers, loser_settings
         self.extras, self.extra_settings = extras, extra_settings
-        self.num_losers, self.encode_batch = num_losers, encode_batch
+        self.num_losers, self.first_frame, self.encode_batch = num_losers, first_frame, encode_batch
         self.store = Store(folder / "winners")
         self.reader = FrameReader(video, device)
         self._checksum: dict[str, str] = {}  # of the shards of this process
@@ -92,7 +94,7 @@ class Encode(Stage):
         if frames:
             clips = torch.stack(list(frames.values()))  # (B, T, H, W, 3)
             prompts = [records[batch[made]]["prompt"] for made in frames]
-            winners, conditioning = encode_clips(self.backbone, clips, prompts)
+            winners, conditioning = encode_clips(self.backbone, clips, prompts, self.first_frame)
             winners, stored = winners.to(torch.bfloat16).cpu(), conditioning.to("cpu", torch.bfloat16)
             made_tensors = {}
             for number, made in enumerate(frames):
@@ -141,21 +143,36 @@ class Encode(Stage):
         print(f"groups: {self.groups}, {count} groups, {total // count} bytes a group")
 
 
+def takes_first_frame(family: type[Backbone], asked: bool | None) -> bool:
+    """Whether groups of a family hold their clip's first frame: pipeline.first_frame, or where it is null the family's
+    own way. ValueError for a way that it has not."""
+    if asked is None:
+        return family.first_frame[0]
+    if asked not in family.first_frame:
+        way = "begins every clip with an image" if family.first_frame[0] else "generates from text alone"
+        raise ValueError(f"pipeline.first_frame={str(asked).lower()}: this backbone.family {way}; leave the key out")
+    return asked
+
+
 @torch.no_grad()
-def condition(backbone: Backbone, first: Tensor, prompts: Sequence[str], *, num_frames: int) -> Conditioning:
-    """The conditioning of B clips of `num_frames` with the first frames (B, H, W, 3) uint8, in one pass.
-
-    It carries image latents in the families that take an image.
-    """
-    frame = from_pixels(first[:, None].to(backbone.device))[:, :, 0]  # (B, 3, H, W)
-    image = backbone.encode_first_frame(frame, num_frames=num_frames)
-    return Conditioning(backbone.encode_text(list(prompts)), image)
+def condition(
+    backbone: Backbone, first: Tensor, prompts: Sequence[str], *, num_frames: int, first_frame: bool
+) -> Conditioning:
+    """The conditioning of B clips of `num_frames`, in one pass; with `first_frame` it carries the image latents of
+    their first frames (B, H, W, 3) uint8."""
+    text, image = backbone.encode_text(list(prompts)), None
+    if first_frame:
+        frame = from_pixels(first[:, None].to(backbone.device))[:, :, 0]  # (B, 3, H, W)
+        image = backbone.encode_first_frame(frame, num_frames=num_frames)
+    return Conditioning(text, image)
 
 
 @torch.no_grad()
-def encode_clips(backbone: Backbone, frames: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Conditioning]:
-    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips), in one pass each."""
-    conditioning = condition(backbone, frames[:, 0], prompts, num_frames=frames.shape[1])
+def encode_clips(
+    backbone: Backbone, frames: Tensor, prompts: Sequence[str], first_frame: bool
+) -> tuple[Tensor, Conditioning]:
+    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips, see `condition`)."""
+    conditioning = condition(backbone, frames[:, 0], prompts, num_frames=frames.shape[1], first_frame=first_frame)
     video = from_pixels(frames.to(backbone.device))  # (B, 3, T, H, W)
     return backbone.encode_video(video, batch_size=len(video)), conditioning
 

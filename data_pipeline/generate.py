@@ -32,8 +32,8 @@ PARTS = ("text", "vae", "transformer")
 class LoserMaker:
     """Makes the losers of rows and keeps them in `store`: {"losers": (M, C, F, H, W) bfloat16} each.
 
-    load: loads parts of the backbone. settings: plain values that the losers depend on. batch_size: clips sampled
-    together; whole rows are, where it covers more than one.
+    load: loads parts of the backbone. settings: plain values that the losers depend on. first_frame: whether they
+    begin with their row's. batch_size: clips sampled together; whole rows are, where it covers more than one.
     """
 
     def __init__(
@@ -47,10 +47,12 @@ class LoserMaker:
         *,
         seed: int,
         num_losers: int,
+        first_frame: bool,
         batch_size: int,
     ):
         self.store, self.load, self.settings, self.video, self.sampler = store, load, settings, video, sampler
         self.seed, self.num_losers, self.batch_size = seed, num_losers, batch_size
+        self.first_frame = first_frame
         self.reader = FrameReader(video, device)
 
     @cached_property
@@ -77,9 +79,16 @@ class LoserMaker:
         if frames:
             chosen = [rows[batch[made]] for made in frames]
             first = torch.stack([clip[0] for clip in frames.values()])  # (B, H, W, 3)
+            conditioning = condition(
+                self.backbone,
+                first,
+                [row.prompt for row in chosen],
+                num_frames=self.video.num_frames,
+                first_frame=self.first_frame,
+            )
             losers = generate_losers(
                 self.backbone,
-                condition(self.backbone, first, [row.prompt for row in chosen], num_frames=self.video.num_frames),
+                conditioning,
                 self.negative,
                 list(map(self.seeds, chosen)),
                 self.video,

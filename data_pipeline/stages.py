@@ -12,7 +12,7 @@ from data_pipeline import resample
 from data_pipeline.cluster import ActionMatcher, ClusterConfig, match_settings
 from data_pipeline.cot_filter import CotFilter, FilterConfig
 from data_pipeline.difficulty import Difficulty
-from data_pipeline.encode import Encode
+from data_pipeline.encode import Encode, takes_first_frame
 from data_pipeline.generate import Generate, LoserMaker, losers_of
 from data_pipeline.judge import JudgeLosers, Scores, read_scores
 from data_pipeline.resample import ResampleConfig
@@ -24,7 +24,7 @@ from data_pipeline.target_stage import Targets
 from data_pipeline.targets import TargetMaker, TargetsConfig
 from eval.judges import JudgeConfig, build_judge
 from eval.judges.scores import Judge
-from train.backbones import load_backbone
+from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import VideoConfig
 from train.sampling import SamplerConfig
@@ -51,6 +51,9 @@ class PipelineConfig:
     groups: str = "${output}/groups"  # folder of the preference groups
     stage: str = "all"  # one stage, a range like filter..resample, or all
     table_rows: int = 10_000  # rows a unit of the stages before generate
+    # Whether groups hold their clip's first frame and losers begin with it (image-to-video). A choice of wan22_ti2v;
+    # null: the family's own way, with it for wan22_i2v and from text alone for all others.
+    first_frame: bool | None = None
     num_losers: int = 4  # M, generated clips a group; 0 for supervised training, which needs no transformer here
     unit_size: int = 16  # rows a unit from generate on: one shard; its losers are judged together
     batch_size: int = 1  # losers sampled together, per GPU; an interruption costs at most these
@@ -130,12 +133,18 @@ class Stages:
         config = self.config
         shell = load_backbone(config.backbone, "cpu", parts=())
         shell.latent_shape(config.video.height, config.video.width, config.video.num_frames)
-        return {
+        settings = {
             "fingerprint": shell.fingerprint,
             "dtype": config.backbone.dtype,
             "text_length": config.backbone.text_length,
             "video": asdict(config.video),
         }
+        first_frame = {"first_frame": self.first_frame}
+        return settings | first_frame if len(shell.first_frame) > 1 else settings  # it says nothing of other families
+
+    @property
+    def first_frame(self) -> bool:
+        return takes_first_frame(BACKBONES[self.config.backbone.family], self.config.pipeline.first_frame)
 
     @property
     def loser_settings(self) -> dict[str, Any]:
@@ -158,6 +167,7 @@ class Stages:
             self.device,
             seed=config.seed,
             num_losers=num_losers,
+            first_frame=self.first_frame,
             batch_size=config.pipeline.batch_size,
         )
 
@@ -253,6 +263,7 @@ class Stages:
             extras=self._make_targets(self.folder / "targets").load if settings.targets.tracks else None,
             extra_settings=self.target_settings if settings.targets.tracks else None,
             num_losers=settings.num_losers,
+            first_frame=self.first_frame,
             encode_batch=settings.encode_batch,
         )
 

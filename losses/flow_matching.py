@@ -7,6 +7,9 @@ Time t lies in [0, 1] and 1 is noise:
 Shapes: B batch, C latent channels, F latent frames, H latent rows, W latent columns.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 
@@ -30,3 +33,21 @@ def flow_error(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
     By hand: velocity = (1, 3), clean = (0, 0), noise = (1, 1): target (1, 1), errors (0, 4), mean 2.
     """
     return (velocity.float() - velocity_target(clean, noise)).square().flatten(1).mean(1)
+
+
+def bell_weight(t: Tensor, *, shift: float) -> Tensor:
+    """Weight of a flow error at time t in the authors' released code: float32 of t's shape, 0 at t = 1.
+
+        w(t) = (b(t) - b(1)) / mean over the grid of (b - b(1)),        b(t) = exp(-2 (t - 1/2)^2)
+
+    The grid is the release's 1,000 training times: shift u / (1 + (shift - 1) u) for u = 1, 0.999 ... 0.001. So the
+    weight is 1 on average where t is drawn from it (the paper has no weight).
+
+    By hand, shift 5: the mean of b - b(1) is 0.189496, so w(.5) = (1 - 0.606531) / 0.189496 = 2.0764.
+    """
+
+    def bell(t: Tensor) -> Tensor:
+        return torch.exp(-2 * (t.double() - 0.5).square()) - math.exp(-0.5)
+
+    u = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    return (bell(t) / bell(shift * u / (1 + (shift - 1) * u)).mean().item()).float()

@@ -26,20 +26,24 @@ def physics_guided_weights(
     k_gamma: float = 2.0,
     b_gamma: float = 0.4,
     lam: float = 0.6,
+    score_floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Physics-guided rewarding, eq. 9: sharpness alpha and weight gamma of a loser from its two judge scores.
 
-        v = 1 - (semantic + physical) / 2
+        v = (1 - score_floor) (1 - (semantic + physical) / 2)
         alpha = alpha_min + (1 - alpha_min) sigmoid(k_alpha (v - b_alpha))
         gamma = (1 + lam sigmoid(k_gamma (v - b_gamma))) / alpha_min
 
     `semantic` and `physical` are scores in [0, 1] of any shape; returns alpha in (alpha_min, 1) and gamma >= 1 /
     alpha_min, float32 and of that shape. gamma >= 1 / alpha always, which is what inequality (7) asks for.
 
+    score_floor is 0 in the paper. The released code divides ratings of 1 to 5 by 5, so its worst score is 0.2 where
+    (rating - 1) / 4 is 0: with 0.2 a score counts as 0.2 + 0.8 score.
+
     By hand: scores 0.5 and 0.5 give v = 0.5, alpha = 0.5 + 0.5 * sigmoid(0) = 0.75 and
     gamma = (1 + 0.6 * sigmoid(0.2)) / 0.5 = 2 * (1 + 0.6 * 0.549834) = 2.659801.
     """
-    difficulty = 1 - (semantic.float() + physical.float()) / 2
+    difficulty = (1 - score_floor) * (1 - (semantic.float() + physical.float()) / 2)
     alpha = alpha_min + (1 - alpha_min) * torch.sigmoid(k_alpha * (difficulty - b_alpha))
     gamma = (1 + lam * torch.sigmoid(k_gamma * (difficulty - b_gamma))) / alpha_min
     return alpha, gamma

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 import recipes
+from losses.flow_matching import bell_weight
 from losses.preference import pairwise_bound, physics_guided_weights, plackett_luce, relative_error
 from train import entry, winner
 from train.backbones.base import BackboneConfig
@@ -72,8 +73,13 @@ class ObjectiveConfig:
     b_gamma: float = 0.4
     lam: float = 0.6
     gamma_per_loser: bool = False  # divide gamma's numerator by the loser's own alpha, not alpha_min (released code)
+    score_floor: float = 0.0  # the worst score in eq. 9; 0.2: ratings of 1 to 5 over 5 (released code)
+    group_factor: bool = True  # eq. 13's factor m, the losers of the group; false: 1 (released code)
+    weighting: str = "none"  # of flow errors by t: none | bell (released code; `losses.flow_matching.bell_weight`)
     winner: str = "real"  # real | generated: the best-scored loser (VideoDPO-style)
     noise: str = "shared"  # shared: winner and losers meet the same noise | independent
+    # Eqs. 5 and 6 take t over the T steps of sampling, so a grid of shift 3 to 12, and the released code over one of
+    # shift 5; uniform with shift 1 is neither: half of its draws lie below 0.5, of the release's 17%.
     timesteps: str = "uniform"  # uniform | logit_normal
     logit_mean: float = 0.0  # of logit_normal
     logit_std: float = 1.0  # of logit_normal
@@ -148,11 +154,21 @@ def draw_time(objective: ObjectiveConfig, generator: torch.Generator) -> Tensor:
     return objective.t_min + (objective.t_max - objective.t_min) * t
 
 
+def weigh(objective: ObjectiveConfig, errors: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Flow errors (B,...) times objective.weighting at the batch's t, (B,)."""
+    if objective.weighting == "none":
+        return errors
+    weight = bell_weight(batch["t"], shift=objective.timestep_shift)
+    return errors * weight.view(-1, *[1] * (errors.dim() - 1))
+
+
 def preference_loss(
     config: Config, policy: Tensor, reference: Tensor, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss (B,) and its weights from flow errors `policy` and `reference`, both (B, 1+M') with the winner's first."""
+    """Loss (B,) and its weights from flow errors `policy` and `reference`, both (B, 1+M') with the winner's first and
+    without `objective.weighting`."""
     objective = config.objective
+    policy, reference = (weigh(objective, errors, batch) for errors in (policy, reference))
     anchor = objective.w_fm * policy[:, 0]
     if objective.loss == "plackett_luce":
         loss = plackett_luce(policy[:, 0], reference[:, 0], policy[:, 1:], reference[:, 1:], beta=objective.beta)
@@ -169,6 +185,7 @@ def preference_loss(
             k_gamma=objective.k_gamma,
             b_gamma=objective.b_gamma,
             lam=objective.lam,
+            score_floor=objective.score_floor,
         )
         if objective.gamma_per_loser:
             gamma = gamma * objective.alpha_min / alpha
@@ -180,7 +197,7 @@ def preference_loss(
         alpha=alpha,
         gamma=gamma,
         beta=objective.beta,
-        group_size=batch["group_size"],
+        group_size=batch["group_size"] if objective.group_factor else 1.0,
     )
     return loss + anchor, {"alpha": alpha.mean(), "gamma": gamma.mean()}
 
@@ -267,6 +284,7 @@ def check(config: Config) -> None:
         "winner": ("real", "generated"),
         "noise": ("shared", "independent"),
         "timesteps": ("uniform", "logit_normal"),
+        "weighting": ("none", "bell"),
     }
     for key, allowed in choices.items():
         if getattr(objective, key) not in allowed:
@@ -277,6 +295,8 @@ def check(config: Config) -> None:
         raise ValueError(f"objective.w_fm={objective.w_fm}: must be 0 (no anchor) or positive")
     if not 0 < objective.alpha_min <= 1:
         raise ValueError(f"objective.alpha_min={objective.alpha_min}: must lie in (0, 1] for inequality (7) to hold")
+    if not 0 <= objective.score_floor < 1:
+        raise ValueError(f"objective.score_floor={objective.score_floor}: must lie in [0, 1); 0 is the paper's")
     if not 0 <= objective.t_min < objective.t_max <= 1:
         raise ValueError(f"objective.t_min={objective.t_min}, t_max={objective.t_max}: need 0 <= t_min < t_max <= 1")
     if not (objective.timestep_shift > 0 and math.isfinite(objective.timestep_shift)):

@@ -14,6 +14,10 @@ stream's scale differs by orders of magnitude between backbones; the sem head ma
 compared; it runs on the resampled tokens (the paper projects first), of which only the chosen ones are ever made; the
 first layer runs in the backbone's dtype, the rest in float32. The loss weights are not published.
 
+The resampling in time is the plain one ("by interpolation" is all the paper says): every latent frame covers an equal
+share of the clip. In fact the first stands for one video frame and the others for four, so a student's token is read
+up to about 3 video frames too early, at latent frame 1, and hardly off at the clip's end.
+
 Shapes: B clips, D block width, F' H' W' its token grid, N points, K relation tokens, Dt teacher width.
 """
 
@@ -41,7 +45,9 @@ KEYS = {  # of `Group.extra`, by the weight that needs them
 class PhysicsConfig:
     w_pix: float = 0.0  # weight of the trajectory term, in squared frame sides; 0: no such term, nor its head
     w_sem: float = 0.0  # weight of the relational term, in cosines; 0: no such term, nor its head
-    block: int = -1  # whose output is read, from 0; -1: the middle (20 of 14B's 40, 15 of 5B's 30, as in the paper)
+    # Whose output is read, counted from 0; -1: the middle, 20 of 14B's 40 and 15 of 5B's 30. The paper names layers 20
+    # and 15 and does not say from where it counts: from 1, they are blocks 19 and 14 here.
+    block: int = -1
     # Trajectory term: the points that `keep` chose; false: all tracked ones. The relational term has the tokens that
     # were chosen when the targets were made: with their rule=all, from everywhere.
     region_focus: bool = True

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.backbones.base import Backbone, Conditioning
+from train.backbones.base import NEGATIVE_PROMPT, Backbone, Conditioning
 from train.clips import VideoConfig
 
 
 @dataclass
 class SamplerConfig:
+    """The defaults are Wan2.1's own for text to video, at 480p too. Wan2.2's own are in its recipes."""
+
     steps: int = 50  # Euler steps
     guidance: float = 5.0  # classifier-free guidance scale; 1 leaves the negative pass out
     guidance_low: float | None = None  # of the low-noise expert of two-expert families; null: `guidance`
-    shift: float = 3.0  # of the time grid, applied once: 3 for 480p, 5 for 720p
-    negative_prompt: str = ""  # what guidance steers away from
+    shift: float = 5.0  # of the time grid, applied once
+    negative_prompt: str = NEGATIVE_PROMPT  # what guidance steers away from; Wan's own, in Chinese
 
 
 def sample_clips(

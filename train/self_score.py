@@ -13,8 +13,9 @@ weights are in place for both.
 
 Deviations: levels above Proprio's 0.3 to 0.6, at which the hinge was rarely positive on the sandbox; one level and one
 draw a step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the winner's for both, or standing
-still would be a way out. Which steps are due follows from the global position of a sample, so every rank runs the same
-number of passes.
+still would be a way out. Where the image is the first latent frame, z_0 has it too, and S leaves that frame out, as in
+eval/refine/proprio.py: the network says nothing there. Which steps are due follows from the global position of a
+sample, so every rank runs the same number of passes.
 
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
 """
@@ -78,12 +79,13 @@ def self_score_loss(
     """
     winner, level, noise = batch["winner"].float(), batch["score_t"], batch["score_noise"]
     conditioning = Conditioning(batch["text"], batch.get("condition"))
-    mask = motion_mask(winner) if config.motion_mask else None
+    mask = conditioning.generated(motion_mask(winner)) if config.motion_mask else None
     predicted = x_t - batch["t"].view(-1, 1, 1, 1, 1) * velocity  # z_0
+    predicted = policy.backbone.start(predicted, conditioning)
 
     def score(clip: Tensor) -> Tensor:  # (B,C,F,H,W) -> (B,)
         answer = policy.backbone.velocity(interpolate(clip, noise, level), level, conditioning)
-        return masked_error(answer - (noise - clip), mask)
+        return masked_error(conditioning.generated(answer - (noise - clip)), mask)
 
     with policy.switch.frozen_reference():
         own = score(winner).detach()

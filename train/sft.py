@@ -25,7 +25,7 @@ from train.plan import print_plan
 
 @dataclass
 class ObjectiveConfig(gdpo.ObjectiveConfig):
-    """The preference objective's keys, of which SFT reads those of time and winner."""
+    """The preference objective's keys, of which SFT reads those of time, weighting and winner."""
 
     reference_passes: ClassVar[int] = 0
 
@@ -60,7 +60,7 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
     with policy.switch.sharing(winner.waiting(batch)):
         prediction = winner.predict(policy, batch["winner"], batch["noise"], batch, features_at=block)
         terms, metrics = winner.winner_losses(config, policy, prediction, batch)
-    loss = (prediction.error + terms).mean()
+    loss = (gdpo.weigh(config.objective, prediction.error, batch) + terms).mean()
     metrics = {"loss": loss.detach(), "flow": prediction.error.detach().mean()} | metrics
     return list(torch.autograd.grad(loss, policy.parameters())), metrics
 

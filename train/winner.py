@@ -20,7 +20,7 @@ from train.loop import Policy
 
 @dataclass
 class Prediction:
-    error: Tensor  # (N,) flow error
+    error: Tensor  # (N,) flow error of what is generated: an image that is held as the first frame has none
     x_t: Tensor  # (N,C,F,H,W) what the network saw
     velocity: Tensor  # (N,C,F,H,W) float32
     features: Tensor | None  # (N,D,F',H',W') of the block that the physics terms read
@@ -70,7 +70,8 @@ def predict(
         velocity = policy.backbone.velocity(x_t, t, conditioning)
     else:
         velocity, features = policy.backbone.velocity(x_t, t, conditioning, features_at=features_at)
-    return Prediction(flow_error(velocity, clips, noise), x_t, velocity, features)
+    error = flow_error(*map(conditioning.generated, (velocity, clips, noise)))
+    return Prediction(error, x_t, velocity, features)
 
 
 def winner_losses(

@@ -127,9 +127,8 @@ class SelfScore:
         noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=latents.device))
         noisy = self.backbone.start(noisy, self.conditioning)
         velocity = self.backbone.velocity_at(noisy, t, self.conditioning)
-        held = self.conditioning.held_frames(latents.shape[2])
-        residual = (velocity - velocity_target(latents, noise))[:, :, held:]
-        return torch.stack([masked_error(residual), masked_error(residual, self.mask[:, held:])])
+        residual = self.conditioning.generated(velocity - velocity_target(latents, noise))
+        return torch.stack([masked_error(residual), masked_error(residual, self.conditioning.generated(self.mask))])
 
     def noise(self, latents: Tensor, level: int, draw: int) -> Tensor:
         """(B,C,F,H,W), equal for all B, from a CPU generator of its own."""

@@ -3,6 +3,7 @@
 preference   the objectives of PhyGDPO's comparison, and sweeps of its hyperparameters
 physics      PhysisForcing's two terms and the self-score regulariser, on SFT and on PhyGDPO
 precision    the recipe in float32, bfloat16 and with 8-bit products
+timesteps    where t is drawn: the distributions of the large recipes, of the released code, and of this one
 """
 
 from collections.abc import Callable, Mapping
@@ -215,10 +216,22 @@ def precision(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, {}, "gdpo")
 
 
+def timesteps(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """The recipe's PhyGDPO with t drawn elsewhere: uniform at shifts 1 (the large recipes), 3 (this recipe's sampling
+    grid, eqs. 5 and 6) and 5 (the released code), logit-normal at shifts 1 and 3 (this recipe)."""
+    rows = [Row("base", "base model", "", against="logit_normal_3")]
+    for kind, shift in (("uniform", 1), ("uniform", 3), ("uniform", 5), ("logit_normal", 1), ("logit_normal", 3)):
+        overrides = (f"objective.timesteps={kind}", f"objective.timestep_shift={shift}")
+        label = f"{kind.replace('_', '-')}, shift {shift}"
+        rows.append(Row(f"{kind}_{shift}", label, "train.gdpo", overrides, against="logit_normal_3"))
+    return Suite({row.name: row for row in rows}, {}, "logit_normal_3")
+
+
 SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {
     "preference": preference,
     "physics": physics,
     "precision": precision,
+    "timesteps": timesteps,
 }
 
 

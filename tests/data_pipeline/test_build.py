@@ -326,10 +326,10 @@ def test_jsonl_with_scores_for_each_loser(model, clips, tmp_path):
 
 @pytest.mark.parametrize("family", ["wan22_ti2v", "wan22_i2v"])
 @pytest.mark.slow
-def test_image_families_keep_the_first_frames_latents(family, clips, tmp_path, capsys):
+def test_groups_from_an_image_keep_the_first_frames_latents(family, clips, tmp_path, capsys):
     model = write_tiny_pipeline(family, tmp_path / "model")
     manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:1])
-    more = (f"backbone.family={family}", "pipeline.num_losers=1")
+    more = (f"backbone.family={family}", "pipeline.num_losers=1", "pipeline.first_frame=true")
     build.main(arguments(model, manifest, tmp_path / "out", *more, "--dry-run"))
     planned = capsys.readouterr().out
     build.main(arguments(model, manifest, tmp_path / "out", *more))
@@ -341,6 +341,41 @@ def test_image_families_keep_the_first_frames_latents(family, clips, tmp_path, c
         assert torch.equal(group.losers[0, :, :1], group.condition)
     stored = 2 * (group.winner.numel() + group.losers.numel() + group.condition.numel())
     assert f"bytes a group       {stored} and" in planned
+
+
+@pytest.mark.slow
+def test_ti2v_groups_are_from_text_unless_a_first_frame_is_asked_for(clips, tmp_path, capsys):
+    """In the same folder: the change makes winners and losers anew, the same ones on the way back."""
+    model = write_tiny_pipeline("wan22_ti2v", tmp_path / "model")
+    manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:1])
+    more = ("backbone.family=wan22_ti2v", "pipeline.num_losers=1")
+    build.main(arguments(model, manifest, tmp_path / "out", *more, "--dry-run"))
+    planned = capsys.readouterr().out
+    build.main(arguments(model, manifest, tmp_path / "out", *more))
+    text = by_key(tmp_path / "out")["red"]
+    assert text.condition is None
+    assert f"bytes a group       {2 * (text.winner.numel() + text.losers.numel())} and" in planned
+    build.main(arguments(model, manifest, tmp_path / "out", *more, "pipeline.first_frame=true"))
+    image = by_key(tmp_path / "out")["red"]
+    assert torch.equal(image.winner, text.winner) and torch.equal(image.losers[0, :, :1], image.condition)
+    assert not torch.equal(text.losers[0, :, :1], image.condition)
+    build.main(arguments(model, manifest, tmp_path / "out", *more, "pipeline.first_frame=false"))
+    again = by_key(tmp_path / "out")["red"]
+    assert again.condition is None and torch.equal(again.losers, text.losers)
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "said"),
+    [("wan21", "true", "generates from text alone"), ("wan22_i2v", "false", "begins every clip with an image")],
+)
+def test_a_first_frame_that_the_family_has_not_is_refused_before_any_work(family, asked, said, clips, tmp_path):
+    model = write_tiny_pipeline(family, tmp_path / "model")
+    manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:1])
+    run = arguments(model, manifest, tmp_path / "out", f"backbone.family={family}", f"pipeline.first_frame={asked}")
+    for more in ((), ("--dry-run",)):
+        with pytest.raises(ValueError, match=f"pipeline.first_frame={asked}: this backbone.family {said}"):
+            build.main([*run, *more])
+    assert not (tmp_path / "out").exists()
 
 
 def simulated(model: Path, output: Path, *more: str) -> list[str]:

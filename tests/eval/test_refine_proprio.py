@@ -137,7 +137,7 @@ def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(ba
                 motion.append(torch.stack(errors)[:, 1])
             scores = []
             for levels in (whole, motion):
-                weights = torch.stack([1 / (errors.var(correction=0) + 1e-8) for errors in levels])
+                weights = torch.stack([1 / (errors.detach().var(correction=0) + 1e-8) for errors in levels])
                 scores.append((weights * torch.stack([errors.mean() for errors in levels])).sum() / weights.sum())
             score = 0.2 * scores[0] + 0.8 * scores[1]
             assert float(found.trace[update, clip]) == pytest.approx(score.item(), rel=2e-4)

@@ -344,6 +344,14 @@ def test_the_precision_rows_differ_in_precision_alone():
     assert {row.against for row in rows.values()} <= set(rows)
 
 
+def test_the_timestep_rows_differ_in_where_t_is_drawn_and_one_is_the_recipe():
+    suite, objective = ablation_rows.timesteps({}), ablation.read_recipe(())["objective"]
+    drawn = {name: dict(pair.split("=") for pair in row.overrides) for name, row in suite.rows.items() if row.trainer}
+    assert {tuple(pairs) for pairs in drawn.values()} == {("objective.timesteps", "objective.timestep_shift")}
+    kind, shift = drawn[suite.middle].values()
+    assert (kind, float(shift)) == (objective["timesteps"], objective["timestep_shift"])
+
+
 def test_the_physics_rows_differ_in_their_terms_alone():
     def weights(name):
         return dict(pair.split("=") for pair in PHYSICS[name].overrides)

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from losses.flow_matching import flow_error, interpolate, velocity_target
+from losses.flow_matching import bell_weight, flow_error, interpolate, velocity_target
 
 
 def test_values_by_hand():
@@ -36,3 +37,17 @@ def test_gradient_is_that_of_a_mean():
     clean, noise = torch.zeros(1, 2, 1, 1, 2), torch.ones(1, 2, 1, 1, 2)
     flow_error(velocity, clean, noise).sum().backward()
     torch.testing.assert_close(velocity.grad, torch.full_like(velocity, 2 * -1.0 / 4))
+
+
+def test_the_bell_by_hand_and_on_the_releases_grid():
+    """Its values on the grid of shift 5, and its mean there; the grid's last time is 5 * .001 / 1.004."""
+    t = torch.tensor([1, 0.98, 0.9, 0.75, 0.5, 0.25])
+    weights = bell_weight(t, shift=5.0)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == pytest.approx([0, 0.13, 0.63, 1.46, 2.08, 1.46], abs=0.005)
+    assert bell_weight(torch.tensor(0.5), shift=5.0).item() == pytest.approx((1 - 0.606531) / 0.189496, rel=1e-5)
+    for shift in (1.0, 5.0):
+        grid = torch.tensor([shift * (i / 1000) / (1 + (shift - 1) * i / 1000) for i in range(1000, 0, -1)]).double()
+        bell = torch.exp(-2 * ((1000 * grid - 500) / 1000) ** 2)
+        bell = bell - bell.min()
+        torch.testing.assert_close(bell_weight(grid, shift=shift).double(), bell / bell.mean(), rtol=1e-5, atol=1e-6)

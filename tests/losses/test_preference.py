@@ -41,6 +41,18 @@ def test_physics_guided_weights_equal_reference(options):
     assert (gamma >= 1 / alpha).all()  # what inequality (7) needs
 
 
+def test_a_score_floor_of_a_fifth_is_a_rating_over_five():
+    """Ratings 1 to 5 as scores (r - 1) / 4, against v = 1 - (r / 5 + r' / 5) / 2: two ones give 0.8, not 1."""
+    ratings = torch.cartesian_prod(torch.arange(1, 6), torch.arange(1, 6)).double()
+    semantic, physical = ((ratings - 1) / 4).unbind(1)
+    alpha, gamma = physics_guided_weights(semantic, physical, score_floor=0.2)
+    for found, (first, second) in zip(zip(alpha, gamma, strict=True), ratings.tolist(), strict=True):
+        v = 1 - (first / 5 + second / 5) / 2
+        assert found[0].item() == pytest.approx(0.5 + 0.5 * sigmoid(5 * (v - 0.5)), rel=1e-5)
+        assert found[1].item() == pytest.approx((1 + 0.6 * sigmoid(2 * (v - 0.4))) / 0.5, rel=1e-5)
+    assert alpha[0].item() == pytest.approx(0.5 + 0.5 * sigmoid(1.5), rel=1e-5)  # the worst: v = 0.8
+
+
 def test_worse_losers_weigh_more():
     scores = torch.linspace(0, 1, 11)
     alpha, gamma = physics_guided_weights(scores, scores)

@@ -64,6 +64,14 @@ def test_aggregation_by_hand_and_by_loops():
         aggregate(errors, weighting="variance")
 
 
+def test_the_weights_of_levels_are_constants_to_the_gradient():
+    """Weights 0.8 and 0.2 over two draws each. Through them the first error's gradient would be 0.4 - 0.64: the score
+    would fall where that error rises, towards its level's other draw."""
+    errors = torch.tensor([[[1.0, 3.0], [4.0, 8.0]]], requires_grad=True)
+    aggregate(errors).sum().backward()
+    torch.testing.assert_close(errors.grad, torch.tensor([[[0.4, 0.4], [0.1, 0.1]]]))
+
+
 def test_hybrid_and_gradients():
     assert hybrid(torch.tensor(1.0), torch.tensor(2.0)).item() == pytest.approx(1.8)
     residual, mask = draw(8, 2, 2, 2, 2, 2).float().requires_grad_(), draw(9, 2, 2, 2, 2).abs().clamp(max=1)

@@ -1,5 +1,6 @@
 """Recipes: every shipped one under every entry point, the order of the layers, and what a mistake is answered with."""
 
+import hashlib
 import importlib
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 
@@ -8,7 +9,8 @@ from omegaconf import OmegaConf
 
 import recipes
 from train import gdpo, sft
-from train.backbones import find_architecture
+from train.backbones import find_architecture, load_backbone
+from train.backbones.base import sigma_grid
 from train.physics import feature_block
 
 ENTRY_POINTS = [
@@ -84,6 +86,40 @@ def test_every_recipe_names_a_known_backbone_and_trains_where_its_expert_serves(
     assert config.backbone.expert == "high_noise"
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "shift", "guidance", "high"),
+    [
+        ("wan1_3b", 50, 5, (5, None), None),
+        ("wan14b", 50, 5, (5, None), None),
+        ("wan22_5b", 50, 5, (5, None), None),
+        ("physisforcing_5b", 50, 5, (5, None), None),
+        ("wan22_a14b_t2v", 40, 12, (4, 3), 26),
+        ("wan22_a14b_i2v", 40, 5, (3.5, 3.5), 15),
+        ("physisforcing_a14b", 40, 5, (3.5, 3.5), 15),
+    ],
+)
+def test_recipes_sample_as_wan_itself_does(name, steps, shift, guidance, high):
+    """Values of Wan's public configs. Step i = 0, 1 ... of n begins at s u / (1 + (s - 1) u) with u = 1 - i / n, at
+    least b where u >= b / (s - (s - 1) b): .875 / 2.375 = .368, so i <= 25, and .9 / 1.4 = .643, so i <= 14."""
+    config = load(f"recipe={name}")
+    sampler = config.sampler
+    assert (sampler.steps, sampler.shift, (sampler.guidance, sampler.guidance_low)) == (steps, shift, guidance)
+    assert hashlib.sha256(sampler.negative_prompt.encode()).hexdigest().startswith("ce96e0324e4b54ce")  # Wan's own
+    backbone = load_backbone(replace(config.backbone, path="", random_weights=True), "cpu", parts=())
+    served = [backbone._expert_at(t) for t in sigma_grid(sampler.steps, sampler.shift)[:-1]]
+    assert high is None or served == ["high_noise"] * high + ["low_noise"] * (steps - high)
+
+
+def test_groups_validation_and_benchmarks_of_a_recipe_agree_on_the_first_frame():
+    """wan22_ti2v, which can do both: from text in wan22_5b, from an image in physisforcing_5b."""
+    for name, image in (("wan22_5b", False), ("physisforcing_5b", True)):
+        build = recipes.load(config_class("data_pipeline.build"), [f"recipe={name}"])
+        assert build.pipeline.first_frame is image
+        shipped = OmegaConf.load(recipes.FOLDER / f"{name}.yaml")
+        assert ("images" in shipped.validation) is image
+        assert not {"physics_iq", "pai_bench"} & set(shipped.get("benchmarks", []))  # they show an image
+
+
 def test_wan14b_holds_the_papers_values():
     config = load("recipe=wan14b")
     paper = {
@@ -105,6 +141,9 @@ def test_wan14b_holds_the_papers_values():
             "b_gamma": 0.4,
             "lam": 0.6,
             "gamma_per_loser": False,
+            "score_floor": 0.0,
+            "group_factor": True,
+            "weighting": "none",
             "winner": "real",
             "noise": "shared",
             "timesteps": "uniform",
@@ -160,6 +199,8 @@ def test_the_released_preset_lies_over_the_recipe_and_under_the_command_line():
     assert objective.gamma_per_loser
     assert (config.optim.schedule, config.optim.steps) == ("constant", 3000)
     assert len(config.lora.targets) == 10 and "ffn.net.2" in config.lora.targets
+    assert (objective.noise, objective.timesteps, objective.timestep_shift) == ("independent", "uniform", 5.0)
+    assert (objective.weighting, objective.group_factor, objective.score_floor) == ("bell", False, 0.2)
     assert (objective.alpha_min, objective.k_alpha, objective.beta) == (0.5, 5.0, 1000.0)  # the recipe's, untouched
     assert objective.preset == "released"
 

@@ -74,6 +74,7 @@ def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_
         None,
         **SIZE,
         steps=4,  # t = 1, .9, .75, .5: both experts, and with wan22_i2v the boundary itself
+        shift=3.0,
         guidance=4.0,
         guidance_low=low,
         negative="blurry",
@@ -283,7 +284,7 @@ def test_two_experts_switch_at_the_boundary(backbone_of, monkeypatch, family):
         return network(self, expert, latents, t, conditioning)
 
     monkeypatch.setattr(type(backbone), "_network", spy)
-    settings = {**SIZE, "steps": 4, "negative": conditioning[:1], "progress": False}
+    settings = {**SIZE, "steps": 4, "shift": 3.0, "negative": conditioning[:1], "progress": False}
     backbone.sample(conditioning, torch.Generator().manual_seed(0), guidance=1.0, guidance_low=3.0, **settings)
     names = [name for name, _ in calls]
     # t = .9 is the image family's boundary and belongs to high_noise; only low_noise has a negative pass here.

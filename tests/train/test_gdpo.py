@@ -267,17 +267,75 @@ def test_flow_dpo_has_unit_weights(policy, configure):
 
 
 def test_released_preset_divides_gamma_by_the_losers_own_alpha(policy, configure):
-    """Scores 0, 0 give v = 1: alpha = .5 + .5 sigmoid(2.5) = .9621, gamma = (1 + .5 sigmoid(1.5)) / alpha = 1.4643."""
+    """Ratings 1 and 1 give v = .8: alpha = .5 + .5 sigmoid(1.5) = .9088, gamma = (1 + .5 sigmoid(.9)) / alpha = 1.4915;
+    four losers make no difference."""
     config = configure("objective.preset=released")
     assert config.objective.gamma_per_loser and config.objective.k_gamma == 3
-    batch = {"semantic": torch.zeros(1, 1), "physical": torch.zeros(1, 1), "group_size": torch.ones(1)}
+    batch = {"semantic": torch.zeros(1, 1), "physical": torch.zeros(1, 1), "group_size": torch.full((1,), 4.0)}
+    batch["t"] = torch.tensor([0.5])
     errors = torch.zeros(1, 2)
     loss, weights = gdpo.preference_loss(config, errors, errors, batch)
-    alpha = 0.5 + 0.5 / (1 + math.exp(-2.5))
-    gamma = (1 + 0.5 / (1 + math.exp(-1.5))) / alpha
+    alpha = 0.5 + 0.5 / (1 + math.exp(-1.5))
+    gamma = (1 + 0.5 / (1 + math.exp(-0.9))) / alpha
     assert weights["alpha"].item() == pytest.approx(alpha, rel=1e-6)
     assert weights["gamma"].item() == pytest.approx(gamma, rel=1e-6)
     assert loss.item() == pytest.approx(gamma * math.log(2), rel=1e-6)
+
+
+def as_released(policy, reference, t, ratings):
+    """The released loss of one pair in float64: errors (winner, loser) times the scheduler's weight on its grid."""
+    grid = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
+    grid = 5 * grid / (1 + 4 * grid)
+    bell = torch.exp(-2 * ((1000 * grid - 500) / 1000) ** 2)
+    bell = (bell - bell.min()) * 1000 / (bell - bell.min()).sum()
+    weight = bell[(grid - t).abs().argmin()].item()
+    v = 1 - (ratings[0] / 5 + ratings[1] / 5) / 2
+    alpha = 0.5 + 0.5 / (1 + math.exp(-5 * (v - 0.5)))
+    gamma = (1 + 0.5 / (1 + math.exp(-3 * (v - 0.5)))) / alpha
+    bracket = weight * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
+    return gamma * math.log(1 + math.exp(1000 * alpha * bracket))
+
+
+def test_the_released_preset_is_the_released_loss(configure):
+    config = configure("objective.preset=released")
+    generator = torch.Generator().manual_seed(2)
+    for t in (0.98, 0.9, 0.75, 0.5, 0.25):
+        policy, reference = 1 + 1e-3 * torch.rand(2, 2, generator=generator)
+        first, second = torch.randint(1, 6, (2,), generator=generator).tolist()
+        batch = {"t": torch.tensor([t]), "group_size": torch.full((1,), 3.0)}
+        batch |= {"semantic": torch.tensor([[(first - 1) / 4]]), "physical": torch.tensor([[(second - 1) / 4]])}
+        loss, _ = gdpo.preference_loss(config, policy[None], reference[None], batch)
+        expected = as_released(policy.tolist(), reference.tolist(), t, (first, second))
+        assert loss.item() == pytest.approx(expected, rel=5e-3)  # t lies up to half a step of the grid away
+
+
+def test_the_released_preset_draws_as_the_release(configure):
+    """t over a grid of shift 5, its mean 5/4 - 5/16 ln 5 = .747 and 1/6 below .5; noise of its own for each clip."""
+    config = configure("objective.preset=released", "recipe=sandbox")
+    t = draws(config.objective)
+    assert t.mean().item() == pytest.approx(1.25 - 5 / 16 * math.log(5), abs=0.01)
+    assert (t < 0.5).double().mean().item() == pytest.approx(1 / 6, abs=0.02)
+    assert config.objective.noise == "independent" and config.optim.max_grad_norm >= 1e9
+
+
+@pytest.mark.parametrize("loss", ["bound", "plackett_luce"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_weighted_error_has_a_weighted_gradient(policy, configure, loss, count):
+    """In a group alone and in a batch, each at its own t: the bell (of shift 1) is a factor of beta and anchor."""
+    bare = configure(f"objective.loss={loss}", "objective.beta=10", "objective.w_fm=3")
+    config = configure(f"objective.loss={loss}", "objective.beta=10", "objective.w_fm=3", "objective.weighting=bell")
+    chosen, expected = samples(config, range(count)), 0
+    grid = torch.arange(1, 1001).double() / 1000
+    for sample in chosen:
+        bell = [math.exp(-2 * (float(t) - 0.5) ** 2) - math.exp(-0.5) for t in (sample["t"], *grid)]
+        weight = bell[0] / (sum(bell[1:]) / 1000)
+        objective = replace(bare.objective, beta=10 * weight, w_fm=3 * weight)
+        expected = expected + by_the_equations(replace(bare, objective=objective), policy, sample) / count
+    gradients, metrics = gdpo.step(config, policy, default_collate(chosen))
+    assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distance(gradients, torch.autograd.grad(expected, policy.switch.parameters())) < 1e-5
+    _, plain = gdpo.step(bare, policy, default_collate(chosen))
+    assert all(metrics[name] == plain[name] for name in ("margin", "policy_winner", "reference_loser"))  # unweighted
 
 
 def test_a_generated_winner_is_the_best_scored_loser(configure):

@@ -1,18 +1,22 @@
 """The terms on the winner inside both trainers: gradients, heads in the optimizer and checkpoint, refusals, resume."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import default_collate
 
+import recipes
 from losses.flow_matching import interpolate
 from losses.self_score import motion_mask
 from train import checkpoint, gdpo, loop, sft
-from train.backbones import load_backbone
-from train.backbones.base import Conditioning
+from train.backbones import find_architecture, load_backbone
+from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.fused_block import fuse_blocks
+from train.backbones.wan22_ti2v import Wan22TI2V
 from train.clips import to_pixels
 from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream
@@ -388,3 +392,83 @@ def test_targets_are_made_while_training(tiny, tmp_path, capsys, monkeypatch):
     backbone = load_backbone(tiny.config(tmp_path).backbone, "cpu", parts=("vae",))
     with torch.no_grad():
         assert torch.equal(to_pixels(backbone.decode_latents(winner[None]))[0], seen[0])
+
+
+# ---- an image as the first frame -------------------------------------------------------------------------------------
+
+
+class Knows(nn.Module):
+    """A network that knows the one clip there is, but for `offset` in every cell: v = (x_t - clip + offset) / t, so
+    that its z_0 is clip - offset. With an image, the first frame's tokens have t = 0."""
+
+    dtype = torch.float32
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip, self.blocks = clip, nn.ModuleList()
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict):
+        return ((hidden_states - self.clip + self.offset) / (timestep.amax() / 1000),)
+
+
+OFF, LEVEL, FRAMES = 0.1, 0.75, 21
+
+
+@pytest.fixture
+def knowing():
+    """A policy that is OFF in every cell, beside a reference that knows the winner exactly, and one group."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    winner = draw(1, 12, FRAMES, 4, 4)
+    config = BackboneConfig(family="wan22_ti2v", text_length=2)
+    architecture = find_architecture(replace(config, architecture="tiny"))
+    network = Knows(winner)
+    backbone = Wan22TI2V(config, architecture, torch.device("cpu"), "known", experts={"transformer": network})
+    policy = Policy(backbone, FullParameters(network, keep_reference=True))
+    with torch.no_grad():
+        network.offset.fill_(OFF)
+    batch = {"winner": winner, "noise": draw(1, 12, FRAMES, 4, 4), "text": torch.zeros(1, 2, 64)}
+    return policy, batch | {"score_t": torch.tensor([LEVEL]), "score_noise": draw(1, 12, FRAMES, 4, 4)}
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize("masked", ["true", "false"])
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_a_frame_that_the_image_holds_is_neither_an_error_nor_judged(knowing, t, masked, image):
+    """By hand, in every cell that is generated: the flow is off by OFF / t, and z_0 by OFF, which the judge at level s
+    sees as OFF / s: (.1 / .75)^2 = .0178 above the winner's 0, at any t. The held frame's velocity is 0; counted, it
+    adds 2 / 21 = .095 to the flow error of a network that knows everything, and takes about 2 t (1 - t) / 21 off the
+    hinge."""
+    policy, batch = knowing
+    batch["t"] = torch.tensor([t])
+    batch |= {"condition": batch["winner"][:, :, :1]} if image else {}
+    own = ("self_score.weight=1", f"self_score.motion_mask={masked}")
+    gradients, metrics = sft.step(recipes.load(sft.Config, list(own)), policy, batch)
+    assert metrics["flow"].item() == pytest.approx((OFF / t) ** 2, rel=1e-3)
+    assert metrics["self"].item() == pytest.approx((OFF / LEVEL) ** 2, rel=1e-3)  # 0.017778
+    assert gradients[0].item() == pytest.approx(2 * OFF / t**2 + 2 * OFF / LEVEL**2, rel=1e-3)
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+def test_a_perfect_network_has_no_error_on_a_clip_that_begins_with_its_image(knowing, image):
+    """The reference; the bracket is then the policy's own errors, and beta and the anchor are what they say."""
+    policy, batch = knowing
+    batch |= {"losers": batch["winner"][:, None], "noise": batch["noise"][:, None].expand(-1, 2, -1, -1, -1, -1)}
+    batch |= {"t": torch.tensor([0.5]), "group_size": torch.ones(1)}
+    batch |= {"semantic": torch.zeros(1, 1), "physical": torch.zeros(1, 1)}
+    batch |= {"condition": batch["winner"][:, :, :1]} if image else {}
+    del batch["score_t"]
+    _, metrics = gdpo.step(recipes.load(gdpo.Config, []), policy, batch)
+    assert metrics["reference_winner"].item() == pytest.approx(0, abs=1e-9)
+    assert metrics["policy_winner"].item() == pytest.approx((OFF / 0.5) ** 2, rel=1e-4)
+
+
+def test_sft_weighs_its_error_by_time(knowing):
+    """At t = .5 and shift 5 the bell is 2.0764; metrics show the error itself."""
+    policy, batch = knowing
+    batch["t"] = torch.tensor([0.5])
+    del batch["score_t"]
+    config = recipes.load(sft.Config, ["objective.weighting=bell", "objective.timestep_shift=5"])
+    _, metrics = sft.step(config, policy, batch)
+    assert metrics["flow"].item() == pytest.approx(0.04, rel=1e-4)
+    assert metrics["loss"].item() == pytest.approx(2.0764 * 0.04, rel=1e-4)

@@ -25,6 +25,11 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from train.backbones.architecture import latent_shape, num_tokens
 
 TRAIN_TIMESTEPS = 1000.0  # the network's clock runs from 0 to 1000
+NEGATIVE_PROMPT = (  # Wan's own, word for word: sample_neg_prompt in the shared configs of Wan2.1 and Wan2.2
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 @dataclass
@@ -76,6 +81,11 @@ class Conditioning:
         one, none elsewhere."""
         return 0 if self.image is None or self.image.shape[2] == num_frames else self.image.shape[2]
 
+    def generated(self, cells: Tensor) -> Tensor:
+        """The latent frames of cells (..., F, H, W) that are generated, the ones that an error counts: all but the
+        `held_frames`."""
+        return cells[..., self.held_frames(cells.shape[-3]) :, :, :]
+
     @staticmethod
     def cat(items: Sequence[Conditioning]) -> Conditioning:
         """Joined along the batch; either all items have an image or none has."""
@@ -107,6 +117,7 @@ class Backbone:
     architectures: ClassVar[dict[str, dict[str, Any]]]
     expert_folders: ClassVar[dict[str, str]] = {"transformer": "transformer"}  # expert name -> folder in the pipeline
     expand_timesteps: ClassVar[bool] = False  # the pipeline's own flag: timesteps per token
+    first_frame: ClassVar[tuple[bool, ...]] = (False,)  # may clips begin with an image, must they; first the default
     default_boundary: ClassVar[float | None] = None  # two experts: high_noise where t >= boundary
 
     def __init__(
@@ -334,8 +345,8 @@ class Backbone:
         steps: int = 50,
         guidance: float = 5.0,
         guidance_low: float | None = None,
-        shift: float = 3.0,
-        negative: str | Conditioning = "",
+        shift: float = 5.0,
+        negative: str | Conditioning = NEGATIVE_PROMPT,
         first_frame: Tensor | None = None,
         latents: Tensor | None = None,
         progress: bool = True,

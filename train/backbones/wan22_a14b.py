@@ -36,6 +36,7 @@ class Wan22I2V(Wan22T2V):
         "A14B": wan_architecture(heads=40, ffn=13824, layers=40, in_channels=36),
     }
     default_boundary = 0.9
+    first_frame = (True,)
 
     @classmethod
     def input_channels(cls, architecture: dict[str, Any]) -> int:

@@ -22,6 +22,7 @@ class Wan22TI2V(Backbone):
         "5B": wan_architecture(heads=24, ffn=14336, layers=30, z_dim=48, vae_scale=16),
     }
     expand_timesteps = True
+    first_frame = (False, True)
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor:
         """First frame (B, 3, H, W) in [-1, 1] -> its latent frame (B, C, 1, H, W), whatever `num_frames` is."""

@@ -19,10 +19,11 @@ from torch import Tensor
 from data_pipeline.manifests import SCORES, check_scores
 from data_pipeline.sources import record_digest
 from data_pipeline.store import Store
-from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, read_rows, write_text
+from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, read_rows
 from eval.judges.scores import Judge, Unjudged
 from train.backbones.base import Backbone
 from train.clips import to_pixels, write_clip
+from train.files import write_text
 
 Score = tuple[float, float]  # (semantic, physical), each in [0, 1]
 NEUTRAL = (0.5, 0.5)  # of a loser that nobody judged
@@ -124,7 +125,7 @@ class JudgeLosers(Stage):
         shown = self.save_to / ".shown" / record["key"]
         return (
             shown.exists()
-            and shown.read_text(encoding="utf-8") == record_digest(self.loser_settings, record)
+            and shown.read_bytes() == record_digest(self.loser_settings, record).encode("ascii")
             and all(path.exists() for path in self._paths(record["key"]))
         )
 

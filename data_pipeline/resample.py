@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.tables import atomic
+from train.files import atomic
 
 SHOWN = 40  # actions in the picture
 

@@ -35,11 +35,12 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from torch import Tensor
 
 from data_pipeline.manifests import Row, checked, read_manifest
-from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, digest, dropped_table
+from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, dropped_table
 from eval.records import BadRow, Record, not_local, printable
 from eval.sandbox.clips import SCENES, Clips
 from eval.sandbox.splits import SPLITS, list_clips, simulate_block
 from train.clips import ClipError, VideoConfig, read_clip
+from train.files import digest, sha256
 
 VIDEOS = (  # suffixes of a clip; those that PyAV does not read after all are listed as such
     *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".mk3d", ".webm", ".avi", ".divx", ".gif", ".apng", ".wmv", ".asf"),
@@ -94,7 +95,7 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
             remedy = f"give its folder, with the prompt in {path.with_suffix('.txt').name}, or a CSV that names it"
             raise ValueError(f"pipeline.manifest={path} is a single clip: {remedy}")
         else:
-            identity, rows = _sha256, partial(read_manifest, path, num_losers=num_losers)
+            identity, rows = sha256, partial(read_manifest, path, num_losers=num_losers)
         sources.append(Source(str(path), partial(_located, path, identity), rows))
     return sources
 
@@ -404,11 +405,6 @@ def _file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
         begin = file.read(min(IDENTITY_BYTES, size))
         file.seek(offset + max(0, size - IDENTITY_BYTES))
         return hashlib.sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size)))).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FrameReader:

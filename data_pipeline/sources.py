@@ -16,6 +16,7 @@ What is read is hostile: no name out of a caption, a manifest or a shard becomes
 member of a shard is found by its offset.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -40,7 +41,7 @@ from eval.records import BadRow, Record, not_local, printable
 from eval.sandbox.clips import SCENES, Clips
 from eval.sandbox.splits import SPLITS, list_clips, simulate_block
 from train.clips import ClipError, VideoConfig, read_clip
-from train.files import digest, sha256
+from train.files import digest, explain_full_disk, sha256
 
 VIDEOS = (  # suffixes of a clip; those that PyAV does not read after all are listed as such
     *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".mk3d", ".webm", ".avi", ".divx", ".gif", ".apng", ".wmv", ".asf"),
@@ -53,6 +54,7 @@ SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # of a NAS, and of archives made on a M
 SIDECAR_BYTES = 1 << 20  # of a caption file that are read
 IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
 COPY_BYTES = 1 << 22  # of a shard's member at a time
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that no clip is to blame for
 
 
 @dataclass(frozen=True)
@@ -418,7 +420,8 @@ class FrameReader:
         self._block: tuple[object, Clips | None] = (None, None)
 
     def read(self, row: Row) -> Tensor:
-        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used."""
+        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used, and OSError where the machine is to blame,
+        for a full disk must not cost rows."""
         if row.source == "sandbox":
             clips, index = self.simulated(row)
             return clips.frames[index]
@@ -427,6 +430,8 @@ class FrameReader:
                 return self._read_member(row)
             return read_clip(row.path, self.video, start=row.start)
         except OSError as error:  # a name that is too long, a file that may not be read
+            if error.errno in MACHINE:
+                raise
             raise ClipError(Path(row.clip), "missing", error.strerror or str(error)) from error
 
     def read_all(self, rows: Mapping[str, Row]) -> tuple[dict[str, Tensor], dict[str, tuple[str, str]]]:
@@ -456,7 +461,7 @@ class FrameReader:
                 raise ClipError(Path(row.clip), "truncated", "the shard ends before this member does")
             shard.seek(place["offset"])
             copy, left = Path(folder) / "clip", place["size"]
-            with copy.open("wb") as file:
+            with explain_full_disk(copy), copy.open("wb") as file:
                 while left and (data := shard.read(min(left, COPY_BYTES))):
                     file.write(data)
                     left -= len(data)

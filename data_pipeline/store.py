@@ -1,7 +1,7 @@
 """Tensors that are costly to make, kept by the digest of all that they depend on: nothing is made twice.
 
-    <folder>/ab/abcd....safetensors     of one clip; the metadata names the clips that were made in one batch with it,
-                                        and holds a checksum of everything in the file
+    <folder>/ab/abcd....safetensors     of one clip; the metadata holds a checksum of all that is in the file, and names
+                                        the clips that were made in one batch with it
     <folder>/lost/abcd...               empty: that file was missing or damaged when it was needed, and is made anew
 
 A network's result depends, in its last bits, on the clips beside it in the batch. So a batch is fixed by its unit, and
@@ -9,7 +9,7 @@ counts as made only as a whole: a run that was killed and continued gives the by
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,9 +41,10 @@ class Store:
         """Keep what one batch gave, by digest."""
         for digest, tensors in made.items():
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            batch = " ".join(made)
+            # One entry: safetensors writes several in any order, and equal tensors shall be equal files.
+            entry = " ".join([_checksum(digest, made, whole), *made])
             with atomic(self.path(digest)) as temporary:
-                save_file(whole, temporary, {"batch": batch, "sha256": _checksum(digest, batch, whole)})
+                save_file(whole, temporary, {"checksum and batch": entry})
             self._lost(digest).unlink(missing_ok=True)
 
     def load(self, digest: str) -> dict[str, Tensor]:
@@ -76,15 +77,13 @@ class Store:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
-        batch = metadata.get("batch", "")
-        if metadata.get("sha256") != _checksum(digest, batch, tensors):
-            return None
-        return tensors, batch.split()
+        checksum, *batch = metadata.get("checksum and batch", "").split(" ")
+        return (tensors, batch) if checksum == _checksum(digest, batch, tensors) else None
 
 
-def _checksum(digest: str, batch: str, tensors: Mapping[str, Tensor]) -> str:
+def _checksum(digest: str, batch: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of a file's content, its own name included."""
-    found = hashlib.sha256(f"{digest}\0{batch}\0".encode())
+    found = hashlib.sha256(f"{digest}\0{' '.join(batch)}\0".encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())

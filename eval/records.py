@@ -146,8 +146,8 @@ def require(path: Path, required: Sequence[str], columns: Mapping[str, None]) ->
         elif near := difflib.get_close_matches(name, columns, n=1):
             hints.append(f"did you mean {name!r} by {near[0]!r}?")
     raise ValueError(
-        f"{path} has no column {' and no column '.join(map(repr, missing))}; found: {', '.join(columns)}; required:"
-        f" {', '.join(required)}{'; ' if hints else ''}{', '.join(hints)}"
+        f"{path} has no column {' and no column '.join(map(repr, missing))}; found: {', '.join(columns) or 'none'};"
+        f" required: {', '.join(required)}{'; ' if hints else ''}{', '.join(hints)}"
     )
 
 

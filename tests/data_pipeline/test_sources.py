@@ -687,10 +687,13 @@ def test_scores_come_from_the_table_then_the_manifest_then_neutral(tmp_path):
 def test_bad_score_tables_stop_before_any_work(tmp_path):
     table = tmp_path / "scores.csv"
     table.write_text("key,loser,semantic\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no column physical; found: key, loser, semantic"):
+    with pytest.raises(ValueError, match="no column 'physical'; found: key, loser, semantic"):
         read_scores(table)
     table.write_text("key,loser,semantic,physical\na,0,nan,1\na,1,1,1\na,1,1,1\na,x,1,1\nb,0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="4 bad lines .line 2:.*line 4:.*second time.*line 5:.*line 6:"):
+    with pytest.raises(ValueError, match="4 bad rows .row 1:.*row 3:.*second time.*row 4:.*row 5: 2 fields for 4"):
+        read_scores(table)
+    table.write_text("key;loser;semantic;physical\na;0;1;1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="scores.csv: the fields are separated by semicolons"):
         read_scores(table)
     with pytest.raises(ValueError, match="pipeline.scores=.*no such file"):
         read_scores(tmp_path / "none.csv")

@@ -420,8 +420,8 @@ class FrameReader:
         self._block: tuple[object, Clips | None] = (None, None)
 
     def read(self, row: Row) -> Tensor:
-        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used, and OSError where the machine is to blame,
-        for a full disk must not cost rows."""
+        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used, and OSError where it is the machine that
+        fails: a full disk must not cost rows."""
         if row.source == "sandbox":
             clips, index = self.simulated(row)
             return clips.frames[index]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 from pathlib import Path
@@ -651,6 +652,22 @@ def test_names_that_no_file_can_have(tmp_path):
         assert clip_identity(row) == ""
         with pytest.raises(ClipError, match="missing"):
             reader.read(row)
+
+
+def test_a_machine_without_file_descriptors_costs_no_rows(tmp_path, clip):
+    path = write_tar(tmp_path / "0.tar", [("a.mp4", clip.read_bytes()), ("a.txt", b"A")])
+    (row,) = map(row_of, pool(str(path))[0])
+    reader, limits = FrameReader(VIDEO, "cpu"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open("/dev/null", os.O_RDONLY)
+    os.close(spare)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            reader.read_all({"a": row})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(caught.value, ClipError)
+    assert list(reader.read_all({"a": row})[0]) == ["a"]
 
 
 def test_a_prompt_at_the_limit_is_kept(tmp_path):

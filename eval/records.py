@@ -115,7 +115,7 @@ def jsonl_records(path: Path, known: Sequence[str], columns: dict[str, None]) ->
 def check_encoding(path: Path) -> None:
     """ValueError for UTF-16 and for files that are no text."""
     with path.open("rb") as file:
-        head = file.read(1000)
+        head = file.read(4)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
         raise ValueError(f"{path} is UTF-16, or no text: save it as UTF-8 (in Excel as CSV UTF-8)")
 

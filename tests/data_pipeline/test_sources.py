@@ -103,6 +103,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_problem(tmp_path):
         ("a.mp4", "malformed row"),
         (b"a.mp4,Ein B\xe4ll,,,,", "not UTF-8"),
         (b"\xff.mp4,A ball,,,,", "not UTF-8"),
+        (b"a.mp4,A\0 ball,,,,", "not UTF-8"),
     ],
 )
 def test_a_bad_csv_row_is_quarantined_and_the_others_are_kept(tmp_path, line, reason):

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from eval import generate
 from eval.prompts import read_prompts
+from train.backbones.tiny import write_tiny_pipeline
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,17 @@ def test_bad_prompt_files(name, text, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         read_prompts([], [], str(path))
     assert str(path) in str(caught.value)
+
+
+def test_prompts_that_the_text_encoder_cuts_are_named_before_a_clip_is_made(tmp_path, capsys):
+    model = write_tiny_pipeline("wan21", tmp_path / "model")
+    settings = [f"backbone.path={model}", "backbone.architecture=tiny", "backbone.text_length=16", "dry_run=true"]
+    settings += ["video.height=64", "video.width=64", "video.num_frames=9", f"generate.folder={tmp_path / 'clips'}"]
+    generate.main([*settings, f"generate.prompts=['a ball', '{'9' * 30}', '{'8' * 30}']"])
+    line = "warning: 2 prompts are longer than the 16 tokens that the text encoder reads, and cut there; the first is"
+    assert f"{line} prompt 001-{'9' * 30}\n" in capsys.readouterr().out
+    generate.main([*settings, "generate.prompts=['a ball']"])
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_comments_are_counted(tmp_path, capsys):

@@ -39,11 +39,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.tables import atomic
 from train import entry
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import to_pixels, write_clip
+from train.files import write_bytes
 from train.groups import INDEX, Group, GroupSet, check_group, verify
 from train.teachers.points import unpack
 
@@ -307,8 +307,7 @@ def write_gallery(
 
 
 def _write_page(page: Path, text: str) -> None:
-    with atomic(page) as partial:
-        partial.write_bytes(text.encode("utf-8", errors="xmlcharrefreplace"))  # JSON may hold lone surrogates
+    write_bytes(page, text.encode("utf-8", errors="xmlcharrefreplace"))  # JSON may hold lone surrogates
 
 
 @torch.no_grad()

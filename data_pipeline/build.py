@@ -16,7 +16,8 @@
     encode     latents and text embeddings, all of it into shards                  encode.py
 
 A stage is cut into units, shared over the ranks. A unit that is complete and whose inputs are unchanged is skipped, so
-a build that was stopped continues when run again, on any number of ranks; the result is the same byte for byte.
+a build that was stopped continues when run again, on any number of ranks; the result is the same byte for byte. Of two
+builds in one folder at the same time the second is refused; the tasks of an array share it.
 
     <output>/pipeline/<stage>/        tables, see tables.py; summary.json
     <groups>/unit-00000.tar, .json    a shard and its marker (train/groups.py)
@@ -28,6 +29,7 @@ a build that was stopped continues when run again, on any number of ranks; the r
 import gc
 import json
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,13 @@ import recipes
 from data_pipeline.encode import takes_first_frame
 from data_pipeline.sources import read_pool
 from data_pipeline.stages import STAGES, Config, Stages, sources_of
-from data_pipeline.tables import Table, read_dropped, read_summary, write_text
+from data_pipeline.tables import Table, read_dropped, read_summary
 from data_pipeline.targets import TargetMaker
 from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage, stage_table
 from train import entry, files
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, latent_shape, num_tokens
+from train.files import lock, write_text
 
 CHOICES = ("no physics", "not chosen")  # reasons that say nothing bad of a row: they are not quarantined
 
@@ -133,9 +136,22 @@ def _architecture(backbone: BackboneConfig) -> dict[str, Any]:
 
 
 def build(config: Config) -> None:
-    """Run the selected stages. Raises ValueError where an earlier stage is not finished, and where no row is left."""
-    settings, chosen = config.pipeline, selected(config.pipeline.stage)
+    """Run the selected stages. Raises ValueError where an earlier stage is not finished, where no row is left, and when
+    another build is at work in the same folders."""
+    settings = config.pipeline
     team = Team(settings.array_index, settings.array_count)
+    with ExitStack() as held:
+        if team.is_main:
+            folders = [Path(config.output) / "pipeline", Path(settings.groups)]
+            folders += [Path(config.output) / "losers"] if settings.save_losers else []
+            task = f"task-{settings.array_index}" if settings.array_count > 1 else ""
+            for folder in folders:
+                held.enter_context(lock(folder, task=task))
+        _run_stages(config, team)
+
+
+def _run_stages(config: Config, team: Team) -> None:
+    settings, chosen = config.pipeline, selected(config.pipeline.stage)
     stages = Stages(config, team.device)
     if team.is_first:
         stages.check(chosen)
@@ -158,8 +174,9 @@ def build(config: Config) -> None:
         if team.is_first:
             conclude_stage(stage, units, table, show=selected_now)
             if not len(table):
-                listing = _write_quarantine(config, name)
-                raise ValueError(f"no row of {settings.manifest} is usable: {_reasons(config, name)}; see {listing}")
+                listing, _ = _write_quarantine(config, name)
+                reasons = ", ".join(f"{reason} {count}" for reason, count in _reasons(config, name).items())
+                raise ValueError(f"no row of {settings.manifest} is usable ({reasons}): see {listing}")
             if selected_now:
                 stage.conclude(table)
         before = table
@@ -167,7 +184,18 @@ def build(config: Config) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     if team.is_first:
-        _write_quarantine(config, chosen[-1])
+        listing, count = _write_quarantine(config, chosen[-1])
+        if count:
+            print(f"quarantine: {listing}, {count} rows that could not be used, each with its reason")
+        if "encode" in chosen and (warning := _cut_prompts(config, table)):
+            print(warning)
+
+
+def _cut_prompts(config: Config, table: Table) -> str:
+    """A warning of prompts that the text encoder does not read to their end; empty where there is none."""
+    rows = table.columns(("clip", "key", "prompt")).to_pylist()
+    backbone = load_backbone(config.backbone, "cpu", parts=("tokenizer",))
+    return backbone.cut_prompts({f"that of {row['clip']} (key {row['key']})": row["prompt"] for row in rows})
 
 
 def _reasons(config: Config, last: str) -> dict[str, int]:
@@ -178,8 +206,8 @@ def _reasons(config: Config, last: str) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _write_quarantine(config: Config, last: str) -> Path:
-    """List the rows that could not be used in the stages up to `last`, in order."""
+def _write_quarantine(config: Config, last: str) -> tuple[Path, int]:
+    """List the rows that could not be used in the stages up to `last`, in order; the file and their number."""
     lines = []
     for name in STAGES[: STAGES.index(last) + 1]:
         folder = Path(config.output) / "pipeline" / name
@@ -191,7 +219,7 @@ def _write_quarantine(config: Config, last: str) -> Path:
                     lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = Path(config.pipeline.groups) / "build" / "quarantine.jsonl"
     write_text(path, "".join(lines))
-    return path
+    return path, len(lines)
 
 
 if __name__ == "__main__":

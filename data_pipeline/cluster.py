@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data_pipeline.tables import atomic, digest, write_text
+from train.files import atomic, digest, write_text
 from train.teachers.weights import check_path, first_line
 
 SHIPPED = Path(__file__).with_name("actions.yaml")

@@ -131,7 +131,7 @@ class CotFilter:
     def run(self, items: Sequence[Item], advance: Callable[[int], None] = lambda count: None) -> list[Answer | Refused]:
         """An Answer or a Refused for each item, in order; advance is told 1 after each.
 
-        ValueError and OSError of `Item.frames` refuse the item. Raises VlmUnavailable (a ValueError) where the server
+        A ValueError of `Item.frames` refuses the item. Raises VlmUnavailable (a ValueError) where the server
         as a whole is at fault; what was answered until then is in the cache of answers.
         """
         return self.vlm.run(self._one, items, advance)
@@ -142,7 +142,7 @@ class CotFilter:
             return Refused(item.key, "prompt", fault, "")
         try:
             frames = await asyncio.to_thread(item.frames)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             return Refused(item.key, "frames", storable(str(error)), "")
         if not frames:
             return Refused(item.key, "frames", "there are none", "")

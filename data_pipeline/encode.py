@@ -130,7 +130,7 @@ class Encode(Stage):
 
     def is_intact(self, unit: Unit, marker: Mapping[str, Any]) -> bool:
         shard = shard_record(self.groups, unit.name)
-        return shard is not None and shard["sha256"] == marker["shard"]
+        return shard is not None and shard["sha256"] == marker.get("shard")
 
     def conclude(self, table: Table) -> None:
         """Delete the shards of earlier runs beyond the last unit, and index the others."""

@@ -20,9 +20,10 @@ from data_pipeline.encode import condition
 from data_pipeline.manifests import Row
 from data_pipeline.sources import FrameReader, clip_digest, clip_identity, record_digest, row_of
 from data_pipeline.store import Store
-from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, digest, drop
+from data_pipeline.tables import Advance, Made, Marker, Stage, Table, Unit, add_columns, drop, read_rows
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
+from train.files import digest
 from train.sampling import SamplerConfig, sample_clips
 
 OPEN_FILES = 16  # clips looked at together: over a network each takes milliseconds
@@ -131,6 +132,11 @@ class Generate(Stage):
         bad = self.maker.make(found, identities, advance)
         columns = {"seeds": list(map(self.maker.seeds, found)), "identity": identities}
         return drop(add_columns(rows, self.name, columns), bad)
+
+    def is_intact(self, unit: Unit, marker: Marker) -> bool:
+        lost = self.maker.store.lost()
+        records = read_rows(self.folder, unit.number).to_pylist() if lost else []
+        return lost.isdisjoint(record_digest(self.maker.settings, record) for record in records)
 
     def conclude(self, table: Table) -> None:
         records = (record for number in range(len(table.markers)) for record in table.unit(number).to_pylist())

@@ -19,11 +19,14 @@ from torch import Tensor
 from data_pipeline.manifests import SCORES, check_scores
 from data_pipeline.sources import record_digest
 from data_pipeline.store import Store
-from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, read_rows, write_text
+from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, read_rows
 from eval.judges.scores import Judge, Unjudged
+from eval.records import BadRow, csv_records, read_text, require
 from train.backbones.base import Backbone
 from train.clips import to_pixels, write_clip
+from train.files import write_text
 
+COLUMNS = ("key", "loser", *SCORES)  # of the table
 Score = tuple[float, float]  # (semantic, physical), each in [0, 1]
 NEUTRAL = (0.5, 0.5)  # of a loser that nobody judged
 Scores = dict[tuple[str, int], Score]  # by (group key, loser)
@@ -124,7 +127,7 @@ class JudgeLosers(Stage):
         shown = self.save_to / ".shown" / record["key"]
         return (
             shown.exists()
-            and shown.read_text(encoding="utf-8") == record_digest(self.loser_settings, record)
+            and shown.read_bytes() == record_digest(self.loser_settings, record).encode("ascii")
             and all(path.exists() for path in self._paths(record["key"]))
         )
 
@@ -164,35 +167,30 @@ def judge_clips(judge: Judge, clips: Tensor, prompts: list[str]) -> tuple[dict[i
 def read_scores(path: str | Path) -> Scores:
     """A CSV with the columns key, loser (from 0), semantic, physical; other columns are not read.
 
-    Raises ValueError, before any work, for a missing file or column and for lines that hold no scores in [0, 1], which
+    Raises ValueError, before any work, for a missing file or column and for rows that hold no scores in [0, 1], which
     it lists: a lost score must not pass for a neutral one.
     """
-    path = Path(path)
+    path, columns = Path(path).expanduser(), dict[str, None]()
     if not path.is_file():
         raise ValueError(f"pipeline.scores={path}: no such file")
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-        columns = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = columns
-        lines = [(reader.line_num, line) for line in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"pipeline.scores={path} is not a valid UTF-8 CSV: {error}") from error
-    if missing := [name for name in ("key", "loser", "semantic", "physical") if name not in columns]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; found: {', '.join(columns) or 'none'}")
+    rows = list(csv_records(path, COLUMNS, columns))
+    require(path, COLUMNS, columns)
     scores: Scores = {}
     problems = []
-    for number, line in lines:
+    for number, row in enumerate(rows, start=1):
         try:
-            place = line["key"].strip(), int(line["loser"])
+            if isinstance(row, BadRow):
+                raise row
+            place = read_text(row, "key"), int(row["loser"])
             if place in scores:
                 raise ValueError(f"loser {place[1]} of {place[0]!r} a second time")
-            scores[place] = check_scores(line["semantic"], line["physical"])
-        except (TypeError, ValueError, AttributeError) as error:
-            problems.append(f"line {number}: {error}")
+            scores[place] = check_scores(row["semantic"], row["physical"])
+        except (BadRow, ValueError) as error:
+            problems.append(f"row {number}: {error}")
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise ValueError(
-            f"{path} has {len(problems)} bad lines ({shown}); correct them, or remove them to leave the losers neutral"
+            f"{path} has {len(problems)} bad rows ({shown}); correct them, or remove them to leave the losers neutral"
         )
     return scores
 

@@ -2,20 +2,19 @@
 
 Columns: `clip` (path, absolute or relative to the manifest's folder) and `prompt`; optional `key`, `start` (seconds
 into the clip), `action`, `physics_richness`, `semantic` and `physical` (one pair of judge scores in [0, 1] for all
-losers of the row); in JSONL and Parquet also `scores` ([[semantic, physical], ...], one pair a loser).
+losers of the row); in JSONL and Parquet also `scores` ([[semantic, physical], ...], one pair a loser). A path may begin
+with ~. Texts must be text: NaN, true and numbers are refused; a key or an action may be a whole number.
 
 A bad column stops everything before any work, with a ValueError. A bad row stops nothing: it comes out as a `Dropped`,
 at its place, with its reason. Nothing here opens a clip.
 """
 
-import csv
-import difflib
 import hashlib
 import itertools
 import json
 import math
+import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.tables import Dropped
+from eval import records
+from eval.records import BadRow, Record, not_local, printable, read_text
 
 REQUIRED = ("clip", "prompt")
 OPTIONAL = ("key", "start", "action", "physics_richness", "semantic", "physical", "scores")
 SCORES = ("semantic", "physical")
+TEXTS = ("clip", "prompt", "key", "action")
 MAX_KEY = 64  # characters; a key becomes the name of a tar member
 MAX_TEXT = 10_000  # characters of a prompt or name; Wan's text encoder reads 512 tokens
 LOOK = 10_000  # JSON lines among which every required column must occur
@@ -50,41 +52,26 @@ class Row:
     place: str  # JSON: where in the source
 
 
-class BadRow(Exception):
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-
-
-Record = dict[str, Any] | BadRow
-
-
 def read_manifest(path: str | Path, *, num_losers: int) -> Iterator[Row | Dropped]:
     """The rows of a manifest, in the file's order; `num_losers` is the number of pairs that `scores` must have.
 
-    Raises ValueError for a missing file, another suffix than .csv, .jsonl or .parquet, a missing or doubled column,
-    broken quoting, and a file without rows. Columns that are not read are named on the standard output.
+    Raises ValueError for another suffix than .csv, .jsonl or .parquet, a file of another form (see eval/records.py), a
+    missing or doubled column, and a file without rows. Columns that are not read are named on the standard output.
     """
     path = Path(path)
-    readers = {".csv": _csv_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
+    readers = {".csv": records.csv_records, ".jsonl": records.jsonl_records, ".parquet": _parquet_records}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"pipeline.manifest={path}: unknown format {path.suffix!r}; use one of {', '.join(readers)}")
-    if not path.is_file():
-        raise ValueError(f"pipeline.manifest={path}: no such file; give one with the columns clip and prompt")
+        formats = f"one of {', '.join(readers)}, a folder of clips, or .tar shards"
+        raise ValueError(f"pipeline.manifest={path}: {records.unknown_format(path, formats)}")
     columns: dict[str, None] = {}  # grows while JSON lines are read
-    records = readers[path.suffix.lower()](path, columns)
-    first = list(itertools.islice(records, LOOK))
-    missing = [name for name in REQUIRED if name not in columns]
-    if missing and columns:
-        hints = [f"did you mean {near[0]!r}?" for name in missing if (near := difflib.get_close_matches(name, columns))]
-        raise ValueError(
-            f"{path} has no column {' and no column '.join(map(repr, missing))}; found: {', '.join(columns) or 'none'};"
-            f" required: {', '.join(REQUIRED)}{'; ' if hints else ''}{' '.join(hints)}"
-        )
+    found = readers[path.suffix.lower()](path, (*REQUIRED, *OPTIONAL), columns)
+    first = list(itertools.islice(found, LOOK))
+    if columns:
+        records.require(path, REQUIRED, columns)
     if not first:
         raise ValueError(f"{path} has no rows; it needs the columns {', '.join(REQUIRED)} and a row for each clip")
     folder = path.absolute().parent
-    for number, record in enumerate(itertools.chain(first, records), start=1):
+    for number, record in enumerate(itertools.chain(first, found), start=1):
         yield checked(record, folder, num_losers, "manifest", {"file": printable(path), "row": number})
     if unused := [name for name in columns if name not in (*REQUIRED, *OPTIONAL)]:
         print(f"warning: columns of {path} that are not read: {', '.join(unused)}")
@@ -96,7 +83,7 @@ def checked(record: Record, folder: Path, num_losers: int, source: str, place: d
     try:
         return _parse_row(record, folder, num_losers, source, where)
     except BadRow as bad:
-        found = record if isinstance(record, dict) else {}
+        found = record if isinstance(record, dict) else {"clip": record.clip}
         key, clip = (printable(found.get(name))[:MAX_TEXT] for name in ("key", "clip"))
         return Dropped(key, clip, where, bad.reason, bad.detail)
 
@@ -111,55 +98,14 @@ def safe_key(text: str) -> str:
     return f"{stem}-{digest}" if stem else digest
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------
-
-
-def _csv_records(path: Path, columns: dict[str, None]) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # a field beyond the limit would spoil the file, not its row
-    # Bytes that are not UTF-8 become surrogates, so that they spoil their own row only.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            names = [printable(name).strip() for name in next(reader, [])]
-            if doubled := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"{path} has the column {' and '.join(sorted(doubled))} twice; remove one")
-            columns |= dict.fromkeys(names)
-            for line in filter(None, reader):  # a blank line is no row
-                if len(line) == len(names):
-                    yield dict(zip(names, line, strict=True))
-                else:
-                    detail = f"{len(line)} fields for {len(names)} columns; quote fields that hold a comma"
-                    yield BadRow("malformed row", detail)
-        except csv.Error as error:
-            raise ValueError(
-                f"{path} is not valid CSV near line {reader.line_num}: {error}; check the quotes"
-            ) from error
-
-
-def _jsonl_records(path: Path, columns: dict[str, None]) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for line in filter(str.strip, file):
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
-            except (ValueError, RecursionError) as error:
-                yield BadRow("malformed row", f"not a JSON object: {error}")
-            else:
-                columns |= dict.fromkeys(map(printable, record))
-                yield record
-
-
-def _parquet_records(path: Path, columns: dict[str, None]) -> Iterator[Record]:
+def _parquet_records(path: Path, known: tuple[str, ...], columns: dict[str, None]) -> Iterator[Record]:
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if doubled := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"{path} has the column {' and '.join(sorted(doubled))} twice; remove one")
-            columns |= dict.fromkeys(names)
-            read = [name for name in names if name in (*REQUIRED, *OPTIONAL)]
+            names = {name: records.fold(name, known) for name in file.schema_arrow.names}
+            records.add_columns(path, [records.fold(name, known) for name in file.schema_arrow.names], columns)
+            read = [name for name, folded in names.items() if folded in known]
             for batch in file.iter_batches(batch_size=LOOK, columns=read):
-                yield from batch.to_pylist()
+                yield from batch.rename_columns([names[name] for name in batch.schema.names]).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
 
@@ -170,11 +116,19 @@ def _parquet_records(path: Path, columns: dict[str, None]) -> Iterator[Record]:
 def _parse_row(record: Record, folder: Path, num_losers: int, source: str, place: str) -> Row:
     if isinstance(record, BadRow):
         raise record
-    texts = {name: _text(record, name) for name in ("clip", "prompt", "key", "action")}
+    texts = {name: read_text(record, name, number_too=name in ("key", "action")) for name in TEXTS}
+    for name, text in texts.items():
+        if len(text) > MAX_TEXT:
+            raise BadRow("too long", f"{name} has {len(text)} characters; at most {MAX_TEXT} are taken")
     if not texts["prompt"]:
         raise BadRow("empty prompt", "every clip needs a prompt that describes it")
     if not texts["clip"]:
         raise BadRow("missing", "the row names no clip")
+    path = texts["clip"]
+    if source == "manifest":  # elsewhere it is the name of a file that was found
+        if why := not_local(path):
+            raise BadRow("not supported", f"{path[:200]} {why}")
+        path = os.path.expanduser(path)
     start = _number(record, "start")
     start = 0.0 if start is None else start
     if start < 0:
@@ -183,7 +137,7 @@ def _parse_row(record: Record, folder: Path, num_losers: int, source: str, place
     return Row(
         key=safe_key(texts["key"]) if texts["key"] else hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16],
         clip=texts["clip"],
-        path=str(folder / texts["clip"]),
+        path=str(folder / path),
         prompt=texts["prompt"],
         start=start,
         action=texts["action"],
@@ -194,29 +148,13 @@ def _parse_row(record: Record, folder: Path, num_losers: int, source: str, place
     )
 
 
-def _text(record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    if value is None:
-        return ""
-    if isinstance(value, (dict, list, bytes)):
-        raise BadRow("malformed row", f"{name} must be text, not {str(value)[:100]}")
-    text = str(value)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("not UTF-8", f"{name} reads {printable(text)[:100]!r}; save it as UTF-8") from None
-    if len(text) > MAX_TEXT:
-        raise BadRow("too long", f"{name} has {len(text)} characters; at most {MAX_TEXT} are taken")
-    return text.strip()
-
-
 def _number(record: dict[str, Any], name: str) -> float | None:
     """A finite number, or None where the column is absent or empty."""
     value = record.get(name)
     if value is None or isinstance(value, str) and not value.strip():
         return None
     try:
-        number = float(value)
+        number = _float(value)
     except (TypeError, ValueError, OverflowError):
         raise BadRow("bad number", f"{name}={printable(value)[:100]!r} is not a number") from None
     if not math.isfinite(number):
@@ -234,19 +172,24 @@ def _scores(record: dict[str, Any], num_losers: int) -> Iterator[tuple[float, fl
         raise BadRow("bad score", f"scores must be {num_losers} pairs [semantic, physical], not {found}")
     for pair in pairs:
         try:
+            if not isinstance(pair, list):
+                raise TypeError
             yield check_scores(*pair)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found = printable(pair)[:100]
             raise BadRow("bad score", f"{found} is no pair of scores, semantic and physical, in [0, 1]") from None
 
 
 def check_scores(semantic: Any, physical: Any) -> tuple[float, float]:
     """Both as floats; ValueError or TypeError unless they are numbers in [0, 1]."""
-    values = float(semantic), float(physical)
+    values = _float(semantic), _float(physical)
     if not all(0 <= value <= 1 for value in values):  # false for NaN too
         raise ValueError(f"semantic={semantic}, physical={physical}: scores lie in [0, 1]")
     return values
 
 
-def printable(value: Any) -> str:
-    return "" if value is None else str(value).encode("utf-8", errors="backslashreplace").decode("utf-8")
+def _float(value: Any) -> float:
+    """A number or what a table writes for one; true and false are none."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no number")
+    return float(value)

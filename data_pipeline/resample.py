@@ -5,9 +5,14 @@
     r_k = exp(tau d_k)                                         sampling weight
     H_r(k) = min(H_f(k), floor(N r_k / sum_j r_j))             clips taken of the H_f(k) that there are
 
-Deviations: the floor, which the paper does not print; and `redistribute`, off by default, which gives what the caps
-H_f leave over to the actions that have more. The paper chooses at random within an action; so it is here, by a hash of
-seed and key, so that a clip's fate does not depend on the order of the rows.
+Deviations: the floor, which the paper does not print; `redistribute`, off by default, which gives what the caps H_f
+leave over to the actions that have more; and `other`. In the paper every prompt belongs to its nearest action. Here the
+prompts that are near to none (`pipeline.cluster.threshold`) are `other`, and take part as one more action with a
+difficulty of its own: they tell of nothing in the list of actions, which does not mean that they show no physics. Rows
+without an action (empty cells of a manifest) take part likewise, as one.
+
+The paper chooses at random within an action; so it is here, by a hash of seed and key, so that a clip's fate does not
+depend on the order of the rows.
 
 Shapes: A actions, R rows.
 """
@@ -21,14 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.tables import atomic
+from train.files import atomic
 
 SHOWN = 40  # actions in the picture
 
 
 @dataclass
 class ResampleConfig:
-    budget: int = 0  # N, clips taken in all, at most (the paper's is not printed; 20000 gives its 17K); 0: all
+    budget: int = 0  # N, clips taken in all, at most; 0: all. Paper: 20000, of which the caps left 17K
     tau: float = 3.0  # how much the difficult is preferred; 0: all actions alike, and nothing has to be generated
     representatives: int = 8  # n_c, prompts of each action that the model is tried on
     redistribute: bool = False  # give what actions with too few clips leave over to the others

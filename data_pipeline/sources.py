@@ -5,18 +5,23 @@
     clips.csv, .jsonl, .parquet     a manifest, see manifests.py
     folder/                         clips with a caption beside each: name.mp4 with name.txt, or name.json with `prompt`
                                     (or `caption`) and the optional columns of a manifest
-    shards/*.tar                    webdataset shards of clips: members <key>.mp4 and <key>.txt or .json; the clips stay
-                                    in the shard and are read from there
+    shards/*.tar, {000..127}.tar    webdataset shards of clips: members <key>.mp4 and <key>.txt or .json next to each
+                                    other; the clips stay in the shard and are read from there. A key is a member's name
+                                    up to its last dot: webdataset's own ends at the first one, and 0.5.mp4 has two
     sandbox:<scene>:<count>[:<split>]    clips that are simulated when they are needed, see eval/sandbox/splits.py
+
+Every file and member whose name ends like a video's (VIDEOS) becomes a row or is listed with its name and the reason.
 
 What is read is hostile: no name out of a caption, a manifest or a shard becomes part of a path that is written, and a
 member of a shard is found by its offset.
 """
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,19 +32,29 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from braceexpand import UnbalancedBracesError, braceexpand
 from torch import Tensor
 
-from data_pipeline.manifests import MAX_TEXT, BadRow, Record, Row, checked, printable, read_manifest
-from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, digest, dropped_table
+from data_pipeline.manifests import Row, checked, read_manifest
+from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, dropped_table
+from eval.records import BadRow, Record, not_local, printable
 from eval.sandbox.clips import SCENES, Clips
 from eval.sandbox.splits import SPLITS, list_clips, simulate_block
 from train.clips import ClipError, VideoConfig, read_clip
+from train.files import digest, explain_full_disk, sha256
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+VIDEOS = (  # suffixes of a clip; those that PyAV does not read after all are listed as such
+    *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".mk3d", ".webm", ".avi", ".divx", ".gif", ".apng", ".wmv", ".asf"),
+    *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".3gp", ".3g2", ".flv", ".f4v"),
+    *(".ogv", ".ogm", ".mxf", ".dv", ".mj2", ".nut", ".y4m", ".rm", ".rmvb", ".wtv", ".amv", ".swf", ".ismv"),
+    *(".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".obu", ".av1", ".mjpeg", ".mjpg"),
+)
 CAPTIONS = (".txt", ".json")
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # of a NAS, and of archives made on a Mac: no clips of the user's
 SIDECAR_BYTES = 1 << 20  # of a caption file that are read
 IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
 COPY_BYTES = 1 << 22  # of a shard's member at a time
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that no clip is to blame for
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,8 @@ class Source:
 def open_sources(manifest: Any, *, num_losers: int, video: VideoConfig, seed: int) -> list[Source]:
     """The sources that `pipeline.manifest` names. Raises ValueError for one that does not exist or cannot be read."""
     if isinstance(manifest, str):
-        whole = [manifest] if os.path.exists(manifest) else manifest.split(",")  # a file's name may hold a comma
+        # A file's name may hold a comma, and so may braces.
+        whole = [manifest] if os.path.exists(manifest) else re.split(r",(?![^{]*\})", manifest)
     else:
         whole = [str(name) for name in manifest or []]
     names = [name.strip() for name in whole if name.strip()]
@@ -69,21 +85,40 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
         scene, count, split = _parse_sandbox(name)
         size = [video.height, video.width, video.num_frames, video.fps]
         return [Source(name, lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
-    paths = [Path(name)]
-    if glob.has_magic(name) and not paths[0].exists():
-        paths = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
-    if not paths or not paths[0].exists():
-        raise ValueError(f"pipeline.manifest={name}: no such file; give one with the columns clip and prompt")
+    if why := not_local(name):
+        raise ValueError(f"pipeline.manifest={name} {why}")
     sources = []
-    for path in paths:
+    for path in _find(name):
         if path.is_dir():
             identity, rows = _folder_identity, partial(_folder, path)
-        elif path.suffix == ".tar":
+        elif path.suffix.lower() == ".tar":
             identity, rows = _file_identity, partial(_shard, path)
+        elif path.suffix.lower() in VIDEOS:
+            remedy = f"give its folder, with the prompt in {path.with_suffix('.txt').name}, or a CSV that names it"
+            raise ValueError(f"pipeline.manifest={path} is a single clip: {remedy}")
         else:
-            identity, rows = _sha256, partial(read_manifest, path, num_losers=num_losers)
+            identity, rows = sha256, partial(read_manifest, path, num_losers=num_losers)
         sources.append(Source(str(path), partial(_located, path, identity), rows))
     return sources
+
+
+def _find(name: str) -> list[Path]:
+    """The files or folders that a source's name stands for; those of {000..127} and * in order."""
+    expanded = os.path.expanduser(name)
+    if os.path.exists(expanded):
+        return [Path(expanded)]
+    try:
+        names = list(braceexpand(expanded)) if "{" in name else [expanded]
+    except UnbalancedBracesError as error:
+        raise ValueError(f"pipeline.manifest={name}: {error}: close the braces") from error
+    found = []
+    for part in names:
+        matches = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+        if not matches or not os.path.exists(matches[0]):
+            of = f" ({part})" if len(names) > 1 else ""
+            raise ValueError(f"pipeline.manifest={name}: no such file{of}; give one with the columns clip and prompt")
+        found += map(Path, matches)
+    return found
 
 
 class Pool(Stage):
@@ -110,11 +145,12 @@ def _located(path: Path, identity: Callable[[Path], Any]) -> Any:
 
 
 def read_pool(sources: Sequence[Source], table_rows: int) -> Iterator[Made]:
-    """The rows of all sources in pieces of `table_rows`; a key that came before is dropped.
+    """The rows of all sources in pieces of `table_rows`. A key that came before is dropped, and so is a clip that came
+    before with the same prompt and start, however its path is spelt.
 
     Raises ValueError as `read_manifest` does.
     """
-    place_of_key: dict[str, int] = {}
+    place_of: dict[str, int] = {}  # by key, and by what tells a clip from another
     kept: list[Row] = []
     dropped: list[Dropped] = []
     position = 0
@@ -122,21 +158,29 @@ def read_pool(sources: Sequence[Source], table_rows: int) -> Iterator[Made]:
         first = position
         for row in source.rows():
             position += 1
-            if isinstance(row, Row) and row.key in place_of_key:
-                detail = f"key {row.key!r} is that of row {place_of_key[row.key]} already"
-                if place_of_key[row.key] <= first:
-                    detail += " (counted over all sources)"
-                row = Dropped(row.key, row.clip, row.place, "duplicate key", detail)
             if isinstance(row, Row):
-                place_of_key[row.key] = position
-                kept.append(row)
-            else:
-                dropped.append(row)
+                names = [("duplicate clip", _same_clip(row)), ("duplicate key", row.key)]
+                reason, name = next(((reason, name) for reason, name in names if name in place_of), ("", ""))
+                if reason:
+                    same = "same clip, prompt and start as" if name != row.key else f"key {row.key!r} is that of"
+                    detail = f"{same} row {place_of[name]}"
+                    if place_of[name] <= first:
+                        detail += " (counted over all sources)"
+                    row = Dropped(row.key, row.clip, row.place, reason, detail)
+                else:
+                    place_of |= {name: position for _, name in names}
+            (kept if isinstance(row, Row) else dropped).append(row)
             if len(kept) + len(dropped) == table_rows:
                 yield _pool_table(kept), dropped_table(dropped)
                 kept, dropped = [], []
     if kept or dropped:
         yield _pool_table(kept), dropped_table(dropped)
+
+
+def _same_clip(row: Row) -> str:
+    """Equal for rows of one clip with one prompt and start, and like no key; nothing is opened."""
+    offset = json.loads(row.place).get("offset")  # in a shard
+    return "clip " + digest([os.path.normpath(row.path), offset, row.prompt, row.start])[:32]
 
 
 def _pool_table(rows: Sequence[Row]) -> pa.Table:
@@ -175,32 +219,60 @@ def _simulated(scene: str, count: int, split: str, seed: int, video: VideoConfig
         )
 
 
-def _folder_files(folder: Path) -> Iterator[Path]:
-    """All files below `folder` in a fixed order; links to folders are not followed."""
-    for parent, folders, files in os.walk(folder):
+def _folder_files(folder: Path) -> Iterator[tuple[Path, BadRow | None]]:
+    """All files below `folder` in a fixed order, and links to folders, which are not followed; why one is no clip."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"pipeline.manifest={folder}: {error.filename} cannot be read ({error.strerror})") from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders.sort()
-        yield from (Path(parent, name) for name in sorted(files))
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                remedy = "a link to a folder is not followed: name that folder in pipeline.manifest as well"
+                yield path, BadRow("not supported", remedy, str(path.relative_to(folder)))
+        for path in (Path(parent, name) for name in sorted(files, key=_clips_order)):
+            yield path, _hidden(str(path.relative_to(folder)))
+
+
+def _clips_order(name: str) -> tuple[str, int, str]:
+    """By name; of one name, with which they share caption and key, an .mp4 comes before the .gif made of it."""
+    stem, _, suffix = name.rpartition(".")
+    suffix = f".{suffix.lower()}"
+    return stem, VIDEOS.index(suffix) if suffix in VIDEOS else -1, name
+
+
+def _hidden(name: str) -> BadRow | None:
+    """What keeps a name from being a clip's that systems leave beside clips."""
+    for part in name.split("/"):
+        if part.startswith(".") and part not in (".", "..") or part in SYSTEM_FOLDERS:
+            what = f"names that begin with a dot, and what lies in {' and '.join(SYSTEM_FOLDERS)}, are skipped"
+            return BadRow("hidden", f"{what}: rename it if it is a clip", name)
+    return None
 
 
 def _folder_identity(folder: Path) -> Any:
     listing = hashlib.sha256()
-    for path in _folder_files(folder):
-        if path.suffix.lower() in (*VIDEOS, *CAPTIONS):
+    for path, _ in _folder_files(folder):
+        if path.suffix.lower() in (*VIDEOS, *CAPTIONS) or path.is_dir():
             state = path.lstat()
             listing.update(os.fsencode(path.relative_to(folder)) + b"\0%d %d\0" % (state.st_size, state.st_mtime_ns))
     return listing.hexdigest()
 
 
 def _folder(folder: Path) -> Iterator[Row | Dropped]:
-    clips = (path for path in _folder_files(folder) if path.suffix.lower() in VIDEOS)
     number = 0
-    for number, path in enumerate(clips, start=1):
+    for path, bad in _folder_files(folder):
+        if path.suffix.lower() not in VIDEOS and not path.is_dir():
+            continue
+        number += 1
         name = path.relative_to(folder)
+        record = bad or _captioned(str(name), str(name.with_suffix("")), partial(_sidecar, path))
         place = {"folder": printable(folder), "row": number}
-        record = _captioned(str(name), str(name.with_suffix("")), lambda end, path=path: _sidecar(path, end))
         yield checked(record, folder.absolute(), 0, "folder", place)
     if not number:
-        remedy = f"give {folder}/*.tar for its shards" if any(folder.glob("*.tar")) else f"clips end in {VIDEOS}"
+        tars = any(folder.glob("*.tar"))
+        remedy = f"give {folder}/*.tar for its shards" if tars else f"clips end in {', '.join(VIDEOS)}"
         raise ValueError(f"pipeline.manifest={folder}: no clip in this folder; {remedy}")
 
 
@@ -221,71 +293,78 @@ def _captioned(clip: str, key: str, read: Callable[[str], bytes | None]) -> Reco
             if data is None:
                 continue
             if len(data) > SIDECAR_BYTES:
-                raise BadRow("too long", f"the caption's {suffix} file has more than {SIDECAR_BYTES} bytes")
+                return BadRow("too long", f"the caption's {suffix} file has more than {SIDECAR_BYTES} bytes", clip)
             text = data.decode("utf-8-sig")
             if suffix == ".txt":
                 record["prompt"] = text
             else:
                 found = json.loads(text)
                 if not isinstance(found, dict):
-                    raise BadRow("malformed row", f"the caption's JSON is no object but {type(found).__name__}")
+                    kind = type(found).__name__
+                    return BadRow("malformed row", f"the caption's JSON is no object but {kind}", clip)
                 record = {"prompt": found.get("caption"), **record, **found}
     except UnicodeDecodeError:
-        return BadRow("not UTF-8", "the caption is not UTF-8; save it as such")
+        return BadRow("not UTF-8", "the caption is not UTF-8; save it as such", clip)
     except (ValueError, RecursionError) as error:
-        return BadRow("malformed row", f"the caption's JSON cannot be read: {error}")
+        return BadRow("malformed row", f"the caption's JSON cannot be read: {error}", clip)
     except OSError as error:
-        return BadRow("malformed row", f"the caption cannot be read: {error.strerror}")
-    except BadRow as bad:
-        return bad
+        return BadRow("malformed row", f"the caption cannot be read: {error.strerror}", clip)
     if not record:
-        return BadRow("no caption", f"there is no {' or '.join(CAPTIONS)} file of the clip's name")
+        name = Path(clip.rpartition("::")[2]).stem
+        return BadRow("no caption", f"there is no {' or '.join(name + suffix for suffix in CAPTIONS)} beside it", clip)
     record.pop("scores", None)  # a pair a loser is a manifest's matter
     return {"key": key, **record, "clip": clip}
 
 
 def _shard(path: Path) -> Iterator[Row | Dropped]:
-    """The clips of one webdataset shard: neighbouring members whose names are equal up to the first dot."""
+    """The clips of one webdataset shard, with the captions next to them: members of one name but for the suffix."""
     number = 0
 
-    def finish(key: str, parts: Mapping[str, Any]) -> Iterator[Row | Dropped]:
+    def place(**more: int) -> dict[str, Any]:
         nonlocal number
-        video = next((parts[suffix] for suffix in VIDEOS if suffix in parts), None)
-        if video is None:
-            return
         number += 1
-        place = {"tar": printable(path), "row": number, "offset": video.offset_data, "size": video.size}
-        record = _captioned(f"{path}::{key}"[:MAX_TEXT], key[:MAX_TEXT], parts.get)
-        row = checked(record, Path(), 0, "webdataset", place)
-        if isinstance(row, Row):  # the file that holds the clip is the shard: no member's name is a path
-            row = replace(row, path=str(path.absolute()))
-        yield row
+        return {"tar": printable(path), "row": number, **more}
 
-    key, parts = None, {}
+    def finish(key: str, clips: Sequence[tarfile.TarInfo], captions: Mapping[str, bytes]) -> Iterator[Row | Dropped]:
+        for clip in sorted(clips, key=lambda clip: _clips_order(clip.name)):
+            name = f"{path}::{clip.name}"
+            if not clip.isreg() or clip.issparse():
+                remedy = "it is a link, a device or sparse: pack the file itself"
+                record = BadRow("not supported", remedy, name)
+            elif record := _hidden(clip.name):
+                record.clip = name
+            else:
+                record = _captioned(name, key, captions.get)
+            row = checked(record, Path(), 0, "webdataset", place(offset=clip.offset_data, size=clip.size))
+            if isinstance(row, Row):  # the file that holds the clip is the shard: no member's name is a path
+                row = replace(row, path=str(path.absolute()))
+            yield row
+
+    key, clips, captions = "", [], {}
+    error: Exception | None = None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # else it keeps them all
-                if not member.isreg() or member.issparse():  # links and devices are no clips
+                name, _, suffix = member.name.rpartition(".")
+                suffix = f".{suffix.lower()}"
+                if member.isdir() or suffix not in (*VIDEOS, *CAPTIONS):
                     continue
-                folder, slash, file = member.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                name, suffix = f"{folder}{slash}{stem}", f".{ending.lower()}"
                 if name != key:
-                    if key is not None:
-                        yield from finish(key, parts)
-                    key, parts = name, {}
-                if suffix in CAPTIONS:
-                    parts[suffix] = tar.extractfile(member).read(SIDECAR_BYTES + 1)
-                elif suffix in VIDEOS:
-                    parts[suffix] = member
-        if key is not None:
-            yield from finish(key, parts)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        if key is not None:
-            yield from finish(key, parts)
-        detail = f"no uncompressed tar, or cut short: nothing behind its row {number} can be read ({error})"
-        yield Dropped("", printable(path), json.dumps({"tar": printable(path), "row": number + 1}), "truncated", detail)
+                    yield from finish(key, clips, captions)
+                    key, clips, captions = name, [], {}
+                if suffix in VIDEOS:
+                    clips.append(member)
+                elif member.isreg() and not member.issparse():
+                    captions[suffix] = tar.extractfile(member).read(SIDECAR_BYTES + 1)
+    # MemoryError and OverflowError: a header may declare more bytes than any machine has.
+    except (tarfile.TarError, OSError, ValueError, MemoryError, OverflowError) as found:
+        error = found
+    yield from finish(key, clips, captions)
+    if error is not None:
+        why = str(error) or "a header declares more bytes than there can be"
+        detail = f"no uncompressed tar, or cut short: nothing behind its row {number} can be read ({why})"
+        yield Dropped("", printable(path), json.dumps(place()), "truncated", detail)
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -330,11 +409,6 @@ def _file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
         return hashlib.sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size)))).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class FrameReader:
     """The frames of rows, from files, shards or the simulator; the last simulated block is kept, for rows follow it.
 
@@ -346,7 +420,8 @@ class FrameReader:
         self._block: tuple[object, Clips | None] = (None, None)
 
     def read(self, row: Row) -> Tensor:
-        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used."""
+        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used, and OSError where it is the machine that
+        fails: a full disk must not cost rows."""
         if row.source == "sandbox":
             clips, index = self.simulated(row)
             return clips.frames[index]
@@ -355,6 +430,8 @@ class FrameReader:
                 return self._read_member(row)
             return read_clip(row.path, self.video, start=row.start)
         except OSError as error:  # a name that is too long, a file that may not be read
+            if error.errno in MACHINE:
+                raise
             raise ClipError(Path(row.clip), "missing", error.strerror or str(error)) from error
 
     def read_all(self, rows: Mapping[str, Row]) -> tuple[dict[str, Tensor], dict[str, tuple[str, str]]]:
@@ -384,7 +461,7 @@ class FrameReader:
                 raise ClipError(Path(row.clip), "truncated", "the shard ends before this member does")
             shard.seek(place["offset"])
             copy, left = Path(folder) / "clip", place["size"]
-            with copy.open("wb") as file:
+            with explain_full_disk(copy), copy.open("wb") as file:
                 while left and (data := shard.read(min(left, COPY_BYTES))):
                     file.write(data)
                     left -= len(data)

@@ -13,17 +13,18 @@ that is built again with the same result changes nothing downstream: what follow
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+
+from train.files import digest, read_json, sha256, write_bytes, write_text
 
 SUMMARY = "summary.json"
 POOL = pa.schema(
@@ -56,6 +57,24 @@ ADDED = {  # columns that each stage adds; filter replaces physics_richness too,
     "encode": [],
 }
 DROPPED = pa.schema([(name, pa.string()) for name in ("key", "clip", "place", "reason", "detail")])
+
+
+class Marker(TypedDict):
+    """What unit-00000.json says."""
+
+    digest: str  # of everything that the unit depends on
+    content: str  # SHA-256 of the table
+    dropped_content: str  # and of the dropped rows' table; empty where there is none
+    rows: int
+    dropped: dict[str, int]  # by reason
+    seconds: float
+    shard: NotRequired[str]  # SHA-256 of the shard, of the encode stage
+
+
+Summary = TypedDict(
+    "Summary",
+    {"in": int, "kept": int, "dropped": dict[str, int], "seconds": float, "units": int, "digest": str},
+)
 
 
 @dataclass(frozen=True)
@@ -168,11 +187,11 @@ class Stage:
         marker = read_marker(self.folder, unit.number)
         return marker is not None and marker["digest"] == unit.digest and self.is_intact(unit, marker)
 
-    def is_intact(self, unit: Unit, marker: Mapping[str, Any]) -> bool:
+    def is_intact(self, unit: Unit, marker: Marker) -> bool:
         """Whether what a finished unit has beside its table is there too."""
         return True
 
-    def is_worth_a_retry(self, marker: Mapping[str, Any]) -> bool:
+    def is_worth_a_retry(self, marker: Marker) -> bool:
         """Whether a finished unit dropped rows for a reason that may have passed."""
         return False
 
@@ -200,9 +219,9 @@ def unit_name(number: int) -> str:
     return f"unit-{number:05d}"
 
 
-def digest(content: Any) -> str:
-    """SHA-256 of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+def unit_files(folder: Path, number: int) -> tuple[Path, Path, Path]:
+    """The paths of a unit's rows, of its dropped rows, and of its marker."""
+    return tuple(folder / f"{unit_name(number)}{end}" for end in (".parquet", ".dropped.parquet", ".json"))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -241,69 +260,45 @@ def drop(rows: pa.Table, reasons: Mapping[int, tuple[str, str]]) -> Made:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically."""
-    with atomic(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
-
-
 def write_unit(
     folder: Path, number: int, depends_on: str, made: Made, seconds: float, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Write a unit's rows, then its marker. depends_on: the unit's digest. notes: more for the marker."""
     kept, dropped = made
-    base = folder / unit_name(number)
-    rows, drops, marker = (base.with_name(base.name + end) for end in (".parquet", ".dropped.parquet", ".json"))
+    rows, drops, marker = unit_files(folder, number)
     marker.unlink(missing_ok=True)  # first, so that it never describes another table
-    if len(dropped):
-        _write_parquet(drops, dropped)
-    else:
+    if not len(dropped):
         drops.unlink(missing_ok=True)
-    data = _write_parquet(rows, kept)
-    counts = Counter(dropped["reason"].to_pylist())
-    record = {
+    record: Marker = {
         "digest": depends_on,
-        "content": hashlib.sha256(data).hexdigest(),
-        "bytes": len(data),
+        "content": _write_parquet(rows, kept),
+        "dropped_content": _write_parquet(drops, dropped) if len(dropped) else "",
         "rows": len(kept),
-        "dropped": dict(sorted(counts.items())),
+        "dropped": dict(sorted(Counter(dropped["reason"].to_pylist()).items())),
         "seconds": round(seconds, 3),
         **(notes or {}),
     }
     write_text(marker, json.dumps(record))
 
 
-def _write_parquet(path: Path, rows: pa.Table) -> pa.Buffer:
+def _write_parquet(path: Path, rows: pa.Table) -> str:
+    """Returns the file's digest."""
     sink = pa.BufferOutputStream()
     pq.write_table(rows.combine_chunks(), sink, compression="zstd")
     data = sink.getvalue()
-    with atomic(path) as temporary:
-        temporary.write_bytes(data)
-    return data
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def read_marker(folder: Path, number: int) -> dict[str, Any] | None:
-    """The marker of a unit, None where it or its rows are missing or damaged."""
-    base = folder / unit_name(number)
+def read_marker(folder: Path, number: int) -> Marker | None:
+    """The marker of a unit, None where it or a table that it describes is missing or damaged."""
+    rows, drops, marker = unit_files(folder, number)
     try:
-        record = json.loads(base.with_name(base.name + ".json").read_bytes())
-        size = base.with_name(base.name + ".parquet").stat().st_size
-        return record if size == record["bytes"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_json(marker, Marker, remedy="build again")
+        whole = sha256(rows) == record["content"] and pq.read_metadata(rows).num_rows == record["rows"]
+        whole &= (sha256(drops) if drops.exists() else "") == record["dropped_content"]
+        return record if whole else None
+    except (OSError, ValueError, pa.ArrowException):
         return None
 
 
@@ -312,26 +307,26 @@ def remove_units(folder: Path, beyond: int) -> None:
     for path in folder.glob("unit-*.json"):
         number = path.stem.removeprefix("unit-")
         if number.isdecimal() and int(number) >= beyond:
-            for end in (".json", ".parquet", ".dropped.parquet"):
-                path.with_name(path.stem + end).unlink(missing_ok=True)
+            for file in unit_files(folder, int(number)):
+                file.unlink(missing_ok=True)
 
 
 def read_rows(folder: Path, number: int, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of one unit, or some of their columns."""
-    return pq.read_table(folder / f"{unit_name(number)}.parquet", columns=columns and list(columns))
+    return pq.read_table(unit_files(folder, number)[0], columns=columns and list(columns))
 
 
 def read_dropped(folder: Path, number: int) -> pa.Table:
-    path = folder / f"{unit_name(number)}.dropped.parquet"
+    path = unit_files(folder, number)[1]
     return pq.read_table(path) if path.exists() else dropped_table()
 
 
-def write_summary(table: Table, depends_on: str) -> dict[str, Any]:
+def write_summary(table: Table, depends_on: str) -> Summary:
     """Write a finished stage's summary.json and return it. depends_on: the digest of all its units."""
     reasons: Counter[str] = Counter()
     for marker in table.markers:
         reasons.update(marker["dropped"])
-    summary = {
+    summary: Summary = {
         "in": len(table) + reasons.total(),
         "kept": len(table),
         "dropped": dict(reasons.most_common()),
@@ -343,9 +338,9 @@ def write_summary(table: Table, depends_on: str) -> dict[str, Any]:
     return summary
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
+def read_summary(folder: Path) -> Summary | None:
     """The summary of a stage, None where it is missing or damaged."""
     try:
-        return json.loads((folder / SUMMARY).read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / SUMMARY, Summary, remedy="build again")
+    except ValueError:
         return None

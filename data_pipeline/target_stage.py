@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.sources import FrameReader, record_digest, row_of
 from data_pipeline.store import Store
-from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop
+from data_pipeline.tables import Advance, Made, Marker, Stage, Table, Unit, add_columns, drop, read_rows
 from data_pipeline.targets import TargetMaker, TargetsConfig
 from train.clips import ClipError, VideoConfig
 
@@ -56,6 +56,11 @@ class Targets(Stage):
                     bad[place] = (error.reason, str(error))
             advance(1)
         return drop(add_columns(rows, self.name), bad)
+
+    def is_intact(self, unit: Unit, marker: Marker) -> bool:
+        lost = self.store.lost()
+        records = read_rows(self.folder, unit.number).to_pylist() if lost else []
+        return lost.isdisjoint(record_digest(self.settings, record) for record in records)
 
     @torch.no_grad()
     def _make(self, record: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from data_pipeline.tables import (
     Stage,
     Table,
     Unit,
-    digest,
     read_marker,
     read_summary,
     remove_units,
     write_summary,
     write_unit,
 )
+from train.files import digest
 
 # Ranks meet at the end of each stage only; the first to finish may wait for days.
 TIMEOUT = timedelta(days=30)
@@ -75,10 +76,20 @@ def plan_stage(stage: Stage, before: Table | None, *, retry: bool) -> tuple[list
 def _unfinished(stage: Stage, units: list[Unit]) -> list[Unit]:
     if not stage.whole:
         return [unit for unit in units if not stage.is_done(unit)]
-    summary, wanted = read_summary(stage.folder), units[0].digest
-    markers = [read_marker(stage.folder, number) for number in range(summary["units"])] if summary else []
-    done = summary and summary["digest"] == wanted and all(mark and mark["digest"] == wanted for mark in markers)
-    return [] if done else units
+    return [] if _is_whole(stage.folder, units[0].digest) else units
+
+
+def _is_whole(folder: Path, wanted: str) -> bool:
+    """Whether all units of a stage with `whole` are there and of one plan."""
+    summary, kept = read_summary(folder), 0
+    if summary is None or summary["digest"] != wanted:
+        return False
+    for number in range(summary["units"]):
+        marker = read_marker(folder, number)
+        if marker is None or marker["digest"] != wanted:
+            return False
+        kept += marker["rows"]
+    return kept == summary["kept"]
 
 
 def stage_table(stage: Stage, units: Sequence[Unit]) -> Table:

@@ -171,6 +171,10 @@ def prepare(config: Config) -> Work:
     fingerprint = "" if _is_placeholder(config) else shell.fingerprint
     lora = read_lora(settings.lora, fingerprint, key="generate.lora") if settings.lora else None
     builder = Requests(config.backbone, config.sampler, shell.fingerprint)
+    if not _is_placeholder(config):
+        tokenizer = load_backbone(config.backbone, "cpu", parts=("tokenizer",))
+        if warning := tokenizer.cut_prompts({f"prompt {prompt.key}": prompt.text for prompt in prompts}):
+            print(warning)
     folder = Path(settings.folder)
     jobs = []
     for prompt in prompts:

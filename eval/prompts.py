@@ -1,15 +1,13 @@
 """Prompts to generate from: a list in the recipe, or a text, CSV or JSONL file; checked, with keys that name files."""
 
-import csv
-import difflib
-import io
-import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from eval import records
+from eval.records import BadRow, Record, not_local, read_text
 
 COLUMNS = ("prompt", "image", "key")  # of a prompts file
 MAX_KEY = 40  # characters
@@ -27,44 +25,47 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompts of a section's keys `prompts` or `prompts_file`, with their keys and images.
 
-    Raises ValueError where there are none, for an unreadable file, a missing column, an empty prompt, doubled keys, and
-    images for some prompts only. Images in a file are relative to its folder.
+    Raises ValueError where there are none, for an unreadable file, a missing column, a prompt that is empty or no text,
+    doubled keys, and images for some prompts only. Images in a file are relative to its folder; ~ is expanded.
     """
     source, folder = f"{section}.prompts", Path()
-    records: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
+    found: list[Record] = [{"prompt": text} for text in prompts]
     if file:
-        if records:
-            print(f"{section}.prompts_file is given: the {len(records)} prompts of {section}.prompts are not used")
-        path = Path(file)
-        source, folder, records = str(path), path.parent, _read_records(path, section)
-    if not records:
+        if found:
+            print(f"{section}.prompts_file is given: the {len(found)} prompts of {section}.prompts are not used")
+        path = Path(file).expanduser()
+        source, folder, found = str(path), path.parent, _read_records(path, section)
+    rows = [_read_row(record, f"{source}, prompt {number}") for number, record in enumerate(found, start=1)]
+    if not rows:
         raise ValueError(f"{source} holds no prompts: list some in {section}.prompts, or name a {section}.prompts_file")
     if images:
-        if any(record.get("image") for record in records):
+        if any(row["image"] for row in rows):
             raise ValueError(f"{section}.images is given and {source} has an image column: use one of the two")
-        if len(images) != len(records):
-            raise ValueError(
-                f"{section}.images names {len(images)} files for {len(records)} prompts: give one a prompt"
-            )
+        if len(images) != len(rows):
+            raise ValueError(f"{section}.images names {len(images)} files for {len(rows)} prompts: give one a prompt")
         folder = Path()
-        records = [record | {"image": image} for record, image in zip(records, images, strict=True)]
-    found: dict[str, Prompt] = {}
-    for index, record in enumerate(records):
-        place = f"{source}, prompt {index + 1}"
-        text, image, own_key = (_read_text(record, column, place) for column in COLUMNS)
-        if not text:
-            raise ValueError(f"{place} is empty: describe the clip, or remove it")
+        rows = [row | {"image": image} for row, image in zip(rows, images, strict=True)]
+    keyed: dict[str, Prompt] = {}
+    for index, row in enumerate(rows):
+        place, text, own_key = f"{source}, prompt {index + 1}", row["prompt"], row["key"]
         key = slug(own_key)[:MAX_KEY].strip("-") if own_key else make_key(index, text)
-        if not key or key in found:
+        if not key:
             raise ValueError(
-                f"{place}: key {own_key or key!r} has no letter or digit or, as {key!r}, is there twice: give keys that"
+                f"{place}: key {own_key!r} has no letter a-z and no digit: give one that has, or leave it out"
+            )
+        if key in keyed:
+            first = list(keyed).index(key) + 1
+            raise ValueError(
+                f"{place}: key {own_key or key!r} is that of prompt {first} already, both as {key!r}: give keys that"
                 f" differ in the letters a-z and digits of their first {MAX_KEY} characters"
             )
-        found[key] = Prompt(key, text, folder / image if image else None)
-    without = [prompt.key for prompt in found.values() if prompt.image is None]
-    if 0 < len(without) < len(found):
+        if why := not_local(row["image"]):
+            raise ValueError(f"{place}: image {row['image']} {why}")
+        keyed[key] = Prompt(key, text, folder / Path(row["image"]).expanduser() if row["image"] else None)
+    without = [prompt.key for prompt in keyed.values() if prompt.image is None]
+    if 0 < len(without) < len(keyed):
         raise ValueError(f"{source}: {len(without)} prompts have no image, the first is {without[0]}: give all or none")
-    return list(found.values())
+    return list(keyed.values())
 
 
 def make_key(index: int, prompt: str) -> str:
@@ -78,52 +79,46 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
-def _read_records(path: Path, section: str) -> list[dict[str, Any]]:
-    """The rows of a prompts file as dicts; ValueError where it cannot be read or has no column prompt."""
-    remedy = "give a UTF-8 .txt with a prompt a line, or a .csv or .jsonl with the columns prompt [image] [key]"
-    if path.suffix.lower() not in (".txt", ".csv", ".jsonl"):
-        raise ValueError(f"{section}.prompts_file={path} has an unknown format {path.suffix!r}: {remedy}")
+def _read_records(path: Path, section: str) -> list[Record]:
+    """The rows of a prompts file; ValueError where it cannot be read or has no column prompt."""
+    formats = "a .txt with a prompt a line, or a .csv or .jsonl with the columns prompt [image] [key]"
+    readers = {".txt": _lines, ".csv": records.csv_records, ".jsonl": records.jsonl_records}
+    key, columns = f"{section}.prompts_file={path}", dict[str, None]()
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{key}: {records.unknown_format(path, formats)}")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{section}.prompts_file={path} cannot be read ({error}): {remedy}") from error
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if path.suffix.lower() == ".txt":
-        return [{"prompt": line} for _, line in lines]
-    columns: dict[str, None] = {}
-    records: list[dict[str, Any]] = []
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            columns = dict.fromkeys(reader.fieldnames or [])
-            for record in reader:
-                if None in record:
-                    raise csv.Error("more fields than columns, quote those that hold a comma")
-                records.append(record)
-        except csv.Error as error:
-            raise ValueError(f"{path} is not valid CSV near line {reader.line_num} ({error}): {remedy}") from error
-    else:
-        for number, line in lines:
-            try:
-                record = json.loads(line)
-                columns |= dict.fromkeys(record.keys())
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}, is no JSON object ({error}): {remedy}") from error
-            records.append(record)
-    if columns and "prompt" not in columns:
-        near = difflib.get_close_matches("prompt", list(columns), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{path} has no column 'prompt', found: {', '.join(columns)}{hint}")
+        found = list(readers[path.suffix.lower()](path, COLUMNS, columns))
+    except OSError as error:
+        raise ValueError(f"{key} cannot be read ({error.strerror}): give {formats}") from error
+    if columns:
+        records.require(path, COLUMNS[:1], columns)
     if unused := [name for name in columns if name not in COLUMNS]:
         print(f"warning: columns of {path} that are not read: {', '.join(unused)}")
-    return records
+    return found
 
 
-def _read_text(record: dict[str, Any], column: str, place: str) -> str:
-    value = record.get(column)
-    if not isinstance(value, (str, int, type(None))):
-        raise ValueError(f"{place}: {column} must be text, not {value!r}")
-    text = "" if value is None else str(value).strip()
-    if re.search(r"[\0\ud800-\udfff]", text):
-        raise ValueError(f"{place}: {column} {text!r} is not valid UTF-8 text: correct it")
-    return text
+def _lines(path: Path, known: Sequence[str], columns: dict[str, None]) -> Iterator[Record]:
+    """A prompt a line; blank lines and comments, which begin with #, are none."""
+    records.check_encoding(path)
+    comments = 0
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for line in filter(str.strip, file):
+            if line.startswith("#"):
+                comments += 1
+            else:
+                yield {"prompt": line}
+    if comments:
+        print(f"{path}: {comments} lines that begin with # are comments, not prompts")
+
+
+def _read_row(record: Record, place: str) -> dict[str, str]:
+    """Prompt, image and key of a row, the last two empty where there are none. Raises ValueError."""
+    try:
+        if isinstance(record, BadRow):
+            raise record
+        row = {column: read_text(record, column, number_too=column == "key") for column in COLUMNS}
+    except BadRow as bad:
+        raise ValueError(f"{place}: {bad.detail}") from bad
+    if not row["prompt"]:
+        raise ValueError(f"{place} is empty: describe the clip, or remove it")
+    return row

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import math
 import os
 from typing import Any
 
@@ -98,6 +99,7 @@ class Server:
                 wait = float(error.response.headers.get("retry-after", 0))
             except ValueError:  # a date
                 wait = 0.0
+            wait = wait if math.isfinite(wait) else 0.0
             return Retry(PASSING.get(status, "server"), f"status {status}: {said}", wait)
         if status in (401, 403):
             name = self._config.api_key_env

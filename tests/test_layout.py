@@ -35,7 +35,10 @@ MAY_IMPORT = {
     "recipes": set(),
     "train": {"losses", "recipes", "train"},
     "eval": {"losses", "recipes", "eval", *FROM_TRAIN},
-    "data_pipeline": {"losses", "recipes", "data_pipeline", "eval.judges", "eval.sandbox", "eval.vlm", *FROM_TRAIN},
+    "data_pipeline": {
+        *("losses", "recipes", "data_pipeline", "eval.judges", "eval.records", "eval.sandbox", "eval.vlm"),
+        *FROM_TRAIN,
+    },
 }
 # Entry files that others build on: gdpo is the base of the other trainers, and the loop ends with an export.
 BASES = {"train.gdpo", "train.export"}

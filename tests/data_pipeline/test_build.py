@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,6 +30,7 @@ from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip
+from train.files import lock
 from train.groups import GroupSet, verify
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +185,7 @@ def test_bad_rows_are_quarantined_and_the_good_ones_kept(model, clips, tmp_path,
     manifest = write_manifest(tmp_path / "clips.csv", clips, rows)
     build.main(arguments(model, manifest, tmp_path / "out"))
     bad = quarantine(tmp_path / "out")
-    reasons = ["missing", "truncated", "too short", "unreadable", "empty prompt", "bad score", "duplicate key"]
+    reasons = ["missing", "truncated", "too short", "unreadable", "empty prompt", "bad score", "duplicate clip"]
     assert sorted((row["row"], row["reason"]) for row in bad) == list(enumerate(reasons, start=2))
     assert [row["stage"] for row in bad] == ["pool"] * 3 + ["generate"] * 4
     assert bad[5]["key"] == "d" and "9 frames at 8 fps" in bad[5]["detail"]
@@ -194,14 +197,19 @@ def test_bad_rows_are_quarantined_and_the_good_ones_kept(model, clips, tmp_path,
     assert first.key == "a" and last.key.startswith("h-i-")
     assert [(loser.semantic, loser.physical) for loser in last.losers_info] == [(0.25, 1.0)] * 2
     printed = capsys.readouterr().out.strip().splitlines()
-    assert printed[-1].startswith(f"groups: {tmp_path / 'out' / 'groups'}, 2 groups, ")
+    assert printed[-2].startswith(f"groups: {tmp_path / 'out' / 'groups'}, 2 groups, ")
+    listing = tmp_path / "out" / "groups" / "build" / "quarantine.jsonl"
+    assert printed[-1] == f"quarantine: {listing}, 7 rows that could not be used, each with its reason"
+    assert [row["clip"] for row in bad] == [str(clips / f"{rows[row['row'] - 1]['clip']}.mp4") for row in bad]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_second_run_does_nothing(built, copied, model, no_weights):
+def test_a_second_run_does_nothing(built, copied, model, no_weights, capsys):
     before = shards(copied / "out")
     index = (copied / "out" / "groups" / "index.json").read_bytes()
     build.main(arguments(model, built / "clips.csv", copied / "out"))
+    printed = capsys.readouterr().out
+    assert "quarantine" not in printed and "warning" not in printed
     assert shards(copied / "out") == before
     assert (copied / "out" / "groups" / "index.json").read_bytes() == index
 
@@ -483,9 +491,89 @@ def test_a_bad_clip_spoils_no_other_of_its_batch(model, clips, tmp_path):
     assert [(row["key"], row["reason"]) for row in quarantine(tmp_path / "out")] == [("b", "truncated")]
 
 
+def test_prompts_that_the_text_encoder_cuts_are_counted_and_named(model, clips, tmp_path, capsys):
+    """Every letter that is in no word of the tiny tokenizer is a token; 31 and the end token are read."""
+    rows = [
+        {"clip": name, "key": name, "prompt": "9" * count} for name, count in zip(GOOD, (31, 40, 5, 41), strict=False)
+    ]
+    out = [write_manifest(tmp_path / "clips.csv", clips, rows), tmp_path / "out"]
+    read = load_backbone(BackboneConfig(path=str(model), text_length=32), "cpu", parts=("tokenizer",))
+    lengths = [len(read.tokenizer(row["prompt"]).input_ids) for row in rows]
+    over = sum(length > 32 for length in lengths)
+    assert 0 < over < 4
+    build.main(arguments(model, *out, "pipeline.num_losers=0"))
+    first = next(row["clip"] for row, length in zip(rows, lengths, strict=True) if length > 32)
+    line = f"warning: {over} prompts are longer than the 32 tokens that the text encoder reads, and cut there; "
+    assert f"{line}the first is that of {clips / first}.mp4 (key {first})\n" in capsys.readouterr().out
+
+
+def hold(folders: list[Path], task: str, held, release) -> None:
+    """Locks in a process of its own, until told to let go."""
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(lock(folder, task=task))
+        held.set()
+        release.wait(60)
+
+
+@pytest.mark.parametrize("place", ["pipeline", "groups"])
+def test_a_second_build_in_a_folder_is_refused_with_the_first_ones_name(place, model, clips, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    args = arguments(model, write_manifest(tmp_path / "clips.csv", clips, good_rows()), tmp_path / "out")
+    first = context.Process(target=hold, args=([tmp_path / "out" / place], "", held, release))
+    first.start()
+    assert held.wait(60)
+    with pytest.raises(ValueError, match=f"out/{place} is in use by process {first.pid} on .* since .*: wait for it"):
+        build.main([*args, "pipeline.stage=pool"])
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [".lock"] * (
+        1 + (place == "groups")
+    )
+    release.set()
+    first.join(60)
+    build.main([*args, "pipeline.stage=pool"])
+    assert summary(tmp_path / "out", "pool")["kept"] == len(GOOD)
+
+
+def test_the_tasks_of_an_array_share_a_folder_and_a_plain_build_waits_for_them(model, clips, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    args = arguments(model, write_manifest(tmp_path / "clips.csv", clips, good_rows()), tmp_path / "out")
+    args.append("pipeline.stage=pool")
+    folders = [tmp_path / "out" / "pipeline", tmp_path / "out" / "groups"]
+    first = context.Process(target=hold, args=(folders, "task-1", held, release))
+    first.start()
+    assert held.wait(60)
+    build.main([*args, "pipeline.array_count=2", "pipeline.array_index=0"])
+    for more in (["pipeline.array_count=2", "pipeline.array_index=1"], []):
+        with pytest.raises(ValueError, match="out/pipeline is in use by"):
+            build.main([*args, *more])
+    release.set()
+    first.join(60)
+    build.main([*args, "pipeline.array_count=2", "pipeline.array_index=1"])
+
+
+@pytest.mark.slow
+def test_a_damaged_loser_is_named_and_made_anew(built, copied, model):
+    before = shards(copied / "out")
+    store = copied / "out" / "pipeline" / "generate" / "losers"
+    victim = sorted(store.glob("??/*.safetensors"))[1]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])  # one bit of a latent
+    for name in before:
+        (copied / "out" / "groups" / name).unlink()
+    with pytest.raises(ValueError, match=f"{victim.name} is missing or damaged: run the whole build again"):
+        build.main(arguments(model, built / "clips.csv", copied / "out"))
+    build.main(arguments(model, built / "clips.csv", copied / "out"))
+    assert victim.read_bytes() == whole
+    assert {name: data for name, (data, _) in shards(copied / "out").items()} == {
+        name: data for name, (data, _) in before.items()
+    }
+
+
 def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path):
     manifest = write_manifest(tmp_path / "clips.csv", clips, [{"clip": "none"}, {"clip": "text"}])
-    with pytest.raises(ValueError, match="no row of .* is usable: .*'missing': 1.*quarantine.jsonl"):
+    with pytest.raises(ValueError, match=r"no row of .* is usable \(.*missing 1.*\): see .*quarantine.jsonl"):
         build.main(arguments(model, manifest, tmp_path / "out"))
     assert summary(tmp_path / "out", "generate")["kept"] == 0
 

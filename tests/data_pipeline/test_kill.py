@@ -90,7 +90,8 @@ def start(argv: list[str]) -> multiprocessing.Process:
 def results(output: Path) -> dict[str, bytes]:
     """What a build gives: shards, markers, index, and the losers for a judge."""
     folders = (output / "groups", output / "losers")
-    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    found = [path for folder in folders for path in folder.iterdir()]
+    files = [path for path in found if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
@@ -133,6 +134,15 @@ def test_a_build_killed_at_twenty_random_moments_gives_the_same_bytes(inputs, wh
     assert verify(tmp_path / "out" / "groups") == []
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert len(progress) > 5  # the kills fell into many different moments
+
+
+@pytest.mark.slow
+def test_of_two_builds_at_once_one_is_refused_and_nothing_is_damaged(inputs, whole, tmp_path):
+    both = [start(arguments(inputs, tmp_path / "out")) for _ in range(2)]
+    for process in both:
+        process.join(600)
+    assert sorted(process.exitcode for process in both) in ([0, 1], [0, 0])  # or the second began afterwards
+    assert results(tmp_path / "out") == whole[0]
 
 
 def launch(processes: int, argv: list[str]) -> subprocess.Popen:

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections import Counter
 
 import pyarrow as pa
 import pytest
@@ -11,9 +12,10 @@ from data_pipeline import selection
 from data_pipeline.cluster import ClusterConfig, load_actions
 from data_pipeline.cot_filter import Answer, FilterConfig, Refused
 from data_pipeline.manifests import Row
-from data_pipeline.selection import Cluster, Filter
+from data_pipeline.resample import ResampleConfig
+from data_pipeline.selection import Cluster, Filter, Resample
 from data_pipeline.sources import FrameReader
-from data_pipeline.tables import POOL, Table, dropped_table, read_marker, write_unit
+from data_pipeline.tables import POOL, Table, add_columns, dropped_table, read_marker, write_unit
 from eval.vlm import VlmConfig
 from train.clips import VideoConfig, write_clip
 
@@ -104,6 +106,17 @@ def test_the_filter_depends_on_rows_and_settings(tmp_path):
     assert digests({"model": "m"}) == digests({"model": "m"})
     assert not set(digests({"model": "m"})) & set(digests({"model": "n"}))
     assert pytest.approx(len(set(digests({})))) == 2
+
+
+def test_other_and_no_action_take_part_in_resampling_as_one_action_each(tmp_path):
+    """tau = 0: three actions, a third of nine each, of which `fall` has only two: 2 + 3 + 3."""
+    before, actions = pool(tmp_path / "pool", [f"{i}" for i in range(12)], size=12), ["fall"] * 2 + ["other", ""] * 5
+    rows = add_columns(before.rows(0, 12), "cluster", {"action": actions})
+    rows = add_columns(rows, "difficulty")
+    write_unit(tmp_path / "difficulty", 0, "d", (rows, dropped_table()), 0.0)
+    stage = Resample(tmp_path / "resample", ResampleConfig(budget=9, tau=0), seed=0, part_rows=100)
+    ((kept, dropped),) = stage.parts(Table(tmp_path / "difficulty", 1))
+    assert Counter(kept["action"].to_pylist()) == {"fall": 2, "other": 3, "": 3} and len(dropped) == 4
 
 
 def words(texts):

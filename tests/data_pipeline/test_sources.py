@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_problem(tmp_path):
         ("a.mp4", "malformed row"),
         (b"a.mp4,Ein B\xe4ll,,,,", "not UTF-8"),
         (b"\xff.mp4,A ball,,,,", "not UTF-8"),
+        (b"a.mp4,A\0 ball,,,,", "not UTF-8"),
     ],
 )
 def test_a_bad_csv_row_is_quarantined_and_the_others_are_kept(tmp_path, line, reason):
@@ -112,6 +114,148 @@ def test_a_bad_csv_row_is_quarantined_and_the_others_are_kept(tmp_path, line, re
     assert isinstance(bad, Dropped) and json.loads(bad.place)["row"] == 2
     assert bad.reason == reason and bad.detail
     json.dumps([bad.clip, bad.key, bad.detail], ensure_ascii=False).encode("utf-8")  # can be reported
+
+
+def test_too_few_and_too_many_fields_are_told_apart_and_the_clip_is_named(tmp_path):
+    many, few, one = csv_manifest(tmp_path, "key,clip,prompt\nk,a.mp4,A ball, falls\nk,b.mp4\nk\n")
+    assert (many.clip, many.detail) == ("a.mp4", "4 fields for 3 columns: quote fields that hold a comma")
+    remedy = "write every column's comma, also before an empty field"
+    assert (few.clip, few.detail) == ("b.mp4", f"2 fields for 3 columns: {remedy}")
+    assert (one.clip, one.detail) == ("", f"1 field for 3 columns: {remedy}")
+
+
+def test_a_spreadsheets_blank_rows_and_columns_are_none(tmp_path):
+    text = "clip,prompt,key,,\n,,,,\na.mp4,A,,,\n  , ,,,\n   \nb.mp4,nan,,\nc.mp4,C,k,x,\n"
+    first, second, stray = csv_manifest(tmp_path, text)
+    assert [(row.clip, row.prompt) for row in (first, second)] == [("a.mp4", "A"), ("b.mp4", "nan")]
+    assert (stray.clip, stray.reason) == ("c.mp4", "malformed row")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"clip;prompt\na.mp4;A\n", "clips.csv: the fields are separated by semicolons: save it with commas"),
+        (b'"clip";"prompt"\n"a.mp4";"A, B"\n', "the fields are separated by semicolons: save it with commas"),
+        (b"clip\tprompt\na.mp4\tA\n", "the fields are separated by tabs: save it with commas"),
+        ("clip,prompt\na.mp4,A\n".encode("utf-16"), "is UTF-16, or no text: save it as UTF-8 .in Excel as CSV UTF-8"),
+        ("clip,prompt\na.mp4,A\n".encode("utf-16-le"), "is UTF-16, or no text: save it as UTF-8"),
+        (b"video,caption\n", "rename the column 'video' to 'clip', rename the column 'caption' to 'prompt'"),
+        (b"file_name,text\n", "rename the column 'file_name' to 'clip', rename the column 'text' to 'prompt'"),
+        (b"Path,prompt\n", "rename the column 'Path' to 'clip'"),
+        (b"Clip,clip,prompt\n", "has the column 'clip' twice: remove one"),
+    ],
+)
+def test_tables_of_another_form_are_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        csv_manifest(tmp_path, content)
+
+
+def test_column_names_may_be_in_capitals(tmp_path):
+    (row,) = csv_manifest(tmp_path, "Clip, PROMPT ,Camera\na.mp4,A,x\n")
+    assert (row.clip, row.prompt) == ("a.mp4", "A")
+    (row,) = jsonl_manifest(tmp_path, {"Clip": "a.mp4", "Prompt": "A"})
+    assert (row.clip, row.prompt) == ("a.mp4", "A")
+    pq.write_table(pa.table({"Clip": ["a.mp4"], "PROMPT": ["A"]}), tmp_path / "clips.parquet")
+    (row,) = read_manifest(tmp_path / "clips.parquet", num_losers=2)
+    assert (row.clip, row.prompt) == ("a.mp4", "A")
+    _, doubled = jsonl_manifest(tmp_path, {"clip": "a", "prompt": "A"}, {"clip": "b.mp4", "prompt": "A", "Prompt": "B"})
+    assert (doubled.reason, doubled.detail) == ("malformed row", "not a JSON object: prompt twice")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, False, 12, 1.5, ["A"], {"a": "A"}])
+def test_what_is_no_text_becomes_no_prompt_and_no_clip(tmp_path, value):
+    good = {"clip": "a.mp4", "prompt": "A"}
+    manifest = jsonl_manifest(tmp_path, good, good | {"prompt": value}, good | {"clip": value})
+    for row, name in zip(manifest[1:], ("prompt", "clip"), strict=True):
+        assert (row.reason, row.detail) == ("malformed row", f"{name} must be text in quotes, not {value}")
+
+
+def test_numbers_and_nothing_in_a_parquet_file_become_no_prompts(tmp_path):
+    table = {"clip": ["a.mp4", "b.mp4"], "prompt": [1.5, None]}
+    pq.write_table(pa.table(table), tmp_path / "clips.parquet")
+    rows = list(read_manifest(tmp_path / "clips.parquet", num_losers=2))
+    assert [(row.clip, row.reason) for row in rows] == [("a.mp4", "malformed row"), ("b.mp4", "empty prompt")]
+
+
+def test_a_key_or_an_action_may_be_a_whole_number(tmp_path):
+    row = {"clip": "a.mp4", "prompt": "A", "key": 7, "action": 3}
+    good, true = jsonl_manifest(tmp_path, row, row | {"key": True})
+    assert (good.key, good.action) == ("7", "3") and true.reason == "malformed row"
+
+
+@pytest.mark.parametrize(
+    "scores",
+    ["[[1" + "0" * 400 + ", 0.5], [0, 1]]", "[[true, 0.5], [0, 1]]", '["01", "10"]', '[{"a": 0, "b": 1}, [0, 1]]'],
+)
+def test_scores_that_are_no_numbers_spoil_their_row_only(tmp_path, scores):
+    row = '{"clip": "a.mp4", "prompt": "A", "scores": [[0, 1], [1, 0]]}'
+    bad, good = jsonl_manifest(tmp_path, row.replace("[[0, 1], [1, 0]]", scores), row)
+    assert (bad.clip, bad.reason) == ("a.mp4", "bad score") and good.scores == [[0.0, 1.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        ("https://x.org/a.mp4", "is an address: only local files are read, so download it"),
+        ("s3://bucket/a.mp4", "is an address"),
+        ("C:\\clips\\a.mp4", "is a Windows path"),
+        ("\\\\server\\a.mp4", "is a Windows path"),
+        ("$HOME/a.mp4", "begins with a variable: write the path out"),
+    ],
+)
+def test_names_of_other_machines_are_refused_at_once(tmp_path, clip, message):
+    (row,) = csv_manifest(tmp_path, f"clip,prompt\n{clip},A\n")
+    assert (row.clip, row.reason) == (clip, "not supported") and row.detail.startswith(f"{clip} {message}")
+    with pytest.raises(ValueError, match=f"pipeline.manifest=.* {message}"):
+        open_sources([clip], num_losers=2, video=VIDEO, seed=0)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sub").mkdir()
+    write_csv(tmp_path / "sub" / "clips.csv", "~/a.mp4")
+    (row,) = pool("~/sub/clips.csv")[0]
+    assert row["path"] == str(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.json", "unknown format '.json': write one JSON object a line and name it .jsonl"),
+        ("a.tsv", "unknown format '.tsv': save it with commas as .csv"),
+        ("a.tar.gz", "unknown format '.gz': unpack it"),
+        ("a.gif", "a.gif is a single clip: give its folder, with the prompt in a.txt, or a CSV that names it"),
+        ("a", "unknown format '': use one of .csv, .jsonl, .parquet, a folder of clips, or .tar shards"),
+    ],
+)
+def test_files_of_other_kinds_are_named_with_what_to_do(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=message):
+        pool([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("text", ['[{"clip": "a.mp4", "prompt": "A"}]', '{\n  "clip": "a.mp4",\n  "prompt": "A"\n}\n'])
+def test_json_over_several_lines_is_named(tmp_path, text):
+    with pytest.raises(ValueError, match="holds JSON over several lines: write one JSON object a line"):
+        jsonl_manifest(tmp_path, text)
+
+
+def test_a_clip_is_taken_once_however_its_path_is_spelt(tmp_path):
+    (tmp_path / "clips").mkdir()
+    spellings = ["clips/a.mp4", "./clips/a.mp4", f"{tmp_path}/clips/a.mp4", "clips/../clips//a.mp4"]
+    write_csv(tmp_path / "a.csv", *spellings)
+    kept, dropped = pool([str(tmp_path / "a.csv")])
+    assert [row["clip"] for row in kept] == spellings[:1]
+    assert [row["clip"] for row in dropped] == spellings[1:]
+    assert {(row["reason"], row["detail"]) for row in dropped} == {
+        ("duplicate clip", "same clip, prompt and start as row 1")
+    }
+    (tmp_path / "b.csv").write_text("clip,prompt,start\na.mp4,A,0\na.mp4,A,1\na.mp4,B,0\na.mp4,A,1.0\n")
+    kept, dropped = pool([str(tmp_path / "b.csv")])
+    assert len(kept) == 3 and [row["detail"] for row in dropped] == ["same clip, prompt and start as row 2"]
+    kept, dropped = pool([str(tmp_path / "b.csv"), f"{tmp_path}/clips/../b.csv"])
+    assert len(kept) == 3
+    assert dropped[1]["detail"] == "same clip, prompt and start as row 1 (counted over all sources)"
 
 
 def test_jsonl_rows(tmp_path):
@@ -148,10 +292,12 @@ def test_jsonl_rows(tmp_path):
 
 def test_missing_column_names_column_file_and_what_was_found(tmp_path):
     with pytest.raises(
-        ValueError, match=r"clips\.csv has no column 'prompt'; found: clip, promt;.*did you mean 'promt'"
+        ValueError, match=r"clips\.csv has no column 'prompt'; found: clip, promt;.*did you mean 'prompt' by 'promt'"
     ):
         csv_manifest(tmp_path, "clip,promt\na.mp4,A\n")
-    with pytest.raises(ValueError, match="no column 'clip'; found: prompt, video"):
+    with pytest.raises(
+        ValueError, match="no column 'clip'; found: prompt, video;.*rename the column 'video' to 'clip'"
+    ):
         jsonl_manifest(tmp_path, {"prompt": "A", "video": "a.mp4"})
 
 
@@ -160,7 +306,7 @@ def test_missing_column_names_column_file_and_what_was_found(tmp_path):
     [
         ("", "no rows"),
         ("clip,prompt\n", "no rows"),
-        ("clip,clip,prompt\na,b,c\n", "column clip twice"),
+        ("clip,clip,prompt\na,b,c\n", "column 'clip' twice"),
         ('clip,prompt\na.mp4,"never closed\nb.mp4,B\n', "not valid CSV"),
     ],
 )
@@ -173,7 +319,7 @@ def test_manifest_that_is_not_there_or_of_unknown_kind(tmp_path):
     with pytest.raises(ValueError, match="pipeline.manifest=.*no such file"):
         open_sources(str(tmp_path / "none.csv"), num_losers=2, video=VIDEO, seed=0)
     (tmp_path / "clips.xlsx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="unknown format '.xlsx'; use one of .csv, .jsonl, .parquet"):
+    with pytest.raises(ValueError, match="unknown format '.xlsx': save it as CSV UTF-8"):
         pool(str(tmp_path / "clips.xlsx"))
 
 
@@ -204,7 +350,7 @@ def test_a_key_is_taken_once_over_all_sources_and_pieces(tmp_path):
     kept, dropped = pool([str(tmp_path / "a.csv"), str(tmp_path / "b.jsonl")], table_rows=2)
     assert [row["key"] for row in kept] == ["one", "two"]
     assert [(row["key"], row["reason"]) for row in dropped] == [("one", "duplicate key"), ("two", "duplicate key")]
-    assert "row 1 already" in dropped[0]["detail"] and json.loads(dropped[1]["place"])["row"] == 1
+    assert dropped[0]["detail"] == "key 'one' is that of row 1" and json.loads(dropped[1]["place"])["row"] == 1
     two_seconds = VideoConfig(32, 32, 9, 4.0)
     joined = pool(f"{tmp_path / 'a.csv'}, sandbox:ramp:2", video=two_seconds)[0]
     assert [row["source"] for row in joined] == ["manifest"] * 2 + ["sandbox"] * 2
@@ -239,6 +385,75 @@ def test_a_folder_of_clips_with_captions_beside_them(tmp_path, clip):
     reasons = ["no caption", "not UTF-8", "malformed row", "malformed row", "empty prompt", "too long"]
     assert [row["reason"] for row in dropped] == reasons
     assert FrameReader(VIDEO, "cpu").read(row_of(kept[0])).shape == (9, 32, 32, 3)
+
+
+def test_every_file_that_looks_like_a_clip_is_kept_or_listed_by_name(tmp_path, clip):
+    endings = [
+        "gif",
+        "ts",
+        "wmv",
+        "mpg",
+        "mpeg",
+        "flv",
+        "3gp",
+        "m2ts",
+        "mts",
+        "ogv",
+        "vob",
+        "MOV",
+        "asf",
+        "mxf",
+        "h264",
+    ]
+    for ending in endings:
+        (tmp_path / f"{ending}.{ending}").write_bytes(clip.read_bytes())
+        (tmp_path / f"{ending}.txt").write_text("A ball", encoding="utf-8")
+    kept, dropped = pool(str(tmp_path))
+    assert sorted(row["clip"] for row in kept) == sorted(f"{ending}.{ending}" for ending in endings) and not dropped
+    for path in tmp_path.glob("*.txt"):
+        path.unlink()
+    (tmp_path / "gif.txt").write_bytes(b"\xe4")
+    (tmp_path / "wmv.txt").write_bytes("A ball".encode("utf-16"))
+    (tmp_path / "mpg.json").write_text("[1]", encoding="utf-8")
+    (tmp_path / "flv.json").write_text('{"prompt": NaN}', encoding="utf-8")
+    (tmp_path / "3gp.json").write_text('{"caption": 12}', encoding="utf-8")
+    kept, dropped = pool(str(tmp_path))
+    reasons = {row["clip"]: row["reason"] for row in dropped}
+    found = {"gif.gif": "not UTF-8", "wmv.wmv": "not UTF-8", "mpg.mpg": "malformed row", "flv.flv": "malformed row"}
+    found["3gp.3gp"] = "malformed row"
+    assert not kept and reasons == dict.fromkeys((f"{ending}.{ending}" for ending in endings), "no caption") | found
+    assert {row["detail"] for row in dropped if row["clip"] == "ts.ts"} == {"there is no ts.txt or ts.json beside it"}
+
+
+def test_a_preview_beside_a_clip_does_not_take_its_place(tmp_path, clip):
+    for name in ("a.gif", "a.mp4"):
+        (tmp_path / name).write_bytes(clip.read_bytes())
+    (tmp_path / "a.txt").write_text("A ball", encoding="utf-8")
+    kept, dropped = pool(str(tmp_path))
+    assert [row["clip"] for row in kept] == ["a.mp4"]
+    assert [(row["clip"], row["detail"]) for row in dropped] == [("a.gif", "key 'a' is that of row 1")]
+
+
+def test_what_systems_leave_beside_clips_is_skipped_by_name(tmp_path, clip):
+    (tmp_path / "data").mkdir()
+    for name in ("a.mp4", "._a.mp4", ".b.mp4", "@eaDir/a.mp4", ".trash/c.mp4", "__MACOSX/d.mp4"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(clip.read_bytes())
+        path.with_suffix(".txt").write_text("A ball", encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    kept, dropped = pool(str(tmp_path / "data"))
+    assert [row["clip"] for row in kept] == ["a.mp4"]
+    hidden = ["._a.mp4", ".b.mp4", ".trash/c.mp4", "@eaDir/a.mp4", "__MACOSX/d.mp4"]
+    reasons = dict.fromkeys(hidden, "hidden") | {"linked": "not supported"}
+    assert {row["clip"]: row["reason"] for row in dropped} == reasons
+    files = [
+        (name, clip.read_bytes() if name.endswith("4") else b"A") for name in ("._a.mp4", "._a.txt", "x/@eaDir/a.mp4")
+    ]
+    kept, dropped = pool(str(write_tar(tmp_path / "0.tar", files)))
+    names = [f"{tmp_path / '0.tar'}::{name}" for name in ("._a.mp4", "x/@eaDir/a.mp4")]
+    assert not kept and [(row["clip"], row["reason"]) for row in dropped] == [(name, "hidden") for name in names]
 
 
 def test_a_folder_without_clips_says_what_to_do(tmp_path):
@@ -286,13 +501,63 @@ def test_shards_of_clips_are_read_in_place(tmp_path, clip):
     write_tar(tmp_path / "1.tar", [("x/c.d.mp4", data), ("x/c.txt", b"C"), ("d.mp4", data), ("e.txt", b"E")])
     kept, dropped = pool(f"{tmp_path}/*.tar")
     assert [(row["key"], row["prompt"]) for row in kept] == [("a", "A ball"), ("b", "B")]
-    assert [row["reason"] for row in dropped] == ["no caption"]  # c.d.mp4 is no clip's ending; e has none
+    assert [row["reason"] for row in dropped] == ["no caption"] * 2
+    assert [row["clip"] for row in dropped] == [f"{tmp_path / '1.tar'}::{name}.mp4" for name in ("x/c.d", "d")]
     reader = FrameReader(VIDEO, "cpu")
     for row in kept:
-        assert row["path"] == str(tmp_path / "0.tar") and row["clip"] == f"{tmp_path / '0.tar'}::{row['key']}"
+        assert row["path"] == str(tmp_path / "0.tar") and row["clip"] == f"{tmp_path / '0.tar'}::{row['key']}.mp4"
         assert torch.equal(reader.read(row_of(row)), read_clip(clip, VIDEO))
     first, second = (clip_identity(row_of(row)) for row in kept)
     assert first == second  # the same bytes at another place
+
+
+def test_members_with_dots_in_their_names_and_of_any_suffix_are_kept_or_listed(tmp_path, clip):
+    data = clip.read_bytes()
+    members = [
+        ("v_0.5.mp4", data),
+        ("v_0.5.txt", b"A"),
+        ("v_0.7.mp4", data),
+        ("007.v2.mp4", data),
+        ("007.v2.json", b"{"),
+    ]
+    members += [("b.GIF", data), ("b.jpg", b""), ("b.txt", b"B"), ("c.webm", data), ("c.mp4", data), ("c.txt", b"C")]
+    path = write_tar(tmp_path / "0.tar", members)
+    kept, dropped = pool(str(path))
+    assert [(row["clip"], row["prompt"]) for row in kept] == [
+        (f"{path}::v_0.5.mp4", "A"),
+        (f"{path}::b.GIF", "B"),
+        (f"{path}::c.mp4", "C"),
+    ]
+    assert [(row["clip"], row["reason"]) for row in dropped] == [
+        (f"{path}::v_0.7.mp4", "no caption"),
+        (f"{path}::007.v2.mp4", "malformed row"),
+        (f"{path}::c.webm", "duplicate key"),
+    ]
+    assert dropped[0]["detail"] == "there is no v_0.7.txt or v_0.7.json beside it"
+    assert FrameReader(VIDEO, "cpu").read(row_of(kept[0])).shape == (9, 32, 32, 3)
+
+
+def test_braces_name_shards_as_webdataset_does(tmp_path, clip):
+    for number in (0, 1, 3):
+        write_tar(tmp_path / f"{number:03d}.tar", [(f"{number}.mp4", clip.read_bytes()), (f"{number}.txt", b"A")])
+    assert [row["key"] for row in pool(f"{tmp_path}/{{000..001}}.tar")[0]] == ["0", "1"]
+    assert [
+        row["key"] for row in pool(f"{tmp_path}/{{000,003}}.tar, sandbox:ramp:1", video=VideoConfig(32, 32, 9, 4.0))[0]
+    ][:2] == ["0", "3"]
+    with pytest.raises(ValueError, match=r"\{000..003\}.tar: no such file .*/002.tar"):
+        pool(f"{tmp_path}/{{000..003}}.tar")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [1 << 62, 1 << 70])
+def test_a_header_that_declares_more_than_any_machine_has_costs_the_rest_of_its_shard(tmp_path, clip, kind, size):
+    path = write_tar(tmp_path / "0.tar", [("a.mp4", clip.read_bytes()), ("a.txt", b"A")])
+    info = tarfile.TarInfo("b.mp4")
+    info.type, info.size = kind, size
+    path.write_bytes(path.read_bytes()[: 512 * 4 + -(-len(clip.read_bytes()) // 512) * 512 - 512] + info.tobuf())
+    kept, dropped = pool(str(path))
+    assert [row["key"] for row in kept] == ["a"]
+    assert [(row["clip"], row["reason"]) for row in dropped] == [(str(path), "truncated")]
 
 
 def test_hostile_member_names_are_never_paths(tmp_path, clip, monkeypatch):
@@ -307,7 +572,9 @@ def test_hostile_member_names_are_never_paths(tmp_path, clip, monkeypatch):
     monkeypatch.chdir(tmp_path / "in")
     before = sorted(tmp_path.rglob("*"))
     kept, dropped = pool(str(tmp_path / "in" / "0.tar"))
-    assert len(kept) == len(names) and not dropped
+    assert len(kept) == len(names)
+    refused = [(row["clip"].rpartition("::")[2], row["reason"]) for row in dropped]
+    assert refused == [("link.mp4", "not supported"), ("device.mp4", "not supported")]
     reader = FrameReader(VIDEO, "cpu")
     for row in kept:
         assert set(row["key"]) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
@@ -331,7 +598,7 @@ def test_a_cut_or_broken_shard_loses_only_what_is_cut(tmp_path, clip):
     assert [row["reason"] for row in dropped] == ["truncated", "truncated"]
     reader = FrameReader(VIDEO, "cpu")
     assert reader.read(row_of(kept[0])).shape == (9, 32, 32, 3)
-    with pytest.raises(ClipError, match="0.tar::b: truncated: the shard ends before"):
+    with pytest.raises(ClipError, match="0.tar::b.mp4: truncated: the shard ends before"):
         reader.read(row_of(kept[1]))
 
 
@@ -388,6 +655,22 @@ def test_names_that_no_file_can_have(tmp_path):
             reader.read(row)
 
 
+def test_a_machine_without_file_descriptors_costs_no_rows(tmp_path, clip):
+    path = write_tar(tmp_path / "0.tar", [("a.mp4", clip.read_bytes()), ("a.txt", b"A")])
+    (row,) = map(row_of, pool(str(path))[0])
+    reader, limits = FrameReader(VIDEO, "cpu"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open("/dev/null", os.O_RDONLY)
+    os.close(spare)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            reader.read_all({"a": row})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(caught.value, ClipError)
+    assert list(reader.read_all({"a": row})[0]) == ["a"]
+
+
 def test_a_prompt_at_the_limit_is_kept(tmp_path):
     (row,) = csv_manifest(tmp_path, f"clip,prompt\na.mp4,{'A' * MAX_TEXT}\n")
     assert len(row.prompt) == MAX_TEXT
@@ -422,10 +705,13 @@ def test_scores_come_from_the_table_then_the_manifest_then_neutral(tmp_path):
 def test_bad_score_tables_stop_before_any_work(tmp_path):
     table = tmp_path / "scores.csv"
     table.write_text("key,loser,semantic\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no column physical; found: key, loser, semantic"):
+    with pytest.raises(ValueError, match="no column 'physical'; found: key, loser, semantic"):
         read_scores(table)
     table.write_text("key,loser,semantic,physical\na,0,nan,1\na,1,1,1\na,1,1,1\na,x,1,1\nb,0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="4 bad lines .line 2:.*line 4:.*second time.*line 5:.*line 6:"):
+    with pytest.raises(ValueError, match="4 bad rows .row 1:.*row 3:.*second time.*row 4:.*row 5: 2 fields for 4"):
+        read_scores(table)
+    table.write_text("key;loser;semantic;physical\na;0;1;1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="scores.csv: the fields are separated by semicolons"):
         read_scores(table)
     with pytest.raises(ValueError, match="pipeline.scores=.*no such file"):
         read_scores(tmp_path / "none.csv")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline import tables
 from data_pipeline.manifests import Row
 from data_pipeline.store import Store
 from data_pipeline.tables import (
@@ -23,7 +23,6 @@ from data_pipeline.tables import (
     Table,
     Unit,
     add_columns,
-    digest,
     drop,
     dropped_table,
     read_dropped,
@@ -32,6 +31,9 @@ from data_pipeline.tables import (
     write_summary,
     write_unit,
 )
+from data_pipeline.workers import plan_stage
+from train import files
+from train.files import digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,8 +108,8 @@ def test_a_failing_write_leaves_no_trace_and_the_old_unit_is_gone(tmp_path, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tables.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OSError, match="full: .*unit-00000.parquet could not be written"):
         write_unit(tmp_path, 0, "new", (rows(5, 1), dropped_table()), 0.0)
     assert read_marker(tmp_path, 0) is None and not list(tmp_path.glob(".*"))
 
@@ -183,13 +185,111 @@ def test_a_batch_counts_as_made_only_as_a_whole(tmp_path):
     assert store.unused({"aa1"}) == store.path("cc3").stat().st_size
 
 
-def test_a_damaged_file_of_the_store_is_named(tmp_path):
+def test_a_damaged_file_of_the_store_is_named_and_made_anew(tmp_path):
     store = Store(tmp_path)
-    store.save({"aa1": {"x": torch.zeros(2)}})
+    store.save({"aa1": {"x": torch.zeros(2)}, "bb2": {"x": torch.ones(2)}})
     store.path("aa1").write_bytes(b"half")
-    with pytest.raises(ValueError, match="aa1.safetensors is missing or damaged .*delete it and build again"):
-        store.load("aa1")
-    assert store.missing(["aa1", "bb2"]) == ["aa1", "bb2"]
+    assert store.missing(["aa1"]) == ["aa1"] and store.missing(["bb2"]) == []
+    assert store.missing(["aa1", "bb2"]) == ["aa1", "bb2"]  # one batch
+    assert store.lost() == set()
+    for name in ("aa1", "cc3"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors is missing or damaged: run the whole build again"):
+            store.load(name)
+    assert store.lost() == {"aa1", "cc3"}
+    store.save({"aa1": {"x": torch.zeros(2)}, "cc3": {"x": torch.zeros(2)}})
+    assert store.lost() == set() and store.load("aa1")["x"].tolist() == [0, 0]
+
+
+def test_a_file_of_the_store_under_another_name_is_none(tmp_path):
+    store = Store(tmp_path)
+    store.save({"aa1": {"x": torch.zeros(2)}, "aa2": {"x": torch.ones(2)}})
+    store.path("aa1").write_bytes(store.path("aa2").read_bytes())
+    assert store.missing(["aa1", "aa2"]) == ["aa1", "aa2"]
+
+
+@pytest.mark.parametrize("tries", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_changed_tensors_are_never_accepted(tmp_path, tries):
+    store, chance = Store(tmp_path), random.Random(0)
+    tensors = {"x": torch.arange(12).reshape(3, 4).bfloat16(), "flag": torch.tensor([True, False])}
+    store.save({"aa1": tensors})
+    whole, accepted = store.path("aa1").read_bytes(), 0
+    for _ in range(tries):
+        store.path("aa1").write_bytes(mutated(whole, chance))
+        if not store.missing(["aa1"]):
+            found, accepted = store.load("aa1"), accepted + 1
+            assert found.keys() == tensors.keys() and all(found[name].equal(tensors[name]) for name in tensors)
+    assert accepted < tries / 10  # what is not the same to the byte
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """With one to three bytes, or a stretch of them, changed, cut out or doubled."""
+    for _ in range(chance.randint(1, 3)):
+        first = chance.randrange(len(data))
+        end = min(len(data), first + chance.choice((1, 1, 4, 100)))
+        part = data[first:end]
+        other = (b"", part + part, bytes(chance.randrange(256) for _ in part), bytes([part[0] ^ 1]) + part[1:])
+        data = data[:first] + chance.choice(other) + data[end:] or b"x"
+    return data
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_marker_with_other_types_or_counts_is_missing_or_damaged(tmp_path):
+    write_unit(tmp_path, 0, "d", drop(rows(0, 4), {2: ("truncated", "half")}), 0.25)
+    marker = tmp_path / "unit-00000.json"
+    whole = json.loads(marker.read_text(encoding="utf-8"))
+    values = (None, True, -1, 7, 1e400, "x", "0" * 64, [], [1], {}, {"x": "y"}, {"x": -1})
+    assert read_marker(tmp_path, 0) == whole
+    for name in ("content", "dropped_content", "rows"):
+        for value in values:
+            marker.write_text(json.dumps({**whole, name: value}), encoding="utf-8")
+            assert read_marker(tmp_path, 0) is None
+    for name, wrong in (("digest", 0), ("seconds", "x"), ("dropped", [1]), ("dropped", {"truncated": "x"})):
+        marker.write_text(json.dumps({**whole, name: wrong}), encoding="utf-8")
+        assert read_marker(tmp_path, 0) is None
+    for text in ("", "[]", "7", "null", "{", "[" * 100_000):
+        marker.write_text(text, encoding="utf-8")
+        assert read_marker(tmp_path, 0) is None
+        with pytest.raises(ValueError, match="unit-00000.parquet is missing or damaged: run this stage again"):
+            Table(tmp_path, 1)
+
+
+@pytest.mark.parametrize("tries", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file", ["unit-00000.parquet", "unit-00000.dropped.parquet", "unit-00000.json"])
+def test_changed_tables_are_never_accepted(tmp_path, file, tries):
+    made, chance = drop(rows(0, 4), {2: ("truncated", "half")}), random.Random(0)
+    write_unit(tmp_path, 0, "d", made, 0.25)
+    whole = (tmp_path / file).read_bytes()
+    for _ in range(tries):
+        (tmp_path / file).write_bytes(mutated(whole, chance))
+        if read_marker(tmp_path, 0) is not None:
+            assert Table(tmp_path, 1).rows(0, 9) == made[0] and read_dropped(tmp_path, 0) == made[1]
+
+
+def test_a_stage_of_all_rows_with_a_damaged_summary_is_done_again(tmp_path):
+    class Whole(PassThrough):
+        whole = True
+
+        def plan(self, before):
+            return [Unit(0, "d", 0, 5)]
+
+    stage = Whole(tmp_path, "pool")
+    for number in range(2):
+        write_unit(tmp_path, number, "d", (rows(2 * number, 2), dropped_table()), 0.0)
+    summary = write_summary(Table(tmp_path, 2), "d")
+    assert plan_stage(stage, None, retry=True)[1] == []
+    for change in (
+        {"units": 1},
+        {"units": 0},
+        {"units": -1},
+        {"units": 10**18},
+        {"units": "2"},
+        {"kept": 3},
+        {"in": []},
+    ):
+        (tmp_path / "summary.json").write_text(json.dumps({**summary, **change}), encoding="utf-8")
+        assert len(plan_stage(stage, None, retry=True)[1]) == 1
 
 
 # ---- size ------------------------------------------------------------------------------------------------------------

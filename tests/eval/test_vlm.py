@@ -208,6 +208,11 @@ def test_waits_grow_follow_the_seed_and_the_servers_wish(monkeypatch):
     with StubServer(lambda request: Response(status=503, headers={"retry-after": "99999"})) as server:
         ask_all(Vlm(configured(server, retries=1)), ["a"])
     assert waits == [60.0]
+    for nonsense in ("inf", "nan", "-5"):
+        waits.clear()
+        with StubServer(lambda request, text=nonsense: Response(status=503, headers={"retry-after": text})) as server:
+            ask_all(Vlm(configured(server, retries=1)), ["a"])
+        assert len(waits) == 1 and 0 <= waits[0] < 7  # what it would be without the header
 
 
 def test_nobody_answers_there():

@@ -23,7 +23,7 @@ BACKBONES: dict[str, type[Backbone]] = {
 ARCHITECTURES = {family: backbone.architectures for family, backbone in BACKBONES.items()}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-PARTS = ("text", "vae", "transformer", "expert")
+PARTS = ("text", "tokenizer", "vae", "transformer", "expert")
 
 
 def find_architecture(config: BackboneConfig) -> dict[str, Any]:
@@ -38,9 +38,9 @@ def load_backbone(
 ) -> Backbone:
     """A backbone with the named parts on the device, in eval mode and frozen.
 
-    Parts: "text" (encoder and tokenizer), "vae", "transformer" (all experts), "expert" (only `config.expert` of a
-    two-expert family). Raises ValueError for an unknown key, a path that is no Wan pipeline or lacks a component, and a
-    pipeline of another family than `config.family`.
+    Parts: "text" (encoder and tokenizer), "tokenizer" (alone), "vae", "transformer" (all experts), "expert" (only
+    `config.expert` of a two-expert family). Raises ValueError for an unknown key, a path that is no Wan pipeline or
+    lacks a component, and a pipeline of another family than `config.family`.
     """
     _check("family", config.family, BACKBONES)
     _check("dtype", config.dtype, DTYPES)
@@ -80,8 +80,10 @@ def load_backbone(
             f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
         )
     text_encoder = tokenizer = None
+    if "text" in parts or "tokenizer" in parts:
+        tokenizer = loading.load_tokenizer(folder)
     if "text" in parts:
-        text_encoder, tokenizer = loading.load_text(folder, device, dtype, architecture["transformer"]["text_dim"])
+        text_encoder = loading.load_text(folder, device, dtype, architecture["transformer"]["text_dim"])
     experts = {name: loading.load_transformer(folder, family.expert_folders[name], device, dtype) for name in wanted}
     for network in experts.values():
         loading.choose_attention(network, config.attention, device)

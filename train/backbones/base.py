@@ -10,7 +10,7 @@ Time t is in [0, 1] and 1 is noise; the network is fed 1000 t. The network predi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -226,6 +226,20 @@ class Backbone:
         ).to(self.device)
         embeddings = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state  # (B, L, D)
         return embeddings.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
+
+    def cut_prompts(self, prompts: Mapping[str, str]) -> str:
+        """A warning of the prompts that `encode_text` does not read to their end, which it cuts; empty where none is.
+
+        prompts: by what names them in the warning. Needs the tokenizer alone.
+        """
+        texts = [prompt_clean(prompt) for prompt in prompts.values()]
+        tokens = self.tokenizer(texts, max_length=self.text_length + 1, truncation=True).input_ids if texts else []
+        long = [name for name, ids in zip(prompts, tokens, strict=True) if len(ids) > self.text_length]
+        if not long:
+            return ""
+        are = "prompts are" if len(long) > 1 else "prompt is"
+        reads = f"longer than the {self.text_length} tokens that the text encoder reads, and cut there"
+        return f"warning: {len(long)} {are} {reads}; the first is {long[0]}"
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor | None:
         """First frame (B, 3, H, W) in [-1, 1] -> the image latents of `Conditioning`, or None: text-only families."""

@@ -90,20 +90,21 @@ def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
     return _load(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
 
 
-def load_text(
-    folder: Path, device: torch.device, dtype: torch.dtype, text_dim: int
-) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
-    """The text encoder and its tokenizer; ValueError when its width is not the one the transformer reads."""
+def load_text(folder: Path, device: torch.device, dtype: torch.dtype, text_dim: int) -> UMT5EncoderModel:
+    """The text encoder; ValueError when its width is not the one the transformer reads."""
     width = _read_config(folder, "text_encoder").get("d_model")
     if width != text_dim:
         raise ValueError(
             f"backbone.path={folder}: the text encoder has width {width}, but the transformer reads {text_dim}: "
             "the two belong to different pipelines"
         )
+    return _load(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer").is_dir():
         raise ValueError(f"backbone.path={folder} lacks the component tokenizer: complete the folder")
-    encoder = _load(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
-    return encoder, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
 def random_transformer(

@@ -5,6 +5,10 @@
 """
 
 import argparse
+import hashlib
+import io
+import json
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +112,33 @@ def write_synthetic_groups(
     _, frames, rows, columns = latent_shape
     size = {"height": rows * spatial_scale, "width": columns * spatial_scale, "num_frames": 4 * (frames - 1) + 1}
     return write_index(folder, fingerprint=fingerprint, video={**size, "fps": 16.0})
+
+
+def sample_bytes(description: bytes | None, tensors: bytes | None) -> bytes:
+    """A tar sample with these members, whatever they hold, without the end of the archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in (("k.json", description), ("k.safetensors", tensors)):
+            if data is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        size = tar.offset
+    return buffer.getvalue()[:size]
+
+
+def replace_sample(folder: Path, data: bytes) -> None:
+    """Make `data` the only sample of the only shard of `folder`, with all checksums anew: what another program, or
+    somebody with bad intent, might write."""
+    index = json.loads((folder / "index.json").read_bytes())
+    (shard,) = index["shards"]
+    (sample,) = shard["samples"]
+    whole = data + bytes(1024)
+    sample |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    shard |= {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    index["total_bytes"] = len(whole)
+    (folder / shard["file"]).write_bytes(whole)
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def main() -> None:

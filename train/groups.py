@@ -9,38 +9,48 @@ targets); nothing is pickled. A folder holds
     <shard>.json    its marker, written after the tar: sizes, offsets and checksums. A shard with a marker is done
     index.json      all markers collected, written last: a folder without it is an unfinished build
 
-and no other JSON or tar file.
+and no other JSON or tar file. Nothing that such a folder says is taken on trust: what writing checks, reading checks
+again, and a group that fails stops the run with the names of its shard and key. The folder is a local one; links to
+shards that lie elsewhere are followed.
 
 The index gives random access to every sample, so training draws from a stream that is a pure function of one integer,
 the global sample position (`assignment`): it is the same on any number of ranks and workers, and resuming needs only
 that integer.
 """
 
-import errno
 import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import re
-import shutil
+import stat
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, Literal, NotRequired
 
 import numpy as np
 import safetensors.torch
 import torch
 import webdataset
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
+
+from train import files
 
 SCHEMA = 1
 INDEX = "index.json"
+END = bytes(2 * tarfile.BLOCKSIZE)  # of an archive
+# The largest magnitude of what the network reads. Normalised latents stay below 10 and text embeddings below 100; 1e30
+# is finite as well, but its square is not, and one such value costs a batch.
+LARGEST = 1.0e4
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of floating point tensors
 
 
 @dataclass
@@ -73,11 +83,121 @@ class Sample:
     loser_index: int  # the loser of this pair, in range(len(group.losers)); -1 in a group without losers
 
 
+# ---- the JSON of a folder --------------------------------------------------------------------------------------------
+
+
+Shape = Annotated[list[PositiveInt], Field(min_length=4, max_length=4)]
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+
+
+class SampleRecord(TypedDict):
+    """Where one group lies in its shard."""
+
+    key: str
+    offset: NonNegativeInt
+    bytes: PositiveInt
+    sha256: str
+    num_losers: NonNegativeInt
+
+
+class ShardRecord(TypedDict):
+    """One shard in the index."""
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.tar\z")]  # beside the index
+    bytes: NonNegativeInt
+    sha256: str
+    samples: list[SampleRecord]
+
+
+class Common(TypedDict):
+    """What all groups of a folder share."""
+
+    fingerprint: str
+    latent_shape: Shape
+    latent_dtype: Dtype
+
+
+class Marker(ShardRecord):
+    schema: int
+    fingerprint: NotRequired[str]  # an empty shard has nothing in common with others
+    latent_shape: NotRequired[Shape]
+    latent_dtype: NotRequired[Dtype]
+
+
+class Index(Common):
+    schema: int
+    video: dict[str, Any]  # the clips' VideoConfig
+    num_groups: PositiveInt
+    total_bytes: PositiveInt
+    shards: list[ShardRecord]
+
+
+def _check_shard(shard: ShardRecord) -> None:
+    """Samples follow each other without a gap up to the end of the archive."""
+    end = 0
+    for sample in shard["samples"]:
+        if sample["offset"] != end:
+            raise ValueError(f"group {sample['key']!r} of {shard['file']} is at offset {sample['offset']}, not {end}")
+        end += sample["bytes"]
+    if shard["bytes"] != end + len(END):
+        raise ValueError(
+            f"{shard['file']} has {shard['bytes']} bytes, but its samples and the end take {end + len(END)}"
+        )
+
+
+def _check_marker(marker: Marker) -> Marker:
+    _check_shard(marker)
+    if lacking := [name for name in Common.__annotations__ if marker["samples"] and name not in marker]:
+        raise ValueError(f"{', '.join(lacking)} of the samples is missing")
+    return marker
+
+
+def _check_index(index: Index) -> Index:
+    for shard in index["shards"]:
+        _check_shard(shard)
+    count = Counter(sample["key"] for shard in index["shards"] for sample in shard["samples"])
+    for key, times in count.most_common(1):
+        if times > 1:
+            raise ValueError(f"group {key!r} is there {times} times")
+    for name, found in (("num_groups", len(count)), ("total_bytes", sum(shard["bytes"] for shard in index["shards"]))):
+        if index[name] != found:
+            raise ValueError(f"{name} is {index[name]}, but the shards have {found}")
+    return index
+
+
+class Description(TypedDict):
+    """The JSON member of a sample."""
+
+    schema: int
+    key: str
+    prompt: str
+    action: str
+    physics_richness: float | None
+    source: str
+    losers: list[Loser]
+    fingerprint: str
+
+
+class Versioned(TypedDict):
+    schema: int
+
+
+def _parse_json(data: bytes, kind: Any, *, name: str, remedy: str) -> Any:
+    """`files.parse_json` of this schema; another one is named as such, for it differs in the rest as well."""
+    found = files.parse_json(data, Versioned, name=name, remedy=remedy)["schema"]
+    if found != SCHEMA:
+        raise ValueError(f"{name} has schema {found}, this version reads schema {SCHEMA}; {remedy}")
+    return files.parse_json(data, kind, name=name, remedy=remedy)
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def check_group(group: Group) -> None:
-    """ValueError, naming the group and the value, if training could not use `group`."""
+    """ValueError, naming the group and the value, if training could not use `group`.
+
+    One pass over the tensors: 2 ms a group of 14B's size with four losers, a fifth of its checksum.
+    """
 
     def refuse(reason: str) -> None:
         raise ValueError(f"group {group.key!r}: {reason}")
@@ -90,7 +210,7 @@ def check_group(group: Group) -> None:
         refuse("the backbone fingerprint is empty")
     if group.physics_richness is not None and not math.isfinite(group.physics_richness):
         refuse(f"physics_richness is {group.physics_richness}, not a finite number or None")
-    if group.winner.ndim != 4 or not group.winner.is_floating_point():
+    if group.winner.ndim != 4 or not group.winner.is_floating_point() or group.winner.numel() == 0:
         refuse(f"the winner must be a float latent (C, F, H, W), not {_describe(group.winner)}")
     if group.losers.shape[1:] != group.winner.shape or group.losers.dtype != group.winner.dtype:
         refuse(f"the losers {_describe(group.losers)} must be a stack of the winner's {_describe(group.winner)}")
@@ -101,11 +221,22 @@ def check_group(group: Group) -> None:
             score = getattr(loser, name)
             if not 0 <= score <= 1:  # false for NaN too
                 refuse(f"loser {number} has {name} score {score}; judge scores lie in [0, 1]")
-    if group.text.ndim != 2 or len(group.text) == 0:
-        refuse(f"the text embedding must be (L', D) with L' > 0, not {_describe(group.text)}")
+        if torch.equal(group.losers[number], group.winner):
+            refuse(f"loser {number} is the winner itself, so that there is nothing to prefer")
+    if group.text.ndim != 2 or not group.text.is_floating_point() or group.text.numel() == 0:
+        refuse(f"the text embedding must be float (L', D) with L' > 0, not {_describe(group.text)}")
+    if group.condition is not None and (group.condition.ndim != 4 or not group.condition.is_floating_point()):
+        refuse(f"the condition must be a float latent (C', F, H, W), not {_describe(group.condition)}")
     for name, tensor in _tensors(group).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.dtype not in DTYPES:
+            refuse(f"tensor {name!r} is {_describe(tensor)}; use {', '.join(map(_dtype, DTYPES))}")
+        low, high = (value.item() for value in torch.aminmax(tensor))  # NaN if any is; isfinite takes 20 times as long
+        if not (math.isfinite(low) and math.isfinite(high)):
             refuse(f"tensor {name!r} has values that are not finite")
+        if not name.startswith("extra.") and max(-low, high) > LARGEST:
+            refuse(f"tensor {name!r} has values up to {max(-low, high):.3g}, far beyond a latent's or an embedding's")
 
 
 class ShardWriter:
@@ -119,13 +250,13 @@ class ShardWriter:
     Finishing a shard removes index.json, which does not describe the folder any more.
 
     Raises ValueError for a group that `check_group` refuses, a second group with the same key, or of another
-    fingerprint or latent shape than the first; OSError (ENOSPC) with path, needed and free bytes when the disk is full.
+    fingerprint or latent shape than the first; OSError (ENOSPC) as `train.files.atomic` when the disk is full.
     """
 
     def __init__(self, folder: str | Path, name: str):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or f"{name}.json" == INDEX:
             raise ValueError(f"shard name {name!r}: use letters, digits, _ and -, and not 'index'")
-        self.folder, self.name = Path(folder), name
+        self.folder, self.name = local_folder(folder), name
         self.path = self.folder / f"{name}.tar"
         self.record: dict[str, Any] = {}
         self._common: dict[str, Any] = {}  # what every group of the shard shares, set by the first
@@ -133,17 +264,18 @@ class ShardWriter:
         self._num_bytes, self._digest = 0, hashlib.sha256()
 
     def __enter__(self) -> "ShardWriter":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._partial = _partial_path(self.path)
-        self._file = open(self._partial, "wb")
+        self._writing = self._opened()
+        self._file = self._writing.__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writing.__exit__(*error)
 
     def write(self, group: Group) -> None:
         check_group(group)
         if group.key in self._samples:
             raise ValueError(f"group {group.key!r}: {self.path} already holds a group with this key")
-        dtype = str(group.winner.dtype).removeprefix("torch.")
-        common = {"fingerprint": group.fingerprint, "latent_shape": list(group.winner.shape), "latent_dtype": dtype}
+        common = _common(group)
         self._common = self._common or common
         for name, value in common.items():
             if value != self._common[name]:
@@ -158,26 +290,21 @@ class ShardWriter:
         }
         self._append(data)
 
-    def __exit__(self, error_type: type | None, *_: object) -> None:
-        try:
-            if error_type is None:
-                self._finish()
-        finally:
-            with suppress(OSError):  # on a full disk closing flushes, and fails, once more; the file goes anyway
-                self._file.close()
-            self._partial.unlink(missing_ok=True)
-
     def _append(self, data: bytes | memoryview) -> None:
         self._num_bytes += len(data)
         self._digest.update(data)
-        with _explain_full_disk(self.path, self._num_bytes):
-            self._file.write(data)
+        self._file.write(data)
 
-    def _finish(self) -> None:
-        self._append(bytes(2 * tarfile.BLOCKSIZE))  # end of archive
-        with _explain_full_disk(self.path, self._num_bytes):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The tar while it is written; what follows the `yield` finishes the shard."""
+        marker = self.folder / f"{self.name}.json"
+        with files.atomic(self.path) as partial:
+            with open(partial, "wb") as file:
+                yield file
+                self._append(END)
+            for outdated in (self.folder / INDEX, marker):  # first, so that neither ever describes another tar
+                outdated.unlink(missing_ok=True)
         self.record = {
             "schema": SCHEMA,
             "file": self.path.name,
@@ -186,22 +313,23 @@ class ShardWriter:
             **self._common,
             "samples": list(self._samples.values()),
         }
-        marker = self.folder / f"{self.name}.json"
-        for outdated in (self.folder / INDEX, marker):  # first, so that neither ever describes another tar
-            outdated.unlink(missing_ok=True)
-        os.replace(self._partial, self.path)
-        _write_json(marker, self.record)
+        files.write_bytes(marker, _json_bytes(self.record))
 
 
-def shard_record(folder: str | Path, name: str) -> dict[str, Any] | None:
+def shard_record(folder: str | Path, name: str) -> Marker | None:
     """The marker of shard `name`, or None if it is still to be built: no marker, no tar, or a tar of another size.
 
-    Raises ValueError for a marker that is no JSON or of another schema.
+    Raises ValueError for a marker that is no JSON, of another schema, or that describes no shard of this name.
     """
     marker, tar = Path(folder) / f"{name}.json", Path(folder) / f"{name}.tar"
     if not marker.exists() or not tar.exists():
         return None
-    record = _read_json(marker, remedy="delete it and run the build again")
+    remedy = "delete it and run the build again"
+    record = _parse_json(
+        _read(marker, remedy), Annotated[Marker, AfterValidator(_check_marker)], name=str(marker), remedy=remedy
+    )
+    if record["file"] != tar.name:
+        raise ValueError(f"{marker} describes {record['file']}; {remedy}")
     return record if tar.stat().st_size == record["bytes"] else None
 
 
@@ -213,18 +341,20 @@ def write_index(folder: str | Path, *, fingerprint: str, video: Any) -> dict[str
     Raises ValueError for a shard without marker or a marker without its whole tar, a shard of another schema,
     fingerprint, latent shape or dtype, a key that two shards share, or no group at all.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     common, shards, shard_of_key = {"fingerprint": fingerprint}, [], {}
     names = {path.stem for pattern in ("*.tar", "*.json") for path in folder.glob(pattern)} - {Path(INDEX).stem}
     for name in sorted(names):
         record, rebuild = shard_record(folder, name), _rebuild(folder / f"{name}.tar")
         if record is None:
             raise ValueError(f"shard {name!r} in {folder} is not finished; {rebuild}")
-        for field_name in ("fingerprint", "latent_shape", "latent_dtype") if record["samples"] else ():
-            expected = common.setdefault(field_name, record[field_name])
-            if record[field_name] != expected:
-                found = f"{field_name} {record[field_name]}, not {expected}"
-                raise ValueError(f"shard {name!r} in {folder} has {found} as the others; {rebuild}")
+        for field_name in Common.__annotations__ if record["samples"] else ():
+            found = record.get(field_name)
+            expected = common.setdefault(field_name, found)
+            if found != expected:
+                raise ValueError(
+                    f"shard {name!r} in {folder} has {field_name} {found}, not {expected} as the others; {rebuild}"
+                )
         for key in (sample["key"] for sample in record["samples"]):
             if key in shard_of_key:
                 raise ValueError(f"group {key!r} is in shard {shard_of_key[key]!r} and in {name!r}; {rebuild}")
@@ -240,7 +370,7 @@ def write_index(folder: str | Path, *, fingerprint: str, video: Any) -> dict[str
         "total_bytes": sum(shard["bytes"] for shard in shards),
         "shards": shards,
     }
-    _write_json(folder / INDEX, index)
+    files.write_bytes(folder / INDEX, _json_bytes(index))
     return index
 
 
@@ -252,30 +382,31 @@ class GroupSet(torch.utils.data.Dataset):
 
     fingerprint: of the backbone that will train on the groups; None skips that check.
 
-    Attributes: fingerprint, video (dict), latent_shape (C, F, H, W), latent_dtype, total_bytes.
+    Attributes: fingerprint, video (dict), latent_shape (C, F, H, W), latent_dtype, total_bytes, digest (SHA-256 of
+    index.json, which has the checksums of all groups: equal digests mean equal groups in the same order).
 
-    Raises ValueError on opening for a missing or unreadable index, another schema, another fingerprint, a missing shard
-    or one whose size is not the index's; on reading for a sample whose checksum is not the index's.
+    Raises ValueError on opening for a URL, a missing or unreadable index, another schema, another fingerprint, a
+    missing shard or one whose size is not the index's; on reading, with shard, key and remedy, for a group whose
+    checksum is not the index's, that `check_group` refuses, or that the index describes otherwise.
     """
 
     def __init__(self, folder: str | Path, *, fingerprint: str | None = None):
-        self.folder = Path(folder)
-        index = _read_index(self.folder)
-        self.digest = hashlib.sha256((self.folder / INDEX).read_bytes()).hexdigest()
-        self.fingerprint: str = index["fingerprint"]
+        self.folder = local_folder(folder)
+        self._index, self.digest = _read_index(self.folder)
+        self.fingerprint: str = self._index["fingerprint"]
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise ValueError(
                 f"the groups in {self.folder} were built with backbone {self.fingerprint}, but training uses "
                 f"{fingerprint}; train that backbone or build the groups again with this one"
             )
-        for shard in index["shards"]:
-            if problem := _size_problem(self.folder, shard):
+        for shard in self._index["shards"]:
+            if problem := _file_problem(self.folder, shard):
                 raise ValueError(problem)
-        self.video: dict[str, Any] = index["video"]
-        self.latent_shape: tuple[int, ...] = tuple(index["latent_shape"])
-        self.latent_dtype: torch.dtype = getattr(torch, index["latent_dtype"])
-        self.total_bytes: int = index["total_bytes"]
-        self._samples = [(shard["file"], sample) for shard in index["shards"] for sample in shard["samples"]]
+        self.video: dict[str, Any] = self._index["video"]
+        self.latent_shape: tuple[int, ...] = tuple(self._index["latent_shape"])
+        self.latent_dtype: torch.dtype = getattr(torch, self._index["latent_dtype"])
+        self.total_bytes: int = self._index["total_bytes"]
+        self._samples = [(shard["file"], sample) for shard in self._index["shards"] for sample in shard["samples"]]
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -288,25 +419,23 @@ class GroupSet(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Group:
         file, sample = self._samples[index]
-        path = self.folder / file
-        with open(path, "rb") as shard:
+        with open(self.folder / file, "rb") as shard:
             shard.seek(sample["offset"])
             data = shard.read(sample["bytes"])
-        if problem := _checksum_problem(path, sample, data):
-            raise ValueError(problem)
-        return _parse_sample(data)
+        return _checked_group(self.folder / file, self._index, sample, data)
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Checks every byte of every shard against the index; returns one line, with the remedy, for each problem."""
-    folder = Path(folder)
+    """Checks every byte of every shard against the index, and every group as reading does; returns one line, with the
+    remedy, for each problem."""
     try:
-        index = _read_index(folder)
+        folder = local_folder(folder)
+        index, _ = _read_index(folder)
     except ValueError as error:
         return [str(error)]
     problems = []
     for entry in index["shards"]:
-        if problem := _size_problem(folder, entry):
+        if problem := _file_problem(folder, entry):
             problems.append(problem)
             continue
         path, digest, damaged = folder / entry["file"], hashlib.sha256(), []
@@ -314,7 +443,10 @@ def verify(folder: str | Path) -> list[str]:
             for sample in entry["samples"]:  # samples follow each other without a gap
                 data = shard.read(sample["bytes"])
                 digest.update(data)
-                damaged += filter(None, [_checksum_problem(path, sample, data)])
+                try:
+                    _checked_group(path, index, sample, data)
+                except ValueError as error:
+                    damaged.append(str(error))
             digest.update(shard.read())  # end of archive
         if not damaged and digest.hexdigest() != entry["sha256"]:
             damaged = [f"{path} differs from its checksum outside its samples; {_rebuild(path)}"]
@@ -436,6 +568,11 @@ def _tensors(group: Group) -> dict[str, Tensor]:
     return {"winner": group.winner, "losers": group.losers, "text": group.text, **condition, **extra}
 
 
+def _common(group: Group) -> Common:
+    latent = {"latent_shape": list(group.winner.shape), "latent_dtype": _dtype(group.winner.dtype)}
+    return {"fingerprint": group.fingerprint, **latent}
+
+
 def _sample_bytes(group: Group) -> memoryview:
     """Both tar members with their headers, without the end-of-archive blocks."""
     description = {
@@ -460,98 +597,108 @@ def _sample_bytes(group: Group) -> memoryview:
     return buffer.getbuffer()[:end]
 
 
-def _parse_sample(data: bytes) -> Group:
-    """The group in the bytes of its tar members, whose checksum has been verified."""
-    members = {}
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        for member in tar:
-            members[member.name.partition(".")[2]] = tar.extractfile(member).read()
-    description = json.loads(members["json"])
-    tensors = safetensors.torch.load(members["safetensors"])
+def _checked_group(path: Path, index: Index, sample: SampleRecord, data: bytes) -> Group:
+    """The group in `data`, which shard `path` holds at `sample`. ValueError, with shard, group and remedy, if the
+    checksum differs, `check_group` refuses it, or the index describes another one."""
+    where = f"group {sample['key']!r} at offset {sample['offset']}"
+    if hashlib.sha256(data).hexdigest() != sample["sha256"]:
+        raise ValueError(f"{path} is damaged: {where} does not match its checksum; {_rebuild(path)}")
+    group = _parse_sample(data, name=f"{where} of {path}", remedy=_rebuild(path))
+    try:
+        check_group(group)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_rebuild(path)}") from error
+    found = {"key": group.key, "num_losers": len(group.losers), **_common(group)}
+    for name, value in found.items():
+        expected = {**index, **sample}[name]
+        if value != expected:
+            raise ValueError(f"{path}: {where} has {name} {value}, but {INDEX} says {expected}; {_rebuild(path)}")
+    return group
+
+
+def _parse_sample(data: bytes, *, name: str, remedy: str) -> Group:
+    """The group in the bytes of its tar members. ValueError with `name` and `remedy` if there is none."""
+    try:
+        members = _members(data)
+        tensors = safetensors.torch.load(members.get("safetensors", b""))
+    except (ValueError, TypeError, RuntimeError, KeyError, tarfile.TarError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{name} cannot be read ({error}); {remedy}") from error
+    if lacking := [tensor for tensor in ("winner", "losers", "text") if tensor not in tensors]:
+        raise ValueError(f"{name} lacks tensor {', '.join(lacking)}; {remedy}")
+    description = _parse_json(members.get("json", b""), Description, name=name, remedy=remedy)
     plain = ("key", "prompt", "action", "physics_richness", "source", "fingerprint")
     return Group(
-        **{name: description[name] for name in plain},
-        losers_info=[Loser(**loser) for loser in description["losers"]],
-        **{name: tensors[name] for name in ("winner", "losers", "text")},
+        **{field_name: description[field_name] for field_name in plain},
+        losers_info=description["losers"],
+        **{tensor: tensors[tensor] for tensor in ("winner", "losers", "text")},
         condition=tensors.get("condition"),
         extra={name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")},
     )
 
 
+def _members(data: bytes) -> dict[str, bytes]:
+    """The files in a sample by their suffix. It takes plain members only, as written: archives of other kinds may
+    declare more bytes than there are."""
+    members, start = {}, 0
+    while start < len(data):
+        header = tarfile.TarInfo.frombuf(data[start : start + tarfile.BLOCKSIZE], "utf-8", "strict")
+        start += tarfile.BLOCKSIZE
+        if header.type != tarfile.REGTYPE or not 0 <= header.size <= len(data) - start:
+            raise ValueError(f"{header.name!r} is no plain file of at most {len(data) - start} bytes")
+        members[header.name.partition(".")[2]] = data[start : start + header.size]
+        start += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return members
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)} {_dtype(tensor.dtype)}"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    if not (folder / INDEX).exists():
+def local_folder(folder: str | Path) -> Path:
+    """ValueError for a URL, from which no groups are read."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # a Path keeps one slash only
+        raise ValueError(f"{folder} is a URL, but groups are read and written in local folders: copy them to one")
+    return Path(folder)
+
+
+def _read_index(folder: Path) -> tuple[Index, str]:
+    """index.json and the SHA-256 of its bytes."""
+    path, remedy = folder / INDEX, "run the build again"
+    if not path.exists():
         raise ValueError(f"no {INDEX} in {folder}: the groups are not built or the build did not finish; run the build")
-    return _read_json(folder / INDEX, remedy="run the build again")
+    data = _read(path, remedy)
+    index = _parse_json(data, Annotated[Index, AfterValidator(_check_index)], name=str(path), remedy=remedy)
+    return index, hashlib.sha256(data).hexdigest()
 
 
-def _size_problem(folder: Path, shard: Mapping[str, Any]) -> str | None:
+def _read(path: Path, remedy: str) -> bytes:
+    if not path.is_file():  # a pipe is waited for, a device has no end
+        raise ValueError(f"{path} is no regular file; {remedy}")
+    return path.read_bytes()
+
+
+def _file_problem(folder: Path, shard: ShardRecord) -> str | None:
     path = folder / shard["file"]
     if not path.exists():
         return f"{path} is missing; {_rebuild(path)}"
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        return f"{path} is {size} bytes long, not {shard['bytes']}: truncated or replaced; {_rebuild(path)}"
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path} is no regular file; {_rebuild(path)}"
+    if status.st_size != shard["bytes"]:
+        return f"{path} is {status.st_size} bytes long, not {shard['bytes']}: truncated or replaced; {_rebuild(path)}"
     return None
-
-
-def _checksum_problem(path: Path, sample: Mapping[str, Any], data: bytes) -> str | None:
-    if hashlib.sha256(data).hexdigest() == sample["sha256"]:
-        return None
-    where = f"group {sample['key']!r} at offset {sample['offset']}"
-    return f"{path} is damaged: {where} does not match its checksum; {_rebuild(path)}"
 
 
 def _rebuild(path: Path) -> str:
     return f"delete {path.name} and {path.stem}.json and run the build again"
 
 
-def _partial_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def _json_bytes(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False, allow_nan=False, sort_keys=True).encode("utf-8")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    data, partial = _json_bytes(content), _partial_path(path)
-    try:
-        with _explain_full_disk(path, len(data)), open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read_json(path: Path, *, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); {remedy}") from error
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {content.get('schema')}, this version reads schema {SCHEMA}; {remedy}")
-    return content
-
-
-@contextmanager
-def _explain_full_disk(path: Path, num_bytes: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        message = (
-            f"the disk or quota is full: {path} needs at least {num_bytes} bytes, {free} more are free. "
-            "Finished shards are intact; make room and run the build again"
-        )
-        raise OSError(error.errno, message) from error

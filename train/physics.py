@@ -22,6 +22,7 @@ Shapes: B clips, D block width, F' H' W' its token grid, N points, K relation to
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -169,43 +170,64 @@ def target_tensors(config: PhysicsConfig, extra: dict[str, Tensor], num_frames: 
     """`Group.extra` in the shapes that batches need, for clips of `num_frames` latent frames F.
 
     tracks (F,N,2) float32, visible (F,N), keep (N,) bool; relation_tokens (Kmax,Dt), relation_indices (Kmax,) int64,
-    relation_valid (Kmax,) bool, relation_grid (3,) int64, with Kmax = targets.max_tokens. Raises ValueError for tracks
-    of another length, or more tokens than that.
+    relation_valid (Kmax,) bool, relation_grid (3,) int64, with Kmax = targets.max_tokens. Raises ValueError for targets
+    that are not as `train.teachers.targets` makes them, tracks of another length, or more tokens than that.
     """
     tensors = {}
     if config.w_pix > 0:
+        shape = extra["tracks"].shape[:2]  # (T,N)
+        _check_target(extra, "tracks", (*shape, 2), torch.uint16)
+        _check_target(extra, "visible", shape, torch.bool)
+        _check_target(extra, "keep", shape[1:], torch.bool)
         tracks, visible = (extra[name][::FRAMES_PER_LATENT] for name in ("tracks", "visible"))
         if len(tracks) != num_frames:
             raise ValueError(
-                f"tracks over {len(extra['tracks'])} video frames do not fit {num_frames} latent frames: build the"
-                " targets again (pipeline.stage=targets..encode)"
+                f"tracks over {len(extra['tracks'])} video frames do not fit {num_frames} latent frames: {AGAIN}"
             )
         keep = extra["keep"] if config.region_focus else torch.ones_like(extra["keep"])
         tensors |= {"tracks": unpack(tracks), "visible": visible, "keep": keep}
     if config.w_sem > 0:
-        found, most = len(extra["relation_indices"]), config.targets.max_tokens
+        indices, grid = extra["relation_indices"], extra["relation_grid"]
+        _check_target(extra, "relation_indices", (indices.numel(),), torch.int32)
+        _check_target(extra, "relation_grid", (3,), torch.int32)
+        _check_target(extra, "relation_tokens", (len(indices), *extra["relation_tokens"].shape[-1:]), torch.bfloat16)
+        if (grid < 1).any() or ((indices < 0) | (indices >= grid.prod())).any():
+            raise ValueError(f"relation_indices lie outside of the grid {tuple(grid.tolist())}: {AGAIN}")
+        found, most = len(indices), config.targets.max_tokens
         if found > most:
             raise ValueError(f"a group has {found} relation tokens: set physics.targets.max_tokens={found} or more")
         tensors |= {
             "relation_tokens": F.pad(extra["relation_tokens"], (0, 0, 0, most - found)),
-            "relation_indices": F.pad(extra["relation_indices"].long(), (0, most - found)),
+            "relation_indices": F.pad(indices.long(), (0, most - found)),
             "relation_valid": torch.arange(most) < found,
-            "relation_grid": extra["relation_grid"].long(),
+            "relation_grid": grid.long(),
         }
     return tensors
 
 
+def _check_target(extra: dict[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    tensor = extra[name]
+    if tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and {tensor.dtype}, not {tuple(shape)} and {dtype}: {AGAIN}"
+        )
+
+
 def group_targets(config: PhysicsConfig, group: Group) -> dict[str, Tensor]:
     """`target_tensors` of a group; empty without terms, and where they are to be made on the fly. ValueError for a
-    group that lacks them."""
+    group that lacks them, or has them in another form."""
     lacking = missing(config, group.extra)
     if lacking and config.on_the_fly:
         return {}
     if lacking:
         raise ValueError(f"group {group.key!r} lacks {', '.join(lacking)}: {REMEDY}")
-    return target_tensors(config, group.extra, group.winner.shape[1])
+    try:
+        return target_tensors(config, group.extra, group.winner.shape[1])
+    except ValueError as error:
+        raise ValueError(f"group {group.key!r}: {error}") from error
 
 
+AGAIN = "build the targets again (pipeline.stage=targets..encode)"
 REMEDY = (
     "the physics terms need them. Build the groups with pipeline.targets.tracks (and pipeline.targets.relation for"
     " w_sem), or set physics.on_the_fly=true and physics.targets.*, or physics.w_pix=0 physics.w_sem=0"

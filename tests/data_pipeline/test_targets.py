@@ -260,7 +260,7 @@ def test_targets_fit_into_a_group(encoder):
         losers_info=[Loser(0, 0.5, 0.5)],
         fingerprint="f",
         winner=latent,
-        losers=latent[None],
+        losers=latent[None] + 1,
         text=torch.zeros(3, 4),
         extra=made,
     )

@@ -1,12 +1,18 @@
 """Shard format, errors and the training order of `train/groups.py`."""
 
+import base64
 import errno
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import tarfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,13 +21,15 @@ import webdataset
 from torch.utils.data import DataLoader
 
 import train.groups
-from tests.synthetic_groups import synthetic_group, write_synthetic_groups
+from tests.synthetic_groups import replace_sample, sample_bytes, synthetic_group, write_synthetic_groups
 from train.groups import (
+    Group,
     GroupSet,
     GroupStream,
     Loser,
     ShardWriter,
     assignment,
+    check_group,
     generated_winner,
     pad_text,
     positions,
@@ -38,6 +46,10 @@ def make_group(number=0, *, num_losers=2, **changes):
         number, num_losers=num_losers, latent_shape=(4, 2, 4, 4), text_shape=(5, 8), fingerprint="tiny-1", seed=0
     )
     return replace(group, **changes)
+
+
+def make_wide_latents():
+    return torch.arange(3.0).bfloat16().view(3, 1, 1, 1, 1).expand(3, 4, 2, 4, 8)
 
 
 def write_shard(folder, name, *groups):
@@ -130,7 +142,12 @@ def test_webdataset_reads_the_shards(tmp_path):
         ({"winner": torch.zeros(4, 4, 4, dtype=torch.bfloat16)}, "winner must be a float latent"),
         ({"winner": torch.full((4, 2, 4, 4), math.nan, dtype=torch.bfloat16)}, "'winner' has values that are not"),
         ({"losers": torch.full((2, 4, 2, 4, 4), math.inf, dtype=torch.bfloat16)}, "'losers' has values that are not"),
+        ({"winner": torch.full((4, 2, 4, 4), 1e30, dtype=torch.bfloat16)}, r"'winner' has values up to 1e\+30"),
+        ({"losers": -3e4 * torch.ones(2, 4, 2, 4, 4).bfloat16()}, r"'losers' has values up to 3e\+04"),
         ({"text": torch.zeros(0, 8)}, "text embedding must be"),
+        ({"text": torch.ones(5, 8).int()}, r"text embedding must be float.*\(5, 8\) int32"),
+        ({"condition": torch.ones(4, 4)}, "condition must be a float latent"),
+        ({"extra": {"map": torch.ones(2).to(torch.float8_e4m3fn)}}, "'extra.map' is.*float8_e4m3fn; use bfloat16"),
         ({"text": torch.full((5, 8), math.nan)}, "'text' has values that are not"),
         ({"extra": {"tracks": torch.tensor([math.nan])}}, "'extra.tracks' has values that are not"),
     ],
@@ -141,14 +158,20 @@ def test_a_useless_group_is_refused_and_leaves_nothing(tmp_path, changes, messag
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_loser_that_is_the_winner_is_refused():
+    winner = make_group(0).winner
+    with pytest.raises(ValueError, match="'group-000000': loser 1 is the winner itself"):
+        check_group(make_group(0, losers=torch.stack([-winner, winner])))
+
+
 def test_a_shard_holds_a_key_once_and_one_kind_of_latent(tmp_path):
     with pytest.raises(ValueError, match="'group-000000'.*already holds"):
         write_shard(tmp_path, "a", make_group(0), make_group(0))
     with pytest.raises(ValueError, match="fingerprint tiny-2.*holds tiny-1"):
         write_shard(tmp_path, "a", make_group(0), make_group(1, fingerprint="tiny-2"))
-    zeros = torch.zeros(3, 4, 2, 4, 8, dtype=torch.bfloat16)
+    wide = make_wide_latents()
     with pytest.raises(ValueError, match="latent_shape"):
-        write_shard(tmp_path, "a", make_group(0), make_group(1, winner=zeros[0], losers=zeros[1:]))
+        write_shard(tmp_path, "a", make_group(0), make_group(1, winner=wide[0], losers=wide[1:]))
     for name in ("index", "a/b", ""):
         with pytest.raises(ValueError, match="shard name"):
             ShardWriter(tmp_path, name)
@@ -169,12 +192,15 @@ def test_a_full_disk_is_explained_and_leaves_earlier_shards(tmp_path, monkeypatc
                 raise OSError(errno.ENOSPC, "No space left on device")
             return self.file.write(data)
 
-        def close(self):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
             self.file.close()
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(train.groups, "open", FullDisk, raising=False)
-    with pytest.raises(OSError, match=r"b\.tar needs at least \d{4,} bytes.*shards are intact") as caught:
+    with pytest.raises(OSError, match=r"b\.tar could not be written whole, \d+ bytes are free") as caught:
         write_shard(tmp_path, "b", make_group(1), make_group(2))
     monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC
@@ -184,9 +210,9 @@ def test_a_full_disk_is_explained_and_leaves_earlier_shards(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)  # some file systems only notice here
-    with pytest.raises(OSError, match=r"b\.tar needs at least"):
+    with pytest.raises(OSError, match=r"b\.tar could not be written whole"):
         write_shard(tmp_path, "b", make_group(1))
-    with pytest.raises(OSError, match=r"index\.json needs at least"):
+    with pytest.raises(OSError, match=r"index\.json could not be written whole"):
         write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.tar"]
@@ -225,8 +251,8 @@ def test_write_index_refuses_shards_that_do_not_belong_together(tmp_path):
     write_shard(tmp_path, "b", make_group(0))
     with pytest.raises(ValueError, match="'group-000000' is in shard 'a' and in 'b'"):
         write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
-    zeros = torch.zeros(3, 4, 2, 4, 8, dtype=torch.bfloat16)
-    write_shard(tmp_path, "b", make_group(1, winner=zeros[0], losers=zeros[1:]))
+    wide = make_wide_latents()
+    write_shard(tmp_path, "b", make_group(1, winner=wide[0], losers=wide[1:]))
     with pytest.raises(ValueError, match="'b'.*latent_shape"):
         write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
     assert not (tmp_path / "index.json").exists()
@@ -301,8 +327,289 @@ def test_index_errors_name_both_sides_and_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="schema 99.*schema 1.*run the build"):
         GroupSet(tmp_path)
     (tmp_path / "index.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="not readable JSON.*run the build"):
+    with pytest.raises(ValueError, match="index.json is damaged .Invalid JSON.*run the build"):
         GroupSet(tmp_path)
+
+
+# ---- folders that are not as written ---------------------------------------------------------------------------------
+
+
+def write_foreign(folder, monkeypatch, change):
+    """A folder of two groups, the second changed and not checked, as from another program; the checksums fit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train.groups, "check_group", lambda group: None)
+        second = make_group(1)
+        change(second)
+        write_shard(folder, "a", make_group(0), second)
+        write_index(folder, fingerprint="tiny-1", video=VIDEO)
+
+
+def edit(path, change):
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def nan_in_a_loser(group):
+    group.losers[1, 0, 0, 0, 0] = math.nan
+
+
+def huge_value_in_the_winner(group):
+    group.winner[0, 0, 0, 0] = 1e30
+
+
+def infinite_text(group):
+    group.text[0, 0] = -math.inf
+
+
+def score_of_half_a_million(group):
+    group.losers_info[0].physical = 500_000.0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (nan_in_a_loser, "tensor 'losers' has values that are not finite"),
+        (huge_value_in_the_winner, r"tensor 'winner' has values up to 1e\+30"),
+        (infinite_text, "tensor 'text' has values that are not finite"),
+        (score_of_half_a_million, "loser 0 has physical score 500000.0"),
+    ],
+)
+def test_a_bad_group_stops_reading_with_its_shard_its_name_and_the_remedy(tmp_path, monkeypatch, change, reason):
+    write_foreign(tmp_path, monkeypatch, change)
+    groups = GroupSet(tmp_path)
+    assert groups[0].key == "group-000000"
+    message = rf"a\.tar: group 'group-000001': {reason}.*; delete a.tar and a.json and run the build again"
+    with pytest.raises(ValueError, match=message):
+        groups[1]
+    stream = GroupStream(groups, seed=0)
+    with pytest.raises(ValueError, match=message):
+        [stream[position] for position in range(2)]
+    (problem,) = verify(tmp_path)
+    assert "group-000001" in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.update(video=3), "index.json is damaged .video: Input should be an object"),
+        (lambda index: index.pop("shards"), "index.json is damaged .shards: Field required"),
+        (lambda index: index.update(shards={}), "index.json is damaged .shards: Input should be a valid array"),
+        (lambda index: index.update(latent_dtype="load"), "latent_dtype: Input should be 'bfloat16'"),
+        (lambda index: index.update(latent_shape=[4, 2, 4]), "latent_shape: List should have at least 4"),
+        (lambda index: index.update(fingerprint=None), "fingerprint: Input should be a valid string"),
+        (lambda index: index.update(num_groups=3), "num_groups is 3, but the shards have 2"),
+        (lambda index: index.update(total_bytes=1), "total_bytes is 1, but the shards have"),
+        (lambda index: index["shards"][0].update(file="../other/a.tar"), "shards.0.file: String should match"),
+        (lambda index: index["shards"][0].update(file="/dev/zero"), "shards.0.file: String should match"),
+        (lambda index: index["shards"][0].update(file="a.tar\n"), "shards.0.file: String should match"),
+        (lambda index: index["shards"][0].update(bytes=10**11), "a.tar has 100000000000 bytes, but its samples"),
+        (lambda index: index["shards"][0]["samples"][0].update(bytes=2**62), "'group-000001' of a.tar is at offset"),
+        (lambda index: index["shards"][0]["samples"][1].update(offset=-1), "samples.1.offset: Input should be great"),
+        (lambda index: index["shards"][0]["samples"][1].update(num_losers=True), "num_losers: Input should be a valid"),
+        (lambda index: index["shards"][0]["samples"][1].update(key="group-000000"), "'group-000000' is there 2 times"),
+    ],
+)
+def test_an_index_of_the_wrong_form_is_one_line_with_file_field_and_remedy(tmp_path, change, message):
+    write_shard(tmp_path, "a", make_group(0), make_group(1))
+    write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
+    edit(tmp_path / "index.json", change)
+    with pytest.raises(ValueError, match=f"{message}.*; run the build again$") as caught:
+        GroupSet(tmp_path)
+    assert verify(tmp_path) == [str(caught.value)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda index: index["shards"][0]["samples"][1].update(num_losers=7),
+            "has num_losers 2, but index.json says 7",
+        ),
+        (lambda index: index["shards"][0]["samples"][1].update(key="other"), "has key group-000001.*says other"),
+        (lambda index: index.update(latent_shape=[4, 2, 4, 8]), r"has latent_shape \[4, 2, 4, 4\].*\[4, 2, 4, 8\]"),
+        (lambda index: index.update(latent_dtype="float32"), "has latent_dtype bfloat16.*says float32"),
+        (lambda index: index.update(fingerprint="tiny-2"), "has fingerprint tiny-1.*says tiny-2"),
+    ],
+)
+def test_an_index_that_describes_another_group_is_found_on_reading(tmp_path, change, message):
+    write_shard(tmp_path, "a", make_group(0), make_group(1))
+    write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
+    edit(tmp_path / "index.json", change)
+    with pytest.raises(ValueError, match=rf"a\.tar: group .*{message}; delete a.tar and a.json"):
+        GroupSet(tmp_path)[1]
+    assert any("index.json says" in problem for problem in verify(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda marker: marker.update(samples=[3]), "samples.0: Input should be an object"),
+        (lambda marker: marker.update(bytes="many"), "bytes: Input should be a valid integer"),
+        (lambda marker: marker.update(file="b.tar"), "describes b.tar"),
+        (lambda marker: marker.pop("latent_shape"), "latent_shape of the samples is missing"),
+        (lambda marker: marker.pop("schema"), "schema: Field required"),
+        (lambda marker: marker["samples"][0].update(offset=512), "'group-000000' of a.tar is at offset 512, not 0"),
+    ],
+)
+def test_a_marker_of_the_wrong_form_is_one_line(tmp_path, change, message):
+    write_shard(tmp_path, "a", make_group(0))
+    edit(tmp_path / "a.json", change)
+    for read in (lambda: shard_record(tmp_path, "a"), lambda: write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)):
+        with pytest.raises(ValueError, match=rf"a\.json .*{message}.*; delete it and run the build again$"):
+            read()
+
+
+def test_a_pipe_or_a_device_is_not_read(tmp_path):
+    """Opening a pipe waits for a writer for ever, and /dev/zero has no end."""
+    write_shard(tmp_path, "a", make_group(0))
+    write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
+    shard = (tmp_path / "a.tar").read_bytes()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()):
+        for name, message in (("a.tar", "a.tar is no regular file"), ("index.json", "index.json is no regular file")):
+            kept = (tmp_path / name).read_bytes()
+            (tmp_path / name).unlink()
+            make(tmp_path / name)
+            with pytest.raises(ValueError, match=message):
+                GroupSet(tmp_path)
+            assert len(verify(tmp_path)) == 1
+            (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+            (tmp_path / name).write_bytes(kept)
+    os.mkfifo(tmp_path / "b.json")
+    (tmp_path / "b.tar").write_bytes(shard)
+    with pytest.raises(ValueError, match="b.json is no regular file"):
+        shard_record(tmp_path, "b")
+
+
+def test_a_link_to_a_shard_elsewhere_is_followed(tmp_path):
+    """As in a snapshot of a dataset hub; the checksum is the same."""
+    write_shard(tmp_path / "groups", "a", make_group(0))
+    write_index(tmp_path / "groups", fingerprint="tiny-1", video=VIDEO)
+    (tmp_path / "groups" / "a.tar").rename(tmp_path / "blob")
+    (tmp_path / "groups" / "a.tar").symlink_to("../blob")
+    assert_equal_groups(GroupSet(tmp_path / "groups")[0], make_group(0))
+
+
+@pytest.fixture
+def one_group(tmp_path):
+    write_shard(tmp_path, "a", make_group(0))
+    write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda json, tensors: (None, tensors), "Invalid JSON"),
+        (lambda json, tensors: (json, None), "cannot be read"),
+        (lambda json, tensors: (b"[]", tensors), "Input should be an object"),
+        (lambda json, tensors: (json.replace(b"0.", b'"x", "y": 0.', 1), tensors), "valid number"),
+        (lambda json, tensors: (json.replace(b'"prompt"', b'"Prompt"'), tensors), "prompt: Field required"),
+        (lambda json, tensors: (json.replace(b'"seed": 1', b'"seed": "1"'), tensors), "losers.1.seed.*valid integer"),
+        (lambda json, tensors: (json.replace(b'"schema": 1', b'"schema": 2'), tensors), "has schema 2.*schema 1"),
+        (lambda json, tensors: (json, tensors.replace(b'"text"', b'"taxt"')), "lacks tensor text"),
+        (lambda json, tensors: (json, tensors.replace(b"BF16", b"F8_9")), "cannot be read"),
+        (lambda json, tensors: (json, tensors[:-1]), "cannot be read"),
+    ],
+)
+def test_a_sample_of_another_form_is_one_line_with_shard_group_and_remedy(one_group, change, message):
+    group = make_group(0)
+    whole = (one_group / "a.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        members = [tar.extractfile(f"{group.key}.{suffix}").read() for suffix in ("json", "safetensors")]
+    replace_sample(one_group, sample_bytes(*change(*members)))
+    with pytest.raises(ValueError, match=f"'group-000000' at offset 0 of .*a.tar.*{message}.*delete a.tar and a.json"):
+        GroupSet(one_group)[0]
+    assert len(verify(one_group)) == 1
+
+
+def test_an_archive_that_declares_more_than_it_holds_is_not_believed(one_group):
+    """A sparse member of 2^40 bytes, and a plain one."""
+    for kind in (tarfile.GNUTYPE_SPARSE, tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME):
+        info = tarfile.TarInfo("group-000000.json")
+        info.type, info.size = kind, 2**40
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        header[483:495] = b"%011o " % (2**40 % 8**11)  # the real size of a sparse file
+        header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header)[0]
+        replace_sample(one_group, bytes(header))
+        with pytest.raises(ValueError, match="'group-000000.json' is no plain file of at most 0 bytes"):
+            GroupSet(one_group)[0]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/groups", "gs://bucket/groups", "https://example.org/groups"])
+def test_urls_are_refused_by_name(url):
+    message = "is a URL, but groups are read and written in local folders"
+    with pytest.raises(ValueError, match=f"{url} {message}"):
+        GroupSet(url)
+    with pytest.raises(ValueError, match=f"{url} {message}"):
+        ShardWriter(url, "a")
+    with pytest.raises(ValueError, match=message):
+        GroupSet(Path(url))
+    assert len(verify(url)) == 1 and "is a URL" in verify(url)[0]
+
+
+def test_the_digest_is_that_of_the_index_and_differs_for_other_groups(tmp_path):
+    digests = []
+    for number in (0, 0, 1):
+        folder = tmp_path / str(len(digests))
+        write_shard(folder, "a", make_group(number))
+        write_index(folder, fingerprint="tiny-1", video=VIDEO)
+        digests.append(GroupSet(folder).digest)
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0] == hashlib.sha256((tmp_path / "0" / "index.json").read_bytes()).hexdigest()
+
+
+# A folder as version 0.1 wrote it; the tar compressed.
+OLD_TAR = (
+    "c-rk$%}T>S5KeDC#<J%%WYeTAUJQcuBJ=@DDQmiESJO?{*{Y=k`Y^tSf-mN5iq>jDFILceOPHT;=9^q*gntc%_I?xrB8sBgB0k!n"
+    "-QN0}d^d<gj|AQUumCFzj`aQ~R#c=`6`Gz9nu$DDdP*6(Xr(EQ($+Cn>E$tZ#Eo3Kgm8XdfHZ*Na7D}65>zU3i~_$KBMVYaFzVLs"
+    "TxhG(nvAOvrZ)93HY%NI2~bm^>nlw$FYBr2N|TFR0Lh*o^4z+Skj_vGN$!GTVN&TTr&tC4yo`vjgcG2Z*Wg<aK8Q?Osi83NOZy+i"
+    "e0Tpjmh)!+4}qiB>m9K29=C2qCw5ulQqg`pq>RE$xM;{(IAU}ntQZ$r2GZij4g=O3RqX8!Y<ti8ytC8nUbs)9$9TtS+$pW4`9fo_"
+    "0`IUeauWFeM)<c1)KxBblm>&#_e!5N!ia_OsHzC@y!C1Qt=Es<Q}R^%Ns_dhQ_-M7gFl8BTYI_f"
+)
+OLD_MARKER = (
+    '{"bytes": 3072, "file": "s.tar", "fingerprint": "tiny-1", "latent_dtype": "bfloat16", "latent_shape"'
+    ': [1, 1, 2, 2], "samples": [{"bytes": 2048, "key": "a", "num_losers": 1, "offset": 0, "sha256": "349'
+    'cfa5e0e330e0bd1c3b370301f94175976937d652513c39582072fd0a3b0c2"}], "schema": 1, "sha256": "3a4b46e5e8'
+    '7fa687edcea939c81478fbee35690cd9ced519acece9e81fb56e9f"}'
+)
+OLD_INDEX = (
+    '{"fingerprint": "tiny-1", "latent_dtype": "bfloat16", "latent_shape": [1, 1, 2, 2], "num_groups": 1,'
+    ' "schema": 1, "shards": [{"bytes": 3072, "file": "s.tar", "samples": [{"bytes": 2048, "key": "a", "n'
+    'um_losers": 1, "offset": 0, "sha256": "349cfa5e0e330e0bd1c3b370301f94175976937d652513c39582072fd0a3b'
+    '0c2"}], "sha256": "3a4b46e5e87fa687edcea939c81478fbee35690cd9ced519acece9e81fb56e9f"}], "total_bytes'
+    '": 3072, "video": {"height": 16}}'
+)
+
+
+def test_folders_of_the_first_version_are_read_and_written_anew_byte_by_byte(tmp_path):
+    ramp = torch.arange(4.0).bfloat16().view(1, 1, 2, 2)
+    group = Group(
+        key="a",
+        prompt="Ein Glas fällt",
+        action="falling",
+        physics_richness=0.25,
+        source="glass.mp4 at 1 s",
+        losers_info=[Loser(7, 0.5, 0.75)],
+        fingerprint="tiny-1",
+        winner=ramp,
+        losers=-ramp[None],
+        text=torch.ones(1, 2),
+        extra={"visible": torch.tensor([True])},
+    )
+    old = {
+        "s.tar": zlib.decompress(base64.b85decode(OLD_TAR)),
+        "s.json": OLD_MARKER.encode(),
+        "index.json": OLD_INDEX.encode(),
+    }
+    for name, data in old.items():
+        (tmp_path / name).write_bytes(data)
+    assert verify(tmp_path) == []
+    (read,) = GroupSet(tmp_path)
+    assert_equal_groups(read, group)
+    write_shard(tmp_path, "s", group)
+    write_index(tmp_path, fingerprint="tiny-1", video={"height": 16})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 @pytest.mark.parametrize("num_losers", [[1], [3], [2, 2, 2], [1, 4, 2, 3, 6]])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from losses.relational import cosines
 from losses.trajectory import trajectory_loss
-from tests.synthetic_groups import random_targets
+from tests.synthetic_groups import random_targets, synthetic_group
 from train import physics
 from train.physics import PhysicsConfig, PhysicsHeads, physics_losses, sample_trilinear, target_tensors
 from train.teachers.points import pack, unpack
@@ -97,6 +97,33 @@ def test_targets_take_the_frames_of_the_latents_and_are_padded():
         ValueError, match=f"a group has {count} relation tokens: set physics.targets.max_tokens={count}"
     ):
         target_tensors(few, extra, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tracks": torch.zeros(17, 25, 3).to(torch.uint16)}, r"tracks has shape \(17, 25, 3\).*not \(17, 25, 2\)"),
+        ({"tracks": torch.zeros(17, 25, 2)}, r"tracks has .*torch.float32, not .*torch.uint16"),
+        ({"tracks": torch.tensor(0).to(torch.uint16)}, r"tracks has shape \(\)"),
+        ({"visible": torch.ones(17, 24, dtype=torch.bool)}, r"visible has shape \(17, 24\).*not \(17, 25\)"),
+        ({"keep": torch.ones(25)}, r"keep has .*torch.float32, not \(25,\) and torch.bool"),
+        ({"relation_grid": torch.ones(2, dtype=torch.int32)}, r"relation_grid has shape \(2,\).*not \(3,\)"),
+        ({"relation_grid": torch.tensor([3, 0, 4], dtype=torch.int32)}, r"outside of the grid \(3, 0, 4\)"),
+        ({"relation_indices": torch.tensor([0, 60], dtype=torch.int32)}, r"outside of the grid \(3, 5, 4\)"),
+        ({"relation_indices": torch.tensor([-1, 0], dtype=torch.int32)}, r"outside of the grid \(3, 5, 4\)"),
+        ({"relation_tokens": torch.ones(3, 24).bfloat16()}, r"relation_tokens has shape \(3, 24\).*not \(2, 24\)"),
+    ],
+)
+def test_targets_of_another_form_are_refused_with_the_group_and_the_remedy(changes, message):
+    """A place outside of the grid would be gathered from another clip's memory, or stop the GPU without a name."""
+    sizes = {"num_losers": 1, "latent_shape": (4, 5, 4, 4), "text_shape": (3, 8)}
+    group = synthetic_group(0, **sizes, fingerprint="tiny", seed=0, targets=True)
+    group.extra["relation_indices"] = torch.tensor([0, 59], dtype=torch.int32)
+    group.extra["relation_tokens"] = torch.ones(2, 24).bfloat16()
+    assert physics.group_targets(BOTH, group)["relation_valid"].sum() == 2
+    group.extra |= changes
+    with pytest.raises(ValueError, match=f"group 'group-000000': .*{message}.*: build the targets again"):
+        physics.group_targets(BOTH, group)
 
 
 def test_losses_are_the_two_terms_of_each_clip_and_padding_does_not_count():

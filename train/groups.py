@@ -103,7 +103,7 @@ class SampleRecord(TypedDict):
 class ShardRecord(TypedDict):
     """One shard in the index."""
 
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.tar\z")]  # beside the index
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.tar\z", max_length=255)]  # beside the index
     bytes: NonNegativeInt
     sha256: str
     samples: list[SampleRecord]

@@ -26,38 +26,40 @@ import math
 import re
 import stat
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NotRequired
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
 import webdataset
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
-from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
 from train import files
+from train.shard_records import (
+    END,
+    SCHEMA,
+    CheckedIndex,
+    CheckedMarker,
+    Common,
+    Description,
+    Index,
+    Loser,
+    Marker,
+    SampleRecord,
+    ShardRecord,
+    parse_json,
+)
 
-SCHEMA = 1
 INDEX = "index.json"
-END = bytes(2 * tarfile.BLOCKSIZE)  # of an archive
-# The largest magnitude of what the network reads. Normalised latents stay below 10 and text embeddings below 100; 1e30
-# is finite as well, but its square is not, and one such value costs a batch.
+# The largest magnitude of what the network reads. Normalised latents are close to a standard normal and embeddings come
+# out of a normalisation; 1e30 is finite as well, but its square is not, and one such value costs a batch each visit.
 LARGEST = 1.0e4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of floating point tensors
-
-
-@dataclass
-class Loser:
-    seed: int  # of the noise it was generated from
-    semantic: float  # judge's semantic adherence in [0, 1], 0.5 neutral
-    physical: float  # judge's physical plausibility in [0, 1], 0.5 neutral
 
 
 @dataclass(eq=False)
@@ -83,120 +85,13 @@ class Sample:
     loser_index: int  # the loser of this pair, in range(len(group.losers)); -1 in a group without losers
 
 
-# ---- the JSON of a folder --------------------------------------------------------------------------------------------
-
-
-Shape = Annotated[list[PositiveInt], Field(min_length=4, max_length=4)]
-Dtype = Literal["bfloat16", "float16", "float32", "float64"]
-
-
-class SampleRecord(TypedDict):
-    """Where one group lies in its shard."""
-
-    key: str
-    offset: NonNegativeInt
-    bytes: PositiveInt
-    sha256: str
-    num_losers: NonNegativeInt
-
-
-class ShardRecord(TypedDict):
-    """One shard in the index."""
-
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.tar\z", max_length=255)]  # beside the index
-    bytes: NonNegativeInt
-    sha256: str
-    samples: list[SampleRecord]
-
-
-class Common(TypedDict):
-    """What all groups of a folder share."""
-
-    fingerprint: str
-    latent_shape: Shape
-    latent_dtype: Dtype
-
-
-class Marker(ShardRecord):
-    schema: int
-    fingerprint: NotRequired[str]  # an empty shard has nothing in common with others
-    latent_shape: NotRequired[Shape]
-    latent_dtype: NotRequired[Dtype]
-
-
-class Index(Common):
-    schema: int
-    video: dict[str, Any]  # the clips' VideoConfig
-    num_groups: PositiveInt
-    total_bytes: PositiveInt
-    shards: list[ShardRecord]
-
-
-def _check_shard(shard: ShardRecord) -> None:
-    """Samples follow each other without a gap up to the end of the archive."""
-    end = 0
-    for sample in shard["samples"]:
-        if sample["offset"] != end:
-            raise ValueError(f"group {sample['key']!r} of {shard['file']} is at offset {sample['offset']}, not {end}")
-        end += sample["bytes"]
-    if shard["bytes"] != end + len(END):
-        raise ValueError(
-            f"{shard['file']} has {shard['bytes']} bytes, but its samples and the end take {end + len(END)}"
-        )
-
-
-def _check_marker(marker: Marker) -> Marker:
-    _check_shard(marker)
-    if lacking := [name for name in Common.__annotations__ if marker["samples"] and name not in marker]:
-        raise ValueError(f"{', '.join(lacking)} of the samples is missing")
-    return marker
-
-
-def _check_index(index: Index) -> Index:
-    for shard in index["shards"]:
-        _check_shard(shard)
-    count = Counter(sample["key"] for shard in index["shards"] for sample in shard["samples"])
-    for key, times in count.most_common(1):
-        if times > 1:
-            raise ValueError(f"group {key!r} is there {times} times")
-    for name, found in (("num_groups", len(count)), ("total_bytes", sum(shard["bytes"] for shard in index["shards"]))):
-        if index[name] != found:
-            raise ValueError(f"{name} is {index[name]}, but the shards have {found}")
-    return index
-
-
-class Description(TypedDict):
-    """The JSON member of a sample."""
-
-    schema: int
-    key: str
-    prompt: str
-    action: str
-    physics_richness: float | None
-    source: str
-    losers: list[Loser]
-    fingerprint: str
-
-
-class Versioned(TypedDict):
-    schema: int
-
-
-def _parse_json(data: bytes, kind: Any, *, name: str, remedy: str) -> Any:
-    """`files.parse_json` of this schema; another one is named as such, for it differs in the rest as well."""
-    found = files.parse_json(data, Versioned, name=name, remedy=remedy)["schema"]
-    if found != SCHEMA:
-        raise ValueError(f"{name} has schema {found}, this version reads schema {SCHEMA}; {remedy}")
-    return files.parse_json(data, kind, name=name, remedy=remedy)
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def check_group(group: Group) -> None:
     """ValueError, naming the group and the value, if training could not use `group`.
 
-    One pass over the tensors: 2 ms a group of 14B's size with four losers, a fifth of its checksum.
+    One pass over the tensors: milliseconds a group of 14B's size with four losers, a seventh of what reading it takes.
     """
 
     def refuse(reason: str) -> None:
@@ -232,7 +127,7 @@ def check_group(group: Group) -> None:
             continue
         if tensor.dtype not in DTYPES:
             refuse(f"tensor {name!r} is {_describe(tensor)}; use {', '.join(map(_dtype, DTYPES))}")
-        low, high = (value.item() for value in torch.aminmax(tensor))  # NaN if any is; isfinite takes 20 times as long
+        low, high = (value.item() for value in torch.aminmax(tensor))  # NaN if any is; isfinite takes ten times as long
         if not (math.isfinite(low) and math.isfinite(high)):
             refuse(f"tensor {name!r} has values that are not finite")
         if not name.startswith("extra.") and max(-low, high) > LARGEST:
@@ -325,9 +220,7 @@ def shard_record(folder: str | Path, name: str) -> Marker | None:
     if not marker.exists() or not tar.exists():
         return None
     remedy = "delete it and run the build again"
-    record = _parse_json(
-        _read(marker, remedy), Annotated[Marker, AfterValidator(_check_marker)], name=str(marker), remedy=remedy
-    )
+    record = parse_json(_read(marker, remedy), CheckedMarker, name=str(marker), remedy=remedy)
     if record["file"] != tar.name:
         raise ValueError(f"{marker} describes {record['file']}; {remedy}")
     return record if tar.stat().st_size == record["bytes"] else None
@@ -625,7 +518,7 @@ def _parse_sample(data: bytes, *, name: str, remedy: str) -> Group:
         raise ValueError(f"{name} cannot be read ({error}); {remedy}") from error
     if lacking := [tensor for tensor in ("winner", "losers", "text") if tensor not in tensors]:
         raise ValueError(f"{name} lacks tensor {', '.join(lacking)}; {remedy}")
-    description = _parse_json(members.get("json", b""), Description, name=name, remedy=remedy)
+    description = parse_json(members.get("json", b""), Description, name=name, remedy=remedy)
     plain = ("key", "prompt", "action", "physics_richness", "source", "fingerprint")
     return Group(
         **{field_name: description[field_name] for field_name in plain},
@@ -674,7 +567,7 @@ def _read_index(folder: Path) -> tuple[Index, str]:
     if not path.exists():
         raise ValueError(f"no {INDEX} in {folder}: the groups are not built or the build did not finish; run the build")
     data = _read(path, remedy)
-    index = _parse_json(data, Annotated[Index, AfterValidator(_check_index)], name=str(path), remedy=remedy)
+    index = parse_json(data, CheckedIndex, name=str(path), remedy=remedy)
     return index, hashlib.sha256(data).hexdigest()
 
 

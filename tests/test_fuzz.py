@@ -246,7 +246,8 @@ def write_checkpoint(folder: Path) -> Path:
     for weight in switch.parameters():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    state = {"samples_seen": 16, "skipped": 1, "seed": 3}
+    run = {"groups": {"folder": "groups", "digest": "0"}, "settings": {"optim.lr": 1.0e-4, "objective.beta": 500}}
+    state = {"samples_seen": 16, "skipped": 1, "seed": 3, **run}
     metadata = checkpoint.weights_metadata(switch, fingerprint=FINGERPRINT, expert="transformer")
     more = {"switch": switch, "optimizer": optimizer, "state": state, "metadata": metadata}
     return checkpoint.save(folder, 2, **more, keep=1)

@@ -407,7 +407,7 @@ class GroupStream(torch.utils.data.Dataset):
         if taken and min(self._num_losers) < 1:
             index = self._num_losers.index(min(self._num_losers))
             raise ValueError(
-                f"winner 'generated' needs at least 2 losers a group, but group {groups[index].key!r} in "
+                f"winner 'generated' needs at least 2 losers a group, but group {groups.key(index)!r} in "
                 f"{groups.folder} has {groups.num_losers(index)}; generate more losers or use winner 'real'"
             )
 
@@ -502,10 +502,10 @@ def _checked_group(path: Path, index: Index, sample: SampleRecord, data: bytes) 
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_rebuild(path)}") from error
     found = {"key": group.key, "num_losers": len(group.losers), **_common(group)}
+    listed = {**index, **sample}
     for name, value in found.items():
-        expected = {**index, **sample}[name]
-        if value != expected:
-            raise ValueError(f"{path}: {where} has {name} {value}, but {INDEX} says {expected}; {_rebuild(path)}")
+        if value != listed[name]:
+            raise ValueError(f"{path}: {where} has {name} {value}, but {INDEX} says {listed[name]}; {_rebuild(path)}")
     return group
 
 

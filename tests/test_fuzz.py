@@ -50,8 +50,8 @@ Mutate = Callable[[bytes, Random], bytes]
 
 @dataclass
 class Target:
-    """One kind of input. `read` puts the bytes where they belong and reads them: whether they count as whole. It asserts
-    what must not change then."""
+    """One kind of input. `read` puts the bytes where they belong and reads them, and asserts what must not change then;
+    it says whether they count as whole."""
 
     good: bytes
     mutate: Mutate

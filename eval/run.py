@@ -232,7 +232,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone) -> None
     if not benchmark.of_clips:
         asked = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, asdict(config.video)]
         for model in models(lora):
-            own = [*asked, model.lora.sha256 if model.lora else None]
+            own = [*asked, model.lora.sha256 if model.lora else None, "rows with clusters"]
             plan.identities[model.name] = identity(own, plan.settings)
         return
     plan.tasks = benchmark.prompts()
@@ -390,6 +390,7 @@ def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -
         "requirements": [asdict(needed) for needed in benchmark.requirements()],
         "settings": scoring_settings(plan.settings),
         "prompts": len({line["key"] for line in own}),
+        "clusters": len({line["cluster"] for line in own}),  # of prompts that intervals draw together
         "video": asdict(benchmark.video(config.video)),
         "figures": list(benchmark.figures),
         "lower_is_better": list(benchmark.lower_is_better),

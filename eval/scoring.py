@@ -85,7 +85,8 @@ def probe(benchmark: Benchmark, backbone: Backbone, probe: Probe, folder: Path) 
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 known = rows.find(probe.identity, row.key, row.seed)
                 if known is None or known["error"]:
-                    rows.append(probe.identity, row, {"motion": None, "seconds": round(seconds, 4)})
+                    facts = {"motion": None, "seconds": round(seconds, 4), "cluster": row.cluster or row.key}
+                    rows.append(probe.identity, row, facts)
             rows.append(probe.identity, Row(COMPLETE, 0), {"motion": None, "seconds": 0})
         except Exception:  # whatever it is, the other benchmarks run, and the report says that rows are missing
             traceback.print_exc()
@@ -101,7 +102,8 @@ def score(plan: Plan) -> Iterator[dict[str, Any]]:
                 plan.problem = f"{model} was not asked to the end; run the same command again"
             plan.seconds[model] = sum(row["seconds"] for row in found)
             found = [row for row in found if row["key"] != COMPLETE]
-            yield from (_line(plan, model, number, row, "", "") for number, row in enumerate(found))
+            for number, row in enumerate(found):
+                yield _line(plan, model, number, row, Task(row["key"], "", cluster=row["cluster"]))
         return
     for model, samples in plan.samples.items():
         marks = _marks(plan, model)
@@ -120,7 +122,7 @@ def score(plan: Plan) -> Iterator[dict[str, Any]]:
             if row is None:
                 error = f"{sample.path}: not scored: {plan.problem}"
                 row = {"key": sample.task.key, "seed": sample.seed, "values": {}, "motion": None, "error": error}
-            yield _line(plan, model, number, row, sample.task.text, sample.task.category)
+            yield _line(plan, model, number, row, sample.task)
 
 
 def _marks(plan: Plan, model: str) -> dict[tuple[str, int], Mark]:
@@ -173,8 +175,9 @@ def _file_mark(path: Path) -> list[Any]:
     return [path.name, found.st_size, found.st_mtime_ns]
 
 
-def _line(plan: Plan, model: str, number: int, row: dict[str, Any], prompt: str, category: str) -> dict[str, Any]:
+def _line(plan: Plan, model: str, number: int, row: dict[str, Any], task: Task) -> dict[str, Any]:
     """A line of scores.jsonl."""
-    own = {name: row[name] for name in ("key", "seed")} | {"prompt": prompt, "category": category}
+    own = {"key": task.key, "seed": row["seed"], "prompt": task.text, "category": task.category}
+    own |= {"cluster": task.cluster or task.key}
     result = {name: row[name] for name in ("motion", "values", "error")}
     return {"benchmark": plan.benchmark.name, "model": model, "clip": number} | own | result

@@ -32,6 +32,7 @@ class Task:
     category: str = ""  # of the breakdown
     image: Path | None = None  # picture or clip whose first frame the video starts from
     facts: Mapping[str, Any] = field(default_factory=dict)  # what scoring needs to know, as plain JSON values
+    cluster: str = ""  # of tasks that are one observation, as views of one scene: intervals draw them together
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Row:
     seed: int
     values: Mapping[str, float] = field(default_factory=dict)
     error: str = ""  # the file and what is wrong with it
+    cluster: str = ""  # as a task's, of rows without a clip; empty: the key
 
     @classmethod
     def of(cls, sample: Sample, values: Mapping[str, float] | None = None, *, error: str = "") -> "Row":

@@ -128,7 +128,8 @@ class LikePhys(Benchmark):
         return [Requirement("the LikePhys clips", licence, where, self._root() is not None, remedy)]
 
     def probe(self, backbone: Backbone, folder: Path) -> Iterator[Row]:
-        """A row for every scene and kind: the share of its pairs that are ranked wrongly."""
+        """A row for every scene and kind: the share of its pairs that are ranked wrongly. A scene's rows share its true
+        clips, so they are one cluster."""
         if backbone.input_channels(backbone.architecture) > backbone.architecture["z_dim"]:
             name = type(backbone).__name__
             raise ValueError(f"likephys: {name} needs an image with each prompt: use a text-to-video backbone")
@@ -225,16 +226,18 @@ class LikePhys(Benchmark):
             key = f"{group.key}-{kind}".lower().replace("_", "-")
             concerned = [name for name in group.clips if name[0] in (VALID, kind)]
             if wrong := [errors[name] for name in concerned if name in errors]:
-                yield Row(key, seed, error=wrong[0])
+                yield Row(key, seed, error=wrong[0], cluster=group.key)
                 continue
             true = [losses[name] for name in concerned if name[0] == VALID]
             violated = [losses[name] for name in concerned if name[0] == kind]
             if not true:
-                yield Row(key, seed, error=f"{group.key} holds no valid_*.mp4: download the dataset again")
+                error = f"{group.key} holds no valid_*.mp4: download the dataset again"
+                yield Row(key, seed, error=error, cluster=group.key)
                 continue
-            error = preference_error(true, violated)
+            share = preference_error(true, violated)
             margin = float(np.mean(violated) / np.mean(true) - 1)
-            yield Row(key, seed, {"error": error, "margin": margin, group.figure or kind: error})
+            values = {"error": share, "margin": margin, group.figure or kind: share}
+            yield Row(key, seed, values, cluster=group.key)
 
 
 def share_pairs(pairs: int) -> dict[str, dict[str, int]]:

@@ -205,7 +205,7 @@ class PhysicsIQ(Benchmark):
         return video if video.num_frames >= needed else replace(video, num_frames=4 * math.ceil((needed - 1) / 4) + 1)
 
     def prompts(self) -> list[Task]:
-        """The 198 views of take 1 in the order of their numbers."""
+        """The 198 views of take 1 in the order of their numbers; the views of a scenario are one cluster."""
         path = self._descriptions()
         if not path.is_file():
             raise ValueError(f"run.physics_iq.descriptions={path}: no such file; {self.requirements()[1].remedy}")
@@ -248,7 +248,7 @@ class PhysicsIQ(Benchmark):
         elif self.settings.input == "multiframe":
             image = self._video("conditioning", facts, 1)
         key = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-        return Task(key, first["description"], first.get("category") or "", image, facts)
+        return Task(key, first["description"], first.get("category") or "", image, facts, cluster=scenario)
 
     def shown(self, task: Task) -> np.ndarray:
         """What the model is shown, at its size: (n,H,W,3) uint8 RGB; n is 1, or the context of a multiframe model.

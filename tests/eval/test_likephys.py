@@ -161,6 +161,14 @@ def test_rows_and_figures_by_kind(tmp_path, monkeypatch):
     np.testing.assert_allclose(means["error"], np.mean([means[kind] for kind in VIOLATIONS]))
 
 
+def test_kinds_of_one_scene_share_its_true_clips_so_they_are_one_observation(tmp_path, monkeypatch):
+    monkeypatch.setattr(likephys, "SCENES", {"pendulum": SCENES["pendulum"]})
+    benchmark = sandbox(tmp_path, pairs=1)
+    (group,) = benchmark.groups()
+    rows = list(benchmark.probe(Flat(), tmp_path))
+    assert len(rows) > 1 and {row.cluster for row in rows} == {group.key}
+
+
 def column_of(rows, column):
     return [row.values[column] for row in rows if column in row.values]
 

@@ -333,6 +333,10 @@ def test_prompts(data):
     assert build(data, input="text").prompts()[0].image is None
 
 
+def test_the_three_views_of_a_scenario_are_one_observation(data):
+    assert [task.cluster for task in build(data).prompts()] == [name for name in SCENARIOS for _ in VIEWS]
+
+
 @pytest.mark.parametrize(
     ("fps", "given", "expected"), [(16, 81, 81), (24, 121, 121), (16, 49, 81), (8, 17, 41), (30, 81, 153), (16, 97, 97)]
 )

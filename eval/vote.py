@@ -287,7 +287,8 @@ def _outcome(value: float) -> str:
 def win_rate(scores: Mapping[int, Sequence[float]], trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Mean over prompts of scores by trial, with the bootstrap interval over prompts and Wilson's for as many votes.
 
-    A prompt is its text: its seeds, and views of one scene that share a description, are one observation. Where all prompts agree the bootstrap's has no width; Wilson's then says how little a few prompts prove.
+    A prompt is its text: its seeds, and views of one scene that share a description, are one observation. Where all
+    prompts agree the bootstrap's has no width; Wilson's then says how little a few prompts prove.
     """
     by_prompt = defaultdict(list)
     for number, values in scores.items():

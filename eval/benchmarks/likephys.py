@@ -77,7 +77,7 @@ DATASET = "huggingface.co/datasets/JianhaoDYDY/LikePhys-Benchmark"
 
 
 def _levels() -> ResidualConfig:
-    return ResidualConfig(levels=10, t_min=0.099, t_max=0.999, draws=1)  # timesteps 999, 899, ... 99 of 1000
+    return ResidualConfig(levels=10, first=0.001, last=0.901, shift=1.0, draws=1)  # timesteps 999, 899, ... 99 of 1000
 
 
 @dataclass

@@ -150,6 +150,7 @@ def listing(config: Config) -> str:
             lines += [name, f"  cannot run: {error}"]
             continue
         lines.append(name + ("" if needed else ": needs nothing"))
+        lines += [f"  [cannot run] {kind.unavailable}"] if kind.unavailable else []
         for requirement in needed:
             mark = "found" if requirement.found else "missing"
             lines.append(f"  [{mark}] {requirement.what} ({requirement.licence})")

@@ -88,6 +88,7 @@ class Benchmark(ABC):
     lower_is_better: ClassVar[tuple[str, ...]] = ()  # of the figures
     published: ClassVar[tuple[Published, ...]] = ()
     lossless: ClassVar[bool] = False  # whether clips have to be kept without loss
+    unavailable: ClassVar[str] = ""  # what of it cannot be run here and why, for --list
     of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
 
     @abstractmethod

@@ -36,6 +36,7 @@ from eval.benchmarks.physics_iq_view import SECONDS, View, real_frames, score_vi
 from train.clips import ClipError, VideoConfig, write_clip
 
 INPUTS = ("image", "multiframe", "text")
+ONE_FRAME = "no backbone here takes more than one frame: use run.physics_iq.input=image, or context_frames=1"
 MASKS = ("memory", "mp4v", "both")
 CONDITIONING_SECONDS = 3  # of a conditioning video
 SOURCE_FPS = 30  # of the videos that are always there
@@ -109,6 +110,7 @@ class PhysicsIQ(Benchmark):
     columns = COLUMNS
     figures = ("physics_iq", "physics_iq_verified", *METRICS)
     lower_is_better = ("mse",)
+    unavailable = f"run.physics_iq.input=multiframe, what came before the switch: {ONE_FRAME}"
     published = (
         *(Published(model, {"physics_iq": score}, source) for model, score, source in _PUBLISHED),
         *(Published(model, {"physics_iq_verified": score}, f"{_LEADERBOARD} (verified)") for model, score in _VERIFIED),
@@ -168,7 +170,12 @@ class PhysicsIQ(Benchmark):
                 importlib.util.find_spec("cv2") is not None,
                 "pip install 'physalign[trackers]'",
             ),
+            *([] if self.context < 2 else [self._several_frames()]),
         ]
+
+    def _several_frames(self) -> Requirement:
+        where = f"run.physics_iq.input=multiframe, {self.context} frames"
+        return Requirement("a model that continues several frames", "none", where, False, ONE_FRAME)
 
     def _descriptions(self) -> Path:
         return Path(self.settings.descriptions) if self.settings.descriptions else self.root / "descriptions.csv"

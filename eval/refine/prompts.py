@@ -14,9 +14,10 @@ it was; clips and answers that were made with other settings do not count. All p
 that a server has many questions at once and the generator can batch. A model always sees the clip as read from its
 file: a continued run asks the same question.
 
-Deviations. Closeness is the cosine of two sentence embeddings (the text: "when the prompts converge"). A critique
-without violations ends the rounds too. The result is the last clip, as in the text, or the scorer's choice among all
-rounds (section 3, "ensemble").
+Deviations. The paper continues a video of three seconds; here a clip begins with one frame at most, for no backbone
+here takes a longer prefix. Closeness is the cosine of two sentence embeddings (the text: "when the prompts converge").
+A critique without violations ends the rounds too. The result is the last clip, as in the text, or the scorer's choice
+among all rounds (section 3, "ensemble").
 
 Answers are data: no part of a path (keys come from `eval.prompts`), never executed, limited in length. A question
 without a usable answer ends its prompt's rounds, is named in the round's `failure`, and is asked again in the next run.

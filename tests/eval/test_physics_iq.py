@@ -504,6 +504,14 @@ def test_requirements(data, tmp_path):
         list(build(tmp_path / "nowhere").score(made(build(data), data), tmp_path))
 
 
+def test_several_frames_before_the_switch_are_said_to_be_unavailable(data):
+    for settings, found in (({}, False), ({"context_frames": 1}, True)):
+        benchmark = build(data, input="multiframe", **settings)
+        assert all(need.found for need in benchmark.requirements()) == found
+    (missing,) = [need for need in build(data, input="multiframe").requirements() if not need.found]
+    assert "24 frames" in missing.where and "input=image" in missing.remedy
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

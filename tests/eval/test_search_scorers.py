@@ -321,7 +321,7 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
     class Model:
         def surprise(self, clips, **windows):
             assert clips.shape == (3, 9, 8, 8, 3) and clips.dtype == torch.uint8
-            assert windows == {"window": 16, "context": 8, "stride": 8, "axis": "token"}
+            assert windows == {"frames": 49, "window": 16, "context": 8, "stride": 8, "axis": "token"}
             return torch.arange(3, dtype=torch.float64)
 
     scorer = Surprise(SurpriseConfig(path="somewhere", axis="token"), "cpu")

@@ -3,7 +3,10 @@
     <folder>/<model>/<key>-<seed>.mp4    a clip, and beside it <key>-<seed>.json, its sidecar: all that its frames
                                          depend on, with a digest, and what making it took; written last
 
-A clip whose sidecar shows the same settings is finished: whoever is stopped continues. How latents are sampled is one
+A clip whose sidecar shows the same settings is finished: whoever is stopped continues. Clips that are sampled together
+change each other by rounding, so batches are formed by place among all clips, finished or not (`batches`), and a batch
+of which any clip is missing is sampled as a whole: a run that was stopped makes the clips that it would have made. How
+latents are sampled is one
 function of a `Model`, its `Strategy`; a search over several candidates is another such function
 (`eval.search.searcher`).
 """
@@ -144,6 +147,19 @@ class Model:
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the strategy depends on, as plain JSON values
 
 
+def batches(model: Model, requests: Sequence[Request], size: int) -> list[list[Request]]:
+    """Those of a model's requests that have to be made, as they are sampled together: at most `size` in a row of one
+    video size, by place among all. A search samples its clips one by one, so finished ones are not sampled again."""
+    if model.strategy is not sample:
+        requests = [request for request in requests if not request.clip.is_finished()]
+    found: list[list[Request]] = []
+    for request in requests:
+        if not found or len(found[-1]) == size or request.video != found[-1][0].video:
+            found.append([])
+        found[-1].append(request)
+    return [batch for batch in found if not all(request.clip.is_finished() for request in batch)]
+
+
 class Requests:
     """Builds requests: gathers all that a clip's frames depend on."""
 
@@ -274,7 +290,7 @@ class Maker:
 
     @torch.no_grad()
     def make(self, model: Model, requests: Sequence[Request]) -> None:
-        """Sample the requests' clips together, all of one video size, and write them."""
+        """Sample the requests' clips together, all of one video size, and write those that are not finished."""
         started, passes = time.perf_counter(), self.passes
         conditioning, negative = self.conditionings.of(requests), self.conditionings.negative
         with self.switch.reference() if self.switch and model.lora is None else nullcontext():
@@ -286,6 +302,8 @@ class Maker:
         ]
         seconds = round((time.perf_counter() - started) / len(requests), 3)
         for request, clip, more in zip(requests, frames, found, strict=True):
+            if request.clip.is_finished():
+                continue
             prompt = request.prompt
             facts = {"key": prompt.key, "seconds": seconds, "passes": (self.passes - passes) / len(requests)}
             facts |= {"image": str(prompt.image)} if prompt.image else {}

@@ -23,7 +23,7 @@ clips; the main process scores.
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -52,6 +52,7 @@ from eval.making import (
     Model,
     Request,
     Requests,
+    batches,
     first_frame,
     image_problem,
     outdated,
@@ -163,7 +164,14 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
     """Make on all ranks what is missing, then score and report on the main process; returns the results there."""
     started, main = time.perf_counter(), accelerator.is_main_process
     lora, plans = prepare(config) if main else (None, [])
-    todo = [request for plan in plans for request in plan.unfinished()]
+    missing = sum(len(plan.unfinished()) for plan in plans)
+    known = {model.name: model for model in makers(config, lora)}
+    todo = [
+        batch
+        for plan in plans
+        for model, requests in plan.requests.items()
+        for batch in batches(known[model], requests, config.run.batch_size)
+    ]
     probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
     shared: list[Any] = [lora, todo, probes]
     if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins
@@ -180,7 +188,7 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
         for plan in plans:
             for model, samples in plan.samples.items():
                 plan.benchmark.layout(samples, plan.folder / "official" / model)
-    compute = {"device": device_name(accelerator.device), "ranks": world, "made_now": len(todo)}
+    compute = {"device": device_name(accelerator.device), "ranks": world, "made_now": missing}
     compute["seconds"] = round(time.perf_counter() - started, 1)
     results = conclude(config, lora, plans, scores, compute)
     if not scores:
@@ -301,37 +309,24 @@ def overview(config: Config, lora: Lora | None, plans: Sequence[Plan]) -> str:
 
 
 def make_clips(
-    config: Config, requests: Sequence[Request], lora: Lora | None, device: torch.device, *, progress: bool
+    config: Config, todo: Sequence[list[Request]], lora: Lora | None, device: torch.device, *, progress: bool
 ) -> None:
-    """Make the clips, on this rank alone. Weights are loaded only where there are any to make."""
-    if not requests:
+    """Make the batches' clips, on this rank alone. Weights are loaded only where there are any to make."""
+    if not todo:
         return
+    requests = [request for batch in todo for request in batch]
     conditionings = Conditionings(config.backbone, config.sampler, requests, device)
     size = config.run.batch_size
     maker = Maker(config.backbone, config.sampler, lora, conditionings, device, decode_batch=size)
     known = {model.name: model for model in makers(config, lora)}
     with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not progress) as bar:
-        for batch in batches(requests, size):
+        for batch in todo:
             maker.make(known[batch[0].clip.which], batch)
             bar.update(len(batch))
     del maker
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a judge may want the memory
-
-
-def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """At most `size` requests in a row of one model and one video size."""
-    batch: list[Request] = []
-    for request in requests:
-        if batch and (
-            len(batch) == size or request.clip.which != batch[0].clip.which or request.video != batch[0].video
-        ):
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
 
 
 def run_probes(config: Config, probes: Sequence[Probe], lora: Lora | None, device: torch.device) -> None:

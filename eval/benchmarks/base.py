@@ -89,6 +89,7 @@ class Benchmark(ABC):
     published: ClassVar[tuple[Published, ...]] = ()
     lossless: ClassVar[bool] = False  # whether clips have to be kept without loss
     unavailable: ClassVar[str] = ""  # what of it cannot be run here and why, for --list
+    together: ClassVar[int] = 1  # samples that are scored as one batch, and so change each other's values by rounding
     of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
 
     @abstractmethod

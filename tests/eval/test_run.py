@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -456,12 +458,53 @@ def test_bad_settings_are_refused(tuned, change, message):
         tuned.run(change)
 
 
-def test_clips_of_one_model_and_size_are_sampled_together():
-    def request(which, frames):
-        return making.Request(making.Clip(which, Path(), {}), None, 0, VideoConfig(64, 64, frames, 8.0))
+def test_a_batch_is_fixed_by_place_whatever_is_finished(tmp_path):
+    def request(number, frames=2):
+        clip = making.Clip("base", tmp_path / f"{number}.mp4", {"number": number}, lossless=True)
+        return making.Request(clip, None, 0, VideoConfig(16, 16, frames, 8.0))
 
-    requests = [request("base", 9)] * 3 + [request("tuned", 9)] * 2 + [request("tuned", 17)]
-    assert [len(batch) for batch in run.batches(requests, 2)] == [2, 1, 2, 1]
+    requests = [request(number) for number in range(5)] + [request(5, frames=3)]
+    whole = [requests[:2], requests[2:4], requests[4:5], requests[5:]]
+    assert making.batches(making.Model("base"), requests, 2) == whole
+    for number in (0, 1, 3):
+        requests[number].clip.write(torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 8.0, {})
+    assert making.batches(making.Model("base"), requests, 2) == whole[1:]
+    searched = making.Model("base-best_of_n", strategy=lambda *_: None)  # samples its clips one by one
+    assert making.batches(searched, requests, 2) == [[requests[2], requests[4]], [requests[5]]]
+
+
+@pytest.fixture(scope="module")
+def together(tuned, tmp_path_factory):
+    """Ten clips, four sampled together."""
+    made = Made(tmp_path_factory.mktemp("together"), {}, tuned.model)
+    made.results = made.run("run.batch_size=4")
+    return made
+
+
+def test_a_clip_does_not_depend_on_which_ones_were_finished(together, tmp_path, monkeypatch):
+    made = Made(tmp_path, {}, together.model)
+    shutil.copytree(together.eval, made.eval)
+    clips = sorted((made.eval / "sandbox" / "clips" / "base").glob("*.mp4"))
+    for clip in clips[1:3]:  # of the first batch of four
+        clip.with_suffix(".json").unlink()
+        clip.unlink()
+    lines = (made.eval / "sandbox" / "rows-base.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (made.eval / "sandbox" / "rows-base.jsonl").write_text("".join([lines[0], *lines[3:]]), encoding="utf-8")
+    asked = []
+    score = sandbox.Sandbox.score
+    monkeypatch.setattr(
+        sandbox.Sandbox, "score", lambda self, samples, folder: asked.append(samples) or score(self, samples, folder)
+    )
+    kept = {path: path.stat().st_mtime_ns for path in clips if path.exists()}
+    again = made.run("run.batch_size=4")
+    assert again["compute"]["made_now"] == 2 and {path: path.stat().st_mtime_ns for path in kept} == kept
+    ours, theirs = (
+        {path.relative_to(one.eval): path.read_bytes() for path in one.eval.rglob("clips/**/*.mp4")}
+        for one in (made, together)
+    )
+    assert ours == theirs and len(ours) == 10
+    assert fresh(again) == fresh(together.results)
+    assert [len(samples) for samples in asked] == [5]  # all that are judged together, to give two rows
 
 
 def test_held_out_scenes_differ_from_those_of_other_seeds():
@@ -548,3 +591,36 @@ def test_a_run_killed_anywhere_goes_on_where_it_was(tuned, tmp_path):
     for model in ("true", "base", "tuned"):
         lines = row_lines(made, model)
         assert len({(row["key"], row["seed"]) for row in lines}) == len(lines) == 40
+
+
+@pytest.mark.slow  # processes that import everything
+def test_killed_at_random_moments_with_four_clips_a_batch_it_gives_the_same_figures(tuned, tmp_path):
+    """PHYSALIGN_KILLS: how many moments, 4 by default."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(made: Made) -> subprocess.Popen:
+        command = [sys.executable, "-m", "eval.run", *made.arguments("run.sandbox.clips=10", "run.batch_size=4")]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
+    def outcome(made: Made) -> tuple[dict, dict, list]:
+        results = json.loads((made.eval / "results.json").read_text(encoding="utf-8"))
+        clips = {path.relative_to(made.eval): path.read_bytes() for path in made.eval.rglob("clips/*/*.mp4")}
+        return fresh(results), clips, (made.eval / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+
+    whole, started = Made(tmp_path / "whole", {}, tuned.model), time.monotonic()
+    assert start(whole).wait() == 0
+    seconds, expected = time.monotonic() - started, outcome(whole)
+    assert len(expected[1]) == 20
+    generator, left, chains = random.Random(0), int(os.environ.get("PHYSALIGN_KILLS", "4")), 0
+    while left:
+        made, chains = Made(tmp_path / f"chain-{chains}", {}, tuned.model), chains + 1
+        process = start(made)
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(generator.uniform(seconds / 4, seconds) if left else None)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                left -= 1
+                process = start(made)
+        assert process.returncode == 0 and outcome(made) == expected, chains

@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark
-from eval.files import write_text
 from eval.results import TRUE, Score, differences
 from train import entry
 from train.clips import VideoConfig
+from train.files import write_text
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from accelerate import Accelerator, DistributedType
 from tqdm import tqdm
 
 import recipes
-from eval.files import write_text
 from eval.making import (
     BASE,
     TUNED,
@@ -52,10 +51,11 @@ from eval.making import (
 from eval.prompts import Prompt, read_prompts
 from eval.search import searcher
 from eval.search.config import SearchConfig
-from train import entry, files
+from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
+from train.files import write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -336,7 +336,7 @@ def conclude(config: Config, work: Work, *, made: int) -> None:
             records.append(record)
             rows.append((f"{clip.which}: {job.prompt.text[:60]} (seed {job.seed})", read_clip(clip.path, small)))
     sheet, manifest = folder / f"sheet{suffix}.png", folder / f"manifest{suffix}.jsonl"
-    files.write_text(folder / f"recipe{suffix}.yaml", recipes.to_yaml(config))
+    write_text(folder / f"recipe{suffix}.yaml", recipes.to_yaml(config))
     contact_sheet(sheet, rows, columns=SHEET_COLUMNS)
     write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     seconds = sum(record["seconds"] for record in records) / len(records)

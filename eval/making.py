@@ -12,7 +12,6 @@ function of a `Model`, its `Strategy`; a search over several candidates is anoth
 """
 
 import gc
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,13 +23,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from eval.files import digest, write_text
 from eval.fused import fuse
 from eval.prompts import Prompt
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, lora_config, read_weights_metadata, weights_path
 from train.clips import VideoConfig, from_pixels, motion_energy, read_clip, to_pixels, write_clip
+from train.files import digest, sha256, write_text
 from train.lora_switch import LoraConfig
 from train.sampling import SamplerConfig, sample_clips
 
@@ -310,8 +309,3 @@ class Maker:
             facts |= {"lora": str(model.lora.path)} if model.lora else {}
             facts |= more
             request.clip.write(clip, request.video.fps, facts)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

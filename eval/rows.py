@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.base import Row
-from eval.files import digest, write_text
+from train.files import digest, write_text
 
 # Settings that say where something lies or how fast it goes: other values give the same scores.
 PLACE_AND_SPEED = ("folder", "checkout", "python", "batch_size", "clips_a_call", "workers")

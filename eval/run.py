@@ -42,7 +42,6 @@ import recipes
 from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
-from eval.files import write_text
 from eval.making import (
     BASE,
     TUNED,
@@ -64,11 +63,12 @@ from eval.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig
-from train import entry, files
+from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.checkpoint import attach_trained
 from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
+from train.files import atomic, write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -285,8 +285,8 @@ def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Pa
     if len(shown) != 1:
         raise ValueError(f"{task.key} shows a model {len(shown)} frames, but no backbone here takes more than one")
     path = folder / f"{task.key}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(shown[0]).save(path)
+    with atomic(path) as aside:
+        Image.fromarray(shown[0]).save(aside, "PNG")
     return Prompt(task.key, task.text, path)
 
 
@@ -361,7 +361,7 @@ def conclude(
     }
     write_text(folder / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores))
     write_text(folder / "results.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-    files.write_text(folder / "recipe.yaml", recipes.to_yaml(config))
+    write_text(folder / "recipe.yaml", recipes.to_yaml(config))
     comparisons = {}
     for plan in plans:
         if not plan.problem and plan.samples:

@@ -18,7 +18,6 @@ Wilson's.
 
 import argparse
 import csv
-import hashlib
 import itertools
 import json
 import math
@@ -35,10 +34,10 @@ import jinja2
 import numpy as np
 import torch
 
-from eval.files import write_text
 from eval.intervals import Estimate, bootstrap_mean
 from train import entry
 from train.clips import ClipError, write_clip
+from train.files import digest, sha256, write_text
 
 TEMPLATE = Path(__file__).with_name("vote.html")
 CHOICES = ("left", "right", "tie")
@@ -125,8 +124,8 @@ def write_page(
         sides = [2 * pair + int(second_left), 2 * pair + int(not second_left)]
         seen = {"left": neutral[sides[0]], "right": neutral[sides[1]], "second_is": ["right", "left"][second_left]}
         key["trials"].append({"pair": pair, **seen, **facts[pair]})
-    key["clips"] = {neutral[number]: _sha256(path) for number, path in enumerate(clips)}
-    key = {"page": hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest(), **key}
+    key["clips"] = {neutral[number]: sha256(path) for number, path in enumerate(clips)}
+    key = {"page": digest(key), **key}
 
     place = folder / "key.json"
     if place.exists() and (old := _read_json(place).get("page")) != key["page"]:
@@ -377,11 +376,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

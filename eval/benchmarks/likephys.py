@@ -40,7 +40,6 @@ from PIL import Image
 from torch import Tensor
 
 from eval.benchmarks.base import Benchmark, Requirement, Row
-from eval.files import digest, write_text
 from eval.sandbox.clips import SCENES, Clips, simulate
 from eval.sandbox.prompts import TEMPLATES, write_prompt
 from eval.sandbox.splits import is_held_out
@@ -49,6 +48,7 @@ from eval.search.candidates import Candidates
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones.base import Backbone
 from train.clips import ClipError, VideoConfig, from_pixels
+from train.files import digest, write_text
 
 VALID = "valid"
 # Scenario: folder of the published dataset, and the prompt that the release gives to all of its clips.

@@ -24,7 +24,6 @@ without a usable answer ends its prompt's rounds, is named in the round's `failu
 """
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,12 +34,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.files import write_text
 from eval.prompts import Prompt, slug
 from eval.refine import questions
 from eval.vlm import NoAnswer, Vlm, jpeg_frames
 from eval.vlm_backend import Backend, VlmConfig
 from train.clips import VideoConfig, read_clip, write_clip
+from train.files import digest, sha256, write_text
 
 EXAMPLE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -257,11 +256,11 @@ class PromptRefiner:
         models = [
             [one.model, one.frames, one.frame_height, one.temperature, one.seed] for one in (config.vlm, config.llm)
         ]
-        image = hashlib.sha256(prompt.image.read_bytes()).hexdigest() if prompt.image else ""
+        image = sha256(prompt.image) if prompt.image else ""
         rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
         settings = [prompt.text, image, models, config.encoder, config.max_prompt_chars, rules]
         settings += [self.made_with, asdict(self.video), [asdict(before) for before in one.rounds[: number - 1][-1:]]]
-        return hashlib.sha256(json.dumps(settings).encode("ascii")).hexdigest()
+        return digest(settings)
 
     def _load(self, prompt: Prompt) -> Refinement:
         """What is finished: rounds up to the first that is missing, damaged, of other settings, or lacks its clip."""

@@ -23,7 +23,6 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 import recipes
-from eval.files import digest, write_text
 from eval.making import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompts import Prompt, make_key, read_prompts
 from eval.refine.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
@@ -37,6 +36,7 @@ from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained
 from train.clips import VideoConfig, from_pixels
+from train.files import digest, write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 

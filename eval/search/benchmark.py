@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 import recipes
-from eval.files import write_text
 from eval.fused import fuse
 from eval.refine.proprio import refine
 from eval.search.candidates import Candidates
@@ -41,6 +40,7 @@ from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
 from train.clips import VideoConfig
+from train.files import write_text
 from train.parallel import build_accelerator
 from train.sampling import SamplerConfig
 

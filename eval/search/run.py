@@ -16,7 +16,6 @@ made again: a run that was stopped continues, and a scorer that is added to the 
 model leaves a GPU waiting for Python: processes with a `search.share` each work side by side on it.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +30,6 @@ from tqdm import tqdm
 
 import recipes
 from eval.benchmarks import sandbox
-from eval.files import digest
 from eval.prompts import make_key
 from eval.search import page, report, strategy_report
 from eval.search.best_of_n import RACING, batches, decoder, run_race
@@ -48,6 +46,7 @@ from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, weights_path
 from train.clips import VideoConfig, write_clip
+from train.files import digest, sha256
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -129,7 +128,7 @@ class Work:
         self.lora = ""
         if config.search.lora:
             attach_trained(config.search.lora, self.backbone.experts, fingerprint=self.backbone.fingerprint)
-            self.lora = hashlib.sha256(weights_path(config.search.lora).read_bytes()).hexdigest()
+            self.lora = sha256(weights_path(config.search.lora))
         self.scorers = self._build(config.search, config.search.scorers)
         early = replace(config.search.residuals, draws=config.search.prune.draws)
         self.early_scorers = self._build(replace(config.search, residuals=early), config.search.prune.scorers)

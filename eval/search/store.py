@@ -10,7 +10,6 @@ Both appear whole or not at all. A file of other settings is made again; a recor
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eval.files import write_text
+from train.files import atomic, write_text
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], settings_digest: str, facts: Mapping[str, Any]) -> None:
     """Write tensors with the digest of what they depend on and facts about them, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"digest": settings_digest, "facts": json.dumps(facts)})
-    os.replace(temporary, path)
+    with atomic(path) as aside:
+        save_file(contiguous, aside, metadata={"digest": settings_digest, "facts": json.dumps(facts)})
 
 
 def read_tensors(path: Path, settings_digest: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

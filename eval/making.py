@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ConfigDict, FiniteFloat
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from eval.fused import fuse
 from eval.prompts import Prompt
@@ -29,7 +31,7 @@ from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, lora_config, read_weights_metadata, weights_path
 from train.clips import VideoConfig, from_pixels, motion_energy, read_clip, to_pixels, write_clip
-from train.files import digest, sha256, write_text
+from train.files import digest, read_json, sha256, write_text
 from train.lora_switch import LoraConfig
 from train.sampling import SamplerConfig, sample_clips
 
@@ -62,6 +64,19 @@ def read_lora(path: str, fingerprint: str, *, key: str) -> Lora:
     return Lora(file, sha256(file), metadata["expert"], shape)
 
 
+class Sidecar(TypedDict):
+    """What is kept of a clip beside the settings that it was made with, which stand among these."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    which: str  # the folder's name
+    path: str  # below the folder of all models
+    motion: FiniteFloat  # energy
+    seconds: FiniteFloat  # that making it took
+    passes: FiniteFloat  # of the network
+    bytes: int  # of the clip
+    digest: str  # of the settings
+
+
 @dataclass(frozen=True)
 class Clip:
     """A file that is wanted. `settings` is all that its frames depend on, as plain JSON values."""
@@ -75,12 +90,12 @@ class Clip:
     def digest(self) -> str:
         return digest(self.settings)
 
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> Sidecar | None:
         """The sidecar of the clip that lies at `path`, made with whatever settings; None where either is not whole."""
         try:
-            record = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
+            record = read_json(self.path.with_suffix(".json"), Sidecar, remedy="the clip is made again")
             return record if record["bytes"] == self.path.stat().st_size else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return None
 
     def is_finished(self) -> bool:

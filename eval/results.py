@@ -1,10 +1,5 @@
 """From rows to results: figures with intervals, gains over the base model in pairs, by category, by motion.
 
-A score is one clip of one model, as plain JSON values (a line of scores.jsonl):
-
-    {"benchmark", "model", "clip", "key", "seed", "prompt", "category", "cluster", "motion", "values", "error"}
-
-Intervals and p are over clusters: a prompt's clips of several seeds, or what a benchmark says is one observation.
 Clips with an error count as missing beside every figure that they are missing from, and are listed.
 """
 
@@ -13,6 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from eval.benchmarks.base import Benchmark
 from eval.intervals import Clustered, Estimate, estimate, paired_test, strata
@@ -20,7 +17,21 @@ from eval.intervals import Clustered, Estimate, estimate, paired_test, strata
 TRUE = "true"  # the model whose clips are a benchmark's references
 STRATA = ("low", "medium", "high")
 
-Score = Mapping[str, Any]
+
+class Score(TypedDict):
+    """One clip of one model: a line of scores.jsonl."""
+
+    benchmark: str
+    model: str
+    clip: int  # number among the model's
+    key: str  # of the prompt
+    seed: int
+    prompt: str
+    category: str
+    cluster: str  # intervals and p are over these: a prompt's clips of several seeds, or what a benchmark says is one
+    motion: FiniteFloat | None  # energy
+    values: dict[str, FiniteFloat]  # by column
+    error: str
 
 
 def summarise(benchmark: Benchmark, scores: Sequence[Score], base: str) -> dict[str, Any]:

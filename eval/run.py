@@ -68,7 +68,7 @@ from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.checkpoint import attach_trained
 from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
-from train.files import atomic, write_text
+from train.files import atomic, lock, write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         raise ValueError("evaluation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
     results = None
     if not config.dry_run:
-        results = run(config, accelerator)
+        with lock(config.run.folder) if accelerator.is_main_process else nullcontext():
+            results = run(config, accelerator)
     elif accelerator.is_main_process:
         lora, plans = prepare(config)
         print(overview(config, lora, plans))
@@ -356,7 +357,7 @@ def conclude(
         "lora": describe(lora),
         "seeds": config.run.seeds,
         "compute": compute,
-        "settings": asdict(config),
+        "settings": recipes.redacted(asdict(config)),
         "benchmarks": {plan.benchmark.name: of_benchmark(config, plan, scores) for plan in plans},
     }
     write_text(folder / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores))
@@ -384,7 +385,7 @@ def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -
     return {
         "problem": plan.problem,
         "requirements": [asdict(needed) for needed in benchmark.requirements()],
-        "settings": scoring_settings(plan.settings),
+        "settings": recipes.redacted(scoring_settings(plan.settings)),
         "prompts": len({line["key"] for line in own}),
         "clusters": len({line["cluster"] for line in own}),  # of prompts that intervals draw together
         "video": asdict(benchmark.video(config.video)),

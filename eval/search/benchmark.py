@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         "refine_block": partial(bench.refine, per_block=True),
         "refine_step": partial(bench.refine, per_block=False),
     }
-    results, path = bench.facts | {"settings": asdict(config)}, Path(config.output) / "search_benchmark.json"
+    results = bench.facts | {"settings": recipes.redacted(asdict(config))}
+    path = Path(config.output) / "search_benchmark.json"
     for part in [part for part in PARTS if part in config.benchmark.parts]:
         results[part] = attempt(makers[part])
         share(results, config.benchmark.race_share)

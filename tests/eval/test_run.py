@@ -21,7 +21,11 @@ from safetensors.torch import save_file
 from eval import benchmarks, making, report, run
 from eval.benchmarks import sandbox
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Task
+from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
 from eval.rows import RowFile, identity, scoring_settings
+from eval.vlm import jpeg_frames
+from eval.vlm_backend import VlmConfig
+from tests.eval.vlm_stub import StubServer
 from train import checkpoint
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
@@ -372,21 +376,45 @@ class Asked(Absent):
         yield from (Row(f"k{number}", 0, {"score": moved + number + 0 * weight}) for number in range(2))
 
 
+class Judged(Benchmark):
+    """The probability of a yes, by a vision-language model."""
+
+    name, columns, figures = "judged", ("score",), ("score",)
+
+    def __init__(self, settings, video):
+        self.settings, self._video = settings, video
+
+    def requirements(self):
+        return [judge_requirement("run.judged", self.settings, "none")]
+
+    def prompts(self):
+        return [Task("k0", "a red ball falls")]
+
+    def score(self, samples, folder):
+        async def judge(vlm, sample, frames):
+            return {"score": await vlm.yes_probability(frames, "Does it fall?")}
+
+        yield from judge_rows(
+            self.settings, samples, self._video, folder, lambda task, clip: jpeg_frames(clip, 2, 32), judge
+        )
+
+
 @pytest.fixture
 def more(monkeypatch):
-    """Two further benchmarks."""
+    """Three further benchmarks."""
 
     @dataclass
     class More(run.RunConfig):
         absent: Nothing = run.field(default_factory=Nothing)
         asked: Nothing = run.field(default_factory=Nothing)
+        judged: VlmConfig = run.field(default_factory=lambda: VlmConfig(retries=0))
 
     @dataclass
     class Config(run.Config):
         run: More = run.field(default_factory=More)
 
     monkeypatch.setattr(run, "Config", Config)
-    for name, kind in (("absent", Absent), ("asked", Asked)):
+    for name, kind in (("absent", Absent), ("asked", Asked), ("judged", Judged)):
         monkeypatch.setitem(benchmarks.BENCHMARKS, name, kind)
 
 
@@ -439,6 +467,45 @@ def test_a_dry_run_counts(copied, no_sampling, capsys):
     copied.run("run.seeds=[0,1]", "--dry-run")
     expected = "sandbox: 5 prompts x 2 seeds, clips of base, tuned: 20, of which 10 are to be made, 2 steps each"
     assert expected in capsys.readouterr().out
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, capsys):
+    with StubServer() as server:
+        address = server.url.replace("http://", "http://ann:SECRET@")
+        found = copied.run(
+            "benchmarks=[sandbox,judged,physics_iq,pai_bench]",
+            f"run.judged.base_url={address}",
+            "run.judged.model=stub",
+            f"run.pai_bench.judge.base_url={address}",
+            "search.vlm.base_url=https://host/v1?token=SECRET",
+        )
+        assert found["benchmarks"]["judged"]["models"]["base"]["figures"]["score"]["mean"] > 0
+        assert all("authorization: basic" in head.lower() for head in server.headers)
+    files = written(copied.eval)
+    assert {"results.json", "report.html", "report.md", "recipe.yaml", "scores.jsonl"} <= set(files)
+    assert not [name for name, data in files.items() if b"SECRET" in data or b"ann:" in data]
+    saved = files["recipe.yaml"].decode()
+    assert f"base_url: {server.url.replace('http://', 'http://***@')}" in saved and "https://host/v1?***" in saved
+    dead = copied.run("benchmarks=[sandbox,judged]", f"run.judged.base_url={address}", "run.judged.model=other")
+    assert "no connection" in dead["benchmarks"]["judged"]["problem"]
+    out, error = capsys.readouterr()
+    assert "SECRET" not in out + error + "".join(data.decode("latin1") for data in written(copied.eval).values())
+
+
+def test_a_second_run_in_a_folder_is_refused_with_one_sentence(copied):
+    holder = f"from train.files import lock\nwith lock({str(copied.eval)!r}): print(flush=True); input()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", holder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=rf"{copied.eval} is in use by process {process.pid} on .*: wait for it"):
+            copied.run()
+        process.kill()
+    assert fresh(copied.run()) == fresh(copied.results)  # the lock went with the process
 
 
 @pytest.mark.parametrize(

@@ -143,14 +143,22 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             print(plan(config, prepare(config), world=accelerator.num_processes))
     else:
-        with lock(config.generate.folder) if accelerator.is_main_process else nullcontext():
-            generate(config, accelerator)
+        generate(config, accelerator)
     accelerator.end_training()  # closes the process group
 
 
 def generate(config: Config, accelerator: Accelerator) -> None:
-    """Make on all ranks what is missing, then write contact sheet and manifest. Raises ValueError as `prepare` does."""
+    """Make on all ranks what is missing, then write contact sheet and manifest.
+
+    Raises ValueError as `prepare` does, and where another run holds the folder.
+    """
     work = prepare(config) if accelerator.is_main_process else None
+    with lock(config.generate.folder) if work else nullcontext():
+        make(config, work, accelerator)
+
+
+def make(config: Config, work: Work | None, accelerator: Accelerator) -> None:
+    """Clips, contact sheet and manifest; work is the main process's."""
     todo = work.unfinished(config.generate.batch_size) if work else None
     shared = [todo, work.lora if work else None]
     if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins

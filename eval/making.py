@@ -53,8 +53,11 @@ def read_lora(path: str, fingerprint: str, *, key: str) -> Lora:
 
     ValueError where there are none, or they belong to another backbone than `fingerprint` ("": unchecked).
     """
-    file = weights_path(path)
-    metadata = read_weights_metadata(file)
+    try:
+        file = weights_path(path)
+        metadata = read_weights_metadata(file)
+    except ValueError as error:
+        raise ValueError(f"{key}={path}: {error}; exports and LoRAs of other tools are not read") from None
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(
             f"{key}={path} was trained on backbone {metadata['fingerprint']}, but backbone.path is"

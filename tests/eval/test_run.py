@@ -469,6 +469,16 @@ def test_a_dry_run_counts(copied, no_sampling, capsys):
     assert expected in capsys.readouterr().out
 
 
+def test_an_export_and_another_tools_lora_are_refused_with_what_to_give(tuned, tmp_path):
+    state = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 4)}
+    save_file(state, tmp_path / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    for given in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        with pytest.raises(
+            ValueError, match=rf"run.lora={given}: .*give a .*; exports and LoRAs of other tools are not"
+        ):
+            tuned.run(f"run.lora={given}", f"output={tmp_path / 'out'}")
+
+
 def written(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -534,7 +544,8 @@ def test_a_batch_is_fixed_by_place_whatever_is_finished(tmp_path):
     whole = [requests[:2], requests[2:4], requests[4:5], requests[5:]]
     assert making.batches(making.Model("base"), requests, 2) == whole
     for number in (0, 1, 3):
-        requests[number].clip.write(torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 8.0, {})
+        frames, facts = torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"seconds": 1.0, "passes": 2}
+        requests[number].clip.write(frames, 8.0, facts)
     assert making.batches(making.Model("base"), requests, 2) == whole[1:]
     searched = making.Model("base-best_of_n", strategy=lambda *_: None)  # samples its clips one by one
     assert making.batches(searched, requests, 2) == [[requests[2], requests[4]], [requests[5]]]

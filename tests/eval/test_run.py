@@ -593,14 +593,17 @@ def test_held_out_scenes_differ_from_those_of_other_seeds():
     assert not torch.equal(frames, others)
 
 
+FACTS = {"motion": None, "seconds": 1.0}
+
+
 def test_rows_of_other_settings_stay_and_are_not_seen(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowFile(path) as rows:
-        rows.append("one", Row("a", 0, {"score": 1.0}), {"seconds": 1})
-        rows.append("other", Row("a", 0, error="damaged"), {"seconds": 1})
+        rows.append("one", Row("a", 0, {"score": 1.0}), FACTS)
+        rows.append("other", Row("a", 0, error="damaged"), FACTS)
     with RowFile(path) as rows:
         assert rows.find("one", "a", 0)["values"] == {"score": 1.0} and rows.find("one", "a", 1) is None
-        rows.append("other", Row("a", 0, {"score": 2.0}), {"seconds": 1})
+        rows.append("other", Row("a", 0, {"score": 2.0}), FACTS)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     with RowFile(path) as rows:
         assert [row["values"] for row in rows.every("other")] == [{"score": 2.0}]
@@ -617,12 +620,12 @@ def test_where_data_lies_does_not_tell_rows_apart():
 def test_damaged_lines_of_rows_are_dropped(tmp_path, damage):
     path = tmp_path / "rows.jsonl"
     with RowFile(path) as rows:
-        rows.append("one", Row("a", 0, {"score": 1.0}), {})
+        rows.append("one", Row("a", 0, {"score": 1.0}), FACTS)
     whole = path.read_bytes()
     path.write_bytes(whole + damage)
     with RowFile(path) as rows:
         assert path.read_bytes() == whole
-        rows.append("one", Row("b", 0, {"score": 1.0}), {})
+        rows.append("one", Row("b", 0, {"score": 1.0}), FACTS)
     assert path.read_bytes().startswith(whole) and len(path.read_bytes().splitlines()) == 2
 
 

@@ -8,20 +8,22 @@ one, or the base model. Runs whose benchmark settings differ are refused.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark
-from eval.files import write_text
 from eval.results import TRUE, Score, differences
 from train import entry
 from train.clips import VideoConfig
+from train.files import parse_json, read_json, write_text
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -36,6 +38,40 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return compared
 
 
+class Cell(TypedDict):
+    """A figure."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    mean: float
+    low: float
+    high: float
+
+
+class OfModel(TypedDict):
+    clips: int
+    missing: int
+    figures: dict[str, Cell | None]
+
+
+class OfBenchmark(TypedDict):
+    settings: dict[str, Any]
+    figures: list[str]
+    lower_is_better: list[str]
+    models: dict[str, OfModel]
+
+
+class Settings(TypedDict):
+    run: dict[str, Any]
+    video: VideoConfig
+
+
+class Results(TypedDict):
+    """What is read of results.json."""
+
+    settings: Settings
+    benchmarks: dict[str, OfBenchmark]
+
+
 class Run:
     """A finished run; ValueError where there is none."""
 
@@ -45,23 +81,35 @@ class Run:
         folder = next((folder for folder in folders if (folder / "results.json").is_file()), None)
         if folder is None:
             raise ValueError(f"{path} holds no results.json, nor does its folder eval: give a run of eval.run")
-        self.results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        lines = (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()
-        self.scores: list[Score] = [json.loads(line) for line in lines]
+        again = "run eval.run with the same settings again, which keeps clips and rows"
+        self.results = read_json(folder / "results.json", Results, remedy=again)
+        path = folder / "scores.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; {again}")
+        self.scores = [
+            parse_json(line, Score, name=f"{path}, line {number}", remedy=again)
+            for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        ]
 
     def rows(self, benchmark: str, model: str) -> list[Score]:
         return [score for score in self.scores if (score["benchmark"], score["model"]) == (benchmark, model)]
 
     def benchmark(self, name: str) -> Benchmark:
         """The benchmark as it was set."""
-        given = OmegaConf.create({name: self.results["settings"]["run"][name]})
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkSettings), given))
-        return BENCHMARKS[name](getattr(settings, name), VideoConfig(**self.results["settings"]["video"]))
+        try:
+            given = OmegaConf.create({name: self.results["settings"]["run"].get(name)})
+            settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkSettings), given))
+        except OmegaConfBaseException as error:
+            problem = f"{error.full_key}: {str(error).splitlines()[0]}"
+            raise ValueError(f"{self.name} was made with other settings ({problem}); run eval.run again") from None
+        return BENCHMARKS[name](getattr(settings, name), self.results["settings"]["video"])
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """Figures and differences as plain JSON values. ValueError for runs that cannot be compared."""
     names = [name for name in runs[0].results["benchmarks"] if all(_has(run, name) for run in runs)]
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise ValueError(f"{runs[0].name} has the benchmark {unknown[0]!r}: use one of {', '.join(BENCHMARKS)}")
     if not names:
         raise ValueError(f"{', '.join(run.name for run in runs)} have no benchmark in common")
     found: dict[str, Any] = {"runs": [run.name for run in runs], "benchmarks": {}}
@@ -73,7 +121,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _has(run: Run, name: str) -> bool:
-    return bool(run.results["benchmarks"].get(name, {}).get("models"))
+    return name in run.results["benchmarks"] and bool(run.results["benchmarks"][name]["models"])
 
 
 def check_settings(name: str, first: Run, other: Run) -> None:

@@ -23,7 +23,9 @@ strategy's (base-best_of_n-proprio, ...), and its sidecar holds the candidates' 
 
 import json
 import re
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +35,6 @@ from accelerate import Accelerator, DistributedType
 from tqdm import tqdm
 
 import recipes
-from eval.files import write_text
 from eval.making import (
     BASE,
     TUNED,
@@ -44,6 +45,7 @@ from eval.making import (
     Model,
     Request,
     Requests,
+    batches,
     first_frame,
     image_problem,
     outdated,
@@ -52,10 +54,11 @@ from eval.making import (
 from eval.prompts import Prompt, read_prompts
 from eval.search import searcher
 from eval.search.config import SearchConfig
-from train import entry, files
+from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
+from train.files import lock, write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -112,6 +115,10 @@ class Job:
     def clips(self) -> list[Clip]:
         return [request.clip for request in self.requests]
 
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.todo) or not (self.comparison is None or self.comparison.is_finished())
+
 
 @dataclass(frozen=True)
 class Work:
@@ -119,10 +126,12 @@ class Work:
     fingerprint: str  # of the backbone
     lora: Lora | None
 
-    def unfinished(self) -> list[Job]:
-        """Those with anything to do, the longest first, so that dealing them in turn gives ranks equal shares."""
-        jobs = [job for job in self.jobs if job.todo or not (job.comparison is None or job.comparison.is_finished())]
-        return sorted(jobs, key=lambda job: -len(job.todo))
+    def unfinished(self, size: int) -> list[list[Job]]:
+        """Batches of `size` jobs by place among all, those with anything to do: the longest first, so that dealing them
+        in turn gives ranks equal shares."""
+        found = [self.jobs[start : start + size] for start in range(0, len(self.jobs), size)]
+        found = [batch for batch in found if any(job.unfinished for job in batch)]
+        return sorted(found, key=lambda batch: -sum(len(job.todo) for job in batch))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,9 +148,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def generate(config: Config, accelerator: Accelerator) -> None:
-    """Make on all ranks what is missing, then write contact sheet and manifest. Raises ValueError as `prepare` does."""
+    """Make on all ranks what is missing, then write contact sheet and manifest.
+
+    Raises ValueError as `prepare` does, and where another run holds the folder.
+    """
     work = prepare(config) if accelerator.is_main_process else None
-    todo = work.unfinished() if work else None
+    with lock(config.generate.folder) if work else nullcontext():
+        make(config, work, accelerator)
+
+
+def make(config: Config, work: Work | None, accelerator: Accelerator) -> None:
+    """Clips, contact sheet and manifest; work is the main process's."""
+    todo = work.unfinished(config.generate.batch_size) if work else None
     shared = [todo, work.lora if work else None]
     if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins
         dist.broadcast_object_list(shared)
@@ -150,7 +168,7 @@ def generate(config: Config, accelerator: Accelerator) -> None:
     make_clips(config, mine, lora, accelerator.device, progress=accelerator.is_main_process)
     any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
     if work:
-        conclude(config, work, made=sum(len(job.todo) for job in todo))
+        conclude(config, work, made=sum(len(job.todo) for batch in todo for job in batch))
 
 
 # What there is to do
@@ -285,27 +303,27 @@ def plan(config: Config, work: Work, *, world: int) -> str:
 # Making it
 
 
-def make_clips(config: Config, jobs: Sequence[Job], lora: Lora | None, device: torch.device, *, progress: bool) -> None:
-    """Make what is missing of `jobs`, on this rank alone. Weights are loaded only where something has to be sampled."""
-    sampled = [job for job in jobs if job.todo]
-    total = sum(len(job.todo) for job in sampled)
+def make_clips(
+    config: Config, todo: Sequence[list[Job]], lora: Lora | None, device: torch.device, *, progress: bool
+) -> None:
+    """Make what is missing of these batches, on this rank alone. Weights are loaded only where something has to be
+    sampled."""
+    total = sum(len(job.todo) for batch in todo for job in batch)
     maker = None
-    if sampled:
+    if total:
         if progress:
             print(f"encoding prompts and loading the network for {total} clips on this rank")
-        requests = [job.requests[0] for job in sampled]
+        requests = [job.requests[0] for batch in todo if any(job.todo for job in batch) for job in batch]
         conditionings = Conditionings(config.backbone, config.sampler, requests, device)
         maker = Maker(config.backbone, config.sampler, lora, conditionings, device, fused=config.generate.fused)
     size, wanted_models = config.generate.batch_size, models(config, lora)
     with tqdm(total=total, desc="clips", unit="clip", smoothing=0, disable=not (progress and total)) as bar:
-        for first in range(0, len(jobs), size):
-            batch = jobs[first : first + size]
+        for batch in todo:
             for model in wanted_models:
-                missing = [job for job in batch if model.name in job.todo]
-                if missing:
-                    wanted = [r for job in missing for r in job.requests if r.clip.which == model.name]
-                    maker.make(model, wanted)
-                    bar.update(len(wanted))
+                requests = [r for job in batch for r in job.requests if r.clip.which == model.name]
+                for some in batches(model, requests, size):
+                    maker.make(model, some)
+                bar.update(sum(model.name in job.todo for job in batch))
             for job in batch:
                 if job.comparison is not None and not job.comparison.is_finished():
                     compare(job, config.video)
@@ -313,9 +331,11 @@ def make_clips(config: Config, jobs: Sequence[Job], lora: Lora | None, device: t
 
 def compare(job: Job, video: VideoConfig) -> None:
     """The job's side-by-side clip, from the files: the same whether they were made just now or in an earlier run."""
+    started = time.perf_counter()
     clips = [read_clip(clip.path, video) for clip in job.clips]
     both = side_by_side(clips, [clip.which for clip in job.clips])
-    job.comparison.write(both, video.fps, {"key": job.prompt.key, "prompt": job.prompt.text, "seed": job.seed})
+    facts = {"key": job.prompt.key, "prompt": job.prompt.text, "seed": job.seed, "passes": 0}
+    job.comparison.write(both, video.fps, facts | {"seconds": round(time.perf_counter() - started, 3)})
 
 
 def conclude(config: Config, work: Work, *, made: int) -> None:
@@ -336,7 +356,7 @@ def conclude(config: Config, work: Work, *, made: int) -> None:
             records.append(record)
             rows.append((f"{clip.which}: {job.prompt.text[:60]} (seed {job.seed})", read_clip(clip.path, small)))
     sheet, manifest = folder / f"sheet{suffix}.png", folder / f"manifest{suffix}.jsonl"
-    files.write_text(folder / f"recipe{suffix}.yaml", recipes.to_yaml(config))
+    write_text(folder / f"recipe{suffix}.yaml", recipes.to_yaml(config))
     contact_sheet(sheet, rows, columns=SHEET_COLUMNS)
     write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     seconds = sum(record["seconds"] for record in records) / len(records)

@@ -1,12 +1,13 @@
-"""Means with 95% bootstrap intervals, alone and paired, of rows that come in clusters: a prompt's clips go together.
+"""Means with 95% bootstrap intervals, alone and paired, of rows that come in clusters: what is one observation, as a
+prompt's clips of several seeds or the views of one scene, goes together.
 
 A figure of a benchmark is a function of its columns' means (`Benchmark.derive`), so every replicate is a set of
 columns' means, and all replicates are made at once.
 
-    bootstrap           prompts are drawn with replacement, each with all of its clips; percentile interval
-    paired difference   the same drawn prompts for both models
-    paired test         within a prompt both models' labels are exchanged, or not: for a mean, the signs of the
-                        prompts' differences are flipped. Two-sided; all exchanges where there are few prompts, else
+    bootstrap           clusters are drawn with replacement, each with all of its clips; percentile interval
+    paired difference   the same drawn clusters for both models
+    paired test         within a cluster both models' labels are exchanged, or not: for a mean, the signs of the
+                        clusters' differences are flipped. Two-sided; all exchanges where there are few clusters, else
                         random ones, with the share counted as (1 + at least as large) / (1 + drawn)
 """
 
@@ -51,36 +52,36 @@ def bootstrap_mean(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMP
 
 @dataclass(frozen=True)
 class Clustered:
-    """Columns summed over each prompt's clips."""
+    """Columns summed over each cluster's clips."""
 
     columns: tuple[str, ...]
-    sums: np.ndarray  # (P, C) float64
-    counts: np.ndarray  # (P, C) of clips that have the column
+    sums: np.ndarray  # (K, C) float64
+    counts: np.ndarray  # (K, C) of clips that have the column
 
     @classmethod
     def of(
-        cls, columns: Sequence[str], prompts: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]
+        cls, columns: Sequence[str], clusters: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]
     ) -> "Clustered":
-        """rows: (prompt, values by column) a clip; prompts: in whose order, each once. Rows of others are left out."""
-        places = {prompt: place for place, prompt in enumerate(prompts)}
+        """rows: (cluster, values by column) a clip; clusters: in whose order, each once. Others' rows are left out."""
+        places = {cluster: place for place, cluster in enumerate(clusters)}
         numbers = {column: number for number, column in enumerate(columns)}
         sums, counts = np.zeros((2, len(places), len(numbers)))
-        for prompt, values in rows:
-            if prompt in places:
+        for cluster, values in rows:
+            if cluster in places:
                 for column, value in values.items():
                     if column in numbers:
-                        sums[places[prompt], numbers[column]] += value
-                        counts[places[prompt], numbers[column]] += 1
+                        sums[places[cluster], numbers[column]] += value
+                        counts[places[cluster], numbers[column]] += 1
         return cls(tuple(columns), sums, counts)
 
     def means(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns' means, (R,) each, with prompts counted `weights` (R, P) times; NaN where no clip has the column."""
+        """Columns' means, (R,) each, with clusters counted `weights` (R, K) times; NaN where no clip has the column."""
         return _divide(self.columns, weights @ self.sums, weights @ self.counts)
 
 
 def estimate(rows: Clustered, derive: Derive, *, minus: Clustered | None = None) -> dict[str, Estimate | None]:
-    """Each figure with its interval, or its difference to `minus`, of the same prompts; None where it has no value."""
-    prompts = len(rows.sums)
+    """Each figure with its interval, or its difference to `minus`, of the same clusters; None where it has no value."""
+    clusters = len(rows.sums)
 
     def figures(weights: np.ndarray) -> dict[str, np.ndarray]:
         with np.errstate(all="ignore"):
@@ -88,10 +89,10 @@ def estimate(rows: Clustered, derive: Derive, *, minus: Clustered | None = None)
             less = derive(minus.means(weights)) if minus is not None else {}
         return {name: values - less[name] if less else values for name, values in found.items()}
 
-    whole = figures(np.ones((1, prompts)))
-    if not prompts:
+    whole = figures(np.ones((1, clusters)))
+    if not clusters:
         return dict.fromkeys(whole)
-    parts = [figures(_counted(drawn)) for drawn in _draws(prompts, 0, RESAMPLES)]
+    parts = [figures(_counted(drawn)) for drawn in _draws(clusters, 0, RESAMPLES)]
     found: dict[str, Estimate | None] = {}
     for name, (value,) in whole.items():
         replicates = np.concatenate([part[name] for part in parts])
@@ -103,28 +104,28 @@ def estimate(rows: Clustered, derive: Derive, *, minus: Clustered | None = None)
 
 
 def paired_test(first: Clustered, second: Clustered, derive: Derive) -> dict[str, float | None]:
-    """Two-sided p of each figure's difference between two models with the same prompts and clips."""
+    """Two-sided p of each figure's difference between two models with the same clusters and clips."""
     assert (first.counts == second.counts).all(), "only pairs can be exchanged"
-    prompts, change = len(first.sums), first.sums - second.sums
+    clusters, change = len(first.sums), first.sums - second.sums
     counts, totals = first.counts.sum(axis=0), first.sums.sum(axis=0) + second.sums.sum(axis=0)
 
     def differences(kept: np.ndarray) -> dict[str, np.ndarray]:
-        """With the first model's clips counted as its own where `kept` (R, P) is 1, as the second's where it is 0."""
+        """With the first model's clips counted as its own where `kept` (R, K) is 1, as the second's where it is 0."""
         ours = second.sums.sum(axis=0) + kept @ change
         with np.errstate(all="ignore"):
             one, other = (derive(_divide(first.columns, sums, counts)) for sums in (ours, totals - ours))
         return {name: values - other[name] for name, values in one.items()}
 
-    seen = {name: float(value) for name, (value,) in differences(np.ones((1, prompts))).items()}
-    exact = 2**prompts <= RESAMPLES
+    seen = {name: float(value) for name, (value,) in differences(np.ones((1, clusters))).items()}
+    exact = 2**clusters <= RESAMPLES
     extreme, drawn = dict.fromkeys(seen, 0), 0
-    for kept in _all_signs(prompts) if exact else _random_signs(prompts):
+    for kept in _all_signs(clusters) if exact else _random_signs(clusters):
         drawn += len(kept)
         for name, values in differences(kept).items():
             extreme[name] += int((np.abs(values) >= abs(seen[name]) - 1e-9 * max(1, abs(seen[name]))).sum())
     more = 0 if exact else 1
     return {
-        name: (extreme[name] + more) / (drawn + more) if np.isfinite(value) and prompts else None
+        name: (extreme[name] + more) / (drawn + more) if np.isfinite(value) and clusters else None
         for name, value in seen.items()
     }
 

@@ -3,13 +3,15 @@
     <folder>/<model>/<key>-<seed>.mp4    a clip, and beside it <key>-<seed>.json, its sidecar: all that its frames
                                          depend on, with a digest, and what making it took; written last
 
-A clip whose sidecar shows the same settings is finished: whoever is stopped continues. How latents are sampled is one
+A clip whose sidecar shows the same settings is finished: whoever is stopped continues. Clips that are sampled together
+change each other by rounding, so batches are formed by place among all clips, finished or not (`batches`), and a batch
+of which any clip is missing is sampled as a whole: a run that was stopped makes the clips that it would have made. How
+latents are sampled is one
 function of a `Model`, its `Strategy`; a search over several candidates is another such function
 (`eval.search.searcher`).
 """
 
 import gc
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +21,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ConfigDict, FiniteFloat
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from eval.files import digest, write_text
 from eval.fused import fuse
 from eval.prompts import Prompt
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, lora_config, read_weights_metadata, weights_path
 from train.clips import VideoConfig, from_pixels, motion_energy, read_clip, to_pixels, write_clip
+from train.files import digest, read_json, sha256, write_text
 from train.lora_switch import LoraConfig
 from train.sampling import SamplerConfig, sample_clips
 
@@ -49,8 +53,11 @@ def read_lora(path: str, fingerprint: str, *, key: str) -> Lora:
 
     ValueError where there are none, or they belong to another backbone than `fingerprint` ("": unchecked).
     """
-    file = weights_path(path)
-    metadata = read_weights_metadata(file)
+    try:
+        file = weights_path(path)
+        metadata = read_weights_metadata(file)
+    except ValueError as error:
+        raise ValueError(f"{key}={path}: {error}; exports and LoRAs of other tools are not read") from None
     if fingerprint and metadata["fingerprint"] != fingerprint:
         raise ValueError(
             f"{key}={path} was trained on backbone {metadata['fingerprint']}, but backbone.path is"
@@ -58,6 +65,19 @@ def read_lora(path: str, fingerprint: str, *, key: str) -> Lora:
         )
     shape = lora_config(metadata) if "rank" in metadata else None
     return Lora(file, sha256(file), metadata["expert"], shape)
+
+
+class Sidecar(TypedDict):
+    """What is kept of a clip beside the settings that it was made with, which stand among these."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    which: str  # the folder's name
+    path: str  # below the folder of all models
+    motion: FiniteFloat  # energy
+    seconds: FiniteFloat  # that making it took
+    passes: FiniteFloat  # of the network
+    bytes: int  # of the clip
+    digest: str  # of the settings
 
 
 @dataclass(frozen=True)
@@ -73,12 +93,12 @@ class Clip:
     def digest(self) -> str:
         return digest(self.settings)
 
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> Sidecar | None:
         """The sidecar of the clip that lies at `path`, made with whatever settings; None where either is not whole."""
         try:
-            record = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
+            record = read_json(self.path.with_suffix(".json"), Sidecar, remedy="the clip is made again")
             return record if record["bytes"] == self.path.stat().st_size else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return None
 
     def is_finished(self) -> bool:
@@ -142,6 +162,19 @@ class Model:
     lora: Lora | None = None
     strategy: Strategy = sample
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the strategy depends on, as plain JSON values
+
+
+def batches(model: Model, requests: Sequence[Request], size: int) -> list[list[Request]]:
+    """Those of a model's requests that have to be made, as they are sampled together: at most `size` in a row of one
+    video size, by place among all. A search samples its clips one by one, so finished ones are not sampled again."""
+    if model.strategy is not sample:
+        requests = [request for request in requests if not request.clip.is_finished()]
+    found: list[list[Request]] = []
+    for request in requests:
+        if not found or len(found[-1]) == size or request.video != found[-1][0].video:
+            found.append([])
+        found[-1].append(request)
+    return [batch for batch in found if not all(request.clip.is_finished() for request in batch)]
 
 
 class Requests:
@@ -274,7 +307,7 @@ class Maker:
 
     @torch.no_grad()
     def make(self, model: Model, requests: Sequence[Request]) -> None:
-        """Sample the requests' clips together, all of one video size, and write them."""
+        """Sample the requests' clips together, all of one video size, and write those that are not finished."""
         started, passes = time.perf_counter(), self.passes
         conditioning, negative = self.conditionings.of(requests), self.conditionings.negative
         with self.switch.reference() if self.switch and model.lora is None else nullcontext():
@@ -286,14 +319,11 @@ class Maker:
         ]
         seconds = round((time.perf_counter() - started) / len(requests), 3)
         for request, clip, more in zip(requests, frames, found, strict=True):
+            if request.clip.is_finished():
+                continue
             prompt = request.prompt
             facts = {"key": prompt.key, "seconds": seconds, "passes": (self.passes - passes) / len(requests)}
             facts |= {"image": str(prompt.image)} if prompt.image else {}
             facts |= {"lora": str(model.lora.path)} if model.lora else {}
             facts |= more
             request.clip.write(clip, request.video.fps, facts)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

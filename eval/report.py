@@ -112,7 +112,9 @@ def figure_table(results: Mapping[str, Any], name: str) -> Table:
     names = found["figures"]
     arrows = [figure + (" ↓" if figure in found["lower_is_better"] else "") for figure in names]
     seeds = max(1, len(results["seeds"]))
-    note = f"{found['prompts']} prompts, {seeds} seed{'s' if seeds > 1 else ''}; mean [95% interval]"
+    prompts = f"{found['prompts']} prompts"
+    prompts += f" in {found['clusters']} clusters" if found["clusters"] < found["prompts"] else ""
+    note = f"{prompts}, {seeds} seed{'s' if seeds > 1 else ''}; mean [95% interval]"
     note += "; ↓ lower is better" if found["lower_is_better"] else ""
     table = Table("Figures", note, ["", *arrows, "clips", "missing"])
     for model, one in found["models"].items():

@@ -1,9 +1,5 @@
 """From rows to results: figures with intervals, gains over the base model in pairs, by category, by motion.
 
-A score is one clip of one model, as plain JSON values (a line of scores.jsonl):
-
-    {"benchmark", "model", "clip", "key", "seed", "prompt", "category", "motion", "values", "error"}
-
 Clips with an error count as missing beside every figure that they are missing from, and are listed.
 """
 
@@ -12,6 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from eval.benchmarks.base import Benchmark
 from eval.intervals import Clustered, Estimate, estimate, paired_test, strata
@@ -19,7 +17,21 @@ from eval.intervals import Clustered, Estimate, estimate, paired_test, strata
 TRUE = "true"  # the model whose clips are a benchmark's references
 STRATA = ("low", "medium", "high")
 
-Score = Mapping[str, Any]
+
+class Score(TypedDict):
+    """One clip of one model: a line of scores.jsonl."""
+
+    benchmark: str
+    model: str
+    clip: int  # number among the model's
+    key: str  # of the prompt
+    seed: int
+    prompt: str
+    category: str
+    cluster: str  # intervals and p are over these: a prompt's clips of several seeds, or what a benchmark says is one
+    motion: FiniteFloat | None  # energy
+    values: dict[str, FiniteFloat]  # by column
+    error: str
 
 
 def summarise(benchmark: Benchmark, scores: Sequence[Score], base: str) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def by_motion(benchmark: Benchmark, rows: Sequence[Score], base: Sequence[Score]
     """Whether a gain is one of moving more or less (Proprio, table 9): both models' clips of about equal motion.
 
     The clips of both are split at the 33rd and 67th percentile of their motion energy, pooled; within a stratum the
-    means are compared, clip by clip unpaired, with intervals over prompts. `all` is the mean over the strata, one
+    means are compared, clip by clip unpaired, with intervals over clusters. `all` is the mean over the strata, one
     third each. None where motion is not known.
     """
     parts = [[row for row in part if not row["error"] and row["motion"] is not None] for part in (rows, base)]
@@ -104,7 +116,7 @@ def by_motion(benchmark: Benchmark, rows: Sequence[Score], base: Sequence[Score]
         return None
     numbers, edges = strata(np.array([row["motion"] for part in parts for row in part]))
     split = np.split(numbers, [len(parts[0])])
-    prompts = list(dict.fromkeys(row["key"] for part in parts for row in part))
+    clusters = list(dict.fromkeys(row["cluster"] for part in parts for row in part))
     found: dict[str, Any] = {"edges": edges.tolist(), "strata": {}}
     inside = []
     for number, name in enumerate(STRATA):
@@ -112,7 +124,7 @@ def by_motion(benchmark: Benchmark, rows: Sequence[Score], base: Sequence[Score]
             [row for row, one in zip(part, own, strict=True) if one == number]
             for part, own in zip(parts, split, strict=True)
         ]
-        ours, theirs = (clustered(benchmark, part, prompts) for part in chosen)
+        ours, theirs = (clustered(benchmark, part, clusters) for part in chosen)
         inside.append((ours, theirs))
         less = estimate(ours, benchmark.derive, minus=theirs)
         found["strata"][name] = {
@@ -134,14 +146,14 @@ def by_motion(benchmark: Benchmark, rows: Sequence[Score], base: Sequence[Score]
     return found | {"all": {name: _cell(over[name]) for name in benchmark.figures}}
 
 
-def clustered(benchmark: Benchmark, rows: Sequence[Score], prompts: Sequence[str] | None = None) -> Clustered:
-    """The rows' columns by prompt."""
-    prompts = list(dict.fromkeys(row["key"] for row in rows)) if prompts is None else prompts
-    return Clustered.of(benchmark.columns, prompts, [(row["key"], row["values"]) for row in rows])
+def clustered(benchmark: Benchmark, rows: Sequence[Score], clusters: Sequence[str] | None = None) -> Clustered:
+    """The rows' columns by cluster."""
+    clusters = list(dict.fromkeys(row["cluster"] for row in rows)) if clusters is None else clusters
+    return Clustered.of(benchmark.columns, clusters, [(row["cluster"], row["values"]) for row in rows])
 
 
 def _beside(parts: Sequence[Clustered]) -> Clustered:
-    """Strata of the same prompts as columns of one table, "<number> <column>"."""
+    """Strata of the same clusters as columns of one table, "<number> <column>"."""
     columns = tuple(f"{number} {column}" for number, part in enumerate(parts) for column in part.columns)
     sums, counts = (np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("sums", "counts"))
     return Clustered(columns, sums, counts)

@@ -11,10 +11,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
 
 from eval.benchmarks.base import Row
-from eval.files import digest, write_text
+from train.files import digest, parse_json, write_text
 
 # Settings that say where something lies or how fast it goes: other values give the same scores.
 PLACE_AND_SPEED = ("folder", "checkout", "python", "batch_size", "clips_a_call", "workers")
@@ -35,21 +38,35 @@ def identity(clip: Any, settings: Mapping[str, Any]) -> str:
     return digest([clip, scoring_settings(settings)])
 
 
+class Stored(TypedDict):
+    """A line of the file."""
+
+    key: str
+    seed: int
+    identity: str
+    values: dict[str, FiniteFloat]  # by column
+    error: str
+    motion: FiniteFloat | None
+    seconds: FiniteFloat  # that scoring took
+    cluster: NotRequired[str]  # of rows without a clip
+
+
 class RowFile:
     """A file of rows, open for appending; one process at a time."""
 
     def __init__(self, path: Path):
-        self.path, self._rows = path, {}
+        self.path = path
+        self._rows: dict[tuple[str, str, int], Stored] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_bytes() if path.exists() else b""
         whole = 0
         for line in text.splitlines():
             try:
-                record = json.loads(line)
-                self._rows[record["identity"], record["key"], record["seed"]] = record
-                whole += 1
-            except (ValueError, KeyError, TypeError):  # torn or damaged
+                record = parse_json(line, Stored, name=str(path), remedy="the row is scored again")
+            except ValueError:  # torn or damaged
                 continue
+            self._rows[record["identity"], record["key"], record["seed"]] = record
+            whole += 1
         clean = whole == len(self._rows) == text.count(b"\n") and (not text or text.endswith(b"\n"))
         if not clean:
             self._compact()
@@ -62,11 +79,11 @@ class RowFile:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self._rows.values())
         write_text(self.path, "".join(lines))
 
-    def find(self, name: str, key: str, seed: int) -> dict[str, Any] | None:
+    def find(self, name: str, key: str, seed: int) -> Stored | None:
         """The row with this identity, as it stands in the file."""
         return self._rows.get((name, key, seed))
 
-    def every(self, name: str) -> list[dict[str, Any]]:
+    def every(self, name: str) -> list[Stored]:
         """All rows with this identity, in the order in which they came."""
         return [record for (own, _, _), record in self._rows.items() if own == name]
 

@@ -23,7 +23,7 @@ clips; the main process scores.
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -42,7 +42,6 @@ import recipes
 from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
-from eval.files import write_text
 from eval.making import (
     BASE,
     TUNED,
@@ -52,6 +51,7 @@ from eval.making import (
     Model,
     Request,
     Requests,
+    batches,
     first_frame,
     image_problem,
     outdated,
@@ -63,11 +63,12 @@ from eval.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig
-from train import entry, files
+from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.checkpoint import attach_trained
 from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
+from train.files import atomic, lock, write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         raise ValueError("evaluation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
     results = None
     if not config.dry_run:
-        results = run(config, accelerator)
+        with lock(config.run.folder) if accelerator.is_main_process else nullcontext():
+            results = run(config, accelerator)
     elif accelerator.is_main_process:
         lora, plans = prepare(config)
         print(overview(config, lora, plans))
@@ -150,6 +152,7 @@ def listing(config: Config) -> str:
             lines += [name, f"  cannot run: {error}"]
             continue
         lines.append(name + ("" if needed else ": needs nothing"))
+        lines += [f"  [cannot run] {kind.unavailable}"] if kind.unavailable else []
         for requirement in needed:
             mark = "found" if requirement.found else "missing"
             lines.append(f"  [{mark}] {requirement.what} ({requirement.licence})")
@@ -162,7 +165,14 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
     """Make on all ranks what is missing, then score and report on the main process; returns the results there."""
     started, main = time.perf_counter(), accelerator.is_main_process
     lora, plans = prepare(config) if main else (None, [])
-    todo = [request for plan in plans for request in plan.unfinished()]
+    missing = sum(len(plan.unfinished()) for plan in plans)
+    known = {model.name: model for model in makers(config, lora)}
+    todo = [
+        batch
+        for plan in plans
+        for model, requests in plan.requests.items()
+        for batch in batches(known[model], requests, config.run.batch_size)
+    ]
     probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
     shared: list[Any] = [lora, todo, probes]
     if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins
@@ -179,7 +189,7 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
         for plan in plans:
             for model, samples in plan.samples.items():
                 plan.benchmark.layout(samples, plan.folder / "official" / model)
-    compute = {"device": device_name(accelerator.device), "ranks": world, "made_now": len(todo)}
+    compute = {"device": device_name(accelerator.device), "ranks": world, "made_now": missing}
     compute["seconds"] = round(time.perf_counter() - started, 1)
     results = conclude(config, lora, plans, scores, compute)
     if not scores:
@@ -232,7 +242,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone) -> None
     if not benchmark.of_clips:
         asked = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, asdict(config.video)]
         for model in models(lora):
-            own = [*asked, model.lora.sha256 if model.lora else None]
+            own = [*asked, model.lora.sha256 if model.lora else None, "rows with clusters"]
             plan.identities[model.name] = identity(own, plan.settings)
         return
     plan.tasks = benchmark.prompts()
@@ -276,8 +286,8 @@ def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Pa
     if len(shown) != 1:
         raise ValueError(f"{task.key} shows a model {len(shown)} frames, but no backbone here takes more than one")
     path = folder / f"{task.key}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(shown[0]).save(path)
+    with atomic(path) as aside:
+        Image.fromarray(shown[0]).save(aside, "PNG")
     return Prompt(task.key, task.text, path)
 
 
@@ -300,37 +310,24 @@ def overview(config: Config, lora: Lora | None, plans: Sequence[Plan]) -> str:
 
 
 def make_clips(
-    config: Config, requests: Sequence[Request], lora: Lora | None, device: torch.device, *, progress: bool
+    config: Config, todo: Sequence[list[Request]], lora: Lora | None, device: torch.device, *, progress: bool
 ) -> None:
-    """Make the clips, on this rank alone. Weights are loaded only where there are any to make."""
-    if not requests:
+    """Make the batches' clips, on this rank alone. Weights are loaded only where there are any to make."""
+    if not todo:
         return
+    requests = [request for batch in todo for request in batch]
     conditionings = Conditionings(config.backbone, config.sampler, requests, device)
     size = config.run.batch_size
     maker = Maker(config.backbone, config.sampler, lora, conditionings, device, decode_batch=size)
     known = {model.name: model for model in makers(config, lora)}
     with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not progress) as bar:
-        for batch in batches(requests, size):
+        for batch in todo:
             maker.make(known[batch[0].clip.which], batch)
             bar.update(len(batch))
     del maker
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a judge may want the memory
-
-
-def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """At most `size` requests in a row of one model and one video size."""
-    batch: list[Request] = []
-    for request in requests:
-        if batch and (
-            len(batch) == size or request.clip.which != batch[0].clip.which or request.video != batch[0].video
-        ):
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
 
 
 def run_probes(config: Config, probes: Sequence[Probe], lora: Lora | None, device: torch.device) -> None:
@@ -360,12 +357,12 @@ def conclude(
         "lora": describe(lora),
         "seeds": config.run.seeds,
         "compute": compute,
-        "settings": asdict(config),
+        "settings": recipes.redacted(asdict(config)),
         "benchmarks": {plan.benchmark.name: of_benchmark(config, plan, scores) for plan in plans},
     }
     write_text(folder / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores))
     write_text(folder / "results.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-    files.write_text(folder / "recipe.yaml", recipes.to_yaml(config))
+    write_text(folder / "recipe.yaml", recipes.to_yaml(config))
     comparisons = {}
     for plan in plans:
         if not plan.problem and plan.samples:
@@ -388,8 +385,9 @@ def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -
     return {
         "problem": plan.problem,
         "requirements": [asdict(needed) for needed in benchmark.requirements()],
-        "settings": scoring_settings(plan.settings),
+        "settings": recipes.redacted(scoring_settings(plan.settings)),
         "prompts": len({line["key"] for line in own}),
+        "clusters": len({line["cluster"] for line in own}),  # of prompts that intervals draw together
         "video": asdict(benchmark.video(config.video)),
         "figures": list(benchmark.figures),
         "lower_is_better": list(benchmark.lower_is_better),

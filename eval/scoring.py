@@ -85,7 +85,8 @@ def probe(benchmark: Benchmark, backbone: Backbone, probe: Probe, folder: Path) 
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 known = rows.find(probe.identity, row.key, row.seed)
                 if known is None or known["error"]:
-                    rows.append(probe.identity, row, {"motion": None, "seconds": round(seconds, 4)})
+                    facts = {"motion": None, "seconds": round(seconds, 4), "cluster": row.cluster or row.key}
+                    rows.append(probe.identity, row, facts)
             rows.append(probe.identity, Row(COMPLETE, 0), {"motion": None, "seconds": 0})
         except Exception:  # whatever it is, the other benchmarks run, and the report says that rows are missing
             traceback.print_exc()
@@ -101,7 +102,8 @@ def score(plan: Plan) -> Iterator[dict[str, Any]]:
                 plan.problem = f"{model} was not asked to the end; run the same command again"
             plan.seconds[model] = sum(row["seconds"] for row in found)
             found = [row for row in found if row["key"] != COMPLETE]
-            yield from (_line(plan, model, number, row, "", "") for number, row in enumerate(found))
+            for number, row in enumerate(found):
+                yield _line(plan, model, number, row, Task(row["key"], "", cluster=row["cluster"]))
         return
     for model, samples in plan.samples.items():
         marks = _marks(plan, model)
@@ -111,7 +113,9 @@ def score(plan: Plan) -> Iterator[dict[str, Any]]:
                 name = sample.task.key, sample.seed
                 return rows.find(marks[name][0], *name)
 
-            missing = [sample for sample in samples if (row := find(sample)) is None or row["error"]]
+            missing = {
+                (sample.task.key, sample.seed) for sample in samples if (row := find(sample)) is None or row["error"]
+            }
             if missing and not plan.problem:
                 _score_missing(plan, model, missing, rows, marks)
             found = [find(sample) for sample in samples]
@@ -120,7 +124,7 @@ def score(plan: Plan) -> Iterator[dict[str, Any]]:
             if row is None:
                 error = f"{sample.path}: not scored: {plan.problem}"
                 row = {"key": sample.task.key, "seed": sample.seed, "values": {}, "motion": None, "error": error}
-            yield _line(plan, model, number, row, sample.task.text, sample.task.category)
+            yield _line(plan, model, number, row, sample.task)
 
 
 def _marks(plan: Plan, model: str) -> dict[tuple[str, int], Mark]:
@@ -135,25 +139,32 @@ def _marks(plan: Plan, model: str) -> dict[tuple[str, int], Mark]:
 
 
 def _score_missing(
-    plan: Plan, model: str, samples: Sequence[Sample], rows: RowFile, marks: dict[tuple[str, int], Mark]
+    plan: Plan, model: str, missing: set[tuple[str, int]], rows: RowFile, marks: dict[tuple[str, int], Mark]
 ) -> None:
-    """Append a row for each of the samples; where the benchmark fails as a whole, only for some."""
-    left = {(sample.task.key, sample.seed): sample for sample in samples}
+    """Append a row for each missing key and seed; where the benchmark fails as a whole, only for some.
+
+    Samples that are scored together are so by their place among all, whatever is missing of them.
+    """
+    every = {(sample.task.key, sample.seed): sample for sample in plan.samples[model]}
+    refused = {name: None for name in every if model != TRUE and name[0] in plan.refused}
+    names, size = [name for name in every if name not in refused], plan.benchmark.together
+    chunks = [names[start : start + size] for start in range(0, len(names), size)]
+    left = {name: every[name] for chunk in chunks if missing.intersection(chunk) for name in chunk}
 
     def keep(row: Row, seconds: float) -> None:
-        left.pop((row.key, row.seed))  # KeyError for a row that nobody asked for
-        own, motion = marks[row.key, row.seed]
-        rows.append(own, row, {"motion": motion, "seconds": round(seconds, 4)})
+        if (row.key, row.seed) in missing:
+            own, motion = marks[row.key, row.seed]
+            rows.append(own, row, {"motion": motion, "seconds": round(seconds, 4)})
 
-    for sample in samples:
-        if model != TRUE and (reason := plan.refused.get(sample.task.key, "")):
-            keep(Row.of(sample, error=reason), 0)
+    for name in refused:
+        keep(Row.of(every[name], error=plan.refused[name[0]]), 0)
     work = plan.folder / "scoring"
     work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with tqdm(total=len(left), desc=f"{plan.benchmark.name} {model}", unit="clip", smoothing=0) as bar:
         try:
             for row in plan.benchmark.score(list(left.values()), work):
+                left.pop((row.key, row.seed))  # KeyError for a row that nobody asked for
                 keep(row, time.perf_counter() - started)
                 started = time.perf_counter()
                 bar.update()
@@ -173,8 +184,9 @@ def _file_mark(path: Path) -> list[Any]:
     return [path.name, found.st_size, found.st_mtime_ns]
 
 
-def _line(plan: Plan, model: str, number: int, row: dict[str, Any], prompt: str, category: str) -> dict[str, Any]:
+def _line(plan: Plan, model: str, number: int, row: dict[str, Any], task: Task) -> dict[str, Any]:
     """A line of scores.jsonl."""
-    own = {name: row[name] for name in ("key", "seed")} | {"prompt": prompt, "category": category}
+    own = {"key": task.key, "seed": row["seed"], "prompt": task.text, "category": task.category}
+    own |= {"cluster": task.cluster or task.key}
     result = {name: row[name] for name in ("motion", "values", "error")}
     return {"benchmark": plan.benchmark.name, "model": model, "clip": number} | own | result

@@ -14,6 +14,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from recipes import redacted
+
 TOP_LOGPROBS = 20  # alternatives of the first token; as many as OpenAI and vLLM give at most
 BACKENDS = ("openai", "transformers")
 SENDS = ("images", "video")
@@ -24,7 +26,7 @@ class VlmConfig:
     backend: str = (
         "openai"  # openai: a server (vLLM, SGLang, OpenAI ...) | transformers: in this process, for small runs
     )
-    base_url: str = ""  # of the server, with its /v1
+    base_url: str = ""  # of the server, with its /v1; credentials in it are sent, and in no file that is written
     model: str = ""  # as the server names it; transformers: folder or hub id
     api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the server wants none
     concurrency: int = 64  # questions in flight, per process
@@ -51,7 +53,8 @@ def check_config(config: VlmConfig) -> None:
     if not config.model:
         raise ValueError("vlm.model is empty; name the model, as `vllm serve` was told, or its folder or hub id")
     if config.backend == "openai" and not config.base_url.startswith(("http://", "https://")):
-        raise ValueError(f"vlm.base_url={config.base_url!r} is no address; write one like http://localhost:8000/v1")
+        address = redacted(config.base_url)
+        raise ValueError(f"vlm.base_url={address!r} is no address; write one like http://localhost:8000/v1")
     if config.backend == "transformers" and config.send == "video":
         raise ValueError("vlm.send=video is for servers; use vlm.send=images with vlm.backend=transformers")
     key = config.api_key_env

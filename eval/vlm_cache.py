@@ -1,18 +1,21 @@
 """Answers on disk, by the digest of the question: nothing is asked twice.
 
-    <folder>/answers-<random>.jsonl      {"digest": ..., "text": ..., "first_token": [...]} a line
+    <folder>/answers-<random>.jsonl      {"digest": ..., "text": ..., "first_token": [...], "check": ...} a line
 
 Each process appends to a file of its own, an answer in one write. So writers do not meet, and one that is killed loses
 at most the line it was writing, which readers pass over. A process sees what was there when it started and what it adds
-itself. The files can be joined, moved and deleted by hand.
+itself. The files can be joined, moved and deleted by hand. `check` is the digest of the rest: an answer that has
+changed since counts as absent.
 """
 
 import json
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from eval.vlm_backend import Reply
+from train.files import digest as digest_of
 
 OPENING = b'{"digest": "'
 DIGEST = slice(len(OPENING), len(OPENING) + 64)
@@ -53,8 +56,9 @@ class Cache:
             with path.open("rb", buffering=0) as file:
                 file.seek(offset)
                 found = json.loads(file.read(size))
-            first_token = tuple((str(token), float(logprob)) for token, logprob in found["first_token"])
-            return Reply(str(found["text"]), first_token) if found["digest"] == digest else None
+            if found["digest"] != digest or found["check"] != _check(digest, found["text"], found["first_token"]):
+                return None
+            return Reply(found["text"], tuple((token, logprob) for token, logprob in found["first_token"]))
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
@@ -63,6 +67,7 @@ class Cache:
         if self._file is None:
             self._file = self._path.open("xb", buffering=0)
         entry = {"digest": digest, "text": reply.text, "first_token": reply.first_token}
+        entry["check"] = _check(digest, reply.text, reply.first_token)
         line = json.dumps(entry).encode("ascii") + b"\n"
         if self._file.write(line) != len(line):
             raise OSError(f"{self._path}: the disk took part of an answer only")
@@ -73,3 +78,7 @@ class Cache:
         """Make what was put survive a crash of the machine; a killed process loses nothing anyway."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+
+
+def _check(digest: str, text: str, first_token: Sequence[tuple[str, float]]) -> str:
+    return digest_of([digest, text, first_token])

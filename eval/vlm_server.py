@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from eval.vlm_backend import TOP_LOGPROBS, Malformed, Question, Rejected, Reply, Retry, VlmConfig, VlmUnavailable
+from recipes import redacted
 
 PASSING = {408: "timeout", 409: "server", 425: "server", 429: "limit"}  # and all 5xx
 MAX_BODY = 4_000_000  # characters of a response; more is no answer
@@ -49,7 +50,7 @@ class Server:
         except (TimeoutError, self._openai.APITimeoutError):
             raise Retry("timeout", f"no answer within vlm.timeout_s={self._config.timeout_s:g} s") from None
         except self._openai.APIConnectionError as error:
-            raise self._connection_failure(error) from error
+            raise self._connection_failure(error) from None  # the cause may show the address with its credentials
         except self._openai.APIStatusError as error:
             raise self._status_failure(error) from error
         self._heard = True
@@ -84,16 +85,16 @@ class Server:
 
     def _connection_failure(self, error: Exception) -> Exception:
         cause = error.__cause__ or error
-        detail = f"{type(cause).__name__}: {str(cause)[:SHOWN]}"
+        detail = redacted(f"{type(cause).__name__}: {str(cause)[:SHOWN]}")
         if self._heard or type(cause).__name__ != "ConnectError":
             return Retry("connection", detail)
         return VlmUnavailable(
-            f"vlm.base_url={self._config.base_url!r}: no connection ({detail});"
+            f"vlm.base_url={redacted(self._config.base_url)!r}: no connection ({detail});"
             f" start the server (vllm serve {self._config.model}) or correct the address"
         )
 
     def _status_failure(self, error: Any) -> Exception:
-        status, said = error.status_code, str(error.message)[:SHOWN]
+        status, said = error.status_code, redacted(str(error.message)[:SHOWN])
         if status in PASSING or status >= 500:
             try:
                 wait = float(error.response.headers.get("retry-after", 0))
@@ -107,8 +108,8 @@ class Server:
             return VlmUnavailable(f"vlm.api_key_env={name!r}: the server wants another key ({status}); {remedy}")
         if status == 404:
             return VlmUnavailable(
-                f"vlm.model={self._config.model!r} at vlm.base_url={self._config.base_url!r}: not found (404: {said});"
-                " the address ends in /v1 most often, and /v1/models lists the models"
+                f"vlm.model={self._config.model!r} at vlm.base_url={redacted(self._config.base_url)!r}: not found"
+                f" (404: {said}); the address ends in /v1 most often, and /v1/models lists the models"
             )
         self._heard = True
         return Rejected(f"status {status}: {said}")

@@ -18,7 +18,6 @@ Wilson's.
 
 import argparse
 import csv
-import hashlib
 import itertools
 import json
 import math
@@ -28,22 +27,59 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import av
 import jinja2
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
-from eval.files import write_text
 from eval.intervals import Estimate, bootstrap_mean
 from train import entry
 from train.clips import ClipError, write_clip
+from train.files import digest, lock, read_json, sha256, write_text
 
 TEMPLATE = Path(__file__).with_name("vote.html")
-CHOICES = ("left", "right", "tie")
 SWAPPED = {"left": "right", "right": "left", "tie": "tie"}
 Z = 1.959964  # of a 95% interval
+
+
+class Prompted(TypedDict):
+    """What is read of a clip's sidecar."""
+
+    prompt: str
+
+
+class Trial(TypedDict):
+    """A pair as it is shown once."""
+
+    pair: int
+    second_is: Literal["left", "right"]
+    key: str  # of the prompt
+    category: str
+    prompt: str
+
+
+class Key(TypedDict):
+    """What is read of key.json."""
+
+    page: str
+    models: tuple[str, str]
+    trials: list[Trial]
+
+
+class Vote(TypedDict):
+    trial: int
+    choice: Literal["left", "right", "tie"]
+
+
+class Saved(TypedDict):
+    """A rater's file."""
+
+    page: str
+    rater: NotRequired[str | None]
+    votes: list[Vote]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     analyse.add_argument("votes", type=Path, nargs="+", metavar="VOTES", help="saved votes, a file a rater")
     analyse.add_argument("--json", type=Path, help="also write the results there")
     options = parser.parse_args(argv)
-    try:
-        if options.command == "page":
-            categories = read_categories(options.categories) if options.categories else {}
+    if options.command == "page":
+        categories = read_categories(options.categories) if options.categories else {}
+        with lock(options.folder):
             place = write_page(
                 options.folder,
                 options.first,
@@ -74,14 +110,12 @@ def main(argv: list[str] | None = None) -> None:
                 count=options.count,
                 categories=categories,
             )
-            print(f"page  {place}\nkey   {options.folder / 'key.json'}  (not for the raters)")
-        else:
-            results = analyse_votes(options.key, options.votes)
-            if options.json:
-                write_text(options.json, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-            print(table(results))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        print(f"page  {place}\nkey   {options.folder / 'key.json'}  (not for the raters)")
+    else:
+        results = analyse_votes(options.key, options.votes)
+        if options.json:
+            write_text(options.json, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+        print(table(results))
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -125,12 +159,13 @@ def write_page(
         sides = [2 * pair + int(second_left), 2 * pair + int(not second_left)]
         seen = {"left": neutral[sides[0]], "right": neutral[sides[1]], "second_is": ["right", "left"][second_left]}
         key["trials"].append({"pair": pair, **seen, **facts[pair]})
-    key["clips"] = {neutral[number]: _sha256(path) for number, path in enumerate(clips)}
-    key = {"page": hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest(), **key}
+    key["clips"] = {neutral[number]: sha256(path) for number, path in enumerate(clips)}
+    key = {"page": digest(key), **key}
 
     place = folder / "key.json"
-    if place.exists() and (old := _read_json(place).get("page")) != key["page"]:
-        raise ValueError(f"{place} is the key of another page ({str(old)[:12]}): give another --folder, or remove it")
+    other = "give another --folder, or remove it"
+    if place.exists() and (old := read_json(place, Key, remedy=other)["page"]) != key["page"]:
+        raise ValueError(f"{place} is the key of another page ({old[:12]}): {other}")
     page = folder / "page"
     (page / "clips").mkdir(parents=True, exist_ok=True)
     for name, path in sorted(zip(neutral, clips, strict=True)):  # so that times tell nothing either
@@ -180,10 +215,8 @@ def _facts(first: Path, second: Path, categories: Mapping[str, str]) -> dict[str
     """Prompt, prompt's key and seed of a pair, out of its sidecars; ValueError where they disagree or are missing."""
     prompts = []
     for path in (first, second):
-        record = _read_json(path.with_suffix(".json"))
-        if not isinstance(record.get("prompt"), str):
-            raise ValueError(f"{path.with_suffix('.json')} has no prompt: it is no sidecar of eval.generate")
-        prompts.append(record["prompt"])
+        remedy = "make the clip again with eval.generate or eval.run"
+        prompts.append(read_json(path.with_suffix(".json"), Prompted, remedy=remedy)["prompt"])
     if prompts[0] != prompts[1]:
         raise ValueError(f"{first} and {second} show different prompts, {prompts[0]!r} and {prompts[1]!r}")
     name, _, seed = first.stem.rpartition("-")
@@ -204,9 +237,7 @@ def read_categories(path: Path) -> dict[str, str]:
 
 def analyse_votes(key_file: Path, files: Sequence[Path]) -> dict[str, Any]:
     """The results, as `table` prints them. ValueError for votes of another page or no votes, naming the files."""
-    key = _read_json(key_file)
-    if "trials" not in key:
-        raise ValueError(f"{key_file} is no key.json of a page")
+    key = read_json(key_file, Key, remedy="give the key.json that was written with the page")
     votes = read_votes(key, key_file, files)
     trials, scores = key["trials"], defaultdict(list)
     shown: Counter[int] = Counter()
@@ -252,26 +283,25 @@ def analyse_votes(key_file: Path, files: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def read_votes(key: Mapping[str, Any], key_file: Path, files: Sequence[Path]) -> dict[str, dict[int, str]]:
+def read_votes(key: Key, key_file: Path, files: Sequence[Path]) -> dict[str, dict[int, str]]:
     """Choices by rater and trial."""
     votes: dict[str, dict[int, str]] = {}
     for file in files:
-        saved = _read_json(file)
-        if saved.get("page") != key["page"]:
+        saved = read_json(file, Saved, remedy="save the votes again")
+        if saved["page"] != key["page"]:
             raise ValueError(
-                f"{file} holds votes of page {str(saved.get('page'))[:12]}, but {key_file} is the key of page"
+                f"{file} holds votes of page {saved['page'][:12]}, but {key_file} is the key of page"
                 f" {key['page'][:12]}: give the key that was written with its page"
             )
-        rater = str(saved.get("rater") or file.stem)
+        rater = saved.get("rater") or file.stem
         if rater in votes:
             raise ValueError(f"{file}: rater {rater!r} is in an earlier file too: give the last file of each rater")
         votes[rater] = {}
         for vote in saved["votes"]:
-            number, choice = vote.get("trial"), vote.get("choice")
-            known = isinstance(number, int) and 0 <= number < len(key["trials"]) and choice in CHOICES
-            if not known or number in votes[rater]:
+            number = vote["trial"]
+            if not 0 <= number < len(key["trials"]) or number in votes[rater]:
                 raise ValueError(f"{file}: vote {vote} is none of this page's, or there twice: save the votes again")
-            votes[rater][number] = choice
+            votes[rater][number] = vote["choice"]
     return votes
 
 
@@ -287,11 +317,12 @@ def _outcome(value: float) -> str:
 def win_rate(scores: Mapping[int, Sequence[float]], trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Mean over prompts of scores by trial, with the bootstrap interval over prompts and Wilson's for as many votes.
 
-    Where all prompts agree the bootstrap's has no width; Wilson's then says how little a few prompts prove.
+    A prompt is its text: its seeds, and views of one scene that share a description, are one observation. Where all
+    prompts agree the bootstrap's has no width; Wilson's then says how little a few prompts prove.
     """
     by_prompt = defaultdict(list)
     for number, values in scores.items():
-        by_prompt[trials[number]["key"]] += values
+        by_prompt[trials[number]["prompt"]] += values
     if not by_prompt:
         return None
     estimate = bootstrap_mean(np.array([np.mean(values) for values in by_prompt.values()]))
@@ -365,22 +396,6 @@ def table(results: Mapping[str, Any]) -> str:
         own = shown(results["consistency"][rater])
         lines.append(f"{'  ' + rater:<32}{count} of {results['trials']} votes, consistent {own}")
     return "\n".join(lines)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError with the path where the file holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ have, are errors with a suggestion.
 import dataclasses
 import difflib
 import functools
+import re
 import sys
 import typing
 from pathlib import Path
@@ -89,24 +90,37 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         try:
             merged = OmegaConf.merge(merged, kept)
         except OmegaConfBaseException as error:
-            raise ValueError(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+            raise ValueError(redacted(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}")) from error
     try:
         return OmegaConf.to_object(merged)  # resolves ${...} and makes the dataclasses
     except OmegaConfBaseException as error:
         origin = f"recipe {name!r}" if name else "the command line"
-        raise ValueError(f"{origin}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+        raise ValueError(redacted(f"{origin}: {error.full_key or ''}: {str(error).splitlines()[0]}")) from error
 
 
 def to_yaml(config: Any) -> str:
     """The resolved config as a recipe that gives the same config: a run's folder says with it how it was made.
 
     A preset stands in it only as a comment: its values are there, and it would be laid over what the command line set.
+    Credentials in addresses are left out, see `redacted`.
     """
-    tree, comment = OmegaConf.to_container(OmegaConf.structured(config)), ""
+    tree, comment = redacted(OmegaConf.to_container(OmegaConf.structured(config))), ""
     preset = tree.get("objective", {}).get("preset", DEFAULT_PRESET)
     if preset != DEFAULT_PRESET:
         tree["objective"]["preset"], comment = DEFAULT_PRESET, f"# Made with objective.preset={preset}.\n"
     return comment + OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def redacted(value: Any) -> Any:
+    """The value, texts at any depth of lists and dicts without the credentials of their addresses: *** instead of user
+    and password, and instead of a query, where tokens stand. For whatever is written down or printed."""
+    if isinstance(value, str):
+        return re.sub(r"(\w://[^\s?#]*\?)[^\s#'\"]+", r"\1***", re.sub(r"(\w://)[^\s/?#]*@", r"\1***@", value))
+    if isinstance(value, dict):
+        return {redacted(key): redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    return value
 
 
 def available() -> list[str]:
@@ -130,8 +144,8 @@ def _parse(argv: list[str]) -> dict[str, Any]:
         except Exception as error:  # OmegaConf's own, its grammar's, yaml's
             detail = " ".join(str(error).split())
             raise ValueError(
-                f"argument {pair!r} cannot be read ({detail}): quote lists and texts, as 'key=[a, b]'"
-            ) from error
+                redacted(f"argument {pair!r} cannot be read ({detail}): quote lists and texts, as 'key=[a, b]'")
+            ) from None
     return _plain(layer)
 
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm.auto import tqdm
 
+import recipes
 from train import files
 
 # Dense bf16 peak of a device by name, TFLOP/s, from the vendors' datasheets.
@@ -96,7 +97,7 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.bar = None
         if trackers:
-            accelerator.init_trackers("physalign", config=flatten(config))
+            accelerator.init_trackers("physalign", config=flatten(recipes.redacted(config)))
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_lines_from(self.path, start)

@@ -32,6 +32,7 @@ class Task:
     category: str = ""  # of the breakdown
     image: Path | None = None  # picture or clip whose first frame the video starts from
     facts: Mapping[str, Any] = field(default_factory=dict)  # what scoring needs to know, as plain JSON values
+    cluster: str = ""  # of tasks that are one observation, as views of one scene: intervals draw them together
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Row:
     seed: int
     values: Mapping[str, float] = field(default_factory=dict)
     error: str = ""  # the file and what is wrong with it
+    cluster: str = ""  # as a task's, of rows without a clip; empty: the key
 
     @classmethod
     def of(cls, sample: Sample, values: Mapping[str, float] | None = None, *, error: str = "") -> "Row":
@@ -86,6 +88,8 @@ class Benchmark(ABC):
     lower_is_better: ClassVar[tuple[str, ...]] = ()  # of the figures
     published: ClassVar[tuple[Published, ...]] = ()
     lossless: ClassVar[bool] = False  # whether clips have to be kept without loss
+    unavailable: ClassVar[str] = ""  # what of it cannot be run here and why, for --list
+    together: ClassVar[int] = 1  # samples that are scored as one batch, and so change each other's values by rounding
     of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
 
     @abstractmethod

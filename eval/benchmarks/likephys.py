@@ -40,7 +40,6 @@ from PIL import Image
 from torch import Tensor
 
 from eval.benchmarks.base import Benchmark, Requirement, Row
-from eval.files import digest, write_text
 from eval.sandbox.clips import SCENES, Clips, simulate
 from eval.sandbox.prompts import TEMPLATES, write_prompt
 from eval.sandbox.splits import is_held_out
@@ -49,6 +48,7 @@ from eval.search.candidates import Candidates
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones.base import Backbone
 from train.clips import ClipError, VideoConfig, from_pixels
+from train.files import digest, write_text
 
 VALID = "valid"
 # Scenario: folder of the published dataset, and the prompt that the release gives to all of its clips.
@@ -77,7 +77,7 @@ DATASET = "huggingface.co/datasets/JianhaoDYDY/LikePhys-Benchmark"
 
 
 def _levels() -> ResidualConfig:
-    return ResidualConfig(levels=10, t_min=0.099, t_max=0.999, draws=1)  # timesteps 999, 899, ... 99 of 1000
+    return ResidualConfig(levels=10, first=0.001, last=0.901, shift=1.0, draws=1)  # timesteps 999, 899, ... 99 of 1000
 
 
 @dataclass
@@ -128,7 +128,8 @@ class LikePhys(Benchmark):
         return [Requirement("the LikePhys clips", licence, where, self._root() is not None, remedy)]
 
     def probe(self, backbone: Backbone, folder: Path) -> Iterator[Row]:
-        """A row for every scene and kind: the share of its pairs that are ranked wrongly."""
+        """A row for every scene and kind: the share of its pairs that are ranked wrongly. A scene's rows share its true
+        clips, so they are one cluster."""
         if backbone.input_channels(backbone.architecture) > backbone.architecture["z_dim"]:
             name = type(backbone).__name__
             raise ValueError(f"likephys: {name} needs an image with each prompt: use a text-to-video backbone")
@@ -225,16 +226,18 @@ class LikePhys(Benchmark):
             key = f"{group.key}-{kind}".lower().replace("_", "-")
             concerned = [name for name in group.clips if name[0] in (VALID, kind)]
             if wrong := [errors[name] for name in concerned if name in errors]:
-                yield Row(key, seed, error=wrong[0])
+                yield Row(key, seed, error=wrong[0], cluster=group.key)
                 continue
             true = [losses[name] for name in concerned if name[0] == VALID]
             violated = [losses[name] for name in concerned if name[0] == kind]
             if not true:
-                yield Row(key, seed, error=f"{group.key} holds no valid_*.mp4: download the dataset again")
+                error = f"{group.key} holds no valid_*.mp4: download the dataset again"
+                yield Row(key, seed, error=error, cluster=group.key)
                 continue
-            error = preference_error(true, violated)
+            share = preference_error(true, violated)
             margin = float(np.mean(violated) / np.mean(true) - 1)
-            yield Row(key, seed, {"error": error, "margin": margin, group.figure or kind: error})
+            values = {"error": share, "margin": margin, group.figure or kind: share}
+            yield Row(key, seed, values, cluster=group.key)
 
 
 def share_pairs(pairs: int) -> dict[str, dict[str, int]]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.files import atomic, temporary
+
 
 def read_table(path: Path, columns: Sequence[str], remedy: str) -> list[dict[str, str]]:
     """Rows of a CSV with a header, in UTF-8. ValueError for a file that is not there, is no CSV or lacks a column."""
@@ -47,11 +49,12 @@ def read_records(path: Path, keys: Sequence[str], remedy: str) -> list[dict[str,
 def place(source: Path, target: Path) -> None:
     """The file `source` as `target` too: a hard link, or a copy where there can be none. Replaces what was there."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    aside = temporary(target)
     try:
-        os.link(source, temporary)
+        os.link(source, aside)
+        os.replace(aside, target)
     except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # replacing a link by another of the same file does nothing
+        with atomic(target) as copy:
+            shutil.copyfile(source, copy)
+    finally:
+        aside.unlink(missing_ok=True)  # replacing a link by another of the same file does nothing

@@ -36,6 +36,7 @@ from eval.benchmarks.physics_iq_view import SECONDS, View, real_frames, score_vi
 from train.clips import ClipError, VideoConfig, write_clip
 
 INPUTS = ("image", "multiframe", "text")
+ONE_FRAME = "no backbone here takes more than one frame: use run.physics_iq.input=image, or context_frames=1"
 MASKS = ("memory", "mp4v", "both")
 CONDITIONING_SECONDS = 3  # of a conditioning video
 SOURCE_FPS = 30  # of the videos that are always there
@@ -109,6 +110,7 @@ class PhysicsIQ(Benchmark):
     columns = COLUMNS
     figures = ("physics_iq", "physics_iq_verified", *METRICS)
     lower_is_better = ("mse",)
+    unavailable = f"run.physics_iq.input=multiframe, what came before the switch: {ONE_FRAME}"
     published = (
         *(Published(model, {"physics_iq": score}, source) for model, score, source in _PUBLISHED),
         *(Published(model, {"physics_iq_verified": score}, f"{_LEADERBOARD} (verified)") for model, score in _VERIFIED),
@@ -168,7 +170,12 @@ class PhysicsIQ(Benchmark):
                 importlib.util.find_spec("cv2") is not None,
                 "pip install 'physalign[trackers]'",
             ),
+            *([] if self.context < 2 else [self._several_frames()]),
         ]
+
+    def _several_frames(self) -> Requirement:
+        where = f"run.physics_iq.input=multiframe, {self.context} frames"
+        return Requirement("a model that continues several frames", "none", where, False, ONE_FRAME)
 
     def _descriptions(self) -> Path:
         return Path(self.settings.descriptions) if self.settings.descriptions else self.root / "descriptions.csv"
@@ -205,7 +212,7 @@ class PhysicsIQ(Benchmark):
         return video if video.num_frames >= needed else replace(video, num_frames=4 * math.ceil((needed - 1) / 4) + 1)
 
     def prompts(self) -> list[Task]:
-        """The 198 views of take 1 in the order of their numbers."""
+        """The 198 views of take 1 in the order of their numbers; the views of a scenario are one cluster."""
         path = self._descriptions()
         if not path.is_file():
             raise ValueError(f"run.physics_iq.descriptions={path}: no such file; {self.requirements()[1].remedy}")
@@ -248,7 +255,7 @@ class PhysicsIQ(Benchmark):
         elif self.settings.input == "multiframe":
             image = self._video("conditioning", facts, 1)
         key = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-        return Task(key, first["description"], first.get("category") or "", image, facts)
+        return Task(key, first["description"], first.get("category") or "", image, facts, cluster=scenario)
 
     def shown(self, task: Task) -> np.ndarray:
         """What the model is shown, at its size: (n,H,W,3) uint8 RGB; n is 1, or the context of a multiframe model.

@@ -3,7 +3,6 @@
 Frames are (H,W,3) uint8, BGR. Constants are those of google-deepmind/physics-IQ-benchmark.
 """
 
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from eval.benchmarks.physics_iq_metrics import Observed
 from train.clips import ClipError
+from train.files import atomic
 
 REDUCTION = 4  # frames and masks are compared at a quarter of the real video's size
 THRESHOLD = 10  # of 255: a pixel that differs more than this from its running average moves
@@ -182,9 +182,8 @@ def _scaled(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def write_lossless(path: Path, frames: Iterable[av.VideoFrame], fps: float) -> None:
     """An mp4 that decodes to the same values: H.264 without quantisation, YUV as YUV and RGB as RGB. Atomic."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+    options = {"fflags": "+bitexact"}
+    with atomic(path) as aside, av.open(str(aside), "w", format="mp4", options=options) as container:
         stream = None
         for number, frame in enumerate(frames):
             if frame.format.is_rgb:  # planes or pixels: the same numbers
@@ -202,7 +201,6 @@ def write_lossless(path: Path, frames: Iterable[av.VideoFrame], fps: float) -> N
             frame.pict_type = 0  # of the file that it comes from: the encoder chooses its own
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    os.replace(temporary, path)
 
 
 def trim(path: Path, target: Path, start: int, count: int) -> None:

@@ -1,7 +1,6 @@
 """One view of Physics-IQ: a generated clip against take 1, and take 2 against take 1, which is done once and kept."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from eval.benchmarks.physics_iq_frames import (
 )
 from eval.benchmarks.physics_iq_metrics import Agreement, Observed, compare, row_values
 from train.clips import ClipError
+from train.files import atomic
 
 SECONDS = 5  # that are compared
 
@@ -89,9 +89,7 @@ def _real(path: Path, masks: Path | None, size: tuple[int, int], view: View) -> 
 
 
 def _save(path: Path, stamp: np.ndarray, masks: np.ndarray, variance: Agreement) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with atomic(path) as aside, aside.open("wb") as file:
         np.savez_compressed(
             file,
             stamp=stamp,
@@ -99,7 +97,6 @@ def _save(path: Path, stamp: np.ndarray, masks: np.ndarray, variance: Agreement)
             shape=np.array(masks.shape),
             **{name: np.asarray(value) for name, value in vars(variance).items()},
         )
-    os.replace(temporary, path)
 
 
 def _load(path: Path, stamp: np.ndarray) -> tuple[np.ndarray, Agreement] | None:

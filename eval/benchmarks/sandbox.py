@@ -17,8 +17,6 @@ from eval.prompts import make_key
 from eval.sandbox.splits import Simulated, list_clips, simulate_block
 from train.clips import ClipError, VideoConfig, read_clip, write_clip
 
-AT_ONCE = 64  # clips that are read and judged together
-
 
 @dataclass
 class SandboxConfig:
@@ -31,6 +29,7 @@ class Sandbox(Benchmark):
     columns = ("physical", "semantic", *(f"error_{law}" for law in judge.LAWS))
     figures = ("physical", "semantic")
     lossless = True
+    together = 64
 
     def __init__(self, settings: SandboxConfig, video: VideoConfig):
         self.settings, self._video = settings, video
@@ -56,9 +55,9 @@ class Sandbox(Benchmark):
         return samples
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
-        for start in range(0, len(samples), AT_ONCE):
+        for start in range(0, len(samples), self.together):
             read, clips = [], []
-            for sample in samples[start : start + AT_ONCE]:
+            for sample in samples[start : start + self.together]:
                 try:
                     clips.append(read_clip(sample.path, self._video))
                     read.append(sample)

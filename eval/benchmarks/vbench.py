@@ -33,10 +33,10 @@ import torch
 
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
 from eval.benchmarks.official_files import place
-from eval.files import write_text
 from eval.judges.external_tool import Tool, ToolError, tool_environment
 from eval.prompts import read_prompts
 from train.clips import ClipError, VideoConfig, read_clip
+from train.files import write_text
 
 PROGRAM = "launch/evaluate.py"  # of the package
 DIMENSIONS = (

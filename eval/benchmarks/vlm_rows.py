@@ -16,6 +16,7 @@ from torch import Tensor
 from eval.benchmarks.base import Requirement, Row, Sample, Task
 from eval.vlm import NoAnswer, Vlm
 from eval.vlm_backend import Question, Reply, VlmConfig
+from recipes import redacted
 from train.clips import ClipError, VideoConfig, read_clip
 
 AT_ONCE = 64  # clips between two looks of the caller; their rows are kept before the next ones are asked about
@@ -61,7 +62,7 @@ def judge_requirement(key: str, config: VlmConfig, official: str) -> Requirement
     return Requirement(
         f"a vision-language model as judge (officially {official})",
         "the model's own",
-        f"{key}.model={config.model}, {key}.base_url={config.base_url}",
+        redacted(f"{key}.model={config.model}, {key}.base_url={config.base_url}"),
         named,
         f"serve one (vllm serve MODEL) and name it in {key}.model and its address in {key}.base_url",
     )

@@ -14,16 +14,16 @@ it was; clips and answers that were made with other settings do not count. All p
 that a server has many questions at once and the generator can batch. A model always sees the clip as read from its
 file: a continued run asks the same question.
 
-Deviations. Closeness is the cosine of two sentence embeddings (the text: "when the prompts converge"). A critique
-without violations ends the rounds too. The result is the last clip, as in the text, or the scorer's choice among all
-rounds (section 3, "ensemble").
+Deviations. The paper continues a video of three seconds; here a clip begins with one frame at most, for no backbone
+here takes a longer prefix. Closeness is the cosine of two sentence embeddings (the text: "when the prompts converge").
+A critique without violations ends the rounds too. The result is the last clip, as in the text, or the scorer's choice
+among all rounds (section 3, "ensemble").
 
 Answers are data: no part of a path (keys come from `eval.prompts`), never executed, limited in length. A question
 without a usable answer ends its prompt's rounds, is named in the round's `failure`, and is asked again in the next run.
 """
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.files import write_text
 from eval.prompts import Prompt, slug
 from eval.refine import questions
 from eval.vlm import NoAnswer, Vlm, jpeg_frames
 from eval.vlm_backend import Backend, VlmConfig
 from train.clips import VideoConfig, read_clip, write_clip
+from train.files import digest, sha256, write_text
 
 EXAMPLE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -256,11 +256,11 @@ class PromptRefiner:
         models = [
             [one.model, one.frames, one.frame_height, one.temperature, one.seed] for one in (config.vlm, config.llm)
         ]
-        image = hashlib.sha256(prompt.image.read_bytes()).hexdigest() if prompt.image else ""
+        image = sha256(prompt.image) if prompt.image else ""
         rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
         settings = [prompt.text, image, models, config.encoder, config.max_prompt_chars, rules]
         settings += [self.made_with, asdict(self.video), [asdict(before) for before in one.rounds[: number - 1][-1:]]]
-        return hashlib.sha256(json.dumps(settings).encode("ascii")).hexdigest()
+        return digest(settings)
 
     def _load(self, prompt: Prompt) -> Refinement:
         """What is finished: rounds up to the first that is missing, damaged, of other settings, or lacks its clip."""

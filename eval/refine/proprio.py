@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eval.refine.flow import check_noise, sampling_velocity
 from eval.search.pruning import sampling_passes
+from eval.search.residuals import noise_levels
 from losses.flow_matching import interpolate, velocity_target
 from losses.self_score import WEIGHTINGS, aggregate, hybrid, masked_error, motion_mask
 from train.backbones.base import Backbone, Conditioning, sigma_grid
@@ -49,9 +50,10 @@ class ProprioRefineConfig:
     kl_weight: float = 5e-3
     score: str = "hybrid"  # global | motion | hybrid
     mixing: float = 0.2  # share of the global score in the hybrid one
-    levels: int = 4  # noise levels of the score, evenly spaced from t_min to t_max; appendix E
-    t_min: float = 0.3  # in [0, 1], 1 is noise
-    t_max: float = 0.6
+    levels: int = 4  # noise levels of the score, evenly spaced from first to last; appendix E
+    first: float = 0.3  # share of the sampling steps before a level, see eval.search.residuals
+    last: float = 0.6
+    shift: float = 3.0  # of the grid of these steps; in a recipe sampler.shift
     draws: int = 4  # of noise, at each level
     weighting: str = "inverse_variance"  # inverse_variance | uniform (distilled generators)
     seed: int = 0  # of the score's noise
@@ -68,8 +70,6 @@ class ProprioRefineConfig:
             raise ValueError(f"kl_weight={self.kl_weight} must be 0 or more")
         if not 0 <= self.mixing <= 1:
             raise ValueError(f"mixing={self.mixing} is a share: use 0 to 1")
-        if not 0 < self.t_min <= self.t_max < 1:
-            raise ValueError(f"t_min={self.t_min} and t_max={self.t_max} must lie in (0, 1), in this order")
         for name, known in (("score", VARIANTS), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
@@ -102,7 +102,7 @@ class SelfScore:
         self.backbone, self.config = backbone, config
         self.conditioning = conditioning.to(backbone.device)
         self.mask = mask.to(backbone.device)
-        self.times = torch.linspace(config.t_min, config.t_max, config.levels, dtype=torch.float64).tolist()
+        self.times = noise_levels(config.levels, config.first, config.last, config.shift)
 
     @property
     def passes(self) -> int:

@@ -14,6 +14,7 @@ share of the prompts; a run that was stopped continues.
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 import recipes
-from eval.files import digest, write_text
 from eval.making import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompts import Prompt, make_key, read_prompts
 from eval.refine.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
@@ -37,6 +37,7 @@ from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained
 from train.clips import VideoConfig, from_pixels
+from train.files import digest, lock, write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -78,7 +79,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
         raise ValueError("refinement gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
     results = None
     if not config.dry_run:
-        results = refine(config, prompts, accelerator)
+        with lock(settings.folder) if accelerator.is_main_process else nullcontext():
+            results = refine(config, prompts, accelerator)
     elif accelerator.is_main_process:
         print(f"{len(prompts)} prompts, at most {settings.rounds} clips each, {config.sampler.steps} steps a clip")
         print(f"search: {searcher.describe(strategy_of(settings), config.search)}")

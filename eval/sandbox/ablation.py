@@ -47,11 +47,11 @@ import numpy as np
 from tqdm import tqdm
 
 import recipes
-from eval.files import digest, write_text
 from eval.intervals import bootstrap_mean
 from eval.sandbox.ablation_report import draw, table
 from eval.sandbox.ablation_rows import GROUPS, METHODS, SUITES, Row, Suite, paper_figures
 from train import entry
+from train.files import digest, write_text
 
 RECIPE = "sandbox"
 SCORES = ("physical", "semantic")

@@ -1,11 +1,11 @@
 """The ablation's results as a table and as a figure."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.intervals import Estimate
+from train.files import atomic
 
 
 def table(results: dict[str, Any]) -> str:
@@ -107,6 +107,5 @@ def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, bool]], *
 
 
 def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png")
-    os.replace(aside, path)
+    with atomic(path) as aside:
+        figure.savefig(aside, format="png")

@@ -38,6 +38,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 from eval.sandbox.splits import is_held_out, simulate_block
 from train import entry
 from train.clips import VideoConfig
+from train.files import temporary
 from train.teachers.vjepa2 import MEAN, STD
 
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=8.0)
@@ -289,7 +290,7 @@ def write_world_model(output: Path, settings: Settings, device: torch.device | s
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     training = {"settings": vars(settings), "device": torch.device(device).type, **report}
-    aside = output / ".tmp"
+    aside = temporary(output / "world_model")
     model.half().save_pretrained(aside)
     (aside / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
     for name in ("training.json", "config.json", "model.safetensors"):

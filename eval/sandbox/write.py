@@ -7,7 +7,6 @@ Writes <folder>/<scene>-<number>.mp4 and <folder>/manifest.csv with the columns 
 
 import argparse
 import csv
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from eval.sandbox.clips import SCENES, simulate
 from train import entry
 from train.clips import VideoConfig, write_clip
+from train.files import atomic
 
 
 def write_clips(folder: Path, *, scene: str, count: int, seed: int, video: VideoConfig) -> Path:
@@ -28,12 +28,10 @@ def write_clips(folder: Path, *, scene: str, count: int, seed: int, video: Video
         key = f"{name}-{number:05d}"
         write_clip(folder / f"{key}.mp4", frames, video.fps)
         rows.append({"key": key, "clip": f"{key}.mp4", "prompt": prompt, "action": name})
-    aside = folder / ".manifest.csv.tmp"
-    with aside.open("w", encoding="utf-8", newline="") as file:
+    with atomic(folder / "manifest.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["key", "clip", "prompt", "action"])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, folder / "manifest.csv")
     return folder / "manifest.csv"
 
 

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 import recipes
-from eval.files import write_text
 from eval.fused import fuse
 from eval.refine.proprio import refine
 from eval.search.candidates import Candidates
@@ -41,6 +40,7 @@ from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
 from train.clips import VideoConfig
+from train.files import write_text
 from train.parallel import build_accelerator
 from train.sampling import SamplerConfig
 
@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         "refine_block": partial(bench.refine, per_block=True),
         "refine_step": partial(bench.refine, per_block=False),
     }
-    results, path = bench.facts | {"settings": asdict(config)}, Path(config.output) / "search_benchmark.json"
+    results = bench.facts | {"settings": recipes.redacted(asdict(config))}
+    path = Path(config.output) / "search_benchmark.json"
     for part in [part for part in PARTS if part in config.benchmark.parts]:
         results[part] = attempt(makers[part])
         share(results, config.benchmark.race_share)

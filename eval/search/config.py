@@ -1,6 +1,7 @@
 """Settings of a search: the section `search` of a recipe."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from eval.benchmarks.sandbox import SandboxConfig
 from eval.judges import JudgeConfig
@@ -45,6 +46,9 @@ class RaceConfig:
     every: int = 1  # rounds from look to look
 
 
+SAMPLERS_SHIFT: Any = "${sampler.shift}"  # levels are shares of the steps that the recipe samples with
+
+
 @dataclass
 class RefineConfig(ProprioRefineConfig):
     best: int = 0  # of a prompt's candidates so many, the best by chosen_by, are refined, and the first; 0: none
@@ -67,7 +71,9 @@ class SearchConfig:
     lora: str = ""  # search with this LoRA or full weights attached; empty: the base model
     scorers: list[str] = field(default_factory=lambda: list(DEFAULT_SCORERS))  # keys of eval.search.scorers.SCORERS
     chosen_by: str = "residual_per_motion"  # the scorer whose choice the page marks, that races and chooses at the end
-    residuals: ResidualConfig = field(default_factory=ResidualConfig)  # of the self-scores
+    residuals: ResidualConfig = field(  # of the self-scores
+        default_factory=lambda: ResidualConfig(shift=SAMPLERS_SHIFT)
+    )
     mixing: float = 0.2  # share of the global score in the hybrid one
     surprise: SurpriseConfig = field(default_factory=SurpriseConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
@@ -78,7 +84,9 @@ class SearchConfig:
     )
     prune: PruneConfig = field(default_factory=PruneConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
-    refine: RefineConfig = field(default_factory=RefineConfig)  # Proprio's refinement of the initial noise
+    refine: RefineConfig = field(  # Proprio's refinement of the initial noise
+        default_factory=lambda: RefineConfig(shift=SAMPLERS_SHIFT)
+    )
     guidance: GuideConfig = field(default_factory=GuideConfig)  # WMReward's, by the surprise that `surprise` describes
     shown: int = 24  # prompts on the page
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)  # the prompts, and the truth that scorers are held to

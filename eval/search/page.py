@@ -6,9 +6,9 @@ from typing import Any
 
 import jinja2
 
-from eval.files import write_text
 from eval.search import report
 from train.clips import VideoConfig
+from train.files import write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 

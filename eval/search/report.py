@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eval.files import write_text
 from eval.intervals import Estimate, bootstrap_mean
 from eval.search.candidates import ranks
+from train.files import write_text
 
 STRATA = ("low", "medium", "high")
 BASELINE = "most_motion"

@@ -16,9 +16,9 @@ made again: a run that was stopped continues, and a scorer that is added to the 
 model leaves a GPU waiting for Python: processes with a `search.share` each work side by side on it.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 import recipes
 from eval.benchmarks import sandbox
-from eval.files import digest
 from eval.prompts import make_key
 from eval.search import page, report, strategy_report
 from eval.search.best_of_n import RACING, batches, decoder, run_race
@@ -48,6 +47,7 @@ from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, weights_path
 from train.clips import VideoConfig, write_clip
+from train.files import digest, lock, sha256
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
             refined = (config.search.refine.best + 1) * (config.search.refine.best > 0)
             print(f"refined: at most {refined} clips a prompt, guided: {config.search.guidance.candidates}")
     else:
-        results = search(config, jobs, accelerator)
+        task = config.search.share.replace("/", "-of-")  # shares of the prompts share the folder
+        with lock(config.search.folder, task=task) if accelerator.is_main_process else nullcontext():
+            results = search(config, jobs, accelerator)
     accelerator.end_training()  # closes the process group
     return results
 
@@ -112,7 +114,8 @@ def search(config: Config, jobs: Sequence[Job], accelerator: Accelerator) -> dic
     folder = Path(config.search.folder)
     records = [work.record(job) for job in jobs]
     results = report.results(records, config.search.scorers, config.search.chosen_by)
-    results |= {"strategies": strategy_report.rows(records, config.search.chosen_by), "settings": asdict(config)}
+    results |= {"strategies": strategy_report.rows(records, config.search.chosen_by)}
+    results |= {"settings": recipes.redacted(asdict(config))}
     table = f"{report.table(results)}\n\n{strategy_report.table(results['strategies'])}".rstrip()
     report.write(folder, results, table)
     page.write(folder, records[: config.search.shown], results, config.video)
@@ -129,7 +132,7 @@ class Work:
         self.lora = ""
         if config.search.lora:
             attach_trained(config.search.lora, self.backbone.experts, fingerprint=self.backbone.fingerprint)
-            self.lora = hashlib.sha256(weights_path(config.search.lora).read_bytes()).hexdigest()
+            self.lora = sha256(weights_path(config.search.lora))
         self.scorers = self._build(config.search, config.search.scorers)
         early = replace(config.search.residuals, draws=config.search.prune.draws)
         self.early_scorers = self._build(replace(config.search, residuals=early), config.search.prune.scorers)
@@ -285,10 +288,14 @@ class Work:
         """Whatever is missing of a strategy's clips and scores, of several prompts at once; after `do`."""
         items = {job.key: self._item(job) for job in jobs}
         parts = {job.key: self._part(job, strategy, items[job.key]) for job in jobs}
-        todo = [job for job in jobs if self.record(job)["parts"].get(strategy.name) != parts[job.key]]
+        todo = {job.key for job in jobs if self.record(job)["parts"].get(strategy.name) != parts[job.key]}
         bar = tqdm(total=len(todo), desc=strategy.name, unit="prompt", disable=not progress)
-        for some in batches(todo, strategy.prompts_at_once):
+        for some in batches(jobs, strategy.prompts_at_once):
+            if todo.isdisjoint(job.key for job in some):
+                continue
             for job, (tensors, facts) in zip(some, self._made(some, strategy, items), strict=True):
+                if job.key not in todo:
+                    continue
                 record = self.record(job)
                 record[strategy.name] = facts | self._judged(job, tensors["latents"], items[job.key])
                 record["parts"][strategy.name] = parts[job.key]
@@ -309,17 +316,18 @@ class Work:
         return [name for name in self.scorers if name in (self.config.search.chosen_by, "surprise")]
 
     def _made(self, jobs: Sequence[Job], strategy: Refinement | Guidance, items: dict[str, Item]) -> list[Made]:
-        """The strategy's clips of these prompts, those that are in no file yet made together."""
+        """The strategy's clips of these prompts: all are made together where any is in no file yet, as clips that are
+        made together change each other by rounding; those that are in a file stay."""
         folder, found = self.folder / "candidates", {}
         made = {job.key: digest([self.candidates_digest(job), strategy.depends_on(items[job.key])]) for job in jobs}
         for job in jobs:
             if stored := read_tensors(folder / f"{job.key}-{strategy.name}.safetensors", made[job.key]):
                 found[job.key] = stored
-        missing = [job.key for job in jobs if job.key not in found]
-        if missing:
-            for key, (tensors, facts) in zip(missing, strategy.make([items[key] for key in missing]), strict=True):
-                write_tensors(folder / f"{key}-{strategy.name}.safetensors", tensors, made[key], facts)
-                found[key] = tensors, facts
+        if len(found) < len(jobs):
+            for job, one in zip(jobs, strategy.make([items[job.key] for job in jobs]), strict=True):
+                if job.key not in found:
+                    tensors, facts = found[job.key] = one
+                    write_tensors(folder / f"{job.key}-{strategy.name}.safetensors", tensors, made[job.key], facts)
         return [found[job.key] for job in jobs]
 
     def _judged(self, job: Job, latents: Tensor, item: Item) -> dict[str, Any]:

@@ -10,25 +10,35 @@ Both appear whole or not at all. A file of other settings is made again; a recor
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from eval.files import write_text
+from train.files import atomic, read_json, write_text
+
+
+class Record(TypedDict):
+    """What every prompt's record holds, beside what its parts found."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    candidates: str  # digest of what they depend on
+    key: str
+    prompt: str
+    seeds: list[int]
+    parts: dict[str, str]  # digests of their settings
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], settings_digest: str, facts: Mapping[str, Any]) -> None:
     """Write tensors with the digest of what they depend on and facts about them, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"digest": settings_digest, "facts": json.dumps(facts)})
-    os.replace(temporary, path)
+    with atomic(path) as aside:
+        save_file(contiguous, aside, metadata={"digest": settings_digest, "facts": json.dumps(facts)})
 
 
 def read_tensors(path: Path, settings_digest: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -39,19 +49,19 @@ def read_tensors(path: Path, settings_digest: str) -> tuple[dict[str, Tensor], d
             if metadata.get("digest") != settings_digest:
                 return None
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["facts"])  # noqa: SIM118
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, ValueError, KeyError):
         return None
 
 
 def read_record(path: Path, settings_digest: str) -> dict[str, Any]:
     """The prompt's record; empty where there is none of these candidates."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, Record, remedy="the prompt is scored again")
         for part in (record, *[value for value in record.values() if isinstance(value, dict)]):
             for found in part.get("scorers", {}).values():
                 found["values"] = [math.inf if value is None else value for value in found["values"]]
         return record if record["candidates"] == settings_digest else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

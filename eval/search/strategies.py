@@ -146,8 +146,9 @@ class Guidance:
     def reward(self, frames: Tensor) -> Tensor:
         settings = self.surprise
         return -self.world_model.surprise_with_gradient(
-            frames, window=settings.window, context=settings.context, stride=settings.stride, axis=settings.axis
-        )
+            frames, frames=settings.frames, window=settings.window, context=settings.context,
+            stride=settings.stride, axis=settings.axis,
+        )  # fmt: skip
 
 
 def joined(items: Sequence[Item], counts: Sequence[int]) -> Conditioning:

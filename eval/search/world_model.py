@@ -1,14 +1,16 @@
 """The surprise of a latent world model, V-JEPA 2 by transformers, over windows of a clip (WMReward, Yuan et al., 2026).
 
-A window slides over the clip. Of each window the model sees the first `context` frames and predicts the tokens of the
-others; the surprise is how far these are from the tokens of the encoder that saw the whole window, see
-`losses.surprise`; a clip's surprise is the mean over its windows. Lower is better.
+Of a clip at most `frames` frames are taken, evenly from the first to the last, 49 as in the release: at 121 frames of
+24 a second a context of 8 then spans 0.8 s instead of 0.3. A window slides over these. Of each window the model sees
+the first `context` frames and predicts the tokens of the others; the surprise is how far these are from the tokens of
+the encoder that saw the whole window, see `losses.surprise`; a clip's surprise is the mean over its windows. Lower is
+better.
 
 The context is encoded alone. `VJEPA2Model.forward` would encode the whole window and only then drop the tokens that are
 not of the context, and attention has mixed the future into those that stay.
 
 Any clip is squeezed into the model's square, as `train.teachers.vjepa2` does. Frames after the last whole window
-are not judged.
+are not judged. Between two frames the earlier one is taken.
 """
 
 import torch
@@ -20,6 +22,7 @@ from train.teachers.vjepa2 import EXAMPLE, preprocess
 from train.teachers.weights import check_path, load_model, read_config
 
 KEY = "world_model.path"
+FRAMES = 49  # of a clip, at most: the release's max_frames
 
 
 class WorldModel:
@@ -48,14 +51,16 @@ class WorldModel:
         context: int = 8,
         stride: int = 8,
         axis: str = "feature",
+        frames: int = FRAMES,
         batch: int = 16,
     ) -> Tensor:
         """clips (N,T,H,W,3) uint8 -> (N,) float32 on the model's device.
 
-        window, context and stride in frames; the first two are multiples of the tubelet; axis as in
-        `losses.surprise`; batch is how many clips are judged at once. Raises ValueError for numbers that do not fit
-        the clip or the model.
+        frames: of a clip, at most. window, context and stride count these; the first two are multiples of the tubelet;
+        axis as in `losses.surprise`; batch is how many clips are judged at once. Raises ValueError for numbers that do
+        not fit the clip or the model.
         """
+        clips = clips[:, chosen_frames(clips.shape[1], frames)]
         starts = self._starts(clips.shape[1], window, context, stride)
         scores = []
         for part in clips.split(batch):
@@ -65,15 +70,23 @@ class WorldModel:
         return torch.cat(scores)
 
     def surprise_with_gradient(
-        self, frames: Tensor, *, window: int = 16, context: int = 8, stride: int = 8, axis: str = "feature"
+        self,
+        decoded: Tensor,
+        *,
+        window: int = 16,
+        context: int = 8,
+        stride: int = 8,
+        axis: str = "feature",
+        frames: int = FRAMES,
     ) -> Tensor:
-        """The same of frames (N,3,T,H,W) in [-1, 1], as a VAE decodes them, for guidance: (N,) with gradient to frames.
+        """The same of clips (N,3,T,H,W) in [-1, 1], as a VAE decodes them, for guidance: (N,) with gradient to them.
 
         Gradient flows through prediction and target. Each window is computed anew in the backward pass, so the
         activations of one window are held at a time.
         """
-        starts = self._starts(frames.shape[2], window, context, stride)
-        clips = ((frames.to(self.device) + 1) * 127.5).permute(0, 2, 3, 4, 1)
+        decoded = decoded[:, :, chosen_frames(decoded.shape[2], frames)]
+        starts = self._starts(decoded.shape[2], window, context, stride)
+        clips = ((decoded.to(self.device) + 1) * 127.5).permute(0, 2, 3, 4, 1)
         windows = [
             checkpoint(self._window, clips[:, start : start + window], context, axis, use_reentrant=False)
             for start in starts
@@ -111,3 +124,11 @@ class WorldModel:
         if num_frames < window:
             raise ValueError(f"window={window} is longer than the clip of {num_frames} frames: use a smaller window")
         return range(0, num_frames - window + 1, stride)
+
+
+def chosen_frames(num_frames: int, most: int) -> list[int]:
+    """At most `most` of the frames, evenly from the first to the last. By hand, 3 of 6: 0, 2 (of 2.5), 5."""
+    if most < 2:
+        raise ValueError(f"frames={most}: a clip is judged by 2 frames or more")
+    count = min(num_frames, most)
+    return [number * (num_frames - 1) // max(count - 1, 1) for number in range(count)]

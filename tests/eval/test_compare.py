@@ -25,6 +25,7 @@ def scores(model: str, physical: list[float], *, seed: int = 0, motion: float | 
             "seed": seed,
             "prompt": f"prompt {number}",
             "category": "even" if number % 2 == 0 else "odd",
+            "cluster": f"k{number}",
             "motion": motion,
             "values": {} if number == broken else {"physical": value, "semantic": 1.0},
             "error": "clip.mp4: truncated" if number == broken else "",

@@ -29,7 +29,7 @@ from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
 from train.clips import VideoConfig, write_clip
 
-LEVELS = {"levels": 3, "t_min": 0.2, "t_max": 0.8, "draws": 2}
+LEVELS = {"levels": 3, "first": 0.2, "last": 0.8, "shift": 1.0, "draws": 2}
 VIDEO = VideoConfig(16, 16, 17, 8.0)
 
 
@@ -72,7 +72,7 @@ class Flat:
 
 
 def sandbox(folder, pairs=1, severity=1.0, **settings):
-    residuals = ResidualConfig(levels=2, t_min=0.3, t_max=0.6, draws=1, batch_size=16)
+    residuals = ResidualConfig(levels=2, first=0.4, last=0.7, shift=1.0, draws=1, batch_size=16)
     return LikePhys(LikePhysConfig(pairs=pairs, severity=severity, residuals=residuals, **settings), VIDEO)
 
 
@@ -161,6 +161,14 @@ def test_rows_and_figures_by_kind(tmp_path, monkeypatch):
     np.testing.assert_allclose(means["error"], np.mean([means[kind] for kind in VIOLATIONS]))
 
 
+def test_kinds_of_one_scene_share_its_true_clips_so_they_are_one_observation(tmp_path, monkeypatch):
+    monkeypatch.setattr(likephys, "SCENES", {"pendulum": SCENES["pendulum"]})
+    benchmark = sandbox(tmp_path, pairs=1)
+    (group,) = benchmark.groups()
+    rows = list(benchmark.probe(Flat(), tmp_path))
+    assert len(rows) > 1 and {row.cluster for row in rows} == {group.key}
+
+
 def column_of(rows, column):
     return [row.values[column] for row in rows if column in row.values]
 
@@ -202,7 +210,7 @@ def test_the_published_clips(tmp_path):
         source="folder",
         folder=str(root),
         num_frames=9,
-        residuals=ResidualConfig(levels=1, t_min=0.5, t_max=0.5, draws=1),
+        residuals=ResidualConfig(levels=1, first=0.5, last=0.5, shift=1.0, draws=1),
     )
     (missing,) = LikePhys(settings, VIDEO).requirements()
     assert not missing.found and "LikePhys-Benchmark" in missing.remedy

@@ -333,6 +333,10 @@ def test_prompts(data):
     assert build(data, input="text").prompts()[0].image is None
 
 
+def test_the_three_views_of_a_scenario_are_one_observation(data):
+    assert [task.cluster for task in build(data).prompts()] == [name for name in SCENARIOS for _ in VIEWS]
+
+
 @pytest.mark.parametrize(
     ("fps", "given", "expected"), [(16, 81, 81), (24, 121, 121), (16, 49, 81), (8, 17, 41), (30, 81, 153), (16, 97, 97)]
 )
@@ -498,6 +502,14 @@ def test_requirements(data, tmp_path):
     assert not PhysicsIQ(PhysicsIQConfig(), VIDEO).requirements()[0].found
     with pytest.raises(ValueError, match=r"run.physics_iq.folder=\S+nowhere: no .*30FPS"):
         list(build(tmp_path / "nowhere").score(made(build(data), data), tmp_path))
+
+
+def test_several_frames_before_the_switch_are_said_to_be_unavailable(data):
+    for settings, found in (({}, False), ({"context_frames": 1}, True)):
+        benchmark = build(data, input="multiframe", **settings)
+        assert all(need.found for need in benchmark.requirements()) == found
+    (missing,) = [need for need in build(data, input="multiframe").requirements() if not need.found]
+    assert "24 frames" in missing.where and "input=image" in missing.remedy
 
 
 @pytest.mark.parametrize(

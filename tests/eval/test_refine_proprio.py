@@ -127,7 +127,7 @@ def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(ba
             for t, following in zip(sigmas[:-1], sigmas[1:], strict=True):
                 latents = latents + (following - t) * velocity(latents, float(t))
             whole, motion = [], []
-            for level, t in enumerate((0.3, 0.6)):
+            for level, t in enumerate((2 / 3, 0.875)):  # after 60% and 30% of the steps, at shift 3
                 errors = []
                 for draw in draws[2 * level : 2 * level + 2]:
                     noisy = (1 - t) * latents + t * draw
@@ -228,9 +228,11 @@ def test_what_does_not_fit_is_named(backbone):
         refine(
             backbone, conditioning, noise, FEW, ProprioRefineConfig(), score=lambda z: z.sum((1, 2, 3, 4)) * torch.nan
         )
-    for bad in ({"updates": -1}, {"clip": 0}, {"kl_weight": -1}, {"t_max": 1.0}, {"score": "x"}, {"mixing": 2}):
+    for bad in ({"updates": -1}, {"clip": 0}, {"kl_weight": -1}, {"score": "x"}, {"mixing": 2}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ProprioRefineConfig(**bad)
+    with pytest.raises(ValueError, match="last=1.0"):
+        refine(backbone, conditioning, noise, FEW, ProprioRefineConfig(last=1.0))
 
 
 def test_the_global_random_generator_is_left_alone(backbone):

@@ -23,6 +23,7 @@ def test_every_benchmark_has_a_report(name):
             "key": f"k{number}",
             "seed": 0,
             "category": "ab"[number % 2],
+            "cluster": f"k{number // 2}",
             "motion": draw.random(),
             "values": {column: draw.random() for column in benchmark.columns},
             "error": "",
@@ -30,7 +31,14 @@ def test_every_benchmark_has_a_report(name):
         for model in ("base", "tuned")
         for number in range(8)
     ]
-    found = {"problem": "", "requirements": [], "prompts": 8, "video": asdict(video), "figures": [*benchmark.figures]}
+    found = {
+        "problem": "",
+        "requirements": [],
+        "prompts": 8,
+        "clusters": 4,
+        "video": asdict(video),
+        "figures": [*benchmark.figures],
+    }
     found |= {"lower_is_better": [*benchmark.lower_is_better], "compute": {}, "settings": {}}
     found |= {"published": [asdict(one) for one in benchmark.published], **summarise(benchmark, lines, "base")}
     results = {"recipe": name, "date": "", "backbone": "", "lora": None, "seeds": [0], "benchmarks": {name: found}}

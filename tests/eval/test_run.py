@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +21,11 @@ from safetensors.torch import save_file
 from eval import benchmarks, making, report, run
 from eval.benchmarks import sandbox
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Task
+from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
 from eval.rows import RowFile, identity, scoring_settings
+from eval.vlm import jpeg_frames
+from eval.vlm_backend import VlmConfig
+from tests.eval.vlm_stub import StubServer
 from train import checkpoint
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
@@ -370,21 +376,45 @@ class Asked(Absent):
         yield from (Row(f"k{number}", 0, {"score": moved + number + 0 * weight}) for number in range(2))
 
 
+class Judged(Benchmark):
+    """The probability of a yes, by a vision-language model."""
+
+    name, columns, figures = "judged", ("score",), ("score",)
+
+    def __init__(self, settings, video):
+        self.settings, self._video = settings, video
+
+    def requirements(self):
+        return [judge_requirement("run.judged", self.settings, "none")]
+
+    def prompts(self):
+        return [Task("k0", "a red ball falls")]
+
+    def score(self, samples, folder):
+        async def judge(vlm, sample, frames):
+            return {"score": await vlm.yes_probability(frames, "Does it fall?")}
+
+        yield from judge_rows(
+            self.settings, samples, self._video, folder, lambda task, clip: jpeg_frames(clip, 2, 32), judge
+        )
+
+
 @pytest.fixture
 def more(monkeypatch):
-    """Two further benchmarks."""
+    """Three further benchmarks."""
 
     @dataclass
     class More(run.RunConfig):
         absent: Nothing = run.field(default_factory=Nothing)
         asked: Nothing = run.field(default_factory=Nothing)
+        judged: VlmConfig = run.field(default_factory=lambda: VlmConfig(retries=0))
 
     @dataclass
     class Config(run.Config):
         run: More = run.field(default_factory=More)
 
     monkeypatch.setattr(run, "Config", Config)
-    for name, kind in (("absent", Absent), ("asked", Asked)):
+    for name, kind in (("absent", Absent), ("asked", Asked), ("judged", Judged)):
         monkeypatch.setitem(benchmarks.BENCHMARKS, name, kind)
 
 
@@ -429,6 +459,7 @@ def test_the_list_needs_no_model(more, capsys):
     assert run.main(["--list"]) is None
     printed = capsys.readouterr().out
     assert "sandbox: needs nothing" in printed
+    assert "[cannot run] run.physics_iq.input=multiframe" in printed
     assert "absent\n  [missing] the data (MIT)\n      run.absent.folder=\n      get it from a shop" in printed
 
 
@@ -436,6 +467,55 @@ def test_a_dry_run_counts(copied, no_sampling, capsys):
     copied.run("run.seeds=[0,1]", "--dry-run")
     expected = "sandbox: 5 prompts x 2 seeds, clips of base, tuned: 20, of which 10 are to be made, 2 steps each"
     assert expected in capsys.readouterr().out
+
+
+def test_an_export_and_another_tools_lora_are_refused_with_what_to_give(tuned, tmp_path):
+    state = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 4)}
+    save_file(state, tmp_path / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    for given in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        with pytest.raises(
+            ValueError, match=rf"run.lora={given}: .*give a .*; exports and LoRAs of other tools are not"
+        ):
+            tuned.run(f"run.lora={given}", f"output={tmp_path / 'out'}")
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, capsys):
+    with StubServer() as server:
+        address = server.url.replace("http://", "http://ann:SECRET@")
+        found = copied.run(
+            "benchmarks=[sandbox,judged,physics_iq,pai_bench]",
+            f"run.judged.base_url={address}",
+            "run.judged.model=stub",
+            f"run.pai_bench.judge.base_url={address}",
+            "search.vlm.base_url=https://host/v1?token=SECRET",
+        )
+        assert found["benchmarks"]["judged"]["models"]["base"]["figures"]["score"]["mean"] > 0
+        assert all("authorization: basic" in head.lower() for head in server.headers)
+    files = written(copied.eval)
+    assert {"results.json", "report.html", "report.md", "recipe.yaml", "scores.jsonl"} <= set(files)
+    assert not [name for name, data in files.items() if b"SECRET" in data or b"ann:" in data]
+    saved = files["recipe.yaml"].decode()
+    assert f"base_url: {server.url.replace('http://', 'http://***@')}" in saved and "https://host/v1?***" in saved
+    dead = copied.run("benchmarks=[sandbox,judged]", f"run.judged.base_url={address}", "run.judged.model=other")
+    assert "no connection" in dead["benchmarks"]["judged"]["problem"]
+    out, error = capsys.readouterr()
+    assert "SECRET" not in out + error + "".join(data.decode("latin1") for data in written(copied.eval).values())
+
+
+def test_a_second_run_in_a_folder_is_refused_with_one_sentence(copied):
+    holder = f"from train.files import lock\nwith lock({str(copied.eval)!r}): print(flush=True); input()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", holder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=rf"{copied.eval} is in use by process {process.pid} on .*: wait for it"):
+            copied.run()
+        process.kill()
+    assert fresh(copied.run()) == fresh(copied.results)  # the lock went with the process
 
 
 @pytest.mark.parametrize(
@@ -455,12 +535,54 @@ def test_bad_settings_are_refused(tuned, change, message):
         tuned.run(change)
 
 
-def test_clips_of_one_model_and_size_are_sampled_together():
-    def request(which, frames):
-        return making.Request(making.Clip(which, Path(), {}), None, 0, VideoConfig(64, 64, frames, 8.0))
+def test_a_batch_is_fixed_by_place_whatever_is_finished(tmp_path):
+    def request(number, frames=2):
+        clip = making.Clip("base", tmp_path / f"{number}.mp4", {"number": number}, lossless=True)
+        return making.Request(clip, None, 0, VideoConfig(16, 16, frames, 8.0))
 
-    requests = [request("base", 9)] * 3 + [request("tuned", 9)] * 2 + [request("tuned", 17)]
-    assert [len(batch) for batch in run.batches(requests, 2)] == [2, 1, 2, 1]
+    requests = [request(number) for number in range(5)] + [request(5, frames=3)]
+    whole = [requests[:2], requests[2:4], requests[4:5], requests[5:]]
+    assert making.batches(making.Model("base"), requests, 2) == whole
+    for number in (0, 1, 3):
+        frames, facts = torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"seconds": 1.0, "passes": 2}
+        requests[number].clip.write(frames, 8.0, facts)
+    assert making.batches(making.Model("base"), requests, 2) == whole[1:]
+    searched = making.Model("base-best_of_n", strategy=lambda *_: None)  # samples its clips one by one
+    assert making.batches(searched, requests, 2) == [[requests[2], requests[4]], [requests[5]]]
+
+
+@pytest.fixture(scope="module")
+def together(tuned, tmp_path_factory):
+    """Ten clips, four sampled together."""
+    made = Made(tmp_path_factory.mktemp("together"), {}, tuned.model)
+    made.results = made.run("run.batch_size=4")
+    return made
+
+
+def test_a_clip_does_not_depend_on_which_ones_were_finished(together, tmp_path, monkeypatch):
+    made = Made(tmp_path, {}, together.model)
+    shutil.copytree(together.eval, made.eval)
+    clips = sorted((made.eval / "sandbox" / "clips" / "base").glob("*.mp4"))
+    for clip in clips[1:3]:  # of the first batch of four
+        clip.with_suffix(".json").unlink()
+        clip.unlink()
+    lines = (made.eval / "sandbox" / "rows-base.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (made.eval / "sandbox" / "rows-base.jsonl").write_text("".join([lines[0], *lines[3:]]), encoding="utf-8")
+    asked = []
+    score = sandbox.Sandbox.score
+    monkeypatch.setattr(
+        sandbox.Sandbox, "score", lambda self, samples, folder: asked.append(samples) or score(self, samples, folder)
+    )
+    kept = {path: path.stat().st_mtime_ns for path in clips if path.exists()}
+    again = made.run("run.batch_size=4")
+    assert again["compute"]["made_now"] == 2 and {path: path.stat().st_mtime_ns for path in kept} == kept
+    ours, theirs = (
+        {path.relative_to(one.eval): path.read_bytes() for path in one.eval.rglob("clips/**/*.mp4")}
+        for one in (made, together)
+    )
+    assert ours == theirs and len(ours) == 10
+    assert fresh(again) == fresh(together.results)
+    assert [len(samples) for samples in asked] == [5]  # all that are judged together, to give two rows
 
 
 def test_held_out_scenes_differ_from_those_of_other_seeds():
@@ -471,14 +593,17 @@ def test_held_out_scenes_differ_from_those_of_other_seeds():
     assert not torch.equal(frames, others)
 
 
+FACTS = {"motion": None, "seconds": 1.0}
+
+
 def test_rows_of_other_settings_stay_and_are_not_seen(tmp_path):
     path = tmp_path / "rows.jsonl"
     with RowFile(path) as rows:
-        rows.append("one", Row("a", 0, {"score": 1.0}), {"seconds": 1})
-        rows.append("other", Row("a", 0, error="damaged"), {"seconds": 1})
+        rows.append("one", Row("a", 0, {"score": 1.0}), FACTS)
+        rows.append("other", Row("a", 0, error="damaged"), FACTS)
     with RowFile(path) as rows:
         assert rows.find("one", "a", 0)["values"] == {"score": 1.0} and rows.find("one", "a", 1) is None
-        rows.append("other", Row("a", 0, {"score": 2.0}), {"seconds": 1})
+        rows.append("other", Row("a", 0, {"score": 2.0}), FACTS)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     with RowFile(path) as rows:
         assert [row["values"] for row in rows.every("other")] == [{"score": 2.0}]
@@ -495,12 +620,12 @@ def test_where_data_lies_does_not_tell_rows_apart():
 def test_damaged_lines_of_rows_are_dropped(tmp_path, damage):
     path = tmp_path / "rows.jsonl"
     with RowFile(path) as rows:
-        rows.append("one", Row("a", 0, {"score": 1.0}), {})
+        rows.append("one", Row("a", 0, {"score": 1.0}), FACTS)
     whole = path.read_bytes()
     path.write_bytes(whole + damage)
     with RowFile(path) as rows:
         assert path.read_bytes() == whole
-        rows.append("one", Row("b", 0, {"score": 1.0}), {})
+        rows.append("one", Row("b", 0, {"score": 1.0}), FACTS)
     assert path.read_bytes().startswith(whole) and len(path.read_bytes().splitlines()) == 2
 
 
@@ -547,3 +672,36 @@ def test_a_run_killed_anywhere_goes_on_where_it_was(tuned, tmp_path):
     for model in ("true", "base", "tuned"):
         lines = row_lines(made, model)
         assert len({(row["key"], row["seed"]) for row in lines}) == len(lines) == 40
+
+
+@pytest.mark.slow  # processes that import everything
+def test_killed_at_random_moments_with_four_clips_a_batch_it_gives_the_same_figures(tuned, tmp_path):
+    """PHYSALIGN_KILLS: how many moments, 4 by default."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(made: Made) -> subprocess.Popen:
+        command = [sys.executable, "-m", "eval.run", *made.arguments("run.sandbox.clips=10", "run.batch_size=4")]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
+    def outcome(made: Made) -> tuple[dict, dict, list]:
+        results = json.loads((made.eval / "results.json").read_text(encoding="utf-8"))
+        clips = {path.relative_to(made.eval): path.read_bytes() for path in made.eval.rglob("clips/*/*.mp4")}
+        return fresh(results), clips, (made.eval / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+
+    whole, started = Made(tmp_path / "whole", {}, tuned.model), time.monotonic()
+    assert start(whole).wait() == 0
+    seconds, expected = time.monotonic() - started, outcome(whole)
+    assert len(expected[1]) == 20
+    generator, left, chains = random.Random(0), int(os.environ.get("PHYSALIGN_KILLS", "4")), 0
+    while left:
+        made, chains = Made(tmp_path / f"chain-{chains}", {}, tuned.model), chains + 1
+        process = start(made)
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(generator.uniform(seconds / 4, seconds) if left else None)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                left -= 1
+                process = start(made)
+        assert process.returncode == 0 and outcome(made) == expected, chains

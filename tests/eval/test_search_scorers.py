@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import recipes
+from eval import generate
 from eval.judges.scores import Scores, Unjudged
+from eval.search import searcher
 from eval.search.candidates import Candidates, choose, ranks
-from eval.search.config import SearchConfig
 from eval.search.masks import attention_masks, mask_of
-from eval.search.residuals import ResidualConfig, Residuals
+from eval.search.residuals import ResidualConfig, Residuals, noise_levels
 from eval.search.scorers import PROPRIO, SCORERS, SETTINGS
 from eval.search.scorers import surprise as surprise_scorer
 from eval.search.scorers.judge import JudgeScore
@@ -23,11 +25,11 @@ from eval.search.scorers.random_choice import random_choice
 from eval.search.scorers.rank_sum import RankSum
 from eval.search.scorers.surprise import Surprise, SurpriseConfig
 from train.backbones import load_backbone
-from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
 from train.backbones.tiny import write_tiny_pipeline
 
 SHAPE = (16, 3, 4, 6)  # (C, F, H, W)
-CONFIG = ResidualConfig(levels=2, t_min=0.3, t_max=0.6, draws=2, batch_size=2, seed=5)
+CONFIG = ResidualConfig(levels=2, first=0.4, last=0.7, shift=1.0, draws=2, batch_size=2, seed=5)
 PROMPT_TOKENS = 5
 
 
@@ -134,8 +136,8 @@ def test_passes_are_shared_and_counted_for_each_scorer(backbone, monkeypatch):
 
 def test_batches_do_not_change_scores_and_candidates_do_not_change_noise(backbone):
     found = candidates()
-    one = Residuals(backbone, ResidualConfig(2, 0.3, 0.6, 2, batch_size=1, seed=5)).maps(candidates())
-    all_together = Residuals(backbone, ResidualConfig(2, 0.3, 0.6, 2, batch_size=3, seed=5)).maps(found)
+    one = Residuals(backbone, ResidualConfig(2, 0.4, 0.7, 1.0, 2, batch_size=1, seed=5)).maps(candidates())
+    all_together = Residuals(backbone, ResidualConfig(2, 0.4, 0.7, 1.0, 2, batch_size=3, seed=5)).maps(found)
     torch.testing.assert_close(one, all_together, rtol=1e-4, atol=1e-5)
     fewer = candidates()
     fewer.latents = fewer.latents[:1]
@@ -156,10 +158,30 @@ def test_rounds_are_the_maps_and_their_mean_is_the_uniform_score(backbone):
         Proprio(residuals, "global").round_values(found, 0, [0])
 
 
+def test_levels_are_shares_of_the_steps_on_the_samplers_grid():
+    # By hand, after 60% and 30% of the steps: u = 0.4 and 0.7 are left, t = s u / (1 + (s - 1) u).
+    assert noise_levels(2, 0.3, 0.6, 3.0) == pytest.approx([1.2 / 1.8, 2.1 / 2.4])
+    assert noise_levels(2, 0.3, 0.6, 5.0) == pytest.approx([2 / 2.6, 3.5 / 3.8])
+    assert noise_levels(4, 0.4, 0.7, 1.0) == pytest.approx([0.3, 0.4, 0.5, 0.6])
+    steps = sigma_grid(10, 5.0)  # where a sampler of ten steps is after 3, 4, 5 and 6 of them
+    assert noise_levels(4, 0.3, 0.6, 5.0) == pytest.approx(steps[[6, 5, 4, 3]].tolist())
+
+
+def test_a_recipes_levels_follow_its_sampler_and_stand_in_what_a_clip_depends_on():
+    config = recipes.load(generate.Config, ["sampler.shift=5", "generate.prompts=[x]"])
+    assert config.search.residuals.shift == config.search.refine.shift == 5
+    kept = searcher.settings(searcher.Strategy("best_of_n", "proprio"), config.search)
+    levels = {"levels": 4, "first": 0.3, "last": 0.6, "shift": 5.0}
+    assert levels.items() <= kept["scorers"]["residual_per_motion"]["residuals"].items()
+    assert levels.items() <= kept["refined"].items()
+    pinned = recipes.load(generate.Config, ["recipe=sandbox"]).search.residuals
+    assert noise_levels(4, pinned.first, pinned.last, pinned.shift) == pytest.approx([0.3, 0.4, 0.5, 0.6])
+
+
 def test_each_level_is_served_by_its_expert(tmp_path):
     backbone = load(write_tiny_pipeline("wan22_t2v", tmp_path), "wan22_t2v")
     found = candidates(2)
-    config = ResidualConfig(levels=2, t_min=0.8, t_max=0.95, draws=2, seed=5)  # the boundary is .875
+    config = ResidualConfig(levels=2, first=0.05, last=0.2, shift=1.0, draws=2, seed=5)  # the boundary is .875
     names = {0.8: "low_noise", 0.95: "high_noise"}
     expected = reference_errors(backbone, found, None, (0.8, 0.95), lambda t: backbone.experts[names[t]])
     values = Proprio(Residuals(backbone, config), "global", "motion", "uniform")(found)
@@ -299,7 +321,7 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
     class Model:
         def surprise(self, clips, **windows):
             assert clips.shape == (3, 9, 8, 8, 3) and clips.dtype == torch.uint8
-            assert windows == {"window": 16, "context": 8, "stride": 8, "axis": "token"}
+            assert windows == {"frames": 49, "window": 16, "context": 8, "stride": 8, "axis": "token"}
             return torch.arange(3, dtype=torch.float64)
 
     scorer = Surprise(SurpriseConfig(path="somewhere", axis="token"), "cpu")
@@ -315,7 +337,7 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
 
 
 def test_every_scorer_is_built_and_says_what_it_depends_on(backbone):
-    config = SearchConfig()
+    config = recipes.load(generate.Config, []).search
     config.surprise.path, config.judge.name = "somewhere", "sandbox"
     fields = set(vars(config))
     assert set(SETTINGS) <= set(SCORERS) and all(set(names) <= fields for names in SETTINGS.values())
@@ -335,7 +357,8 @@ def test_a_scorer_that_gives_no_number_is_refused():
 
 
 @pytest.mark.parametrize(
-    "change", [{"levels": 0}, {"draws": 0}, {"batch_size": 0}, {"t_min": 0.0}, {"t_min": 0.7}, {"t_max": 1.0}]
+    "change",
+    [{"levels": 0}, {"draws": 0}, {"batch_size": 0}, {"first": 0.0}, {"first": 0.7}, {"last": 1.0}, {"shift": 0.0}],
 )
 def test_settings_that_cannot_work_are_refused(backbone, change):
     with pytest.raises(ValueError, match=next(iter(change))):

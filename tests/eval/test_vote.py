@@ -184,7 +184,7 @@ def test_votes_that_do_not_fit_are_refused(clips, tmp_path):
     with pytest.raises(ValueError, match="'ann' is in an earlier file"):
         analyse_votes(place, [votes, votes])
     save(votes, key, "ann", lambda trial: "both")
-    with pytest.raises(ValueError, match="none of this page's"):
+    with pytest.raises(ValueError, match="votes.0.choice: Input should be 'left', 'right' or 'tie'"):
         analyse_votes(place, [votes])
     save(votes, key, "ann", lambda trial: "left", trials=[0, 0])
     with pytest.raises(ValueError, match="there twice"):
@@ -201,9 +201,8 @@ def test_the_command_line(clips, tmp_path, capsys):
     vote.main(["analyse", str(tmp_path / "vote" / "key.json"), str(file), "--json", str(tmp_path / "results.json")])
     assert "win rate of tuned" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["win_rate"]["mean"] == 1
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError, match="none.json cannot be read .*give the key.json"):
         vote.main(["analyse", str(tmp_path / "none.json"), str(file)])
-    assert stopped.value.code == 2 and "none.json" in capsys.readouterr().err
 
 
 # In a browser

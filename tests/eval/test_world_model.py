@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import VJEPA2Config, VJEPA2Model
 
-from eval.search.world_model import WorldModel
+from eval.search.world_model import WorldModel, chosen_frames
 from train.teachers.vjepa2 import MEAN, STD
 
 
@@ -111,6 +111,21 @@ def test_frames_after_the_last_window_are_not_judged(world):
     assert not torch.equal(world.surprise(clips, stride=1), world.surprise(altered, stride=1))
 
 
+def test_49_frames_are_taken_evenly_from_a_longer_clip_and_all_of_a_shorter_one(world):
+    # By hand: 121 frames have 120 gaps, so every 2.5th frame, the earlier of two where it falls between them.
+    chosen = chosen_frames(121, 49)
+    assert chosen[:6] == [0, 2, 5, 7, 10, 12] and chosen[-3:] == [115, 117, 120] and len(chosen) == 49
+    assert chosen_frames(81, 49)[:5] == [0, 1, 3, 5, 6] and chosen_frames(97, 49) == list(range(0, 97, 2))
+    assert chosen_frames(49, 49) == list(range(49)) and chosen_frames(17, 49) == list(range(17))
+    clips = noise(1, 121, 32, 32, 3)
+    with torch.no_grad():
+        expected = world.surprise(clips[:, chosen])
+        assert torch.equal(world.surprise(clips), expected)
+        frames = clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        assert torch.allclose(world.surprise_with_gradient(frames), expected, atol=1e-5)
+        assert not torch.equal(world.surprise(clips, frames=121), expected)
+
+
 def test_any_frame_shape_fits(world):
     assert world.surprise(noise(2, 16, 20, 36, 3)).isfinite().all()
 
@@ -147,6 +162,7 @@ def test_gradient_equals_the_plain_one_and_the_value_that_of_bytes(world):
         ({"stride": 0}, "stride=0"),
         ({"window": 18}, "window=18 is longer than the clip of 17 frames"),
         ({"axis": "time"}, "axis='time'"),
+        ({"frames": 1}, "frames=1"),
     ],
 )
 def test_what_does_not_fit_is_refused(world, options, message):

@@ -19,6 +19,11 @@ from train import gdpo
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
 
+# Compiled code of the tests: theirs alone, and kept from run to run, for it takes minutes.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(COMPILED / "inductor")
+os.environ["TORCH_EXTENSIONS_DIR"] = str(COMPILED / "extensions")
+
 # The networks here are tiny: more threads only wait for each other. Also of the processes that tests start.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 

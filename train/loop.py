@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import recipes
-from train import checkpoint, export, memory, parallel
+from train import checkpoint, compile_cache, export, memory, parallel
 from train.backbones import float8, load_backbone
 from train.backbones.base import Backbone
 from train.backbones.fused_block import fuse_blocks, unfit
@@ -369,6 +369,7 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig, 
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
     if config.compile:
+        compile_cache.heal()
         switch.share_graph()
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
         # per mode.

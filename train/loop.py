@@ -116,6 +116,11 @@ def fit(
     device = accelerator.device
     accumulation = accumulation_steps(config, accelerator.num_processes)
     check_intervals(config)
+    sharding = parallel.sharding(accelerator)
+    if sharding is not None and config.train.parameters == "full":
+        raise ValueError(
+            "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
+        )
 
     live = None
     if lacks_targets(config.physics, config.train.groups):
@@ -123,7 +128,7 @@ def fit(
     validation = Validation(config, accelerator, folder / "validation")
     parts = ["transformer" if validation.enabled else "expert"]
     parts += ["vae"] if validation.enabled or live else []
-    backbone = load_backbone(config.backbone, device, parts=parts)
+    backbone = load_backbone(config.backbone, device, parts=parts, sharding=sharding)
     groups = open_groups(config, backbone)
     check_groups(config, groups)
     policy = Policy(
@@ -132,10 +137,6 @@ def fit(
         build_heads(config, backbone),
     )
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
-    if engines[0] is not None and isinstance(policy.switch, FullParameters):
-        raise ValueError(
-            "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
-        )
     whole = "sharded over the ranks" if engines[0] else "whole on every rank"
     accelerator.print(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"

@@ -50,6 +50,27 @@ def build_accelerator(**options) -> Accelerator:
     return accelerator
 
 
+class Sharding:
+    """Spreads a network over the ranks of ZeRO-3 while it is made: the first rank reads, every rank keeps its share.
+
+    One module's parameters are whole at a time. `partition` does the rest.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.reads = accelerator.is_main_process
+
+    def take(self, parameters: list[nn.Parameter]) -> None:
+        """Replace each parameter's values, on every rank, by this rank's share of the first rank's."""
+        from deepspeed import zero
+
+        zero.Init(module=nn.ParameterList(parameters), mem_efficient_linear=False)
+
+
+def sharding(accelerator: Accelerator) -> Sharding | None:
+    """How networks are to be loaded in this launch; None: whole."""
+    return Sharding(accelerator) if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+
+
 def partition(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
     """Shard `network` over the ranks when launched with DeepSpeed ZeRO-3, else do nothing.
 

@@ -1,9 +1,11 @@
 """Fixtures of the training tests: one tiny Wan pipeline and its preference groups a session, and short runs on them."""
 
+import getpass
 import json
 import multiprocessing
 import os
 import signal
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +21,8 @@ from train import gdpo
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
 
-# Compiled code of the tests: theirs alone, and kept from run to run, for it takes minutes.
-COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+# Compiled code of the tests: theirs alone, and kept from run to run and for every checkout, for it takes minutes.
+COMPILED = Path(tempfile.gettempdir()) / f"physalign-tests-{getpass.getuser()}"
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(COMPILED / "inductor")
 os.environ["TORCH_EXTENSIONS_DIR"] = str(COMPILED / "extensions")
 

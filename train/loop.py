@@ -44,6 +44,7 @@ from train.physics import PhysicsHeads, feature_block, lacks_targets
 from train.self_score import check_resume
 from train.tracking import Tracker, device_peak_tflops, peak_memory_gib, transformer_flops
 from train.validation import Validation
+from train.watch import timeout_minutes
 
 Tensors = dict[str, Tensor]
 
@@ -172,6 +173,12 @@ def fit(
         check_resume(config.self_score, samples_seen=state["samples_seen"], batch_size=config.optim.batch_size)
         start = loaded["step"]
         accelerator.print(f"resuming from {newest}: step {start}, {state['samples_seen']} groups seen")
+
+    if not parallel.same_on_all_ranks(start, device):
+        raise ValueError(
+            f"ranks see different checkpoints in {checkpoints} (this one step {start}): put train.folder on a file"
+            " system that all nodes share"
+        )
 
     if accelerator.is_main_process:  # not before: a refused run leaves the folder as it was
         recipes.save(config, folder / "recipe.yaml")
@@ -401,6 +408,7 @@ def build_loader(
         num_workers=config.train.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.train.num_workers > 0,
+        timeout=60 * timeout_minutes() if config.train.num_workers else 0,
         worker_init_fn=partial(_outlive_stop_signal, leaving),
     )
 

@@ -115,3 +115,10 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor([float(flag)], device=device)
     average_([value])
     return bool(value.item() > 0)
+
+
+def same_on_all_ranks(number: int, device: torch.device) -> bool:
+    """Whether every rank has the same `number`; the same answer on all."""
+    mean = torch.tensor([number], dtype=torch.float64, device=device)
+    average_([mean])
+    return not any_rank(mean.item() != number, device)

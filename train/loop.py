@@ -117,6 +117,8 @@ def fit(
     device = accelerator.device
     accumulation = accumulation_steps(config, accelerator.num_processes)
     check_intervals(config)
+    if config.ranks not in (0, accelerator.num_processes):
+        raise ValueError(f"ranks={config.ranks} is for --dry-run: {accelerator.num_processes} processes were launched")
     sharding = parallel.sharding(accelerator)
     if sharding is not None and config.train.parameters == "full":
         raise ValueError(

@@ -148,7 +148,7 @@ class Watch:
         frame, place = sys._current_frames().get(self.main), "its end"
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(ROOT):
+            if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
                 return f"{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})"
             frame = frame.f_back
         return place

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -282,26 +281,27 @@ def test_the_tiny_text_encoder_is_stored_as_wans(folders):
 
 
 @pytest.fixture
-def hub(folders, monkeypatch):
-    """The hub's two calls: some/wan is there at every revision, some/original has no model_index.json; lists calls."""
+def hub(folders, copy, tmp_path, monkeypatch):
+    """The hub: some/wan is there but for revision v0, some/original has no model_index.json; lists what is fetched."""
+    (tmp_path / "original").mkdir()
+    quantised = copy("wan22_ti2v")
+    edit_json(quantised / "transformer" / "config.json", quantization_config={"quant_method": "modelopt"})
+    there = {"some/wan": folders["wan21"], "some/original": tmp_path / "original", "some/quantised": quantised}
     asked = []
 
-    def fetch(repository, *files, revision, allow_patterns=()):
-        asked.append((repository, revision, "weights" if "*.safetensors" in allow_patterns else "index"))
-        if repository == "some/original":
-            raise EntryNotFoundError("404")
-        if repository != "some/wan" or revision == "v0":
+    def fetch(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, "weights" if "*.safetensors" in allow_patterns else "configs"))
+        if repository not in there or revision == "v0":
             raise FileNotFoundError("no such repository")
-        return str(folders["wan21"])
+        return str(there[repository])
 
     monkeypatch.setattr(loading, "snapshot_download", fetch)
-    monkeypatch.setattr(loading, "hf_hub_download", fetch)
     return asked
 
 
 def test_hub_ids_are_resolved_once_and_at_their_revision(folders, hub):
     backbone = load_backbone(BackboneConfig(path="some/wan"), "cpu", parts=("vae",))
-    assert hub == [("some/wan", None, "index"), ("some/wan", None, "weights")]
+    assert hub == [("some/wan", None, "configs"), ("some/wan", None, "weights")]
     assert backbone.fingerprint == loading.fingerprint("wan21", folders["wan21"])
     with pytest.raises(ValueError, match="backbone.path='other/wan' .* cannot be downloaded .no such repository"):
         load_backbone(BackboneConfig(path="other/wan"), "cpu")
@@ -314,10 +314,17 @@ def test_hub_ids_are_resolved_once_and_at_their_revision(folders, hub):
         load_backbone(BackboneConfig(path=str(folders["wan21"]), revision="v0"), "cpu")
 
 
-def test_a_hub_id_without_a_pipeline_is_refused_before_its_weights_are_fetched(hub):
-    with pytest.raises(ValueError, match="'some/original' is no diffusers pipeline .*-Diffusers$"):
-        load_backbone(BackboneConfig(path="some/original"), "cpu")
-    assert hub == [("some/original", None, "index")]
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("some/original", "'some/original' is no diffusers pipeline .*-Diffusers$"),
+        ("some/quantised", "the component transformer is quantised .its config.json has a quantization_config"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_its_weights_are_fetched(hub, path, message):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(BackboneConfig(path=path), "cpu")
+    assert hub == [(path, None, "configs")]
 
 
 def test_random_weights(folders):

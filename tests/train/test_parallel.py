@@ -37,7 +37,7 @@ class Counting(parallel.Sharding):
 
 
 def load(pipeline: str, folder: Path) -> None:
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
     accelerator = parallel.build_accelerator()
     facts = {}
@@ -51,7 +51,7 @@ def load(pipeline: str, folder: Path) -> None:
         plain = load_backbone(config, "cpu", parts=("transformer",))
         for expert, network in backbone.experts.items():
             expected = dict(plain.experts[expert].named_parameters())
-            with GatheredParameters(list(network.parameters())):
+            with zero.GatheredParameters(list(network.parameters())):
                 facts[f"{name} {expert}"] = all(
                     torch.equal(value, expected[key]) and value.dtype == expected[key].dtype
                     for key, value in network.named_parameters()

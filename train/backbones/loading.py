@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
@@ -42,8 +42,8 @@ def resolve_folder(path: str, revision: str = "") -> Path:
     """The local folder of a pipeline: `path` itself, or the snapshot of a hub id (at the commit, tag or branch
     `revision`), downloaded when needed.
 
-    Raises ValueError when the path is empty, neither a folder nor a reachable hub id, or no diffusers pipeline: that
-    before any weights are downloaded.
+    Raises ValueError when the path is empty, neither a folder nor a reachable hub id, or no diffusers pipeline, and
+    when a config says that weights are quantised: before any weights are downloaded.
     """
     if not path.strip():
         raise ValueError(
@@ -51,23 +51,31 @@ def resolve_folder(path: str, revision: str = "") -> Path:
             "or set backbone.random_weights=true"
         )
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        if revision:
-            raise ValueError(
-                f"backbone.revision={revision!r} is for hub ids, but backbone.path={path} is a folder: set it to ''"
-            )
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(_no_pipeline(path))
-        return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise ValueError(f"backbone.path={path!r} is no folder: give an existing one or a hub id (owner/name)")
+    hub = not folder.is_dir()
+    if hub:
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+            raise ValueError(f"backbone.path={path!r} is no folder: give an existing one or a hub id (owner/name)")
+        folder = _download(path, revision, "*.json", "tokenizer/*")
+    elif revision:
+        raise ValueError(
+            f"backbone.revision={revision!r} is for hub ids, but backbone.path={path} is a folder: set it to ''"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"backbone.path={path!r} is no diffusers pipeline (no model_index.json): give the pipeline's top folder, or"
+            " the hub id that ends in -Diffusers"
+        )
+    for name in WEIGHT_FOLDERS:
+        if (folder / name / "config.json").is_file() and "quantization_config" in _read_config(folder, name):
+            raise ValueError(_quantised(folder, name, "its config.json has a quantization_config"))
+    return _download(path, revision, "*.safetensors") if hub else folder
+
+
+def _download(path: str, revision: str, *patterns: str) -> Path:
+    """The snapshot of a hub id, with the files of `patterns`."""
     try:
-        hf_hub_download(path, "model_index.json", revision=revision or None)
-        patterns = ["*.json", "*.safetensors", "tokenizer/*"]
-        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise ValueError(_no_pipeline(path)) from error
+        return Path(snapshot_download(path, revision=revision or None, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
         at = f" at backbone.revision={revision}" if revision else ""
         raise ValueError(
             f"backbone.path={path!r} is no folder here, and as a hub id it cannot be downloaded{at} ({error}): "
@@ -75,10 +83,10 @@ def resolve_folder(path: str, revision: str = "") -> Path:
         ) from error
 
 
-def _no_pipeline(path: str) -> str:
+def _quantised(folder: Path, name: str, reason: str) -> str:
     return (
-        f"backbone.path={path!r} is no diffusers pipeline (no model_index.json): give the pipeline's top folder, or the"
-        " hub id that ends in -Diffusers"
+        f"backbone.path={folder}: the component {name} is quantised ({reason}), which nothing here reads: give the"
+        " checkpoint in bfloat16 or float32"
     )
 
 
@@ -290,12 +298,13 @@ def _stored(folder: Path, name: str) -> dict[str, _Stored]:
 
     ValueError when there are none, files are missing or damaged, or the weights are quantised.
     """
-    config, stem = _read_config(folder, name), "model" if name == "text_encoder" else "diffusion_pytorch_model"
+    _read_config(folder, name)
     if not any((folder / name).glob("*.safetensors")):
         raise ValueError(
             f"backbone.path={folder} has no safetensors weights for the component {name}: "
             "download them, or convert pickled ones with save_pretrained"
         )
+    stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
     files, index = {f"{stem}.safetensors"}, folder / name / f"{stem}.safetensors.index.json"
     if index.is_file():
         files = {Path(file).name for file in _read_json(index)["weight_map"].values()}
@@ -305,14 +314,9 @@ def _stored(folder: Path, name: str) -> dict[str, _Stored]:
             for key in opened.keys():
                 tensor = opened.get_slice(key)
                 stored[key] = _Stored(file, tensor.get_dtype(), torch.Size(tensor.get_shape()))
-    quantised = [f"{key} is stored as {tensor.dtype}" for key, tensor in stored.items() if tensor.dtype not in FLOATS]
-    if "quantization_config" in config:
-        quantised = ["its config.json has a quantization_config"]
-    if quantised:
-        raise ValueError(
-            f"backbone.path={folder}: the component {name} is quantised ({quantised[0]}), which nothing here reads:"
-            " give the checkpoint in bfloat16 or float32"
-        )
+    for key, tensor in stored.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(_quantised(folder, name, f"{key} is stored as {tensor.dtype}"))
     return stored
 
 

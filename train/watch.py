@@ -63,6 +63,7 @@ class Watch:
         self.process, self.main = psutil.Process(), threading.main_thread().ident
         self.looks = self.idle = 0
         self.moved, self.effort = False, self._effort()
+        self.telling, self.left = threading.Lock(), False
         self.last: list[str] = [""] * self.world  # what each rank said
         self.unchanged = [0] * self.world  # looks since a rank said anything new
         # Delivered to the main thread when it next runs Python, and ignored by everything else.
@@ -75,7 +76,8 @@ class Watch:
         self.moved = True
 
     def _leave(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store went with its host
+        with contextlib.suppress(RuntimeError), self.telling:  # the store may have gone with its host
+            self.left = True
             self.store.set(str(self.rank), json.dumps({"left": True}))
 
     def _sleep(self) -> None:
@@ -104,7 +106,9 @@ class Watch:
         self.idle = 0 if self.moved or working else self.idle + 1
         self.moved, self.effort = False, effort
         message = {"look": self.looks, "idle": self.idle, "name": self.name, "at": self._place()}
-        self.store.set(str(self.rank), json.dumps(message))
+        with self.telling:
+            if not self.left:
+                self.store.set(str(self.rank), json.dumps(message))
         interrupt_main(signal.SIGURG)
 
     def _look(self) -> None:
@@ -120,7 +124,7 @@ class Watch:
         here = {rank: state for rank, state in ranks.items() if "left" not in state}
         if set(ranks) == {*range(self.world)} and set(here) == {self.rank}:
             return  # nobody waits any more
-        silent = [r for r, count in enumerate(self.unchanged) if count >= LOOKS and not (r in ranks and r not in here)]
+        silent = [r for r, count in enumerate(self.unchanged) if count >= LOOKS and (r in here or r not in ranks)]
         if silent:
             names = ", ".join(here[r]["name"] + f" at {here[r]['at']}" if r in here else f"rank {r}" for r in silent)
             self._end(f"{names}: stopped or cut off, not a sign of life for {self.minutes:g} minutes")

@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
@@ -23,17 +21,14 @@ from data_pipeline.tables import (
     write_unit,
 )
 from train.files import digest
-
-# Ranks meet at the end of each stage only; the first to finish may wait for days.
-TIMEOUT = timedelta(days=30)
+from train.parallel import build_accelerator
 
 
 class Team:
     """The processes that share the work: ranks of one launch, or tasks of an array that know nothing of each other."""
 
     def __init__(self, array_index: int, array_count: int):
-        handlers = [InitProcessGroupKwargs(timeout=TIMEOUT)]
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+        self.accelerator = build_accelerator()
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("a build gives each GPU a whole model: launch without DeepSpeed, as with launch/ddp.yaml")
         self.array_index, self.array_count = array_index, array_count

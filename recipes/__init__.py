@@ -46,7 +46,7 @@ SECTIONS = {
     "inspect": "what train.inspect_targets draws",
 }
 # Keys beside the sections.
-KEYS = ("recipe", "output", "seed", "dry_run", "benchmarks", "list")
+KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")
 
 C = TypeVar("C")
 

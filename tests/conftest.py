@@ -1,9 +1,11 @@
 """Fixtures of the training tests: one tiny Wan pipeline and its preference groups a session, and short runs on them."""
 
+import getpass
 import json
 import multiprocessing
 import os
 import signal
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,11 @@ from tests.train.two_process_worker import train
 from train import gdpo
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
+
+# Compiled code of the tests: theirs alone, and kept from run to run and for every checkout, for it takes minutes.
+COMPILED = Path(tempfile.gettempdir()) / f"physalign-tests-{getpass.getuser()}"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(COMPILED / "inductor")
+os.environ["TORCH_EXTENSIONS_DIR"] = str(COMPILED / "extensions")
 
 # The networks here are tiny: more threads only wait for each other. Also of the processes that tests start.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from train import parallel
 from train.groups import GroupSet, GroupStream, Sample, positions
+from train.watch import timeout_minutes
 
 Tensors = dict[str, Tensor]
 
@@ -53,6 +54,7 @@ def build_loader(
         num_workers=config.train.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.train.num_workers > 0,
+        timeout=60 * timeout_minutes() if config.train.num_workers else 0,
         worker_init_fn=partial(_outlive_stop_signal, leaving),
     )
 

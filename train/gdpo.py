@@ -100,6 +100,7 @@ class Config:
     output: str = "runs/default"  # everything goes below this folder
     seed: int = 0  # of every draw
     dry_run: bool = False  # print the derived numbers and stop
+    ranks: int = 0  # with dry_run: for so many processes, more than one under ZeRO-3; 0: for those of this launch
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train import checkpoint, export, memory, parallel, resume
+from train import checkpoint, compile_cache, export, memory, parallel, resume
 from train.backbones import float8, load_backbone
 from train.backbones.base import Backbone
 from train.backbones.fused_block import fuse_blocks, unfit
@@ -110,6 +110,13 @@ def fit(
     device = accelerator.device
     accumulation = accumulation_steps(config, accelerator.num_processes)
     check_intervals(config)
+    if config.ranks not in (0, accelerator.num_processes):
+        raise ValueError(f"ranks={config.ranks} is for --dry-run: {accelerator.num_processes} processes were launched")
+    sharding = parallel.sharding(accelerator)
+    if sharding is not None and config.train.parameters == "full":
+        raise ValueError(
+            "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
+        )
     with resume.claimed(folder, accelerator):
         newest = resume.newest(config, accelerator)
 
@@ -119,7 +126,7 @@ def fit(
         validation = Validation(config, accelerator, folder / "validation")
         parts = ["transformer" if validation.enabled else "expert"]
         parts += ["vae"] if validation.enabled or live else []
-        backbone = load_backbone(config.backbone, device, parts=parts)
+        backbone = load_backbone(config.backbone, device, parts=parts, sharding=sharding)
         groups = open_groups(config, backbone)
         check_groups(config, groups)
         policy = Policy(
@@ -128,11 +135,6 @@ def fit(
             build_heads(config, backbone),
         )
         engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
-        if engines[0] is not None and isinstance(policy.switch, FullParameters):
-            raise ValueError(
-                "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with"
-                " launch/ddp.yaml"
-            )
         whole = "sharded over the ranks" if engines[0] else "whole on every rank"
         accelerator.print(
             f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
@@ -351,6 +353,7 @@ def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig, 
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
     if config.compile:
+        compile_cache.heal()
         switch.share_graph()
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
         # per mode.

@@ -9,6 +9,7 @@ What was sent last is still there when backward begins, and is not copied back.
 import os
 import warnings
 import weakref
+from pathlib import Path
 
 import psutil
 import torch
@@ -20,15 +21,31 @@ ALIGNMENT = 4096  # bytes
 HOST_SHARE = 0.8  # of the host's memory that all of its processes may lock together
 
 
+def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this host's processes of this job may use: the machine's memory, or the least limit of a control group
+    that they are in, as Slurm's --mem and a pod's limit set it."""
+    limits = [psutil.virtual_memory().total]
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
+        _, kinds, place = line.split(":", 2)
+        names = {"": ("", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}.get(kinds)  # versions 2 and 1
+        if names is None:
+            continue
+        folder = mount / names[0] / place.lstrip("/")
+        for path in (folder, *folder.parents):  # a group is within its parents' limits
+            text = (path / names[1]).read_text(encoding="utf-8").strip() if (path / names[1]).is_file() else "max"
+            limits += [] if text == "max" else [int(text)]
+    return min(limits)
+
+
 def affordable(gib: float) -> float:
     """At most `gib` GiB for this process, for the host's share HOST_SHARE of its memory; warns where that is less."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = HOST_SHARE * psutil.virtual_memory().total / GIB / processes
+    share = HOST_SHARE * host_memory() / GIB / processes
     if gib <= share:
         return gib
     warnings.warn(
-        f"train.offload_gib={gib:g} for each of {processes} processes is more than this host has: {share:.0f} GiB each"
-        " are used, and steps recompute more",
+        f"train.offload_gib={gib:g} for each of {processes} processes is more than this job may have here:"
+        f" {share:.0f} GiB each are used, and steps recompute more",
         stacklevel=2,
     )
     return share

@@ -14,20 +14,25 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(days=1)  # ranks may wait for one that writes clips or downloads weights
+from train import compile_cache, watch
+
+TIMEOUT = timedelta(days=30)  # ranks may wait for one that builds, writes clips or downloads weights: see train.watch
 
 
 def build_accelerator(**options) -> Accelerator:
-    """An Accelerator for this launch; its processes talk over gloo where there is no GPU.
+    """An Accelerator for this launch; its processes talk over gloo where there is no GPU, and watch each other.
 
     Raises ValueError for a ZeRO stage other than 3.
     """
+    watch.timeout_minutes()  # raises before anything is waited for
     launched = "LOCAL_RANK" in os.environ  # by accelerate launch or torchrun; a bare process has no group to set up
     gpu = torch.cuda.is_available()
     handlers = [InitProcessGroupKwargs(backend=None if gpu else "gloo", timeout=TIMEOUT)]
     # Without cpu=True several ranks on a machine without GPUs pass for one; with it, DeepSpeed is silently left out.
     sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     cpu = not gpu and not sharded
+    if sharded:
+        compile_cache.heal()  # DeepSpeed compiles operators
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers if launched else [], **options)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         import deepspeed
@@ -41,7 +46,29 @@ def build_accelerator(**options) -> Accelerator:
                 f"DeepSpeed zero stage {stage}: only stage 3 shards the frozen network, and nothing else is large here."
                 " Launch with launch/zero3.yaml, or launch/ddp.yaml for plain data parallelism."
             )
+    watch.start()
     return accelerator
+
+
+class Sharding:
+    """Spreads a network over the ranks of ZeRO-3 while it is made: the first rank reads, every rank keeps its share.
+
+    One module's parameters are whole at a time. `partition` does the rest.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.reads = accelerator.is_main_process
+
+    def take(self, parameters: list[nn.Parameter]) -> None:
+        """Replace each parameter's values, on every rank, by this rank's share of the first rank's."""
+        from deepspeed import zero
+
+        zero.Init(module=nn.ParameterList(parameters), mem_efficient_linear=False)
+
+
+def sharding(accelerator: Accelerator) -> Sharding | None:
+    """How networks are to be loaded in this launch; None: whole."""
+    return Sharding(accelerator) if accelerator.distributed_type == DistributedType.DEEPSPEED else None
 
 
 def partition(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:

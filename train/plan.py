@@ -20,8 +20,12 @@ LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce
 def print_plan(config: Any) -> None:
     """Print parameters, tokens, steps, samples and an estimate of memory per device; ValueError if it cannot work."""
     accelerator = build_accelerator()
-    sharded = accelerator.distributed_type.value == "DEEPSPEED"
-    for line in plan(config, world=accelerator.num_processes, sharded=sharded):
+    world, sharded = accelerator.num_processes, accelerator.distributed_type.value == "DEEPSPEED"
+    if config.ranks < 0:
+        raise ValueError(f"ranks={config.ranks}: give the processes to plan for, or 0 for those of this launch")
+    if config.ranks:
+        world, sharded = config.ranks, config.ranks > 1
+    for line in plan(config, world=world, sharded=sharded):
         accelerator.print(line)
 
 
@@ -36,8 +40,12 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     parameters = parameter_count(architecture)
     adapters = lora_parameters(architecture, config.lora)
     memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=world if sharded else 1)
+    largest = width * network["ffn_dim"] * (bytes_a_number(config) + 4)  # one tensor, as it is and as it is stored
     samples = config.optim.steps * config.optim.batch_size
+    place = "shared out over them (ZeRO-3)" if sharded else "whole on each"
     lines = [
+        f"ranks           {world}, the frozen network {place}"
+        + ("; ranks=16 plans for 16 under ZeRO-3" if world == 1 else ""),
         f"backbone        {config.backbone.family} {config.backbone.architecture}:"
         f" {parameters / 1e6:,.2f} M parameters, {layers} blocks of width {width}",
         f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained",
@@ -51,12 +59,12 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         "memory a device "
         + " + ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
+        f"loading         at most {(memory['weights'] + largest) / GIB:.1f} GiB a device: its weights and one tensor",
     ]
     if config.train.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
         gradients = gradient_sets(config, config.objective.clips_per_group(LOSERS), accumulation)
         resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
-        if world > 1 and sharded:
-            resident += GATHERED * parameters / layers * bytes_a_number(config)
+        resident += memory.get("gathered", 0)
         lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
     block = feature_block(config.physics, layers)
     if block is not None:
@@ -116,10 +124,11 @@ def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:
 def memory_estimate(
     config: Any, architecture: dict[str, Any], tokens: int, parameters: int, adapters: int, *, world: int
 ) -> dict[str, float]:
-    """Bytes per device by part: weights, adapters, activations.
+    """Bytes per device by part: weights, gathered, adapters, activations.
 
     Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips.
-    Adapters: weights, two moments and gradients, in float32.
+    Gathered: under ZeRO-3, blocks that are whole while they run. Adapters: weights, two moments and gradients, in
+    float32.
     Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
     while one block is recomputed; without checkpointing the latter for every block.
     """
@@ -129,8 +138,10 @@ def memory_estimate(
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
     experts = len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1
+    gathered = {"gathered": GATHERED * parameters / layers * size} if world > 1 else {}
     return {
         "weights": experts * parameters * size / world,
+        **gathered,
         "adapters": adapters * 4 * 6,
         "activations": clips_in_a_pass(config) * kept,
     }

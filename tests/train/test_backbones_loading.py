@@ -215,24 +215,116 @@ def test_damaged_weights_are_refused(copy, name):
     with pytest.raises(ValueError, match=f"the component {name} .* download it again"):
         load_backbone(config, "cpu")
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=f"the component {name} cannot be loaded onto cpu"):
+    with pytest.raises(ValueError, match=f"the component {name} cannot be loaded; if its weights are damaged"):
         load_backbone(config, "cpu")
 
 
-def test_hub_ids_are_resolved_once(folders, monkeypatch):
+@pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder"])
+def test_weights_that_the_model_does_not_know_are_refused_by_name(copy, name):
+    folder = copy()
+    (weights,) = (folder / name).glob("*.safetensors")
+    more = {f"block.{n}.weight_extra": torch.zeros(2) for n in range(5)}
+    save_file(load_file(weights) | more, weights, metadata={"format": "pt"})
+    message = r"the component \w+ has weights that the model does not know \(block.0.* and 2 more\)"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(BackboneConfig(path=str(folder)), "cpu")
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("name", ["transformer", "text_encoder"])
+def test_weights_in_8_bits_are_refused(copy, name, scaled):
+    folder = copy()
+    (weights,) = (folder / name).glob("*.safetensors")
+    tensors = load_file(weights)
+    key = next(key for key, value in tensors.items() if value.dim() == 2)
+    if scaled:
+        tensors[f"{key}_scale"] = tensors[key].abs().max() / 448
+        tensors[key] = tensors[key] / tensors[f"{key}_scale"]
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"the component {name} is quantised \({key} is stored as F8_E4M3\)"):
+        load_backbone(BackboneConfig(path=str(folder)), "cpu")
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder"])
+def test_a_quantised_config_is_refused(copy, name):
+    folder = copy()
+    edit_json(folder / name / "config.json", quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    with pytest.raises(ValueError, match=f"{name} is quantised .its config.json has a quantization_config.*bfloat16"):
+        load_backbone(BackboneConfig(path=str(folder)), "cpu")
+
+
+def test_shards_are_those_of_the_index(folders, copy):
+    folder = copy()
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    names = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    shards = {key: names[index % 2] for index, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: tensors[key] for key in tensors if shards[key] == name}, folder / "transformer" / name)
+    weights.unlink()
+    weights.write_bytes(b"of another time")
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}), encoding="utf-8")
+    loaded = load_backbone(BackboneConfig(path=str(folder), dtype="float32"), "cpu", parts=("transformer",))
+    assert all(torch.equal(value, tensors[key]) for key, value in loaded.transformer.state_dict().items())
+    (folder / "transformer" / names[1]).unlink()
+    with pytest.raises(ValueError, match=f"transformer cannot be loaded.*download it again.*{names[1]}"):
+        load_backbone(BackboneConfig(path=str(folder)), "cpu", parts=("transformer",))
+
+
+def test_the_tiny_text_encoder_is_stored_as_wans(folders):
+    (weights,) = (folders["wan21"] / "text_encoder").glob("*.safetensors")
+    config = json.loads((folders["wan21"] / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    assert config["tie_word_embeddings"] is False
+    assert "shared.weight" in load_file(weights) and "encoder.embed_tokens.weight" not in load_file(weights)
+
+
+@pytest.fixture
+def hub(folders, copy, tmp_path, monkeypatch):
+    """The hub: some/wan is there but for revision v0, some/original has no model_index.json; lists what is fetched."""
+    (tmp_path / "original").mkdir()
+    quantised = copy("wan22_ti2v")
+    edit_json(quantised / "transformer" / "config.json", quantization_config={"quant_method": "modelopt"})
+    there = {"some/wan": folders["wan21"], "some/original": tmp_path / "original", "some/quantised": quantised}
     asked = []
 
-    def download(repository, **settings):
-        asked.append(repository)
-        if repository != "some/wan":
+    def fetch(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, "weights" if "*.safetensors" in allow_patterns else "configs"))
+        if repository not in there or revision == "v0":
             raise FileNotFoundError("no such repository")
-        return str(folders["wan21"])
+        return str(there[repository])
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    return asked
+
+
+def test_hub_ids_are_resolved_once_and_at_their_revision(folders, hub):
     backbone = load_backbone(BackboneConfig(path="some/wan"), "cpu", parts=("vae",))
-    assert asked == ["some/wan"] and backbone.fingerprint == loading.fingerprint("wan21", folders["wan21"])
+    assert hub == [("some/wan", None, "configs"), ("some/wan", None, "weights")]
+    assert backbone.fingerprint == loading.fingerprint("wan21", folders["wan21"])
     with pytest.raises(ValueError, match="backbone.path='other/wan' .* cannot be downloaded .no such repository"):
         load_backbone(BackboneConfig(path="other/wan"), "cpu")
+    hub.clear()
+    load_backbone(BackboneConfig(path="some/wan", revision="a1b2"), "cpu", parts=())
+    assert [revision for _, revision, _ in hub] == ["a1b2", "a1b2"]
+    with pytest.raises(ValueError, match="'some/wan' .* cannot be downloaded at backbone.revision=v0 "):
+        load_backbone(BackboneConfig(path="some/wan", revision="v0"), "cpu")
+    with pytest.raises(ValueError, match="backbone.revision='v0' is for hub ids, but backbone.path=.* is a folder"):
+        load_backbone(BackboneConfig(path=str(folders["wan21"]), revision="v0"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("some/original", "'some/original' is no diffusers pipeline .*-Diffusers$"),
+        ("some/quantised", "the component transformer is quantised .its config.json has a quantization_config"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_its_weights_are_fetched(hub, path, message):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(BackboneConfig(path=path), "cpu")
+    assert hub == [(path, None, "configs")]
 
 
 def test_random_weights(folders):

@@ -95,7 +95,7 @@ def test_dry_run_prints_and_writes_nothing(tiny, tmp_path, capsys):
 
 
 def test_full_parameters_do_not_train_sharded(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.parallel, "partition", lambda accelerator, network: object())
+    monkeypatch.setattr(train.parallel, "sharding", lambda accelerator: object())
     with pytest.raises(ValueError, match="train.parameters=full cannot train under ZeRO-3.*launch/ddp.yaml"):
         tiny.train(tmp_path, "train.parameters=full", "optim.steps=1", entry=sft)
 

@@ -1,7 +1,9 @@
-"""Offloaded blocks on a GPU: the same gradients as with everything on it, memory used again, and none of it leaked."""
+"""Offloaded blocks on a GPU: the same gradients as with everything on it, memory used again, and none of it leaked;
+and how much of the host they may have."""
 
 import gc
 
+import psutil
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ from train.backbones.architecture import wan_architecture
 from train.backbones.fused_block import fuse_blocks
 from train.backbones.loading import random_transformer
 from train.lora_switch import LoraConfig, LoraSwitch
-from train.offload import HostStore
+from train.memory import GIB
+from train.offload import HostStore, affordable, host_memory
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between a GPU and its host")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between a GPU and its host")
 GPU = "cuda"
 
 
@@ -42,6 +45,7 @@ def assert_close(found, expected):
         assert (value - other).norm() <= 5e-3 * other.norm() and other.norm() > 0
 
 
+@gpu
 def test_gradients_are_those_of_kept_activations_in_every_step():
     levels = [4, 1, 4, 4, 3]
     store = HostStore(2**27, torch.device(GPU))
@@ -55,6 +59,7 @@ def test_gradients_are_those_of_kept_activations_in_every_step():
     assert used[0] == used[2] > 0
 
 
+@gpu
 def test_a_full_host_keeps_on_the_device():
     store = HostStore(2**21, torch.device(GPU))
     network, switch = make([4, 4, 4], store)
@@ -62,9 +67,43 @@ def test_a_full_host_keeps_on_the_device():
     assert_close(gradients(network, switch, 0), gradients(kept, kept_switch, 0))
 
 
+@gpu
 def test_the_memory_is_unlocked_and_locked_again():
     for _ in range(2):
         store = HostStore(2**20, torch.device(GPU))
         assert store.memory.is_pinned()
         del store
         gc.collect()
+
+
+def plant(file, text):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/slurm/job_7/step_0", {"slurm/job_7/memory.max": 4096, "slurm/job_7/step_0/memory.max": "max"}, 4096),
+        ("0::/", {"memory.max": 8192}, 8192),  # a pod sees its own group as the root
+        ("0::/a/b", {"a/b/memory.max": 900, "a/memory.max": 700}, 700),
+        ("5:cpu,cpuacct:/x\n4:memory:/slurm/job_7", {"memory/slurm/job_7/memory.limit_in_bytes": 5000}, 5000),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": 2**63 - 4096}, None),  # version 1 for: no limit
+        ("0::/outside/this/mount", {}, None),
+    ],
+)
+def test_the_hosts_memory_is_what_the_control_group_allows(tmp_path, groups, limits, expected):
+    file = plant(tmp_path / "cgroup", groups + "\n")
+    for name, limit in limits.items():
+        plant(tmp_path / "mount" / name, f"{limit}\n")
+    assert host_memory(file, tmp_path / "mount") == (expected or psutil.virtual_memory().total)
+    assert host_memory(tmp_path / "no cgroups", tmp_path / "mount") == psutil.virtual_memory().total
+
+
+def test_what_the_job_may_not_have_is_not_asked_for(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    share = 0.8 * host_memory() / GIB / 2
+    assert affordable(share / 2) == share / 2
+    with pytest.warns(UserWarning, match="train.offload_gib=1e[+]06 for each of 2 processes is more than this job may"):
+        assert affordable(1e6) == pytest.approx(share)

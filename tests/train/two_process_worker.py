@@ -64,7 +64,8 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
     """
     accelerator = parallel.build_accelerator()
     config = recipes.load(gdpo.Config, arguments)
-    backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",))
+    sharding = parallel.sharding(accelerator)
+    backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=sharding)
     network, switch = backbone.transformer, LoraSwitch(backbone.transformer, config.lora)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -34,13 +34,18 @@ def find_architecture(config: BackboneConfig) -> dict[str, Any]:
 
 
 def load_backbone(
-    config: BackboneConfig, device: torch.device | str, *, parts: Sequence[str] = ("text", "vae", "transformer")
+    config: BackboneConfig,
+    device: torch.device | str,
+    *,
+    parts: Sequence[str] = ("text", "vae", "transformer"),
+    sharding: loading.Sharding | None = None,
 ) -> Backbone:
     """A backbone with the named parts on the device, in eval mode and frozen.
 
     Parts: "text" (encoder and tokenizer), "tokenizer" (alone), "vae", "transformer" (all experts), "expert" (only
-    `config.expert` of a two-expert family). Raises ValueError for an unknown key, a path that is no Wan pipeline or
-    lacks a component, and a pipeline of another family than `config.family`.
+    `config.expert` of a two-expert family). With `sharding` (`train.parallel`) the transformers are spread over the
+    ranks while they are made, so that no device ever holds one whole. Raises ValueError for an unknown key, a path that
+    is no Wan pipeline or lacks a component, and a pipeline of another family than `config.family`.
     """
     _check("family", config.family, BACKBONES)
     _check("dtype", config.dtype, DTYPES)
@@ -62,7 +67,7 @@ def load_backbone(
             warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
         architecture = find_architecture(config)
         experts = {
-            name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed)
+            name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed, sharding=sharding)
             for seed, name in enumerate(family.expert_folders)
             if name in wanted
         }
@@ -71,7 +76,7 @@ def load_backbone(
         name = f"{config.family}-random-{config.architecture}"
         return family(config, architecture, device, name, experts=experts, boundary=family.default_boundary)
 
-    folder = loading.resolve_folder(config.path)
+    folder = loading.resolve_folder(config.path, config.revision)
     model_index, architecture = loading.read_pipeline(folder)
     if problem := family.mismatch(model_index, architecture):
         fitting = [name for name, other in BACKBONES.items() if not other.mismatch(model_index, architecture)]
@@ -84,7 +89,9 @@ def load_backbone(
         tokenizer = loading.load_tokenizer(folder)
     if "text" in parts:
         text_encoder = loading.load_text(folder, device, dtype, architecture["transformer"]["text_dim"])
-    experts = {name: loading.load_transformer(folder, family.expert_folders[name], device, dtype) for name in wanted}
+    experts = {
+        name: loading.load_transformer(folder, family.expert_folders[name], device, dtype, sharding) for name in wanted
+    }
     for network in experts.values():
         loading.choose_attention(network, config.attention, device)
     return family(

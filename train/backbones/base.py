@@ -36,6 +36,7 @@ NEGATIVE_PROMPT = (  # Wan's own, word for word: sample_neg_prompt in the shared
 class BackboneConfig:
     family: str = "wan21"  # key of train.backbones.BACKBONES: wan21 | wan22_ti2v | wan22_t2v | wan22_i2v
     path: str = ""  # hub id or local folder of a diffusers Wan pipeline
+    revision: str = ""  # of a hub id: a commit or tag, so that later edits there change nothing here; empty: its newest
     architecture: str = "14B"  # key of the family's ARCHITECTURES; used for --dry-run and random weights
     random_weights: bool = False  # build the architecture with seeded random weights (no path): speed and memory runs
     dtype: str = "bfloat16"  # of the frozen weights: bfloat16 | float32 (the VAE is always float32)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train import compile_cache
 from train.backbones import float8
 from train.backbones.attention_kernels import KERNELS, Kernel, kernel_name
 from train.lora_switch import LoraSwitch, SwitchedLinear
@@ -413,6 +414,8 @@ def fuse_blocks(
     (`LoraSwitch.sharing`), each block's index of LEVELS: asked once. `store` is for
     blocks that are OFFLOADED; without it, or where it is full, they keep everything on the device.
     """
+    if compiled:
+        compile_cache.heal()
     block = network.blocks[0]
     name = kernel_name(network)
     kernel = KERNELS[getattr(network, "self_attention", name)]

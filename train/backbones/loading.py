@@ -9,27 +9,41 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from train.backbones.attention_kernels import attention_seconds
 
 WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file, for the fingerprint
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
-def resolve_folder(path: str) -> Path:
-    """The local folder of a pipeline: `path` itself, or the snapshot of a hub id, downloaded when needed.
+class Sharding(Protocol):
+    """How a network is spread over ranks while it is made: see `train.parallel.Sharding`."""
 
-    Raises ValueError when the path is empty, neither a folder nor a reachable hub id, or no diffusers pipeline.
+    reads: bool  # whether what this rank reads goes to all
+
+    def take(self, parameters: list[nn.Parameter]) -> None:
+        """Leave this rank its share of each parameter, of the values of the rank that reads."""
+
+
+def resolve_folder(path: str, revision: str = "") -> Path:
+    """The local folder of a pipeline: `path` itself, or the snapshot of a hub id (at the commit, tag or branch
+    `revision`), downloaded when needed.
+
+    Raises ValueError when the path is empty, neither a folder nor a reachable hub id, or no diffusers pipeline, and
+    when a config says that weights are quantised: before any weights are downloaded.
     """
     if not path.strip():
         raise ValueError(
@@ -37,21 +51,43 @@ def resolve_folder(path: str) -> Path:
             "or set backbone.random_weights=true"
         )
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    hub = not folder.is_dir()
+    if hub:
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
             raise ValueError(f"backbone.path={path!r} is no folder: give an existing one or a hub id (owner/name)")
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer/*"]))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise ValueError(
-                f"backbone.path={path!r} is no folder here, and as a hub id it cannot be downloaded ({error}): "
-                "check the name, the network and the licence's acceptance"
-            ) from error
+        folder = _download(path, revision, "*.json", "tokenizer/*")
+    elif revision:
+        raise ValueError(
+            f"backbone.revision={revision!r} is for hub ids, but backbone.path={path} is a folder: set it to ''"
+        )
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"backbone.path={path!r} is no diffusers pipeline (no model_index.json): give the pipeline's top folder"
+            f"backbone.path={path!r} is no diffusers pipeline (no model_index.json): give the pipeline's top folder, or"
+            " the hub id that ends in -Diffusers"
         )
-    return folder
+    for name in WEIGHT_FOLDERS:
+        if (folder / name / "config.json").is_file() and "quantization_config" in _read_config(folder, name):
+            raise ValueError(_quantised(folder, name, "its config.json has a quantization_config"))
+    return _download(path, revision, "*.safetensors") if hub else folder
+
+
+def _download(path: str, revision: str, *patterns: str) -> Path:
+    """The snapshot of a hub id, with the files of `patterns`."""
+    try:
+        return Path(snapshot_download(path, revision=revision or None, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        at = f" at backbone.revision={revision}" if revision else ""
+        raise ValueError(
+            f"backbone.path={path!r} is no folder here, and as a hub id it cannot be downloaded{at} ({error}): "
+            "check the name, the revision, the network and the licence's acceptance"
+        ) from error
+
+
+def _quantised(folder: Path, name: str, reason: str) -> str:
+    return (
+        f"backbone.path={folder}: the component {name} is quantised ({reason}), which nothing here reads: give the"
+        " checkpoint in bfloat16 or float32"
+    )
 
 
 def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,12 +113,35 @@ def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return model_index, architecture
 
 
-def load_transformer(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
+def load_transformer(
+    folder: Path, name: str, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None
+) -> WanTransformer3DModel:
     """The transformer in the pipeline's subfolder `name`, read tensor by tensor onto the device; frozen, eval mode.
 
-    Modules that must stay float32 (norms, time embedder, scale tables) do, whatever `dtype` is.
+    Modules that must stay float32 (norms, time embedder, scale tables) do, whatever `dtype` is. With `sharding` one
+    rank reads, and a module's parameters are shared out before the next module's are there.
     """
-    return _load(WanTransformer3DModel, folder, name, device, torch_dtype=dtype)
+    stored = _stored(folder, name)
+    with _named(folder, name), torch.device("meta"):
+        model = WanTransformer3DModel.from_config(_read_config(folder, name))
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    ignored = model._keys_to_ignore_on_load_unexpected or []
+    unexpected = [key for key in stored.keys() - wanted.keys() if not any(re.search(part, key) for part in ignored)]
+    _check_keys(folder, name, missing=wanted.keys() - stored.keys(), unexpected=unexpected)
+    for key, shape in wanted.items():
+        if stored[key].shape != shape:
+            raise ValueError(
+                f"backbone.path={folder}: the component {name} does not fit its config.json ({key} has shape"
+                f" {tuple(stored[key].shape)}, not {tuple(shape)}): download it again"
+            )
+
+    def read(key: str, parameter: Tensor) -> None:
+        if sharding is None or sharding.reads:
+            with safe_open(stored[key].file, "pt") as file:
+                parameter.copy_(file.get_tensor(key).to(device))  # there, casting costs nothing
+
+    with _named(folder, name):
+        return _fill(model, device, dtype, read, sharding)
 
 
 def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
@@ -108,33 +167,56 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def random_transformer(
-    architecture: dict[str, Any], *, device: torch.device | str, dtype: torch.dtype, seed: int
+    architecture: dict[str, Any],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int,
+    sharding: Sharding | None = None,
 ) -> WanTransformer3DModel:
     """A transformer of `architecture` with seeded random weights, made on the device, frozen and in eval mode.
 
     Matrices are normal with variance 1 / fan-in, norms are one, biases zero and scale tables as in Wan's own
-    initialisation, so that activations and outputs are of order one. Modules that from_pretrained keeps in float32
-    are float32 here as well. The same seed gives other weights on another kind of device.
+    initialisation, so that activations and outputs are of order one. Dtypes and `sharding` are as in
+    `load_transformer`. The same seed gives other weights on another kind of device.
     """
     with torch.device("meta"):
         model = WanTransformer3DModel(**architecture["transformer"])
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def draw(name: str, parameter: Tensor) -> None:
+        if name.endswith("scale_shift_table"):
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        elif parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    return _fill(model, device, dtype, draw, sharding)
+
+
+@torch.no_grad()
+def _fill(
+    model: WanTransformer3DModel,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    write: Callable[[str, Tensor], None],
+    sharding: Sharding | None,
+) -> WanTransformer3DModel:
+    """Give a model without storage parameters on the device, which `write` fills by name, module by module."""
     keep = set(model._keep_in_fp32_modules)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if keep & set(name.split(".")) else dtype)
-    model.to_empty(device=device)
-    # Position tables are buffers that no checkpoint holds, and to_empty has emptied them: computed anew, in float32.
+    for prefix, module in model.named_modules():
+        own = []
+        for key, shape in list(module.named_parameters(prefix, recurse=False)):
+            kept = torch.float32 if keep & set(key.split(".")) else dtype
+            own.append(nn.Parameter(torch.empty_like(shape, dtype=kept, device=device), requires_grad=False))
+            write(key, own[-1])
+            setattr(module, key.rpartition(".")[2], own[-1])
+        if sharding is not None and own:
+            sharding.take(own)
+    # Position tables are buffers that no checkpoint holds: computed anew, in float32.
     rope = model.rope
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
-
-    generator = torch.Generator(device=device).manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("scale_shift_table"):
-                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return _frozen(model)
 
 
@@ -196,40 +278,85 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except ValueError as error:
         raise ValueError(f"backbone.path: {file} is damaged ({error}): download it again") from error
+    return content
 
 
-def _load(model_class: type, folder: Path, name: str, device: torch.device, **dtype: torch.dtype) -> Any:
-    """A component with its weights on the device; ValueError when they are missing, unreadable or of another config."""
+class _Stored(NamedTuple):
+    """A tensor in a file, unread."""
+
+    file: Path
+    dtype: str
+    shape: torch.Size
+
+
+def _stored(folder: Path, name: str) -> dict[str, _Stored]:
+    """A component's stored tensors by name, from the files' headers.
+
+    ValueError when there are none, files are missing or damaged, or the weights are quantised.
+    """
     _read_config(folder, name)
     if not any((folder / name).glob("*.safetensors")):
         raise ValueError(
             f"backbone.path={folder} has no safetensors weights for the component {name}: "
             "download them, or convert pickled ones with save_pretrained"
         )
+    stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+    files, index = {f"{stem}.safetensors"}, folder / name / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        files = {Path(file).name for file in _read_json(index)["weight_map"].values()}
+    stored: dict[str, _Stored] = {}
+    for file in (folder / name / file for file in sorted(files)):
+        with _named(folder, name), safe_open(file, "pt") as opened:
+            for key in opened.keys():
+                tensor = opened.get_slice(key)
+                stored[key] = _Stored(file, tensor.get_dtype(), torch.Size(tensor.get_shape()))
+    for key, tensor in stored.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(_quantised(folder, name, f"{key} is stored as {tensor.dtype}"))
+    return stored
+
+
+def _load(model_class: type, folder: Path, name: str, device: torch.device, **dtype: torch.dtype) -> Any:
+    """A component with its weights on the device; ValueError when they are missing, unreadable or of another config."""
+    _stored(folder, name)  # refuses what from_pretrained would load wrong
+    with _named(folder, name), torch.random.fork_rng(devices=[]):  # initial values are drawn before the real are read
+        model, info = model_class.from_pretrained(
+            folder / name,
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **dtype,
+        )
+    _check_keys(folder, name, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
+    return _frozen(model)
+
+
+@contextmanager
+def _named(folder: Path, name: str) -> Iterator[None]:
+    """Errors inside as a ValueError that names the component."""
     try:
-        with torch.random.fork_rng(devices=[]):  # diffusers draws initial values before it reads the real ones
-            model, info = model_class.from_pretrained(
-                folder / name,
-                device_map={"": device},
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **dtype,
-            )
+        yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"backbone.path={folder}: the component {name} cannot be loaded onto {device}; if its weights are damaged "
+            f"backbone.path={folder}: the component {name} cannot be loaded; if its weights are damaged "
             f"or do not fit its config.json, download it again: {error}"
         ) from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"backbone.path={folder}: the component {name} lacks weights ({missing}): download it again")
-    return _frozen(model)
+
+
+def _check_keys(folder: Path, name: str, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    found = {"lacks weights": sorted(missing), "has weights that the model does not know": sorted(unexpected)}
+    for problem, keys in found.items():
+        if keys:
+            named = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"backbone.path={folder}: the component {name} {problem} ({named}): download it again")
 
 
 def _frozen(model: nn.Module) -> nn.Module:

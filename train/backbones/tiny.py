@@ -9,6 +9,7 @@ start of the sandbox.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Pa
         expand_timesteps=backbone.expand_timesteps,
     )
     pipeline.save_pretrained(folder)
+    # As Wan's encoders have it, whose files hold shared.weight alone; transformers itself writes true.
+    config = Path(folder) / "text_encoder" / "config.json"
+    untied = json.loads(config.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+    config.write_text(json.dumps(untied, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 

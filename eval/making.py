@@ -102,7 +102,11 @@ class Clip:
             return None
 
     def is_finished(self) -> bool:
-        return (record := self.record()) is not None and record["digest"] == self.digest
+        """Whether the clip that lies at `path` was made with these settings; a sidecar edited since says nothing."""
+        record = self.record()
+        if record is None or record["digest"] != self.digest:
+            return False
+        return digest({name: record.get(name) for name in self.settings}) == self.digest
 
     def write(self, frames: Tensor, fps: float, facts: Mapping[str, Any]) -> None:
         """Write frames (T, H, W, 3) uint8, then the sidecar: `settings` and `facts`."""

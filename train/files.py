@@ -195,9 +195,8 @@ def parse_json(data: bytes | str, kind: type[T], *, name: str, remedy: str) -> T
         problems = error.errors(include_url=False, include_input=False)
         place = ".".join(map(str, problems[0]["loc"]))
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise ValueError(
-            f"{name} is damaged ({f'{place}: ' if place else ''}{problems[0]['msg']}{more}); {remedy}"
-        ) from None
+        problem = problems[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{name} is damaged ({f'{place}: ' if place else ''}{problem}{more}); {remedy}") from None
 
 
 @cache

@@ -79,7 +79,8 @@ class ObjectiveConfig:
     winner: str = "real"  # real | generated: the best-scored loser (VideoDPO-style)
     noise: str = "shared"  # shared: winner and losers meet the same noise | independent
     # Eqs. 5 and 6 take t over the T steps of sampling, so a grid of shift 3 to 12, and the released code over one of
-    # shift 5; uniform with shift 1 is neither: half of its draws lie below 0.5, of the release's 17%.
+    # shift 5; uniform with shift 1 is neither: half of its draws lie below 0.5, of the release's 17%. The recipes take
+    # logit_normal with shift 3, by the sandbox's figures.
     timesteps: str = "uniform"  # uniform | logit_normal
     logit_mean: float = 0.0  # of logit_normal
     logit_std: float = 1.0  # of logit_normal

@@ -146,8 +146,6 @@ def test_wan14b_holds_the_papers_values():
             "weighting": "none",
             "winner": "real",
             "noise": "shared",
-            "timesteps": "uniform",
-            "timestep_shift": 1.0,
             "t_min": 0.0,
             "t_max": 1.0,
         },

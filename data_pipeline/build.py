@@ -71,6 +71,8 @@ def check(config: Config) -> None:
         raise ValueError(
             f"pipeline.array_index={settings.array_index}: use 0 ... array_count - 1 = {settings.array_count - 1}"
         )
+    if family := BACKBONES.get(config.backbone.family):
+        takes_first_frame(family, settings.first_frame)
     chosen = selected(settings.stage)
     if settings.array_count > 1 and len(chosen) > 1:
         raise ValueError(

@@ -78,7 +78,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named(ranks, stopped, named):
     _, message = ranks[1 - stopped].communicate(timeout=120)
     assert ranks[1 - stopped].returncode == 1
     assert named in message and f"for {MINUTES:g} minutes" in message and "run the same command again" in message
-    assert stopped == 0 or f"process {ranks[1].pid}) at tests/train/test_watch.py" in message
+    assert stopped == 0 or f"process {ranks[1].pid}) at " in message
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ set -euo pipefail
 export OMP_WAIT_POLICY=PASSIVE  # waiting threads leave a busy machine's cores to others
 
 OUTPUT=${1:-runs/sandbox}
-LAUNCH="accelerate launch --config_file launch/cpu.yaml"
+LAUNCH="accelerate launch --quiet --config_file launch/cpu.yaml"
 
 $LAUNCH data_pipeline/build.py recipe=sandbox output="$OUTPUT"
 $LAUNCH train/gdpo.py recipe=sandbox output="$OUTPUT"

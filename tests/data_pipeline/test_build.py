@@ -516,7 +516,7 @@ def hold(folders: list[Path], task: str, held, release) -> None:
         release.wait(60)
 
 
-@pytest.mark.parametrize("place", ["pipeline", "groups"])
+@pytest.mark.parametrize("place", [pytest.param("pipeline", marks=pytest.mark.slow), "groups"])
 def test_a_second_build_in_a_folder_is_refused_with_the_first_ones_name(place, model, clips, tmp_path):
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
@@ -535,6 +535,7 @@ def test_a_second_build_in_a_folder_is_refused_with_the_first_ones_name(place, m
     assert summary(tmp_path / "out", "pool")["kept"] == len(GOOD)
 
 
+@pytest.mark.slow
 def test_the_tasks_of_an_array_share_a_folder_and_a_plain_build_waits_for_them(model, clips, tmp_path):
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()

@@ -483,6 +483,7 @@ def written(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, capsys):
     with StubServer() as server:
         address = server.url.replace("http://", "http://ann:SECRET@")

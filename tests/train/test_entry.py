@@ -5,19 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from train import entry
+from train import entry, gdpo
 
 ROOT = Path(__file__).parents[2]
-
-
-def command(*arguments, **variables):
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-    )
 
 
 def raised(call):
@@ -27,22 +17,28 @@ def raised(call):
 
 
 def test_a_users_mistake_is_one_line_and_status_1():
-    done = command("train.gdpo", "recipe=tiny", "optim.step=3")
+    command = [sys.executable, "-m", "train.gdpo", "recipe=tiny", "optim.step=3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: the command line: unknown key optim.step; did you mean 'steps'?\n"
 
 
-def test_the_traceback_is_there_on_demand():
-    done = command("train.gdpo", "recipe=tiny", "optim.step=3", PHYSALIGN_TRACEBACK="1")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+def test_the_traceback_is_there_on_demand(monkeypatch):
+    monkeypatch.setenv("PHYSALIGN_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown key optim.step"):
+        entry.run(lambda: gdpo.main(["recipe=tiny", "optim.step=3"]))
 
 
-def test_a_rank_says_which_it_is():
-    done = command("train.gdpo", "seed=[", RANK="3", WORLD_SIZE="8")
-    assert done.returncode == 1
-    assert done.stderr.startswith("rank 3: error: argument 'seed=[' cannot be read")
-    assert done.stderr.count("\n") == 1
+def test_a_rank_says_which_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit) as ended:
+        entry.run(lambda: gdpo.main(["seed=["]))
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.startswith("rank 3: error: argument 'seed=[' cannot be read")
+    assert said.count("\n") == 1
 
 
 def test_a_fault_in_the_code_keeps_its_traceback():

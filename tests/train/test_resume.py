@@ -154,6 +154,7 @@ def test_an_earlier_versions_checkpoint_goes_on_and_says_what_is_unchecked(tiny,
     }
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_until_the_first_dies(tiny, tmp_path):
     run = ("optim.steps=300", "train.checkpoint_every=1", "train.num_workers=1")
     first = tiny.process(tmp_path, *run)

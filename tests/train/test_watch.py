@@ -69,10 +69,9 @@ def ranks(request, tmp_path):
             process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["stop"], indirect=True)
-@pytest.mark.parametrize(
-    ("stopped", "named"), [(1, "rank 1 (host "), pytest.param(0, "127.0.0.1, where rank 0 is", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("stopped", "named"), [(1, "rank 1 (host "), (0, "127.0.0.1, where rank 0 is")])
 def test_a_stopped_rank_ends_the_job_and_is_named(ranks, stopped, named):
     ranks[stopped].send_signal(signal.SIGSTOP)
     _, message = ranks[1 - stopped].communicate(timeout=120)

@@ -131,6 +131,17 @@ def test_no_module_is_a_drawer():
     assert not {module for module in FILES if drawers & set(module.split("."))}
 
 
+def test_temporary_names_are_made_in_one_place():
+    """Elsewhere two processes could meet at one name, or follow a link that somebody planted there."""
+    names = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".tmp")
+    }
+    assert names == {"train.files"}
+
+
 def forbidden(tree):
     """Calls and imports that must stand nowhere, as (line, what)."""
     for node in ast.walk(tree):

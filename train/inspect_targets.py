@@ -10,7 +10,6 @@ frame to bright, the others grey; a point is drawn only while it is visible. Wit
 both relation matrices.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 import recipes
 from losses.flow_matching import interpolate
 from losses.relational import cosines
-from train import checkpoint, entry, gdpo
+from train import checkpoint, entry, files, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.clips import to_pixels
@@ -200,10 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         frames = to_pixels(backbone.decode_latents(group.winner[None]))[0].cpu()
     figure = draw(group, frames, student(config, backbone, group))
     path = Path(config.inspect.image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png", dpi=110)
-    os.replace(aside, path)
+    with files.atomic(path) as aside:
+        figure.savefig(aside, format="png", dpi=110)
     print(f"wrote {path}")
 
 

@@ -40,6 +40,7 @@ from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, droppe
 from eval.records import BadRow, Record, not_local, printable
 from eval.sandbox.clips import SCENES, Clips
 from eval.sandbox.splits import SPLITS, list_clips, simulate_block
+from recipes import redacted
 from train.clips import ClipError, VideoConfig, read_clip
 from train.files import digest, explain_full_disk, sha256
 
@@ -86,7 +87,7 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
         size = [video.height, video.width, video.num_frames, video.fps]
         return [Source(name, lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
     if why := not_local(name):
-        raise ValueError(f"pipeline.manifest={name} {why}")
+        raise ValueError(redacted(f"pipeline.manifest={name} {why}"))
     sources = []
     for path in _find(name):
         if path.is_dir():

@@ -456,6 +456,15 @@ def test_what_systems_leave_beside_clips_is_skipped_by_name(tmp_path, clip):
     assert not kept and [(row["clip"], row["reason"]) for row in dropped] == [(name, "hidden") for name in names]
 
 
+def test_a_dropped_row_shows_no_credentials(tmp_path):
+    address = "https://user:hunter2@host/a.mp4?token=s3cret"
+    (dropped,) = csv_manifest(tmp_path, f"clip,prompt,key\n{address},a ball,{address}\n")
+    assert (dropped.clip, dropped.key) == ("https://***@host/a.mp4?***",) * 2
+    assert "hunter2" not in str(dropped) and "s3cret" not in str(dropped)
+    with pytest.raises(ValueError, match=r"manifest=https://\*\*\*@host/c.csv is an address"):
+        pool("https://user:hunter2@host/c.csv")
+
+
 def test_a_folder_that_may_not_be_read_is_listed_and_the_rest_is_used(tmp_path, clip, monkeypatch):
     (tmp_path / "lost+found").mkdir()
     (tmp_path / "a.mp4").write_bytes(clip.read_bytes())

@@ -194,7 +194,7 @@ def digest(content: Any) -> str:
 
 
 def read_json(path: str | Path, kind: type[T], *, remedy: str) -> T:
-    """The JSON value in a file, as a `kind`: a dataclass, TypedDict, or what else pydantic knows.
+    """The JSON value in a file, as a `kind`: a dataclass, TypedDict, or what else pydantic reads.
 
     Types are strict ("1" is no number); keys of a TypedDict that it does not name are left out. Raises ValueError with
     path, place, problem and `remedy` ("delete it and run the build again") for a file that is missing, is no JSON, or

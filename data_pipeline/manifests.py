@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from data_pipeline.tables import Dropped
 from eval import records
 from eval.records import BadRow, Record, not_local, printable, read_text
+from recipes import redacted
 
 REQUIRED = ("clip", "prompt")
 OPTIONAL = ("key", "start", "action", "physics_richness", "semantic", "physical", "scores")
@@ -84,8 +85,8 @@ def checked(record: Record, folder: Path, num_losers: int, source: str, place: d
         return _parse_row(record, folder, num_losers, source, where)
     except BadRow as bad:
         found = record if isinstance(record, dict) else {"clip": record.clip}
-        key, clip = (printable(found.get(name))[:MAX_TEXT] for name in ("key", "clip"))
-        return Dropped(key, clip, where, bad.reason, bad.detail)
+        key, clip = (redacted(printable(found.get(name))[:MAX_TEXT]) for name in ("key", "clip"))
+        return Dropped(key, clip, where, bad.reason, redacted(bad.detail))
 
 
 def safe_key(text: str) -> str:

@@ -40,6 +40,7 @@ from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, droppe
 from eval.records import BadRow, Record, not_local, printable
 from eval.sandbox.clips import SCENES, Clips
 from eval.sandbox.splits import SPLITS, list_clips, simulate_block
+from recipes import redacted
 from train.clips import ClipError, VideoConfig, read_clip
 from train.files import digest, explain_full_disk, sha256
 
@@ -86,7 +87,7 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
         size = [video.height, video.width, video.num_frames, video.fps]
         return [Source(name, lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
     if why := not_local(name):
-        raise ValueError(f"pipeline.manifest={name} {why}")
+        raise ValueError(redacted(f"pipeline.manifest={name} {why}"))
     sources = []
     for path in _find(name):
         if path.is_dir():
@@ -220,12 +221,10 @@ def _simulated(scene: str, count: int, split: str, seed: int, video: VideoConfig
 
 
 def _folder_files(folder: Path) -> Iterator[tuple[Path, BadRow | None]]:
-    """All files below `folder` in a fixed order, and links to folders, which are not followed; why one is no clip."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"pipeline.manifest={folder}: {error.filename} cannot be read ({error.strerror})") from error
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+    """All files below `folder` in a fixed order, links to folders, which are not followed, and at the end folders that
+    cannot be read, such as a disk's lost+found; why one is no clip. Raises ValueError where `folder` itself is one."""
+    closed: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=closed.append):
         folders.sort()
         for path in (Path(parent, name) for name in folders):
             if path.is_symlink():
@@ -233,6 +232,12 @@ def _folder_files(folder: Path) -> Iterator[tuple[Path, BadRow | None]]:
                 yield path, BadRow("not supported", remedy, str(path.relative_to(folder)))
         for path in (Path(parent, name) for name in sorted(files, key=_clips_order)):
             yield path, _hidden(str(path.relative_to(folder)))
+    for error in closed:
+        path = Path(error.filename)
+        if path == folder:
+            raise ValueError(f"pipeline.manifest={folder} cannot be read ({error.strerror})") from error
+        remedy = f"this folder cannot be read ({error.strerror}): let yourself read it if clips are in it"
+        yield path, BadRow("unreadable", remedy, str(path.relative_to(folder)))
 
 
 def _clips_order(name: str) -> tuple[str, int, str]:

@@ -1,7 +1,8 @@
 """Tensors that are costly to make, kept by the digest of all that they depend on: nothing is made twice.
 
     <folder>/ab/abcd....safetensors     of one clip; the metadata holds a checksum of all that is in the file, and names
-                                        the clips that were made in one batch with it
+                                        the clips that were made in one batch with it. Files of earlier versions have
+                                        no checksum, and are taken as they are
     <folder>/lost/abcd...               empty: that file was missing or damaged when it was needed, and is made anew
 
 A network's result depends, in its last bits, on the clips beside it in the batch. So a batch is fixed by its unit, and
@@ -41,7 +42,7 @@ class Store:
         """Keep what one batch gave, by digest."""
         for digest, tensors in made.items():
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            # One entry: safetensors writes several in any order, and equal tensors shall be equal files.
+            # One entry: safetensors writes several in any order, and equal tensors must be equal files.
             entry = " ".join([_checksum(digest, made, whole), *made])
             with atomic(self.path(digest)) as temporary:
                 save_file(whole, temporary, {"checksum and batch": entry})
@@ -70,13 +71,15 @@ class Store:
         return self.folder / "lost" / digest
 
     def _read(self, digest: str) -> tuple[dict[str, Tensor], list[str]] | None:
-        """The tensors and the digests of their batch; None where the file is missing or its checksum does not fit."""
+        """The tensors and the digests of their batch; None where the file is missing or does not fit its checksum."""
         try:
             with safe_open(self.path(digest), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
+        if metadata.keys() == {"batch"}:  # an earlier version wrote no checksum; making losers again takes GPU days
+            return tensors, metadata["batch"].split()
         checksum, *batch = metadata.get("checksum and batch", "").split(" ")
         return (tensors, batch) if checksum == _checksum(digest, batch, tensors) else None
 

@@ -5,7 +5,7 @@
 Each process appends to a file of its own, an answer in one write. So writers do not meet, and one that is killed loses
 at most the line it was writing, which readers pass over. A process sees what was there when it started and what it adds
 itself. The files can be joined, moved and deleted by hand. `check` is the digest of the rest: an answer that has
-changed since counts as absent.
+changed since counts as absent. Lines of earlier versions have none, and are taken as they are.
 """
 
 import json
@@ -56,9 +56,12 @@ class Cache:
             with path.open("rb", buffering=0) as file:
                 file.seek(offset)
                 found = json.loads(file.read(size))
-            if found["digest"] != digest or found["check"] != _check(digest, found["text"], found["first_token"]):
+            checked = found.keys() != {"digest", "text", "first_token"}
+            if checked and found["check"] != _check(digest, found["text"], found["first_token"]):
                 return None
-            return Reply(found["text"], tuple((token, logprob) for token, logprob in found["first_token"]))
+            if found["digest"] != digest:
+                return None
+            return Reply(str(found["text"]), tuple((str(token), float(value)) for token, value in found["first_token"]))
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from train import parallel
+from train import entry, parallel
 from train.groups import GroupSet, GroupStream, Sample, positions
 from train.watch import timeout_minutes
 
@@ -31,6 +31,8 @@ class Prepared(Dataset):
         try:
             return self.prepare(self.config, self.stream[position])
         except (ValueError, OSError) as error:
+            if not entry.is_worded(error):
+                raise  # a fault in the code, whose place only its traceback says
             return error  # raised by `Batches`: from a loader's process PyTorch would hand on a page of text
 
 

@@ -202,7 +202,7 @@ def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tens
         "keep": torch.ones(points, dtype=torch.bool),
         "relation_tokens": torch.randn(count, config.benchmark.relation_width, generator=generator).bfloat16(),
         "relation_indices": torch.randperm(places, generator=generator)[:count].int(),
-        "relation_grid": torch.tensor(config.benchmark.relation_grid),
+        "relation_grid": torch.tensor(config.benchmark.relation_grid, dtype=torch.int32),
     }
 
 

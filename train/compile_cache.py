@@ -11,6 +11,8 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,7 @@ def heal() -> None:
     anything is compiled.
 
     Extensions get a folder for each host, for no host sees another's processes, and they are built for its processor.
+    What cannot be deleted stays: it may be another user's.
     """
     from torch.utils.cpp_extension import get_default_build_root  # imports setuptools
 
@@ -34,12 +37,24 @@ def heal() -> None:
     if extensions.name != name:  # else inherited
         extensions /= name
         os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
-    extensions.mkdir(parents=True, exist_ok=True)
-    with (extensions / ".healing").open("w") as one_at_a_time:
-        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+    with _one_at_a_time(extensions):
         for path in _abandoned(extensions, Path(cache_dir())):
-            path.unlink(missing_ok=True)
-            print(f"deleted {path}, which a killed compilation left", file=sys.stderr)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                print(f"warning: {path} is unfinished and cannot be deleted ({error.strerror})", file=sys.stderr)
+            else:
+                print(f"deleted {path}, which a killed compilation left", file=sys.stderr)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other processes here; not where the folder cannot be written, or its file system has no locks."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context((folder / ".healing").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _abandoned(extensions: Path, inductor: Path) -> list[Path]:

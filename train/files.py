@@ -28,6 +28,7 @@ from typing_extensions import TypedDict
 LOCK = ".lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # names that `temporary` gives
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_held: set[Path] = set()  # folders that this process has locked
 
 T = TypeVar("T")
 
@@ -66,7 +67,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.close(descriptor)
             yield aside
             with aside.open("rb+") as file:
-                os.fchmod(file.fileno(), mode)  # safetensors replaces the file by one of mode 0600
+                if os.fstat(file.fileno()).st_mode & 0o777 != mode:  # safetensors replaces the file by one of 0600
+                    os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
             os.replace(aside, path)
     finally:
@@ -106,27 +108,45 @@ def lock(folder: str | Path, *, task: str = "") -> Iterator[None]:
 
     task: a name for one of several processes that share the folder on purpose; equal names exclude each other, and
     any task excludes a run without one. The system releases a lock when its process ends, however it ends; children
-    do not inherit it. Without a task, what killed processes left below the folder under temporary names is removed.
+    do not inherit it. A process that holds a folder may take it again, to no effect. Without a task, what killed
+    processes left below the folder under temporary names is removed, but for folders below that have a lock of their
+    own: another run may be writing there.
 
     Raises ValueError naming host and process of the holder, and since when. On a file system without locks it warns
     and goes on.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    name = folder.resolve()
+    if name in _held:  # closing a second descriptor of its file would give the lock away
+        yield
+        return
     held = [_acquire(folder, LOCK, shared=bool(task))]
+    _held.add(name)
     try:
         if task:
             held.append(_acquire(folder, f"{LOCK}-{task}", shared=False))
         else:
-            for path in [path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name)]:
-                if path.is_dir() and not path.is_symlink():  # of a checkpoint, or of a network's files
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            _remove_temporary(folder)
         yield
     finally:
+        _held.discard(name)
         for descriptor in held:
             os.close(descriptor)
+
+
+def _remove_temporary(folder: Path) -> None:
+    for parent, folders, names in os.walk(folder):
+        if Path(parent) != folder and LOCK in names:
+            folders.clear()
+            continue
+        left = [name for name in (*folders, *names) if TEMPORARY.fullmatch(name)]
+        folders[:] = [name for name in folders if name not in left]
+        for path in (Path(parent, name) for name in left):
+            if path.is_dir() and not path.is_symlink():  # of a checkpoint, or of a network's files
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _acquire(folder: Path, name: str, *, shared: bool) -> int:
@@ -174,7 +194,7 @@ def digest(content: Any) -> str:
 
 
 def read_json(path: str | Path, kind: type[T], *, remedy: str) -> T:
-    """The JSON value in a file, as a `kind`: a dataclass, TypedDict, or what else pydantic knows.
+    """The JSON value in a file, as a `kind`: a dataclass, TypedDict, or what else pydantic reads.
 
     Types are strict ("1" is no number); keys of a TypedDict that it does not name are left out. Raises ValueError with
     path, place, problem and `remedy` ("delete it and run the build again") for a file that is missing, is no JSON, or

@@ -23,11 +23,10 @@ from torch import Tensor
 import recipes
 from losses.flow_matching import interpolate
 from losses.relational import cosines
-from train import checkpoint, entry, gdpo
+from train import checkpoint, entry, files, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.clips import to_pixels
-from train.files import atomic
 from train.groups import Group, GroupSet, pad_text
 from train.loop import build_heads
 from train.physics import feature_block, student_tokens, student_tracks, target_tensors
@@ -200,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         frames = to_pixels(backbone.decode_latents(group.winner[None]))[0].cpu()
     figure = draw(group, frames, student(config, backbone, group))
     path = Path(config.inspect.image)
-    with atomic(path) as aside:
+    with files.atomic(path) as aside:
         figure.savefig(aside, format="png", dpi=110)
     print(f"wrote {path}")
 

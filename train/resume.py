@@ -1,6 +1,6 @@
 """What a run finds in its folder, and whether it may go on there: the lock, the newest checkpoint, the recipes.
 
-A checkpoint knows its expert, its groups and its settings. Another expert, other groups or another seed are refused;
+A checkpoint records its expert, its groups and its settings. Another expert, other groups or another seed are refused;
 other settings are listed in one line, and the recipe of every start is kept.
 """
 

@@ -55,13 +55,10 @@ class Watch:
     def __init__(self, minutes: float):
         Watch.started = True
         self.minutes, self.rank, self.world = minutes, dist.get_rank(), dist.get_world_size()
-        # A connection of its own: operations on one wait for each other.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-        self.store = dist.PrefixStore("watch", store)
+        self.store = self._connected()
         self.name = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
         self.process, self.main = psutil.Process(), threading.main_thread().ident
-        self.looks = self.idle = 0
+        self.looks = self.idle = self.scanned = 0
         self.moved, self.effort = False, self._effort()
         self.telling, self.left = threading.Lock(), False
         self.last: list[str] = [""] * self.world  # what each rank said
@@ -71,6 +68,12 @@ class Watch:
         atexit.register(self._leave)
         for target in (self._watch, self._guard):
             threading.Thread(target=target, daemon=True).start()
+
+    @staticmethod
+    def _connected() -> dist.Store:
+        """The ranks' store, by a connection of its own: operations on one wait for each other."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore("watch", dist.TCPStore(address, port, is_master=False, wait_for_workers=False))
 
     def _move(self, *_) -> None:
         self.moved = True
@@ -84,12 +87,16 @@ class Watch:
         time.sleep(60 * self.minutes / LOOKS)
 
     def _watch(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store's host has ended, and with it the job
-            while True:
+        while True:
+            try:
                 self._tell()
                 self._sleep()
                 self._look()
                 self.looks += 1
+            except RuntimeError:  # the connection is lost, or the store's host has ended and with it the job
+                self._sleep()
+                with contextlib.suppress(RuntimeError):
+                    self.store = self._connected()
 
     def _guard(self) -> None:
         """The store itself may be on a machine that is gone: then the other thread waits for it."""
@@ -122,13 +129,13 @@ class Watch:
         self.last = said
         ranks = {rank: json.loads(text) for rank, text in enumerate(said) if text}
         here = {rank: state for rank, state in ranks.items() if "left" not in state}
-        if set(ranks) == {*range(self.world)} and set(here) == {self.rank}:
+        if set(ranks) == {*range(self.world)} and set(here) <= {self.rank}:
             return  # nobody waits any more
         silent = [r for r, count in enumerate(self.unchanged) if count >= LOOKS and (r in here or r not in ranks)]
         if silent:
             names = ", ".join(here[r]["name"] + f" at {here[r]['at']}" if r in here else f"rank {r}" for r in silent)
             self._end(f"{names}: stopped or cut off, not a sign of life for {self.minutes:g} minutes")
-        if min(state["idle"] for state in here.values()) >= LOOKS:
+        if here and min(state["idle"] for state in here.values()) >= LOOKS:
             places: dict[str, list[dict]] = {}
             for state in here.values():
                 places.setdefault(state["at"], []).append(state)
@@ -159,13 +166,21 @@ class Watch:
 
     def _effort(self) -> tuple[float, float]:
         """MiB that this process and its children have read and written, and tenths of a look that the children have
-        computed."""
-        moved = computed = 0.0
-        for process in [self.process, *self.process.children(recursive=True)]:
+        computed. What is read here does not count: finding the children reads of every process on the machine."""
+        own = self._bytes(self.process)
+        moved, computed = float(own - self.scanned), 0.0
+        for process in self.process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if psutil.LINUX:
-                    counters = process.io_counters()
-                    moved += counters.read_chars + counters.write_chars
+                moved += self._bytes(process)
                 times = process.cpu_times()
-                computed += (times.user + times.system) * (process != self.process)
+                computed += times.user + times.system
+        self.scanned += self._bytes(self.process) - own
         return moved / 2**20, computed / (6 * self.minutes / LOOKS)
+
+    @staticmethod
+    def _bytes(process: psutil.Process) -> int:
+        """That it has read and written; 0 where the system does not count them, as some sandboxes' kernels do not."""
+        if not psutil.LINUX or not hasattr(process, "io_counters"):
+            return 0
+        counters = process.io_counters()
+        return counters.read_chars + counters.write_chars

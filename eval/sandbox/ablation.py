@@ -24,7 +24,6 @@ how much another training seed changes it is seen in the seeds' own means, in ab
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -51,7 +50,7 @@ from eval.intervals import bootstrap_mean
 from eval.sandbox.ablation_report import draw, table
 from eval.sandbox.ablation_rows import GROUPS, METHODS, SUITES, Row, Suite, paper_figures
 from train import entry
-from train.files import digest, write_text
+from train.files import digest, sha256, write_text
 
 RECIPE = "sandbox"
 SCORES = ("physical", "semantic")
@@ -160,7 +159,7 @@ class Plan:
     def groups_digest(self, row: Row, seed: int) -> str:
         """Of the group set that the run trains on, "" where there is none."""
         index = self.groups(row.groups, seed) / "index.json"
-        return hashlib.sha256(index.read_bytes()).hexdigest() if row.trainer and index.exists() else ""
+        return sha256(index) if row.trainer and index.exists() else ""
 
     def result(self, row: Row, seed: int) -> dict[str, Any] | None:
         """The finished run's result, if it was made with today's settings. Groups that are gone are not missed."""

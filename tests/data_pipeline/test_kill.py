@@ -91,7 +91,7 @@ def results(output: Path) -> dict[str, bytes]:
     """What a build gives: shards, markers, index, and the losers for a judge."""
     folders = (output / "groups", output / "losers")
     found = [path for folder in folders for path in folder.iterdir()]
-    files = [path for path in found if path.is_file() and path.name != ".lock"]
+    files = [path for path in found if path.is_file() and not path.name.startswith(".lock")]
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 

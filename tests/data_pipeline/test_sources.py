@@ -456,6 +456,37 @@ def test_what_systems_leave_beside_clips_is_skipped_by_name(tmp_path, clip):
     assert not kept and [(row["clip"], row["reason"]) for row in dropped] == [(name, "hidden") for name in names]
 
 
+def test_a_dropped_row_shows_no_credentials(tmp_path):
+    address = "https://user:hunter2@host/a.mp4?token=s3cret"
+    (dropped,) = csv_manifest(tmp_path, f"clip,prompt,key\n{address},a ball,{address}\n")
+    assert (dropped.clip, dropped.key) == ("https://***@host/a.mp4?***",) * 2
+    assert "hunter2" not in str(dropped) and "s3cret" not in str(dropped)
+    with pytest.raises(ValueError, match=r"manifest=https://\*\*\*@host/c.csv is an address"):
+        pool("https://user:hunter2@host/c.csv")
+
+
+def test_a_folder_that_may_not_be_read_is_listed_and_the_rest_is_used(tmp_path, clip, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "a.txt").write_text("a ball falls")
+    scan = os.scandir
+
+    def scandir(path):  # root may read everything
+        if Path(path).name in closed:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    closed = {"lost+found"}
+    kept, dropped = pool(str(tmp_path))
+    assert [row["clip"] for row in kept] == ["a.mp4"]
+    assert [(row["clip"], row["reason"]) for row in dropped] == [("lost+found", "unreadable")]
+    assert "Permission denied" in dropped[0]["detail"]
+    closed = {tmp_path.name}
+    with pytest.raises(ValueError, match=r"cannot be read \(Permission denied\)"):
+        pool(str(tmp_path))
+
+
 def test_a_folder_without_clips_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no clip in this folder; clips end in"):
         pool(str(tmp_path))

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data_pipeline.manifests import Row
 from data_pipeline.store import Store
@@ -198,6 +199,16 @@ def test_a_damaged_file_of_the_store_is_named_and_made_anew(tmp_path):
     assert store.lost() == {"aa1", "cc3"}
     store.save({"aa1": {"x": torch.zeros(2)}, "cc3": {"x": torch.zeros(2)}})
     assert store.lost() == set() and store.load("aa1")["x"].tolist() == [0, 0]
+
+
+def test_what_an_earlier_version_kept_without_checksums_is_not_made_again(tmp_path):
+    store = Store(tmp_path)
+    for name in ("aa1", "aa2"):
+        store.path(name).parent.mkdir(exist_ok=True)
+        save_file({"x": torch.ones(2)}, store.path(name), {"batch": "aa1 aa2"})
+    assert store.missing(["aa1", "aa2"]) == [] and store.load("aa1")["x"].tolist() == [1, 1]
+    store.path("aa2").unlink()
+    assert store.missing(["aa1", "aa2"]) == ["aa1", "aa2"]
 
 
 def test_a_file_of_the_store_under_another_name_is_none(tmp_path):

@@ -110,6 +110,15 @@ def test_a_changed_answer_in_the_cache_counts_as_absent(tmp_path):
         assert Cache(tmp_path).get(name) in (None, reply)
 
 
+def test_an_answer_of_an_earlier_version_is_not_asked_for_again(tmp_path):
+    name = f"{7:064x}"
+    line = {"digest": name, "text": "A ball falls.", "first_token": [["Yes", -0.25]]}
+    (tmp_path / "answers-1.jsonl").write_text(json.dumps(line) + "\n")
+    assert Cache(tmp_path).get(name) == Reply("A ball falls.", (("Yes", -0.25),))
+    (tmp_path / "answers-1.jsonl").write_text(json.dumps(line | {"chack": "0"}) + "\n")
+    assert Cache(tmp_path).get(name) is None
+
+
 def test_damaged_results_are_one_line(tmp_path):
     folder = write_run(tmp_path / "run", scores("base", BASE) + scores("tuned", [0.5, 0.75, 1.0, 0.75]))
     for name in ("results.json", "scores.jsonl"):

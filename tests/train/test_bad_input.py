@@ -17,6 +17,7 @@ from tests.synthetic_groups import write_synthetic_groups
 from train import checkpoint, files, gdpo, sft
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
+from train.batches import Prepared
 from train.loop import accumulation_steps
 
 LATENT_SHAPE, TEXT_SHAPE = (16, 5, 8, 8), (12, 64)
@@ -185,6 +186,17 @@ def spoil(monkeypatch, where):
         return gradients, metrics
 
     monkeypatch.setattr(gdpo, "step", spoiled)
+
+
+def test_what_is_wrong_with_a_group_is_handed_on_and_a_fault_in_the_code_is_not():
+    def prepare(_, sample):
+        return files.parse_json(sample, dict, name="group", remedy="build it") or int("x")
+
+    stream = [b"no JSON", b"{}"]
+    found = Prepared(None, stream, prepare)[0]
+    assert isinstance(found, ValueError) and str(found).startswith("group is damaged")
+    with pytest.raises(ValueError, match="invalid literal"):
+        Prepared(None, stream, prepare)[1]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_groups_named(tiny, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What killed compilations leave: planted, and found by the run after them."""
 
+import errno
 import os
 import struct
 import subprocess
@@ -83,6 +84,22 @@ def test_unfinished_files_go_and_finished_ones_stay(caches):
     ]
     compile_cache.heal()
     assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
+
+
+def test_a_file_system_without_locks_or_of_others_does_not_end_the_run(caches, monkeypatch, capfd):
+    library = plant(caches[1] / "ab" / "cab.main.so")
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(compile_cache.fcntl, "flock", refuse)
+    compile_cache.heal()
+    assert not library.exists()
+    plant(library)
+    monkeypatch.setattr(compile_cache.Path, "mkdir", refuse)
+    monkeypatch.setattr(compile_cache.Path, "unlink", refuse)
+    compile_cache.heal()
+    assert library.exists() and f"warning: {library} is unfinished" in capfd.readouterr().err
 
 
 def test_the_folder_of_extensions_is_named_once(caches):

@@ -133,6 +133,27 @@ def test_a_run_removes_what_killed_ones_left_and_nothing_else(tmp_path):
     ]
 
 
+def test_what_a_run_in_a_folder_below_is_writing_is_left_alone(tmp_path):
+    training, below = files.temporary(tmp_path / "train" / "checkpoints" / "step_00000001"), tmp_path / "clips" / "a"
+    left = files.temporary(below)
+    below.parent.mkdir()
+    left.write_text("half a clip")
+    with files.lock(tmp_path / "train"):
+        training.mkdir(parents=True)
+        with files.lock(tmp_path):
+            assert training.exists() and not left.exists()
+
+
+def test_a_folder_taken_twice_by_one_process_stays_locked(tmp_path):
+    with files.lock(tmp_path):
+        writing = files.temporary(tmp_path / "a.mp4")
+        writing.touch()
+        with files.lock(tmp_path / "." / ""):
+            assert writing.exists()
+        assert f"process {os.getpid()}" in refused_elsewhere(tmp_path)
+    assert refused_elsewhere(tmp_path) == "free"
+
+
 def test_a_planted_link_is_no_lock_file(tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "run").mkdir()

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,6 +96,37 @@ def test_a_rank_that_works_or_is_alone_is_left_alone(ranks):
     for process in ranks:
         _, message = process.communicate(timeout=240)
         assert process.returncode == 0, message
+
+
+class Lost:
+    """A store whose connection is gone."""
+
+    def set(self, *_):
+        raise RuntimeError("Broken pipe")
+
+
+def test_a_lost_connection_is_made_again():
+    one, store = object.__new__(watch.Watch), dist.HashStore()
+    one.looks, one.store = 0, Lost()
+    one._connected, one._sleep, one._look = lambda: store, lambda: time.sleep(0.01), lambda: None
+    one._tell = lambda: one.store.set("0", "{}")
+    threading.Thread(target=one._watch, daemon=True).start()
+    end = time.monotonic() + 60
+    while one.looks < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert one.looks >= 2 and one.store is store
+
+
+def test_what_looking_reads_does_not_count_as_work(tmp_path, monkeypatch):
+    """The list of children is found in a file of every process: megabytes on a machine of thousands."""
+    (tmp_path / "proc").write_bytes(bytes(3 << 20))
+    one = object.__new__(watch.Watch)
+    one.process, one.scanned, one.minutes = psutil.Process(), 0, MINUTES
+    monkeypatch.setattr(one.process, "children", lambda **_: (tmp_path / "proc").read_bytes()[:0] or [])
+    before = one._effort()[0]
+    assert one._effort()[0] - before < 1
+    (tmp_path / "proc").read_bytes()  # by the main thread
+    assert one._effort()[0] - before > 3
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "soon"])

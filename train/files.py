@@ -16,7 +16,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -125,6 +125,8 @@ def lock(folder: str | Path, *, task: str = "") -> Iterator[None]:
     _held.add(name)
     try:
         if task:
+            with suppress(PermissionError):
+                os.truncate(folder / LOCK, 0)  # the name of a run before, not of these tasks
             held.append(_acquire(folder, f"{LOCK}-{task}", shared=False))
         else:
             _remove_temporary(folder)
@@ -151,7 +153,10 @@ def _remove_temporary(folder: Path) -> None:
 
 def _acquire(folder: Path, name: str, *, shared: bool) -> int:
     path = folder / name
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:  # another user's, of a run before: a shared lock keeps others out as well
+        descriptor, shared = os.open(path, os.O_RDONLY | os.O_NOFOLLOW), True
     try:
         fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:

@@ -55,12 +55,15 @@ class Watch:
     def __init__(self, minutes: float):
         Watch.started = True
         self.minutes, self.rank, self.world = minutes, dist.get_rank(), dist.get_world_size()
-        self.store = self._connected()
+        # A connection of its own: operations on one wait for each other.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        self.store = dist.PrefixStore("watch", store)
         self.name = f"rank {self.rank} (host {socket.gethostname()}, process {os.getpid()})"
         self.process, self.main = psutil.Process(), threading.main_thread().ident
         self.looks = self.idle = self.scanned = 0
         self.moved, self.effort = False, self._effort()
-        self.telling, self.left = threading.Lock(), False
+        self.telling, self.left, self.lost = threading.Lock(), False, False
         self.last: list[str] = [""] * self.world  # what each rank said
         self.unchanged = [0] * self.world  # looks since a rank said anything new
         # Delivered to the main thread when it next runs Python, and ignored by everything else.
@@ -68,12 +71,6 @@ class Watch:
         atexit.register(self._leave)
         for target in (self._watch, self._guard):
             threading.Thread(target=target, daemon=True).start()
-
-    @staticmethod
-    def _connected() -> dist.Store:
-        """The ranks' store, by a connection of its own: operations on one wait for each other."""
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore("watch", dist.TCPStore(address, port, is_master=False, wait_for_workers=False))
 
     def _move(self, *_) -> None:
         self.moved = True
@@ -87,22 +84,21 @@ class Watch:
         time.sleep(60 * self.minutes / LOOKS)
 
     def _watch(self) -> None:
-        while True:
-            try:
+        with contextlib.suppress(RuntimeError):  # the store's host has ended, and with it the job, or cannot be reached
+            while True:
                 self._tell()
                 self._sleep()
                 self._look()
                 self.looks += 1
-            except RuntimeError:  # the connection is lost, or the store's host has ended and with it the job
-                self._sleep()
-                with contextlib.suppress(RuntimeError):
-                    self.store = self._connected()
+        self.lost = True  # a job that nobody watches goes on
 
     def _guard(self) -> None:
         """The store itself may be on a machine that is gone: then the other thread waits for it."""
         before = silent = 0
         while silent < LOOKS:
             self._sleep()
+            if self.lost:
+                return
             silent = silent + 1 if self.looks == before else 0
             before = self.looks
         self._end(f"{os.environ['MASTER_ADDR']}, where rank 0 is, has not answered for {self.minutes:g} minutes")

@@ -193,7 +193,8 @@ def test_generate_searches_refines_and_resumes(model, tmp_path, monkeypatch, cap
 def test_two_experts_an_image_and_a_lora(tmp_path):
     """The base model's search and the tuned one's differ, start from the image, and need no other setting."""
     folder = write_tiny_pipeline("wan22_i2v", tmp_path / "model")
-    config = BackboneConfig("wan22_i2v", str(folder), architecture="tiny", dtype="float32", text_length=64, expert="low_noise")
+    ours = {"architecture": "tiny", "dtype": "float32", "text_length": 64, "expert": "low_noise"}
+    config = BackboneConfig("wan22_i2v", str(folder), **ours)
     network = load_backbone(config, "cpu", parts=("expert",))
     switch = LoraSwitch(network.transformer, LoraConfig(rank=2, alpha=2))
     for number, weight in enumerate(switch.parameters()):

@@ -90,7 +90,11 @@ class Watch:
                 self._sleep()
                 self._look()
                 self.looks += 1
-        self.lost = True  # a job that nobody watches goes on
+        self.lost = True  # from here on this rank sees itself alone
+        while self.idle < LOOKS:
+            self._sleep()
+            self._measure()
+        self._end(f"{self.name} at {self._place()} has not got on for {self.minutes:g} minutes, without a connection")
 
     def _guard(self) -> None:
         """The store itself may be on a machine that is gone: then the other thread waits for it."""
@@ -103,16 +107,20 @@ class Watch:
             before = self.looks
         self._end(f"{os.environ['MASTER_ADDR']}, where rank 0 is, has not answered for {self.minutes:g} minutes")
 
-    def _tell(self) -> None:
+    def _measure(self) -> None:
+        """Count the looks since this rank last got on."""
         effort = self._effort()
         working = any(now - before > 1 for now, before in zip(effort, self.effort, strict=True))
         self.idle = 0 if self.moved or working else self.idle + 1
         self.moved, self.effort = False, effort
+        interrupt_main(signal.SIGURG)
+
+    def _tell(self) -> None:
+        self._measure()
         message = {"look": self.looks, "idle": self.idle, "name": self.name, "at": self._place()}
         with self.telling:
             if not self.left:
                 self.store.set(str(self.rank), json.dumps(message))
-        interrupt_main(signal.SIGURG)
 
     def _look(self) -> None:
         """Read what all ranks said; end the job where one is silent or none gets on."""

@@ -29,11 +29,11 @@ def rank(what: str, folder: Path) -> None:
     dist.init_process_group("gloo")
     watch.start()
     (folder / f"rank-{dist.get_rank()}").touch()
-    if dist.get_rank() == 0 and what == "work":  # in many short calls, for five times as long as a rank may hang
-        for _ in range(300):
+    if dist.get_rank() == 0 and what == "work":  # in many short calls, for more than twice as long as a rank may hang
+        for _ in range(150):
             time.sleep(MINUTES)
     elif dist.get_rank() == 0 and what == "child":  # in one call, while another process computes
-        code = f"import time\nend = time.time() + {300 * MINUTES}\nwhile time.time() < end: sum(range(10**6))"
+        code = f"import time\nend = time.time() + {150 * MINUTES}\nwhile time.time() < end: sum(range(10**6))"
         subprocess.run([sys.executable, "-c", code], check=True)
     elif dist.get_rank() == 1 and what == "hang":
         hang()
@@ -105,14 +105,19 @@ class Lost:
         raise RuntimeError("Broken pipe")
 
 
-def test_a_job_whose_store_cannot_be_reached_goes_on_unwatched(monkeypatch):
-    one = object.__new__(watch.Watch)
-    one.looks, one.lost, one.store = 0, False, Lost()
-    one._sleep, one._tell = lambda: None, lambda: one.store.set("0", "{}")
-    monkeypatch.setattr(one, "_end", lambda reason: pytest.fail(reason))
+def test_a_rank_whose_connection_is_lost_ends_when_it_no_longer_gets_on(monkeypatch):
+    one, said = object.__new__(watch.Watch), []
+    one.looks = one.idle = 0
+    one.lost, one.store, one.name, one.minutes, one.main = False, Lost(), "rank 1", MINUTES, threading.get_ident()
+    working = iter([True] * 50)  # for more looks than a rank may hang
+    one._sleep, one._end = lambda: None, said.append
+    one._tell = lambda: one.store.set("0", "{}")
+    monkeypatch.setattr(one, "_measure", lambda: setattr(one, "idle", 0 if next(working, False) else one.idle + 1))
     one._watch()
+    assert next(working, None) is None and one.idle == watch.LOOKS
+    assert said[0].startswith("rank 1 at ") and said[0].endswith("for 0.1 minutes, without a connection")
     one._guard()
-    assert one.lost
+    assert len(said) == 1
 
 
 def test_what_looking_reads_does_not_count_as_work(tmp_path, monkeypatch):

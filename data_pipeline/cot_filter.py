@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.vlm import Backend, Malformed, NoAnswer, Question, Reply, Vlm, VlmConfig, quoted, storable
+from eval.vlm.client import Backend, Malformed, NoAnswer, Question, Reply, Vlm, VlmConfig, quoted, storable
 
 EXTENDED_WORDS = 100  # algorithm 1, step 5
 EXTENDED_CHARS = 1200  # for scripts that put no spaces between words

@@ -21,7 +21,7 @@ from data_pipeline.manifests import Row
 from data_pipeline.resample import ResampleConfig
 from data_pipeline.sources import FrameReader, row_of
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, dropped_table
-from eval.vlm import jpeg_frames
+from eval.vlm.client import jpeg_frames
 from train.files import digest
 
 NO_PHYSICS, NOT_CHOSEN = "no physics", "not chosen"  # reasons of the rows that filter and resample leave out

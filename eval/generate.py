@@ -35,7 +35,7 @@ from accelerate import Accelerator, DistributedType
 from tqdm import tqdm
 
 import recipes
-from eval.making import (
+from eval.maker import (
     BASE,
     TUNED,
     Clip,
@@ -77,7 +77,7 @@ class GenerateConfig:
     base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips
     folder: str = "${output}/clips"  # everything goes here
     batch_size: int = 1  # clips sampled together, per GPU; with a search: search.batch_size
-    fused: bool = False  # training's fused blocks: faster after a minute's compilation; see eval.fused
+    fused: bool = False  # training's fused blocks: faster after a minute's compilation; see train.fused.inference
     search: str = ""  # best_of_n | race | prune: the best of search.num_candidates; see eval.search.searcher
     refine: str = ""  # proprio | guidance: of the chosen one's noise, or of every candidate
 

@@ -39,10 +39,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import recipes
-from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
-from eval.making import (
+from eval.maker import (
     BASE,
     TUNED,
     Conditionings,
@@ -58,8 +57,9 @@ from eval.making import (
     read_lora,
 )
 from eval.prompts import Prompt
-from eval.results import TRUE, summarise
-from eval.rows import identity, scoring_settings
+from eval.report import tables as report
+from eval.report.results import TRUE, summarise
+from eval.report.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig

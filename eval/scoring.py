@@ -13,9 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.benchmarks.base import Benchmark, Row, Sample, Task
-from eval.making import Model, Request
-from eval.results import TRUE
-from eval.rows import RowFile, identity
+from eval.maker import Model, Request
+from eval.report.results import TRUE
+from eval.report.rows import RowFile, identity
 from train.backbones.base import Backbone
 
 COMPLETE = ""  # key of the row that ends those of a benchmark without clips

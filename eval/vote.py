@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from typing_extensions import TypedDict
 
-from eval.intervals import Estimate, bootstrap_mean
+from eval.report.intervals import Estimate, bootstrap_mean
 from train import entry
 from train.clips import ClipError, write_clip
 from train.files import digest, lock, read_json, sha256, write_text

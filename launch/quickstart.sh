@@ -16,6 +16,6 @@ $LAUNCH eval/run.py recipe=sandbox output="$OUTPUT" run.lora="$OUTPUT/train"
 echo
 echo "LoRA             $OUTPUT/train/lora/pytorch_lora_weights.safetensors"
 echo "metrics          $OUTPUT/train/metrics.jsonl"
-echo "report           $OUTPUT/eval/report.html"
+echo "report           $OUTPUT/eval/report/report.html"
 echo "comparison clip  $OUTPUT/eval/sandbox/comparison.mp4  (true | base | tuned)"
 echo "frame by frame   $OUTPUT/eval/sandbox/sheet.png"

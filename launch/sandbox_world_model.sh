@@ -5,6 +5,6 @@ set -euo pipefail
 
 OUTPUT=${1:-runs/sandbox_world_model}
 
-python -m eval.sandbox.train_world_model --output "$OUTPUT" --steps 12000 --batch 64 --pool 10000 --learning-rate 1.5e-3 --seed 0
-python -m eval.sandbox.world_model_report --model "$OUTPUT" --pairs 256
-python -m eval.sandbox.world_model_report --model "$OUTPUT" --pairs 256 --severity 0.5
+python -m eval.experiments.world_model.training --output "$OUTPUT" --steps 12000 --batch 64 --pool 10000 --learning-rate 1.5e-3 --seed 0
+python -m eval.experiments.world_model.report --model "$OUTPUT" --pairs 256
+python -m eval.experiments.world_model.report --model "$OUTPUT" --pairs 256 --severity 0.5

@@ -35,6 +35,10 @@ SECTIONS = {
     "self_score": "the generator's own opinion as a regulariser",
     "optim": "optimizer, schedule, batch, steps",
     "train": "checkpoints, memory, logging",
+    "targets": "tracks, depth and features of the winners, for the physics terms",
+    "vlm": "the vision-language model that filters, judges and rewrites",
+    "judge": "who scores a clip",
+    "raters": "where the raters of others are installed",
     "sampler": "how clips are sampled",
     "validation": "fixed-seed clips during training",
     "pipeline": "from raw clips to preference groups",
@@ -42,9 +46,11 @@ SECTIONS = {
     "run": "what eval.run generates and scores",
     "search": "candidates, scorers and what becomes of them",
     "refine_prompts": "prompts that a vision-language model refines round by round",
-    "benchmark": "what train.benchmark and eval.search.benchmark measure",
-    "inspect": "what train.inspect_targets draws",
+    "benchmark": "what train.tools.benchmark and eval.experiments.search.benchmark measure",
+    "inspect": "what train.tools.inspect_targets draws",
 }
+# Keys that moved, with the place where they are now; a key below a moved one moved with it.
+MOVED: dict[str, str] = {}
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")
 
@@ -188,7 +194,9 @@ def _check_keys(section_class: Any, section: str, value: Any, source: str) -> No
     known = _fields(section_class)
     for key, inner in value.items():
         if key not in known:
-            raise ValueError(f"{source}: unknown key {section}.{key}{_suggest(key, list(known))}")
+            path = f"{section}.{key}"
+            moved = f"; it is {MOVED[path]} now" if path in MOVED else _suggest(key, list(known))
+            raise ValueError(f"{source}: unknown key {path}{moved}")
         if typing.get_origin(known[key]) is list and not isinstance(inner, list) and not str(inner).startswith("${"):
             raise ValueError(f"{source}: {section}.{key}={inner!r} must be a list: {section}.{key}=[{inner}]")
         _check_keys(known[key], f"{section}.{key}", inner, source)

@@ -31,7 +31,7 @@ from torch import nn
 
 from data_pipeline.manifests import Row, read_manifest
 from eval import vote
-from eval.making import Clip, read_lora
+from eval.maker import Clip, read_lora
 from tests.synthetic_groups import replace_sample, sample_bytes, write_synthetic_groups
 from train import checkpoint, entry, export
 from train.clips import VideoConfig, read_clip, write_clip

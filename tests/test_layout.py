@@ -18,6 +18,7 @@ FROM_TRAIN = {
     f"train.{name}"
     for name in (
         "backbones",
+        "fused",
         "teachers",
         "groups",
         "checkpoint",
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "train": {"losses", "recipes", "train"},
     "eval": {"losses", "recipes", "eval", *FROM_TRAIN},
     "data_pipeline": {
-        *("losses", "recipes", "data_pipeline", "eval.judges", "eval.records", "eval.sandbox", "eval.vlm"),
+        *("losses", "recipes", "data_pipeline", "eval.judges", "eval.records", "eval.sandbox", "eval.vlm.client"),
         *FROM_TRAIN,
     },
 }

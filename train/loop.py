@@ -23,17 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train import checkpoint, compile_cache, export, memory, parallel, resume
-from train.backbones import float8, load_backbone
+from train import checkpoint, export, parallel, resume
+from train.backbones import load_backbone
 from train.backbones.base import Backbone
-from train.backbones.fused_block import fuse_blocks, unfit
 from train.batches import Batches, Tensors, build_loader
 from train.checkpoint import Trainable
 from train.full_parameters import FullParameters
+from train.fused import compile_cache, float8, memory
+from train.fused.fused_block import fuse_blocks, unfit
+from train.fused.offload import HostStore, affordable
 from train.groups import GroupSet, Sample
 from train.live_targets import LiveTargets
 from train.lora_switch import LoraSwitch
-from train.offload import HostStore, affordable
 from train.optimizer import build_optimizer, learning_rate
 from train.physics import PhysicsHeads, feature_block, lacks_targets
 from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib, transformer_flops
@@ -54,7 +55,7 @@ class TrainConfig:
     # With compile and LoRA on a GPU: host memory, page-locked, per GPU, for activations that go there and come back
     # while other blocks compute. Less is taken where less does, or where the host has less. 0: none.
     offload_gib: float = 0.0
-    # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.backbones.float8). Faster; the
+    # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.fused.float8). Faster; the
     # adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
     float8: bool = False
     num_workers: int = 2  # loader processes per GPU

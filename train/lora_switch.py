@@ -13,7 +13,7 @@ Four properties are designed in, and tested:
   in the forward pass and restores that for the recompute, so a gradient may also flow through a pass of the reference.
 - Switching turns one shared state: no `requires_grad` is touched, no weight is copied or merged.
 - A compiled network runs one graph for both, so that their difference is the adapters' and not the compiler's rounding.
-  Fused blocks (`train.backbones.fused_block`) take the gate as an argument and need no `share_graph`: their reference
+  Fused blocks (`train.fused.fused_block`) take the gate as an argument and need no `share_graph`: their reference
   runs without grad mode.
 
 Deviation from eq. 14: none. A starts Kaiming-uniform and B zero, so that an untrained policy equals its reference bit

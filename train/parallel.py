@@ -14,7 +14,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from train import compile_cache, watch
+from train import watch
+from train.fused import compile_cache
 
 TIMEOUT = timedelta(days=30)  # ranks may wait for one that builds, writes clips or downloads weights: see train.watch
 

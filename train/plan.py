@@ -7,10 +7,10 @@ from diffusers import WanTransformer3DModel
 
 from train.backbones import BACKBONES, find_architecture
 from train.backbones.architecture import latent_shape, num_tokens, parameter_count
+from train.fused.memory import GATHERED, GIB, Sizes, choose_levels, predict
 from train.groups import GroupSet
 from train.loop import accumulation_steps, gradient_sets
 from train.lora_switch import targeted_layers
-from train.memory import GATHERED, GIB, Sizes, choose_levels, predict
 from train.parallel import build_accelerator
 from train.physics import feature_block
 
@@ -85,8 +85,8 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
 
 
 def kept_by_blocks(config: Any, network: dict[str, Any], tokens: int, resident: float) -> str:
-    """How many blocks keep what for their backward pass beside `resident` bytes, and the peak (`train.memory`), where
-    the host has what train.offload_gib asks for."""
+    """How many blocks keep what for their backward pass beside `resident` bytes, and the peak, where the host has what
+    train.offload_gib asks for (`train.fused.memory`)."""
     heads, train = network["num_attention_heads"], config.train
     sizes = Sizes(
         tokens=tokens * clips_in_a_pass(config),

@@ -14,8 +14,8 @@ weights are in place for both.
 Deviations: levels above Proprio's 0.3 to 0.6, at which the hinge was rarely positive on the sandbox; one level and one
 draw a step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the winner's for both, or standing
 still would be a way out. Where the image is the first latent frame, z_0 has it too, and S leaves that frame out, as in
-eval/refine/proprio.py: the network says nothing there. Which steps are due follows from the global position of a
-sample, so every rank runs the same number of passes.
+eval/search/noise_refinement.py: the network says nothing there. Which steps are due follows from the global position of
+a sample, so every rank runs the same number of passes.
 
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
 """

@@ -7,8 +7,8 @@
     benchmark.derive(means)                     the figures to print, from the columns' means
 
 A new benchmark is a file with a settings dataclass and a subclass of `Benchmark`, and a line in
-`eval.benchmarks.BENCHMARKS`. `eval/run.py` makes the clips, keeps the rows and resumes; `eval/intervals.py` makes
-means and intervals of them. So a benchmark holds no loop over models, no seeds, no statistics.
+`eval.benchmarks.BENCHMARKS`. `eval/run.py` makes the clips, keeps the rows and resumes; `eval/report/intervals.py`
+makes means and intervals of them. So a benchmark holds no loop over models, no seeds, no statistics.
 """
 
 from abc import ABC, abstractmethod

@@ -46,8 +46,8 @@ from eval.benchmarks.official_files import place, read_records
 from eval.benchmarks.official_prompts import prompts
 from eval.benchmarks.vlm_rows import ask, judge_requirement, judge_rows
 from eval.prompts import make_key
-from eval.vlm import NoAnswer, Vlm, jpeg_frames, quoted
-from eval.vlm_backend import Malformed, Question, Reply, VlmConfig
+from eval.vlm.backend import Malformed, Question, Reply, VlmConfig
+from eval.vlm.client import NoAnswer, Vlm, jpeg_frames, quoted
 from train.clips import VideoConfig
 
 CATEGORIES = {

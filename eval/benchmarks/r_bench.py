@@ -42,8 +42,8 @@ from eval.benchmarks.official_files import place, read_records
 from eval.benchmarks.r_bench_questions import EMBODIMENTS, SCRIPTS, TASKS, Wording, rate_embodiment, rate_task
 from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
 from eval.benchmarks.vqa import make_keys
-from eval.vlm import Vlm, jpeg_frames
-from eval.vlm_backend import VlmConfig
+from eval.vlm.backend import VlmConfig
+from eval.vlm.client import Vlm, jpeg_frames
 from train.clips import VideoConfig
 
 DIMENSIONS = (*TASKS, *EMBODIMENTS)

@@ -14,8 +14,8 @@ from typing import Any
 from eval.benchmarks.base import Task
 from eval.benchmarks.official_prompts import Prompt, prompts
 from eval.benchmarks.vlm_rows import ask
-from eval.vlm import Vlm
-from eval.vlm_backend import Malformed, Question, Reply
+from eval.vlm.backend import Malformed, Question, Reply
+from eval.vlm.client import Vlm
 
 MANIPULATION = ("robotic manipulator", "manipulated object")
 

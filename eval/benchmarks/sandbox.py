@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task
-from eval.judges import sandbox as judge
+from eval.judges.sandbox import judge
 from eval.prompts import make_key
 from eval.sandbox.splits import Simulated, list_clips, simulate_block
 from train.clips import ClipError, VideoConfig, read_clip, write_clip

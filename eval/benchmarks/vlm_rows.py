@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from eval.benchmarks.base import Requirement, Row, Sample, Task
-from eval.vlm import NoAnswer, Vlm
-from eval.vlm_backend import Question, Reply, VlmConfig
+from eval.vlm.backend import Question, Reply, VlmConfig
+from eval.vlm.client import NoAnswer, Vlm
 from recipes import redacted
 from train.clips import ClipError, VideoConfig, read_clip
 

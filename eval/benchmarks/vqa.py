@@ -29,8 +29,8 @@ from torch import Tensor
 from eval.benchmarks.base import Benchmark, Row, Sample, Task
 from eval.benchmarks.vlm_rows import ask, judge_rows
 from eval.prompts import slug
-from eval.vlm import Vlm, jpeg_frames
-from eval.vlm_backend import Malformed, Question, Reply, VlmConfig
+from eval.vlm.backend import Malformed, Question, Reply, VlmConfig
+from eval.vlm.client import Vlm, jpeg_frames
 from train.clips import VideoConfig
 
 ANSWERS = ("yes", "no")

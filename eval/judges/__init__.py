@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eval.judges import sandbox, videocon_physics, videophy2, vlm
-from eval.judges.sandbox import SandboxJudgeConfig
+from eval.judges import videocon_physics, videophy2, vlm
+from eval.judges.sandbox import judge as sandbox
+from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.scores import Judge
 from eval.judges.videocon_physics import VideoConPhysicsConfig
 from eval.judges.videophy2 import VideoPhy2Config

@@ -1,8 +1,8 @@
 """A vision-language model as judge: two yes/no questions about frames of the clip, a score is the probability of yes.
 
 The model sees `frames` frames, evenly spaced over the clip, as JPEG pictures. The probability comes from the log
-probabilities of the answer's first token (see `eval.vlm`), so one request a question gives a graded score. It is the
-model's own, not calibrated: compare scores of one model only.
+probabilities of the answer's first token (see `eval.vlm.client`), so one request per question gives a graded score. It
+is the model's own, not calibrated: compare scores of one model only.
 
 The physical question leaves the prompt out: a description of something impossible does not make it physical.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from eval.judges.scores import Judge, Scores, Unjudged, check_clips, refuse_caption
-from eval.vlm import NoAnswer, Vlm, jpeg_frames, quoted
-from eval.vlm_backend import VlmConfig
+from eval.vlm.backend import VlmConfig
+from eval.vlm.client import NoAnswer, Vlm, jpeg_frames, quoted
 
 FRAMES = "You see {count} frames of one video of {seconds:.1f} seconds, in order and evenly spaced."
 SEMANTIC = (

@@ -6,8 +6,8 @@ from typing import Any
 from eval.benchmarks.sandbox import SandboxConfig
 from eval.judges import JudgeConfig
 from eval.judges.vlm import VlmJudgeConfig
-from eval.refine.guidance import GuidanceConfig
-from eval.refine.proprio import ProprioRefineConfig
+from eval.search.guidance import GuidanceConfig
+from eval.search.noise_refinement import ProprioRefineConfig
 from eval.search.residuals import ResidualConfig
 from eval.search.scorers.surprise import SurpriseConfig
 

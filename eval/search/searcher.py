@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.making import Model, Request
+from eval.maker import Model, Request
 from eval.search.best_of_n import RACING, Choice, best_of_n, decoder
 from eval.search.candidates import Candidates, Cost, choose
 from eval.search.config import SearchConfig
@@ -111,7 +111,7 @@ def describe(strategy: Strategy, config: SearchConfig) -> str:
 
 
 class Searching:
-    """The search as a strategy of `eval.making`: a clip a request, one after the other."""
+    """The search as a strategy of `eval.maker`: a clip a request, one after the other."""
 
     def __init__(self, strategy: Strategy, config: SearchConfig):
         self.strategy, self.config, self._searcher = strategy, config, None

@@ -1,12 +1,12 @@
 """Strategies beside the choice among N candidates: clips that are refined or guided, of several prompts at once.
 
     refined   the first of a prompt's candidates (a pick by lot: no search) and the best by `chosen_by`, each from its
-              own noise, which Proprio's score refines; see `eval.refine.proprio`
+              own noise, which Proprio's score refines; see `eval.search.noise_refinement`
     guided    the first candidates once more, from the same noise, steered by the world model's surprise; see
-              `eval.refine.guidance`
+              `eval.search.guidance`
 
-A strategy makes, for a batch of prompts, latents and facts about each; `eval.search.run` keeps both and has the clips
-judged and scored as the candidates are. The networks of the sandbox are small, so a batch holds clips of many prompts.
+A strategy makes latents and facts about each of a batch of prompts; `eval.experiments.search.run` keeps both and has
+the clips judged and scored as the candidates are. The sandbox's networks are small: batches mix prompts.
 """
 
 import time
@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from eval.refine.guidance import sample_guided
-from eval.refine.proprio import refine
 from eval.search.candidates import Cost
 from eval.search.config import GuideConfig, RefineConfig
+from eval.search.guidance import sample_guided
+from eval.search.noise_refinement import refine
 from eval.search.pruning import promising, sampling_passes
 from eval.search.scorers.surprise import SurpriseConfig
 from eval.search.world_model import WorldModel

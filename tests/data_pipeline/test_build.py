@@ -22,8 +22,8 @@ from data_pipeline.encode import unpad
 from data_pipeline.generate import loser_seed
 from data_pipeline.tables import POOL
 from data_pipeline.targets import TargetMaker
-from eval.judges.sandbox import SandboxJudgeConfig
-from eval.judges.sandbox import build as sandbox_judge
+from eval.judges.sandbox.judge import SandboxJudgeConfig
+from eval.judges.sandbox.judge import build as sandbox_judge
 from eval.judges.scores import Scores, Unjudged
 from eval.sandbox.splits import list_clips, simulate_block
 from train.backbones import load_backbone

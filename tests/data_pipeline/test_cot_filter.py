@@ -22,7 +22,7 @@ from data_pipeline.cot_filter import (
     Refused,
     read_answer,
 )
-from eval.vlm import Malformed, Reply, VlmConfig, VlmUnavailable, jpeg_frames
+from eval.vlm.client import Malformed, Reply, VlmConfig, VlmUnavailable, jpeg_frames
 from tests.eval.vlm_stub import Response, StubServer, filter_answer, media_of, question_of
 
 ROOT = Path(__file__).parents[2]
@@ -319,7 +319,7 @@ def test_no_server_is_an_error_and_no_refusal():
 KILLED = """
 import sys
 from data_pipeline.cot_filter import CotFilter, FilterConfig, Item
-from eval.vlm import VlmConfig
+from eval.vlm.client import VlmConfig
 vlm = VlmConfig(base_url=sys.argv[1], model="stub", cache=sys.argv[2], concurrency=8)
 CotFilter(FilterConfig(vlm)).run([Item(str(number), str(number), lambda: [b"frame"]) for number in range(200)])
 """

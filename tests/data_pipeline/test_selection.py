@@ -16,7 +16,7 @@ from data_pipeline.resample import ResampleConfig
 from data_pipeline.selection import Cluster, Filter, Resample
 from data_pipeline.sources import FrameReader
 from data_pipeline.tables import POOL, Table, add_columns, dropped_table, read_marker, write_unit
-from eval.vlm import VlmConfig
+from eval.vlm.client import VlmConfig
 from train.clips import VideoConfig, write_clip
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)

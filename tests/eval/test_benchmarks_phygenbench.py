@@ -13,7 +13,7 @@ from eval.benchmarks import phygenbench
 from eval.benchmarks.base import Sample
 from eval.benchmarks.official_prompts import prompts
 from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
-from eval.vlm_backend import VlmConfig
+from eval.vlm.backend import VlmConfig
 from tests.eval.vlm_stub import Response, StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
 

@@ -11,7 +11,7 @@ from PIL import Image
 from eval.benchmarks import r_bench_questions as questions
 from eval.benchmarks.base import Sample
 from eval.benchmarks.r_bench import DIMENSIONS, RBench, RBenchConfig, pick
-from eval.vlm_backend import VlmConfig
+from eval.vlm.backend import VlmConfig
 from tests.eval.vlm_stub import StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
 

@@ -12,8 +12,8 @@ from eval.benchmarks.base import Sample
 from eval.benchmarks.ezs_bench import EzsBench, EzsBenchConfig
 from eval.benchmarks.pai_bench import PaiBench, PaiBenchConfig
 from eval.benchmarks.vqa import frame_count
-from eval.vlm import VlmUnavailable
-from eval.vlm_backend import VlmConfig
+from eval.vlm.backend import VlmConfig
+from eval.vlm.client import VlmUnavailable
 from tests.eval.vlm_stub import StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
 

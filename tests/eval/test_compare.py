@@ -1,14 +1,15 @@
-"""`eval/compare.py` on results written by hand, and what it refuses."""
+"""`eval/report/compare.py` on results written by hand, and what it refuses."""
 
 import json
 from dataclasses import asdict
 
 import pytest
 
-from eval import compare, report
 from eval.benchmarks import BenchmarkSettings
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
-from eval.results import STRATA, by_motion, summarise
+from eval.report import compare
+from eval.report import tables as report
+from eval.report.results import STRATA, by_motion, summarise
 from train.clips import VideoConfig
 
 VIDEO = VideoConfig(64, 64, 17, 8.0)

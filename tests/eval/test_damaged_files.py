@@ -10,12 +10,12 @@ import random
 import pytest
 import torch
 
-from eval import compare
 from eval.benchmarks.base import Row
-from eval.making import Clip
-from eval.rows import RowFile
-from eval.vlm_backend import Reply
-from eval.vlm_cache import Cache
+from eval.maker import Clip
+from eval.report import compare
+from eval.report.rows import RowFile
+from eval.vlm.backend import Reply
+from eval.vlm.cache import Cache
 from eval.vote import analyse_votes
 from tests.eval.test_compare import BASE, scores, write_run
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from eval.fused import fuse
 from eval.search.candidates import Candidates
 from eval.search.masks import mask_of
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
+from train.fused.inference import fuse
 from train.lora_switch import LoraConfig, LoraSwitch
 
 

@@ -16,7 +16,8 @@ from accelerate import DistributedType
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval import generate, making
+from eval import generate
+from eval import maker as making
 from eval.prompts import make_key, slug
 from train import checkpoint
 from train.backbones import load_backbone

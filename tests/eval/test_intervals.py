@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eval.intervals import Clustered, Estimate, bootstrap_mean, estimate, paired_test, strata
+from eval.report.intervals import Clustered, Estimate, bootstrap_mean, estimate, paired_test, strata
 
 
 def test_constant_values_have_no_width():

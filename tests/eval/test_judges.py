@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from eval.judges import JUDGES, JudgeConfig, build_judge, sandbox
+from eval.judges import JUDGES, JudgeConfig, build_judge
+from eval.judges.sandbox import judge as sandbox
 from eval.judges.scores import Scores, Unjudged, check_clips
 from eval.sandbox.clips import simulate
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.refine.guidance import GuidanceConfig, guided_steps, normalised_move, reward_gradient, sample_guided
+from eval.search.guidance import GuidanceConfig, guided_steps, normalised_move, reward_gradient, sample_guided
 from tests.tiny_backbones import load
 from train.backbones.base import sigma_grid
 from train.backbones.tiny import write_tiny_pipeline

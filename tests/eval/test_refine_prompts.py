@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from eval.prompt_refinement.prompts import PromptRefineConfig, PromptRefiner, load_encoder
+from eval.prompt_refinement.questions import MAX_VIOLATIONS, TEXT_CHARS
 from eval.prompts import Prompt
-from eval.refine.prompts import PromptRefineConfig, PromptRefiner, load_encoder
-from eval.refine.questions import MAX_VIOLATIONS, TEXT_CHARS
-from eval.vlm import VlmUnavailable
-from eval.vlm_backend import VlmConfig
+from eval.vlm.backend import VlmConfig
+from eval.vlm.client import VlmUnavailable
 from tests.eval.vlm_stub import Response, StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
 

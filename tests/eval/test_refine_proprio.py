@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eval.refine import proprio
-from eval.refine.proprio import ProprioRefineConfig, SelfScore, kl_to_standard_normal, refine
+from eval.search import noise_refinement as proprio
+from eval.search.noise_refinement import ProprioRefineConfig, SelfScore, kl_to_standard_normal, refine
 from losses.self_score import motion_mask
 from tests.tiny_backbones import load
 from train.backbones.base import Conditioning, sigma_grid

@@ -1,10 +1,10 @@
-"""`eval.refine.run` on a tiny pipeline with a stand-in for the vision-language model: rounds, choice, resume."""
+"""`eval.prompt_refinement.run` on a tiny pipeline with a stand-in for the model: rounds, choice, resume."""
 
 import json
 
 import pytest
 
-from eval.refine import run
+from eval.prompt_refinement import run
 from tests.eval.vlm_stub import StubServer
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, read_clip
@@ -44,7 +44,7 @@ def arguments(model, output, url, *more):
 
 
 def test_rounds_are_kept_searched_chosen_from_and_resumed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.refine.prompts.PromptRefiner.similarity", lambda self, a, b: float(a == b))
+    monkeypatch.setattr("eval.prompt_refinement.prompts.PromptRefiner.similarity", lambda self, a, b: float(a == b))
     search = ["refine_prompts.search=best_of_n", "search.num_candidates=2", "search.chosen_by=most_motion"]
     search += ["search.residuals.levels=1", "search.residuals.draws=1"]
     with StubServer(answer) as server:

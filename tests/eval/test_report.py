@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from eval import report
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
-from eval.results import summarise
+from eval.report import tables as report
+from eval.report.results import summarise
 from train.clips import VideoConfig
 
 

@@ -1,11 +1,11 @@
-"""`eval/results.py`: rows of one observation are drawn and exchanged together."""
+"""`eval/report/results.py`: rows of one observation are drawn and exchanged together."""
 
 import numpy as np
 import pytest
 
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
-from eval.intervals import bootstrap_mean
-from eval.results import summarise
+from eval.report.intervals import bootstrap_mean
+from eval.report.results import summarise
 from train.clips import VideoConfig
 
 SCENARIOS, VIEWS = 12, 3

@@ -18,13 +18,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval import benchmarks, making, report, run
+from eval import benchmarks, run
+from eval import maker as making
 from eval.benchmarks import sandbox
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Task
 from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
-from eval.rows import RowFile, identity, scoring_settings
-from eval.vlm import jpeg_frames
-from eval.vlm_backend import VlmConfig
+from eval.report import tables as report
+from eval.report.rows import RowFile, identity, scoring_settings
+from eval.vlm.backend import VlmConfig
+from eval.vlm.client import jpeg_frames
 from tests.eval.vlm_stub import StubServer
 from train import checkpoint
 from train.backbones import load_backbone

@@ -10,9 +10,10 @@ from PIL import Image
 import recipes
 from data_pipeline import build
 from eval import run as eval_run
-from eval.sandbox import ablation, ablation_rows
-from eval.sandbox.ablation import READS, Plan, Processes, StepFailed
-from eval.sandbox.ablation_rows import DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
+from eval.experiments.ablation import rows as ablation_rows
+from eval.experiments.ablation import run as ablation
+from eval.experiments.ablation.rows import DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
+from eval.experiments.ablation.run import READS, Plan, Processes, StepFailed
 from train import gdpo, sft
 
 CONFIGS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.judges.sandbox import CAUGHT_BELOW, LAWS, SandboxJudgeConfig, build, calibrate, degrade
+from eval.judges.sandbox.judge import CAUGHT_BELOW, LAWS, SandboxJudgeConfig, build, calibrate, degrade
 from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.prompts import write_prompt
 from eval.sandbox.world import COLOUR_NAMES, GRAVITY, VIOLATIONS

@@ -12,7 +12,7 @@ import torch
 from diffusers import WanPipeline
 
 from eval.benchmarks.sandbox import SandboxConfig, prompts
-from eval.judges.sandbox import SandboxJudgeConfig, build
+from eval.judges.sandbox.judge import SandboxJudgeConfig, build
 from eval.sandbox.splits import is_held_out
 from train.clips import VideoConfig
 from train.groups import GroupSet

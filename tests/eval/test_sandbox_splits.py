@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.judges.sandbox import SandboxJudgeConfig, build
+from eval.judges.sandbox.judge import SandboxJudgeConfig, build
 from eval.sandbox.prompts import TEMPLATES
 from eval.sandbox.splits import BLOCK, is_held_out, list_clips, simulate_block
 from train.clips import VideoConfig

@@ -1,11 +1,11 @@
-"""`eval.search.benchmark` on the tiny architecture, and the shares that it prints by hand."""
+"""`eval.experiments.search.benchmark` on the tiny architecture, and the shares that it prints by hand."""
 
 import json
 
 import pytest
 import torch
 
-from eval.search import benchmark
+from eval.experiments.search import benchmark
 
 QUICK = ["recipe=tiny", "benchmark.repeats=1", "sampler.steps=4", "search.refine.levels=2", "search.refine.draws=2"]
 

@@ -1,4 +1,4 @@
-"""`eval.search.run` end to end on a tiny random pipeline, and the figures of its report by hand."""
+"""`eval.experiments.search.run` end to end on a tiny random pipeline, and the figures of its report by hand."""
 
 import json
 import re
@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from eval.search import report, run, strategy_report
+from eval.experiments.search import report, run, strategy_report
+from eval.experiments.search.store import read_tensors
 from eval.search.pruning import promising
-from eval.search.store import read_tensors
 from eval.search.strategies import Guidance, Refinement
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, read_clip
 
-WORLD_MODEL = Path(run.__file__).parents[1] / "sandbox" / "world_model"
+WORLD_MODEL = Path(run.__file__).parents[2] / "sandbox" / "world_model"
 SCORERS = ["random", "most_motion", "proprio_hybrid-text", "residual_per_motion"]
 COMMON = [
     "recipe=tiny",

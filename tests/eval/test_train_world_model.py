@@ -6,15 +6,25 @@ import pytest
 import torch
 from transformers import VJEPA2Model
 
-from eval.sandbox import train_world_model, world_model_report
+from eval.experiments.world_model import report as world_model_report
+from eval.experiments.world_model import training
+from eval.experiments.world_model.training import (
+    KINDS,
+    VIDEO,
+    block_mask,
+    draw_step,
+    encode,
+    new_model,
+    patchify,
+    predict,
+)
 from eval.sandbox.clips import simulate
 from eval.sandbox.splits import is_held_out, simulate_block
-from eval.sandbox.train_world_model import KINDS, VIDEO, block_mask, draw_step, encode, new_model, patchify, predict
 from eval.search.world_model import WorldModel
 from train.teachers import ENCODERS
 from train.teachers.vjepa2 import VJepa2Config
 
-SHIPPED = Path(train_world_model.__file__).parent / "world_model"
+SHIPPED = Path(training.__file__).parents[2] / "sandbox" / "world_model"
 
 
 @torch.no_grad()
@@ -65,17 +75,17 @@ def test_the_pool_holds_no_held_out_prompt():
     clips = simulate_block("mixed", "train", 0, 0, VIDEO)
     kept = [index for index, prompt in enumerate(clips.prompts) if not is_held_out(prompt)]
     assert len(kept) < len(clips)
-    assert torch.equal(train_world_model.make_pool(9, 0, "cpu"), clips.frames[kept[:9]])
+    assert torch.equal(training.make_pool(9, 0, "cpu"), clips.frames[kept[:9]])
 
 
 def test_train_write_load_and_report(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_world_model, "KINDS", ((8, 0), (8, 4)))
+    monkeypatch.setattr(training, "KINDS", ((8, 0), (8, 4)))
     pool = simulate("mixed", 4, torch.Generator().manual_seed(0)).frames
-    monkeypatch.setattr(train_world_model, "make_pool", lambda count, seed, device: pool[:count])
+    monkeypatch.setattr(training, "make_pool", lambda count, seed, device: pool[:count])
     monkeypatch.setattr(world_model_report, "VIOLATIONS", ("gravity", "momentum"))
     arguments = ["--steps", "3", "--batch", "2", "--pool", "4", "--device", "cpu"]
     for name in ("first", "second"):
-        train_world_model.main(["--output", str(tmp_path / name), *arguments])
+        training.main(["--output", str(tmp_path / name), *arguments])
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -97,7 +107,7 @@ def test_train_write_load_and_report(tmp_path, capsys, monkeypatch):
 
 def test_numbers_below_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--steps is 0"):
-        train_world_model.main(["--output", str(tmp_path), "--steps", "0", "--device", "cpu"])
+        training.main(["--output", str(tmp_path), "--steps", "0", "--device", "cpu"])
 
 
 def test_auc_and_pairs_by_hand():

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import vlm_local
-from eval.vlm import (
+from eval.vlm import local as vlm_local
+from eval.vlm.cache import Cache
+from eval.vlm.client import (
     Malformed,
     NoAnswer,
     Question,
@@ -30,8 +31,7 @@ from eval.vlm import (
     quoted,
     storable,
 )
-from eval.vlm_cache import Cache
-from eval.vlm_local import LocalModel
+from eval.vlm.local import LocalModel
 from tests.counting import calls
 from tests.eval.vlm_stub import FAULTS, Response, StubServer, media_of, question_of
 
@@ -373,7 +373,7 @@ def test_writers_at_the_same_time_do_not_meet(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from eval.vlm_cache import Cache, Reply
+from eval.vlm.cache import Cache, Reply
 cache = Cache(Path(sys.argv[1]))
 for number in range(2000):
     cache.put(f"{number + 1000 * int(sys.argv[2]):064x}", Reply("x" * 500 + str(number)))
@@ -407,7 +407,7 @@ def test_an_answer_costs_the_same_however_many_there_are(tmp_path):
 
 KILLED = """
 import sys
-from eval.vlm import Question, Vlm, VlmConfig
+from eval.vlm.client import Question, Vlm, VlmConfig
 vlm = Vlm(VlmConfig(base_url=sys.argv[1], model="stub", cache=sys.argv[2], concurrency=8))
 
 async def one(number):

@@ -12,7 +12,7 @@ from PIL import Image, ImageStat
 from eval.judges import JudgeConfig, build_judge, vlm
 from eval.judges.scores import Unjudged
 from eval.judges.vlm import VlmJudgeConfig
-from eval.vlm import VlmUnavailable
+from eval.vlm.client import VlmUnavailable
 from tests.eval.vlm_stub import Response, StubServer, media_of, question_of
 
 

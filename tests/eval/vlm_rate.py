@@ -9,7 +9,7 @@ import time
 
 from vlm_stub import stub_process
 
-from eval.vlm import Question, Vlm, VlmConfig
+from eval.vlm.client import Question, Vlm, VlmConfig
 
 QUESTIONS = 2000
 

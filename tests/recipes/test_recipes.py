@@ -16,14 +16,14 @@ from train.physics import feature_block
 ENTRY_POINTS = [
     "train.gdpo",
     "train.sft",
-    "train.benchmark",
-    "train.inspect_targets",
+    "train.tools.benchmark",
+    "train.tools.inspect_targets",
     "data_pipeline.build",
     "eval.generate",
     "eval.run",
-    "eval.search.run",
-    "eval.search.benchmark",
-    "eval.refine.run",
+    "eval.experiments.search.run",
+    "eval.experiments.search.benchmark",
+    "eval.prompt_refinement.run",
 ]
 
 

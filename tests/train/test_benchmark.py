@@ -1,11 +1,11 @@
-"""`train/benchmark.py` on the tiny architecture: every part runs, and its figures hang together."""
+"""`train/tools/benchmark.py` on the tiny architecture: every part runs, and its figures hang together."""
 
 import json
 
 import pytest
 
-from train import benchmark
-from train.breakdown import kind_of
+from train.tools import benchmark
+from train.tools.breakdown import kind_of
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
-"""`train/inspect_targets.py`: pictures with and without a checkpoint, that show what is in the group."""
+"""`train/tools/inspect_targets.py`: pictures with and without a checkpoint, that show what is in the group."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from train import inspect_targets, sft
+from train import sft
 from train.groups import GroupSet
+from train.tools import inspect_targets
 
 TERMS = ("physics.w_pix=1", "physics.w_sem=1", "physics.hidden_width=32")
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from train import loop, memory
-from train.memory import GIB, Sizes, choose_levels, predict
-from train.offload import affordable
+from train import loop
+from train.fused import memory
+from train.fused.memory import GIB, Sizes, choose_levels, predict
+from train.fused.offload import affordable
 
 WAN_14B = Sizes(tokens=32760, width=5120, ffn=13824, heads=40, blocks=40)
 
@@ -150,7 +151,7 @@ def test_float8_leaves_room_for_its_operands():
 
 
 def test_the_prediction_is_near_and_above_what_an_h200_measured():
-    """Peaks of `train.benchmark`, GiB: resident weights, adapters with two moments and two gradients, activations."""
+    """Peaks that train.tools.benchmark measured, GiB: weights, adapters, two moments, two gradients, activations."""
     wan_1_3b = Sizes(tokens=32760, width=1536, ffn=8960, heads=12, blocks=30)
     wan_14b = 26.61 + 5 * 0.293
     for sizes, levels, passes, resident, measured in (

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from train.backbones.architecture import wan_architecture
-from train.backbones.fused_block import fuse_blocks
 from train.backbones.loading import random_transformer
+from train.fused.fused_block import fuse_blocks
+from train.fused.memory import GIB
+from train.fused.offload import HostStore, affordable, host_memory
 from train.lora_switch import LoraConfig, LoraSwitch
-from train.memory import GIB
-from train.offload import HostStore, affordable, host_memory
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between a GPU and its host")
 GPU = "cuda"

@@ -155,7 +155,7 @@ def test_zero3_gathers_fused_blocks_for_both_passes(tiny, tmp_path, one_process,
 @pytest.mark.slow
 def test_the_benchmark_measures_a_sharded_step_beside_a_whole_one(tmp_path):
     arguments = ("recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", "benchmark.parts=[ours,zero3]")
-    finish(launch("zero3", ("train/benchmark.py",), *arguments, tmp_path=tmp_path), tmp_path)
+    finish(launch("zero3", ("train/tools/benchmark.py",), *arguments, tmp_path=tmp_path), tmp_path)
     results = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     whole, sharded = results["ours"], results["zero3"]
     assert sharded["ranks"] == 2 and sharded["ratio"] == sharded["seconds"] / whole["seconds"]

@@ -15,10 +15,10 @@ from losses.self_score import motion_mask
 from train import checkpoint, gdpo, loop, sft
 from train.backbones import find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
-from train.backbones.fused_block import fuse_blocks
 from train.backbones.wan22_ti2v import Wan22TI2V
 from train.clips import to_pixels
 from train.full_parameters import FullParameters
+from train.fused.fused_block import fuse_blocks
 from train.groups import GroupSet, GroupStream
 from train.loop import Policy
 from train.lora_switch import LoraSwitch

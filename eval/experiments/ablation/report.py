@@ -1,0 +1,111 @@
+"""The ablation's results as a table and as a figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.report.intervals import Estimate
+from train.files import atomic
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text: means with 95% intervals, paired differences of the physical score, the paper's figures."""
+
+    def signed(value: dict[str, float] | None) -> str:
+        return "-" if value is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**value)
+
+    heads = ("", "physical", "semantic", "gain over base", "against", "paper (table, model, figure)")
+    cells = [heads]
+    for row in results["rows"]:
+        missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
+        figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:g}" for f in row["paper"])
+        own = (str(Estimate(**row["physical"])), f"{row['semantic']['mean']:.3f}")
+        other = row["against"]
+        against = f"{other['row']} {signed(other['physical'])}" if other["physical"] else "-"
+        differences = (signed(row["gain"]["physical"]), against)
+        cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-"))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append(f"seeds {results['seeds']}, {results['clips']} held-out prompts each")
+    lines.append(f"device {', '.join(results['device'])}, torch {', '.join(results['torch'])}")
+    lines.append("The papers' figures are of other benchmarks and scales: compare orders, not values.")
+    return "\n".join(lines)
+
+
+BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's, told apart by colour-blind readers
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """PNG of the paired gains in the physical score: methods above, sweeps below. Readable at a width of 900 pixels."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the figure needs matplotlib, which is not installed: pip install matplotlib") from error
+    gains = {row["name"]: row["gain"]["physical"] for row in results["rows"] if row["trainer"]}
+    methods = [row for row in results["rows"] if row["trainer"] and not row["sweep"]]
+    swept = {key: {} for key in results["defaults"]}
+    for row in results["rows"]:
+        if row["sweep"]:
+            swept[row["sweep"]["key"]][row["sweep"]["value"]] = gains[row["name"]]
+    swept = {key: points for key, points in swept.items() if points}
+    height = 1.2 + 0.34 * max(1, len(methods))
+    lines = -(-len(swept) // 4)
+    figure = Figure(figsize=(9, height + 1.9 * lines), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, *lower = figure.subfigures(
+        1 + bool(swept), 1, height_ratios=[height, 1.9 * lines][: 1 + bool(swept)], squeeze=False
+    )[:, 0]
+    axes = upper.subplots()
+    points = [(gains[row["name"]], place, row["name"] == results["middle"]) for place, row in enumerate(methods)]
+    _points(axes, points, horizontal=True)
+    axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    base = next((row for row in results["rows"] if row["name"] == "base"), None)
+    absolute = f" ({base['physical']['mean']:.3f})" if base else ""
+    axes.axvline(0, color=BLACK, linestyle="--", linewidth=1, label=f"base model{absolute}")
+    if "sft" in gains:
+        axes.axvline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8, label="LoRA-SFT")
+    seeds = len(results["seeds"])
+    axes.set_xlabel(f"gain in the physical score, 95% interval over {seeds} x {results['clips']} paired clips")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
+    if not swept:
+        return _save(figure, path)
+    panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("gain")
+    for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
+        middle = {results["defaults"][key]: gains[results["middle"]]} if results["middle"] in gains else {}
+        shown = sorted({**points, **middle}.items())
+        if key in ("beta", "w_pix", "w_sem"):
+            panel.set_xscale("log")
+        panel.plot([value for value, _ in shown], [gain["mean"] for _, gain in shown], color=BLUE, linewidth=1)
+        _points(panel, [(gain, value, value in middle) for value, gain in shown], horizontal=False)
+        panel.set_xticks([value for value, _ in shown], [f"{value:.3g}" for value, _ in shown])
+        panel.minorticks_off()
+        panel.axhline(0, color=BLACK, linestyle="--", linewidth=1)
+        if "sft" in gains:
+            panel.axhline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8)
+        panel.set_title(key, fontsize=10)
+    for panel in panels.flat[len(swept) :]:
+        panel.set_axis_off()
+    return _save(figure, path)
+
+
+def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, bool]], *, horizontal: bool) -> None:
+    """Gains with intervals at places; the middle of the sweeps is a filled diamond."""
+    for gain, place, is_middle in points:
+        reach = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
+        marker = {"marker": "D", "markersize": 6} if is_middle else {"marker": "o", "markersize": 5}
+        fill = BLUE if is_middle else "white"
+        style = {"color": BLUE, "markerfacecolor": fill, "capsize": 2.5, "linewidth": 1.4, **marker}
+        if horizontal:
+            axes.errorbar([gain["mean"]], [place], xerr=reach, **style)
+        else:
+            axes.errorbar([place], [gain["mean"]], yerr=reach, **style)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic(path) as aside:
+        figure.savefig(aside, format="png")

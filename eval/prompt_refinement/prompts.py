@@ -1,0 +1,329 @@
+"""VLM-guided refinement of prompts (Bootstrapping Physics-Grounded Video Generation through VLM-Guided Iterative
+Self-Refinement, section 2).
+
+    prediction = VLM(knowledge, description, first frame)      prompt_1 = LLM(prediction)
+    round n:     clip_n = generate(prompt_n)                   critique_n = VLM(clip_n)
+                 prompt_n+1 = LLM(critique_n)                  until prompt_n+1 is close to prompt_n, or a limit
+
+    <folder>/<key>/round-01.mp4     the clip
+    <folder>/<key>/round-01.json    prompt, similarity to the one before, critique; round 1 also the prediction
+    <folder>/<key>/choice.json      which round's clip is the result, why the rounds ended, the scorer's values
+
+A round's JSON is written anew, whole, after each of its stages, so a run that was stopped continues at the stage where
+it was; clips and answers that were made with other settings do not count. All prompts go through a stage together, so
+that a server has many questions at once and the generator can batch. A model always sees the clip as read from its
+file: a continued run asks the same question.
+
+Deviations. The paper continues a video of three seconds; here a clip begins with one frame at most, for no backbone
+here takes a longer prefix. Closeness is the cosine of two sentence embeddings (the text: "when the prompts converge").
+A critique without violations ends the rounds too. The result is the last clip, as in the text, or the scorer's choice
+among all rounds (section 3, "ensemble").
+
+Answers are data: no part of a path (keys come from `eval.prompts`), never executed, limited in length. A question
+without a usable answer ends its prompt's rounds, is named in the round's `failure`, and is asked again in the next run.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.prompt_refinement import questions
+from eval.prompts import Prompt, slug
+from eval.vlm.backend import Backend, VlmConfig
+from eval.vlm.client import NoAnswer, Vlm, jpeg_frames
+from train.clips import VideoConfig, read_clip, write_clip
+from train.files import digest, sha256, write_text
+
+EXAMPLE = "sentence-transformers/all-MiniLM-L6-v2"
+
+Generate = Callable[[list[Prompt], list[str]], Tensor]  # prompts, the texts to use -> (N,T,H,W,3) uint8
+Encoder = Callable[[list[str]], Any]  # N texts -> array (N, D), of any length
+ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) uint8 -> (R,), lower is better
+
+
+@dataclass
+class PromptRefineConfig:
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # sees and criticises
+    llm: VlmConfig = field(default_factory=VlmConfig)  # rewrites; llm.model empty: the vlm does
+    rounds: int = 4  # clips a prompt, at most
+    similarity: float = 0.95  # cosine from which a new prompt counts as the one before
+    encoder: str = EXAMPLE  # sentence-transformers model that compares prompts: hub id or folder
+    max_prompt_chars: int = 800  # of a prompt that a model writes; a longer one is asked for again
+    batch_size: int = 8  # clips asked of the generator together
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "max_prompt_chars", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.max_prompt_chars > questions.TEXT_CHARS:
+            raise ValueError(f"max_prompt_chars={self.max_prompt_chars}: use at most {questions.TEXT_CHARS}")
+        if not -1 <= self.similarity <= 1:
+            raise ValueError(f"similarity={self.similarity} is a cosine: use -1 to 1, such as 0.95")
+
+
+@dataclass
+class Round:
+    """What is known of one round; a stage that is still to come has left its fields empty."""
+
+    number: int  # from 1
+    prediction: str = ""  # round 1
+    prompt: str = ""
+    similarity: float | None = None  # of the prompt to that of the round before
+    clip_bytes: int = 0  # size of the clip's file; 0: none yet
+    violations: list[dict[str, str]] | None = None  # of the clip: law, seen
+    description: str = ""  # the clip as it should have been
+    failure: str = ""  # why the last question got no answer, and the beginning of what came instead
+
+
+@dataclass
+class Refinement:
+    """One prompt's rounds, and how they ended: converged | no violations | limit | failed."""
+
+    prompt: Prompt
+    folder: Path
+    rounds: list[Round]
+    ended: str = ""
+    values: list[float] = field(default_factory=list)  # the scorer's, one a clip
+    chosen: int | None = None  # number of the round whose clip is the result; None: there is no clip
+
+    def clip(self, number: int) -> Path:
+        return self.folder / f"round-{number:02d}.mp4"
+
+    @property
+    def clips(self) -> list[int]:
+        """Numbers of the rounds with a clip."""
+        return [one.number for one in self.rounds if one.clip_bytes]
+
+
+class PromptRefiner:
+    """Refines prompts into `folder`. backends: in place of those that the configuration names.
+
+    generate: makes one clip a prompt from the text that it is given, best with the same noise in every round; its image
+    is `Prompt.image`. made_with: whatever else the clips depend on (model, sampler, seed), in words; clips of other
+    settings are made anew. encoder: in place of config.encoder. Raises ValueError for settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        config: PromptRefineConfig,
+        video: VideoConfig,
+        folder: Path,
+        generate: Generate,
+        *,
+        made_with: str,
+        encoder: Encoder | None = None,
+        vlm_backend: Backend | None = None,
+        llm_backend: Backend | None = None,
+    ):
+        self.config, self.video, self.folder = config, video, Path(folder)
+        self.generate, self.made_with = generate, made_with
+        self.vlm = Vlm(config.vlm, vlm_backend)
+        self.llm = Vlm(config.llm, llm_backend) if config.llm.model else self.vlm
+        self._encoder = encoder
+
+    def run(self, prompts: Sequence[Prompt], scorer: ClipScorer | None = None) -> list[Refinement]:
+        """All prompts, in order. scorer: chooses among a prompt's clips; None: the last clip.
+
+        Raises VlmUnavailable, a ValueError, where a model as a whole does not answer; running again continues.
+        """
+        stages = {"predict": self._predict, "rewrite": self._rewrite, "clip": self._clip, "critique": self._critique}
+        found = [self._load(prompt) for prompt in prompts]
+        while waiting := [(one, stage) for one in found if (stage := self._stage(one)) in stages]:
+            first = next(name for name in stages if any(name == stage for _, stage in waiting))
+            stages[first]([one for one, stage in waiting if stage == first])
+        for one in found:
+            one.ended = self._stage(one)
+            self._choose(one, scorer)
+        return found
+
+    # What is next
+
+    def _stage(self, one: Refinement) -> str:
+        """The stage that a prompt waits for, or how it ended; opens the next round where one is over."""
+        last = one.rounds[-1]
+        if last.failure:
+            return "failed"
+        if last.number == 1 and not last.prediction:
+            return "predict"
+        if not last.prompt:
+            return "rewrite"
+        if last.similarity is not None and last.similarity >= self.config.similarity:
+            return "converged"
+        if not last.clip_bytes:
+            return "clip"
+        if last.violations is None:
+            return "critique"
+        if not last.violations:
+            return "no violations"
+        if last.number >= self.config.rounds:
+            return "limit"
+        one.rounds.append(Round(last.number + 1))
+        return "rewrite"
+
+    # The stages
+
+    def _predict(self, waiting: list[Refinement]) -> None:
+        async def ask(one: Refinement) -> str:
+            frames = await asyncio.to_thread(self._first_frame, one.prompt)
+            return await self.vlm.ask(questions.predict_question(one.prompt.text, frames), questions.read_prediction)
+
+        for one, answer in zip(waiting, self.vlm.run(ask, waiting), strict=True):
+            self._record(one, answer, lambda last, text: setattr(last, "prediction", text))
+
+    def _rewrite(self, waiting: list[Refinement]) -> None:
+        limit = self.config.max_prompt_chars
+
+        async def ask(one: Refinement) -> str:
+            last = one.rounds[-1]
+            if last.number == 1:
+                question = questions.rewrite_question(one.prompt.text, last.prediction, limit)
+            else:
+                before = one.rounds[-2]
+                question = questions.rewrite_question(
+                    one.prompt.text, before.description, limit, last=before.prompt, violations=before.violations
+                )
+            return await self.llm.ask(question, lambda reply: questions.read_prompt(reply, limit))
+
+        answers = self.llm.run(ask, waiting)
+        for one, answer in zip(waiting, answers, strict=True):
+            if isinstance(answer, str) and len(one.rounds) > 1:
+                one.rounds[-1].similarity = self.similarity(one.rounds[-2].prompt, answer)
+            self._record(one, answer, lambda last, text: setattr(last, "prompt", text))
+
+    def _clip(self, waiting: list[Refinement]) -> None:
+        for start in range(0, len(waiting), self.config.batch_size):
+            part = waiting[start : start + self.config.batch_size]
+            clips = self.generate([one.prompt for one in part], [one.rounds[-1].prompt for one in part])
+            if len(clips) != len(part):
+                raise ValueError(f"generate made {len(clips)} clips of {len(part)} prompts: it must make one each")
+            for one, frames in zip(part, clips, strict=True):
+                last = one.rounds[-1]
+                path = one.clip(last.number)
+                write_clip(path, frames, self.video.fps)
+                last.clip_bytes = path.stat().st_size
+                self._save(one)
+
+    def _critique(self, waiting: list[Refinement]) -> None:
+        async def ask(one: Refinement) -> dict[str, Any]:
+            last = one.rounds[-1]
+            frames = await asyncio.to_thread(self._clip_frames, one.clip(last.number))
+            question = questions.critique_question(one.prompt.text, last.prompt, frames)
+            return await self.vlm.ask(question, questions.read_critique)
+
+        for one, answer in zip(waiting, self.vlm.run(ask, waiting), strict=True):
+            self._record(one, answer, lambda last, found: last.__dict__.update(found))
+
+    def _record(self, one: Refinement, answer: Any, keep: Callable[[Round, Any], None]) -> None:
+        """Keep an answer, or why there is none, and write the round."""
+        if isinstance(answer, NoAnswer):
+            one.rounds[-1].failure = f"{answer}" + (f"; it wrote: {answer.raw}" if answer.raw else "")
+        else:
+            keep(one.rounds[-1], answer)
+        self._save(one)
+
+    def similarity(self, before: str, after: str) -> float:
+        """Cosine of two prompts' embeddings; 1 for equal prompts, whatever the encoder."""
+        if before == after:
+            return 1.0
+        if self._encoder is None:
+            self._encoder = load_encoder(self.config.encoder)
+        vectors = np.asarray(self._encoder([before, after]), dtype=np.float64)
+        lengths = np.linalg.norm(vectors, axis=1)
+        if vectors.shape[0] != 2 or not np.isfinite(lengths).all() or not lengths.all():
+            raise ValueError(f"the encoder gave vectors of lengths {lengths.tolist()} for two prompts: use another one")
+        return float(vectors[0] @ vectors[1] / lengths.prod())
+
+    def _first_frame(self, prompt: Prompt) -> list[bytes]:
+        if prompt.image is None:
+            return []
+        return jpeg_frames(read_clip(prompt.image, replace(self.video, num_frames=1)), 1, self.config.vlm.frame_height)
+
+    def _clip_frames(self, path: Path) -> list[bytes]:
+        return jpeg_frames(read_clip(path, self.video), self.config.vlm.frames, self.config.vlm.frame_height)
+
+    # On disk
+
+    def _digest(self, one: Refinement, number: int) -> str:
+        """Of all that a round depends on: the settings, apart from when rounds end, and the round before."""
+        config, prompt = self.config, one.prompt
+        models = [
+            [one.model, one.frames, one.frame_height, one.temperature, one.seed] for one in (config.vlm, config.llm)
+        ]
+        image = sha256(prompt.image) if prompt.image else ""
+        rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
+        settings = [prompt.text, image, models, config.encoder, config.max_prompt_chars, rules]
+        settings += [self.made_with, asdict(self.video), [asdict(before) for before in one.rounds[: number - 1][-1:]]]
+        return digest(settings)
+
+    def _load(self, prompt: Prompt) -> Refinement:
+        """What is finished: rounds up to the first that is missing, damaged, of other settings, or lacks its clip."""
+        if not prompt.key or slug(prompt.key) != prompt.key:
+            raise ValueError(f"key {prompt.key!r} is to name a folder: use a-z, 0-9 and single hyphens")
+        one = Refinement(prompt, self.folder / prompt.key, [])
+        for number in range(1, self.config.rounds + 1):
+            try:
+                record = json.loads(_round_file(one.folder, number).read_text(encoding="utf-8"))
+                if record.pop("digest") != self._digest(one, number):
+                    break
+                last = Round(**record)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                break
+            last.failure = ""  # to be asked again
+            clip = one.clip(number)
+            if not clip.is_file() or clip.stat().st_size != last.clip_bytes:
+                last.clip_bytes, last.violations, last.description = 0, None, ""
+            one.rounds.append(last)
+            if not last.violations:
+                break
+        if not one.rounds:
+            one.rounds.append(Round(1))
+        return one
+
+    def _save(self, one: Refinement) -> None:
+        last = one.rounds[-1]
+        record = {"digest": self._digest(one, last.number)} | asdict(last)
+        _write_json(_round_file(one.folder, last.number), record)
+
+    def _choose(self, one: Refinement, scorer: ClipScorer | None) -> None:
+        if one.clips:
+            one.chosen = one.clips[-1]
+            if scorer is not None:
+                clips = torch.stack([read_clip(one.clip(number), self.video) for number in one.clips])
+                values = torch.as_tensor(scorer(one.prompt.text, clips)).float().cpu()
+                if values.shape != (len(clips),) or values.isnan().any():
+                    raise ValueError(f"the scorer gave {values.tolist()} for {len(clips)} clips: give one number each")
+                one.values = values.tolist()
+                one.chosen = one.clips[int(values.argmin())]
+        choice = {"prompt": one.prompt.text, "ended": one.ended, "clips": one.clips, "chosen": one.chosen}
+        choice |= {"values": [value if np.isfinite(value) else str(value) for value in one.values]}
+        _write_json(one.folder / "choice.json", choice)
+
+
+def load_encoder(name: str) -> Encoder:
+    """A sentence transformer; safetensors only, no code of a checkpoint's own. ValueError where it cannot be loaded."""
+    from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(name, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"encoder={name!r} cannot be loaded ({error}): give the folder or the hub id of a sentence-transformers"
+            f" model with *.safetensors, such as {EXAMPLE}"
+        ) from error
+    return lambda texts: model.encode(texts, show_progress_bar=False, convert_to_numpy=True)
+
+
+def _round_file(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:02d}.json"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))

@@ -1,0 +1,170 @@
+"""Prompts that a vision-language model refines round by round, and the clips that come of it.
+
+    accelerate launch --module eval.prompt_refinement.run recipe=wan14b refine_prompts.prompts_file=prompts.txt \\
+        refine_prompts.vlm.base_url=http://localhost:8000/v1 refine_prompts.vlm.model=Qwen/Qwen2.5-VL-72B-Instruct
+
+    <folder>/<key>/round-01.mp4, .json   every round's clip, prompt and critique; choice.json; see prompts.py
+    <folder>/results.json                written last: each prompt's rounds, how they ended, the chosen clip
+
+The noise is the same in every round. The chosen clip is the last one or, with `refine_prompts.chosen_by`, that of the
+lowest score among all rounds (any scorer of `eval.search.scorers`, of the first description). With
+`refine_prompts.search=best_of_n` (or race, prune) every round's clip is itself the best of several. Every rank takes a
+share of the prompts; a run that was stopped continues.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor
+
+import recipes
+from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
+from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
+from eval.prompts import Prompt, make_key, read_prompts
+from eval.search import searcher
+from eval.search.best_of_n import decoder
+from eval.search.candidates import Candidates
+from eval.search.config import SearchConfig
+from eval.search.scorers import SCORERS
+from train import entry
+from train.backbones import load_backbone
+from train.backbones.base import Backbone, BackboneConfig, Conditioning
+from train.checkpoint import attach_trained
+from train.clips import VideoConfig, from_pixels
+from train.files import digest, lock, write_text
+from train.parallel import any_rank, build_accelerator
+from train.sampling import SamplerConfig
+
+
+@dataclass
+class RunConfig(PromptRefineConfig):
+    prompts: list[str] = field(default_factory=list)  # descriptions
+    prompts_file: str = ""  # instead of prompts: .txt, one a line; .csv or .jsonl, columns prompt [image] [key]
+    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture a prompt, first frame is used
+    lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: the base model
+    folder: str = "${output}/refined_prompts"  # everything goes here
+    chosen_by: str = ""  # scorer that chooses among a prompt's rounds; empty: the last round's clip
+    search: str = ""  # best_of_n | race | prune: of every round's clip; see eval.search.searcher
+    refine: str = ""  # proprio | guidance, likewise
+
+
+@dataclass
+class Config:
+    recipe: str = ""  # name or path of a recipe
+    output: str = "runs/default"  # everything goes below this folder
+    seed: int = 0  # of the initial noise
+    dry_run: bool = False  # print what would be made and stop
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    refine_prompts: RunConfig = field(default_factory=RunConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
+    config = recipes.load(Config, argv)
+    settings = config.refine_prompts
+    if settings.chosen_by and settings.chosen_by not in SCORERS:
+        raise ValueError(f"refine_prompts.chosen_by={settings.chosen_by!r} is no scorer: use {', '.join(SCORERS)}")
+    searcher.check(strategy_of(settings), config.search, config.sampler, "refine_prompts")
+    prompts = read_prompts(settings.prompts, settings.images, settings.prompts_file, section="refine_prompts")
+    accelerator = build_accelerator()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("refinement gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
+    results = None
+    if not config.dry_run:
+        with lock(settings.folder) if accelerator.is_main_process else nullcontext():
+            results = refine(config, prompts, accelerator)
+    elif accelerator.is_main_process:
+        print(f"{len(prompts)} prompts, at most {settings.rounds} clips each, {config.sampler.steps} steps a clip")
+        print(f"search: {searcher.describe(strategy_of(settings), config.search)}")
+    accelerator.end_training()  # closes the process group
+    return results
+
+
+def refine(config: Config, prompts: Sequence[Prompt], accelerator: Accelerator) -> list[dict[str, Any]] | None:
+    """Refine all prompts on all ranks; results on the main process, in order of the prompts."""
+    settings, folder = config.refine_prompts, Path(config.refine_prompts.folder)
+    generator = Generator(config, accelerator.device, images=prompts[0].image is not None)
+    refiner = PromptRefiner(settings, config.video, folder, generator, made_with=generator.digest)
+    scorer = generator.scorer() if settings.chosen_by else None
+    refiner.run(prompts[accelerator.process_index :: accelerator.num_processes], scorer)
+    any_rank(False, accelerator.device)  # an all-reduce, so all are done
+    if not accelerator.is_main_process:
+        return None
+    results = []
+    for prompt in prompts:
+        choice = json.loads((folder / prompt.key / "choice.json").read_text(encoding="utf-8"))
+        clip = None if choice["chosen"] is None else f"{prompt.key}/round-{choice['chosen']:02d}.mp4"
+        results.append({"key": prompt.key} | choice | {"clip": clip})
+        print(f"{prompt.key}: {len(choice['clips'])} clips, {choice['ended']}; {clip or 'no clip'}")
+    write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    print(f"results {folder / 'results.json'}")
+    return results
+
+
+class Generator:
+    """Prompts and texts to clips, one each from the same noise; the network is loaded for the first."""
+
+    def __init__(self, config: Config, device: torch.device, *, images: bool):
+        self.config, self.device, self.images = config, device, images  # images: prompts have one, all or none
+        fingerprint = load_backbone(config.backbone, "cpu", parts=()).fingerprint
+        path, strategy = config.refine_prompts.lora, strategy_of(config.refine_prompts)
+        self.lora: Lora | None = read_lora(path, fingerprint, key="refine_prompts.lora") if path else None
+        self.model = searcher.searching(Model(TUNED), strategy, config.search)
+        backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
+        weights = self.lora.sha256 if self.lora else ""
+        self.digest = digest([backbone, asdict(config.sampler), weights, self.model.settings])
+        self._backbone: Backbone | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        if self._backbone is None:
+            self._backbone = load_backbone(self.config.backbone, self.device)
+            if self.lora:
+                attach_trained(self.lora.path, self._backbone.experts, fingerprint=self._backbone.fingerprint)
+        return self._backbone
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
+        video, backbone = self.config.video, self.backbone
+        conditionings = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            frame = first_frame(prompt, video) if prompt.image else None
+            conditionings.append(backbone.condition([text], frame, num_frames=video.num_frames))
+        negative = backbone.condition([self.config.sampler.negative_prompt])
+        told = [Prompt(prompt.key, text, prompt.image) for prompt, text in zip(prompts, texts, strict=True)]
+        requests = [Request(None, prompt, self.config.seed, video) for prompt in told]
+        conditioning = Conditioning.cat(conditionings)
+        latents, _ = self.model.strategy(backbone, conditioning, requests, self.config.sampler, negative)
+        return decoder(backbone, 1)(latents)
+
+    def scorer(self) -> ClipScorer:
+        """The scorer `chosen_by`, of clips as they lie on disk."""
+        search = self.config.search
+        score = SCORERS[self.config.refine_prompts.chosen_by](search, self.backbone, self.config.video.fps)
+
+        @torch.no_grad()
+        def values(description: str, clips: Tensor) -> Tensor:
+            frames = from_pixels(clips)  # (R, 3, T, H, W)
+            latents = self.backbone.encode_video(frames).cpu()
+            frame = frames[:1, :, 0] if self.images else None  # every round begins with the prompt's image
+            conditioning = self.backbone.condition([description], frame, num_frames=frames.shape[2])
+            key, fps = make_key(0, description), self.config.video.fps
+            return score(Candidates(key, description, latents, conditioning, lambda _: clips, fps))
+
+        return values
+
+
+def strategy_of(settings: RunConfig) -> searcher.Strategy:
+    return searcher.Strategy(settings.search, settings.refine)
+
+
+if __name__ == "__main__":
+    entry.run(main)

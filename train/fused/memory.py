@@ -1,0 +1,142 @@
+"""Which block keeps what for its backward pass, so that a step's peak stays within a budget.
+
+Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden state) and w = u ffn / width:
+
+    peak = resident + gathered + (2 + gradients) adapters + passes x sum over blocks of kept(level)
+           + workspace(highest level) + (passes - 1) x outside
+
+`resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; the adapters' bytes come again
+for AdamW's two moments and for each set of gradients that waits, a clip's or the sum over earlier passes. Passes are
+those whose activations wait for their backward at once: one, and two where the self-score's judge looks at what the
+policy predicts (`train.winner`). Kept: a block's input, and by `train.fused.fused_block.LEVELS` nothing, attention
+(u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host memory. The workspace,
+fitted to measured peaks, is what one block's backward pass holds besides: it recomputes less the more was kept.
+`outside`, fitted likewise, is what a pass that waits behind another keeps outside its blocks.
+
+Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
+the backward pass starts, and a block that kept more needs less workspace.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GIB = 2**30
+OFFLOADED = 4  # the level of `train.fused.fused_block` that keeps everything on the host
+WORKSPACE = (21.0, 18.0, 18.0, 14.0)  # hidden states u, by level; the last block, where the peak is, is not offloaded
+WIDE_WORKSPACE = 0.3  # feed-forward activations w
+OUTSIDE = 2.2  # hidden states u: two measured peaks of two waiting passes against two of one
+GATHERED = 2  # blocks whole at once under ZeRO-3: the one that runs and one that is not freed yet
+FLOAT8_WORKSPACE = 6.0  # hidden states u more with 8-bit products: their quantised operands
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the bytes. `hidden_bytes` of one number; `tokens` of all clips in one pass."""
+
+    tokens: int
+    width: int
+    ffn: int
+    heads: int
+    blocks: int
+    hidden_bytes: int = 2
+
+    @property
+    def hidden(self) -> int:
+        return self.tokens * self.width * self.hidden_bytes
+
+    @property
+    def wide(self) -> int:
+        return self.tokens * self.ffn * self.hidden_bytes
+
+    def kept(self, level: int) -> int:
+        """Bytes that one block keeps on the device, its input included."""
+        attention = self.hidden + 4 * self.tokens * self.heads
+        everything = attention + 6 * self.hidden + self.wide
+        return self.hidden + (0, attention, attention + 3 * self.hidden, everything, 0)[level]
+
+    @property
+    def offloaded(self) -> int:
+        """Bytes that one offloaded block keeps on the host."""
+        return self.kept(3) - self.hidden
+
+    def workspace(self, level: int) -> float:
+        """Bytes that a block's backward pass holds beside what was kept."""
+        return WORKSPACE[level] * self.hidden + WIDE_WORKSPACE * self.wide
+
+
+def predict(sizes: Sizes, levels: list[int], passes: int = 1) -> float:
+    """Bytes of activations at the peak, when the last block's backward pass runs and one block's come back."""
+    coming = sizes.offloaded if OFFLOADED in levels else 0
+    outside = (passes - 1) * OUTSIDE * sizes.hidden
+    return passes * sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming + outside
+
+
+def choose_levels(sizes: Sizes, available: float, host: float = 0.0, passes: int = 1) -> list[int]:
+    """A level for each block whose predicted activations of all `passes` fit `available` bytes on the device and `host`
+    bytes there.
+
+    Blocks are offloaded, as many as the host has room for, until the others keep everything; they are spread over the
+    network so that copies have blocks to hide behind, and the last block never is. The other blocks' levels do not
+    fall as `available` grows; all are 0 where nothing fits.
+    """
+    for count in range(min(int(host // (passes * sizes.offloaded)), sizes.blocks - 1) + 1):
+        levels = _levels(sizes, available, passes, count)
+        if min(levels) == 3:
+            break
+    return levels
+
+
+def _levels(sizes: Sizes, available: float, passes: int, count: int) -> list[int]:
+    """The levels with `count` blocks offloaded."""
+    offloaded = {(2 * n + 1) * (sizes.blocks - 1) // (2 * count) for n in range(count)}
+    levels = [OFFLOADED if index in offloaded else 0 for index in range(sizes.blocks)]
+    for level in (1, 2, 3):
+        for index in reversed(range(sizes.blocks)):
+            if levels[index] == OFFLOADED:
+                continue
+            raised = [*levels[:index], level, *levels[index + 1 :]]
+            if predict(sizes, raised, passes) > available:
+                return levels
+            levels = raised
+    return levels
+
+
+def gathered(network: nn.Module) -> int:
+    """Bytes of GATHERED blocks under ZeRO-3; else 0."""
+    weights = network.blocks[0].parameters()
+    return GATHERED * sum(getattr(weight, "ds_numel", 0) * weight.element_size() for weight in weights)
+
+
+def plan(
+    network: nn.Module, adapters: list[Tensor], config: Any, *, gradients: int = 2
+) -> Callable[[torch.Size, int], list[int]]:
+    """Levels of a Wan network's blocks for hidden states (B, N, D) and waiting passes, by the train section `config`;
+    `gradients`: sets of the adapters' gradients that a step holds at once.
+
+    Call it when everything but the optimizer is in place: what is allocated now counts as resident.
+    """
+    device = adapters[0].device
+    trained = sum(weight.numel() * weight.element_size() for weight in adapters)
+    budget = config.memory_budget_gib * GIB
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        available = min(budget or 0.9 * total, 0.95 * total) - torch.cuda.memory_allocated(device)
+    else:
+        weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
+        available = (budget or float("inf")) - weights - trained
+    available -= (2 + gradients) * trained + gathered(network)
+
+    def levels(shape: torch.Size, passes: int) -> list[int]:
+        shapes = network.config
+        blocks, dtype = shapes.num_layers, network.dtype
+        sizes = Sizes(shape[0] * shape[1], shape[2], shapes.ffn_dim, shapes.num_attention_heads, blocks, dtype.itemsize)
+        if not config.activation_checkpointing:
+            return [3] * blocks
+        room = available - FLOAT8_WORKSPACE * sizes.hidden * config.float8
+        return choose_levels(sizes, room, config.offload_gib * GIB, passes)
+
+    return levels

@@ -1,0 +1,208 @@
+"""A picture of a group's physics targets, and of what a trained network makes of them: look before you train.
+
+    python -m train.tools.inspect_targets recipe=sandbox                        # the first group of runs/sandbox/groups
+    python -m train.tools.inspect_targets recipe=runs/mine/train/recipe.yaml inspect.key=group-000003 \\
+        inspect.checkpoint=runs/mine/train inspect.image=look.png         # beside the student's tracks and relations
+
+Frames are decoded from the winner's latent. Tracks of kept points are coloured, from dark for the highest in the first
+frame to bright, the others grey; a point is drawn only while it is visible. With a checkpoint that has heads
+(train/physics.py) the last row shows where the network thinks that the kept points go, at noise level `inspect.t`, and
+both relation matrices.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import recipes
+from losses.flow_matching import interpolate
+from losses.relational import cosines
+from train import checkpoint, entry, files, gdpo
+from train.backbones import load_backbone
+from train.backbones.base import Backbone, Conditioning
+from train.clips import to_pixels
+from train.groups import Group, GroupSet, pad_text
+from train.loop import build_heads
+from train.physics import feature_block, student_tokens, student_tracks, target_tensors
+from train.teachers.points import unpack
+
+FRAMES = 4  # columns of the first row
+
+
+@dataclass
+class InspectConfig:
+    key: str = ""  # of the group; empty: the first
+    checkpoint: str = ""  # a checkpoint folder or a training folder; empty: the targets alone
+    t: float = 0.5  # noise level at which the network sees the winner
+    image: str = "${output}/targets.png"
+
+
+@dataclass
+class Config(gdpo.Config):
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+
+
+def find_group(groups: GroupSet, key: str) -> Group:
+    """The group of that key, or the first. ValueError for a key that no group has, and for a group without tracks."""
+    group = next((group for group in groups if not key or group.key == key), None)
+    if group is None:
+        raise ValueError(f"inspect.key={key!r}: no group of {groups.folder} has it; the first is {groups[0].key!r}")
+    if "tracks" not in group.extra:
+        raise ValueError(f"group {group.key!r} has no physics targets: build the groups with pipeline.targets.tracks")
+    return group
+
+
+@torch.no_grad()
+def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tensor]:
+    """What the checkpoint's network and heads make of the group: tracks (F,N,2) and tokens (K,C), each where there is a
+    head for it. Empty without a checkpoint."""
+    if not config.inspect.checkpoint:
+        return {}
+    path = checkpoint.weights_path(config.inspect.checkpoint)
+    checkpoint.attach_trained(path, backbone.experts, fingerprint=backbone.fingerprint)
+    heads = build_heads(config, backbone)
+    if heads is None:
+        raise ValueError(
+            f"inspect.checkpoint={config.inspect.checkpoint} needs the physics section that it was trained with: pass"
+            " recipe=<its folder>/recipe.yaml"
+        )
+    checkpoint.load_heads(path.parent, heads)
+    targets = {name: tensor[None].to(backbone.device) for name, tensor in _tensors(config, group).items()}
+    clean = group.winner[None].to(backbone.device).float()
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)
+    t = torch.full((1,), config.inspect.t, device=clean.device)
+    text = pad_text(group.text, config.backbone.text_length)[None].to(clean.device)
+    condition = None if group.condition is None else group.condition[None].to(clean.device)
+    block = feature_block(config.physics, len(backbone.blocks))
+    x_t = interpolate(clean, noise, t)
+    _, features = backbone.velocity(x_t, t, Conditioning(text, condition), features_at=block)
+    made = {}
+    if config.physics.w_pix > 0:
+        made["tracks"] = student_tracks(heads, features, targets["tracks"][:, 0])[0].cpu()
+    if config.physics.w_sem > 0:
+        tokens = student_tokens(heads, features, targets["relation_grid"], targets["relation_indices"])
+        made["tokens"] = tokens[0, targets["relation_valid"][0]].cpu()
+    return made
+
+
+def _tensors(config: Config, group: Group) -> dict[str, Tensor]:
+    return target_tensors(config.physics, group.extra, group.winner.shape[1])
+
+
+def draw(group: Group, frames: Tensor, made: dict[str, Tensor]) -> Figure:
+    """The picture: group with targets, its decoded frames (T,H,W,3) uint8, and what `student` gave."""
+    extra, tracks = group.extra, unpack(group.extra["tracks"])
+    keep, visible = extra["keep"], extra["visible"]
+    rows = 3 if made else 2
+    figure = Figure(figsize=(4 * FRAMES, 4 * rows), layout="constrained")
+    figure.suptitle(f"{group.key}: {group.prompt}\n{int(keep.sum())} of {len(keep)} points kept", fontsize=11)
+    axes = figure.subplots(rows, FRAMES)
+    for axis, frame in zip(axes[0], torch.linspace(0, len(frames) - 1, FRAMES).round().long().tolist(), strict=True):
+        show(axis, frames[frame], f"frame {frame}: tracks up to here")
+        draw_paths(axis, tracks[: frame + 1], visible[: frame + 1], ~keep, frames.shape, grey=True)
+        draw_paths(axis, tracks[: frame + 1], visible[: frame + 1], keep, frames.shape)
+    show(axes[1, 0], frames[0], "kept points")
+    scatter(axes[1, 0], tracks[0, keep], "tab:red", frames.shape)
+    show(axes[1, 1], frames[0], "disparity: near is bright" if "disparity" in extra else "disparity: none stored")
+    if "disparity" in extra:
+        values = extra["disparity"].float()
+        points = scatter(axes[1, 1], tracks[0], values, frames.shape, vmin=0, vmax=1, cmap="magma")
+        figure.colorbar(points, ax=axes[1, 1], shrink=0.7)
+    show(axes[1, 2], frames[0], "visible in how many frames")
+    points = scatter(axes[1, 2], tracks[0], visible.float().mean(dim=0), frames.shape, vmin=0, vmax=1)
+    figure.colorbar(points, ax=axes[1, 2], shrink=0.7)
+    if "relation_indices" in extra:
+        counts = torch.zeros(int(extra["relation_grid"].prod()))
+        counts[extra["relation_indices"].long()] = 1
+        counts = counts.unflatten(0, extra["relation_grid"].tolist()).sum(dim=0)
+        matrix(axes[1, 3], counts, f"{len(extra['relation_indices'])} relation tokens, summed over time", figure)
+    else:
+        axes[1, 3].set_axis_off()
+    if made:
+        draw_student(figure, axes[2], group, frames, made)
+    return figure
+
+
+def draw_student(figure: Figure, axes: Any, group: Group, frames: Tensor, made: dict[str, Tensor]) -> None:
+    """The last row: reference and predicted tracks of the kept points, teacher's and student's relation matrix."""
+    keep, visible = group.extra["keep"], group.extra["visible"]
+    reference = unpack(group.extra["tracks"])
+    for axis in axes:
+        axis.set_axis_off()
+    if "tracks" in made:
+        stride = (len(frames) - 1) // max(len(made["tracks"]) - 1, 1)
+        reference, visible = reference[::stride], visible[::stride]
+        counted = keep & visible  # (F,N)
+        error = (made["tracks"] - reference).norm(dim=-1)[1:][counted[1:]]
+        for axis, paths, name in ((axes[0], reference, "reference"), (axes[1], made["tracks"], "predicted")):
+            show(axis, frames[0], f"{name} tracks" + ("" if axis is axes[0] else f", {error.mean():.3f} sides apart"))
+            draw_paths(axis, paths, visible, keep, frames.shape)
+    if "tokens" in made:
+        teacher = cosines(group.extra["relation_tokens"].float()[None])[0]
+        ours = cosines(made["tokens"][None])[0]
+        matrix(axes[2], teacher, "teacher's relations", figure, vmin=-1, vmax=1)
+        matrix(axes[3], ours, f"student's, {(ours - teacher).abs().mean():.3f} apart", figure, vmin=-1, vmax=1)
+
+
+def show(axis: Axes, frame: Tensor, title: str) -> None:
+    axis.imshow(frame.numpy())
+    axis.set_title(title, fontsize=9)
+    axis.set_axis_off()
+
+
+def draw_paths(
+    axis: Axes, tracks: Tensor, visible: Tensor, chosen: Tensor, shape: torch.Size, *, grey: bool = False
+) -> None:
+    """Paths of the chosen points: tracks (T,N,2), visible (T,N), chosen (N,); `shape` of the frames (T,H,W,3)."""
+    size = torch.tensor([shape[2], shape[1]])
+    pixels = torch.where(visible.unsqueeze(-1), tracks * size - 0.5, torch.nan)[:, chosen]  # pixel i: centre at i
+    colours = ScalarMappable(cmap="plasma").to_rgba(torch.linspace(0, 1, pixels.shape[1]).numpy(), norm=False)
+    for number in range(pixels.shape[1]):
+        x, y = pixels[:, number].unbind(-1)
+        style = {"color": "0.6", "alpha": 0.4, "linewidth": 0.5} if grey else {"color": colours[number], "linewidth": 1}
+        axis.plot(x.numpy(), y.numpy(), **style)
+        if not grey:
+            axis.plot(x[-1:].numpy(), y[-1:].numpy(), ".", color=colours[number], markersize=4)
+    axis.set_xlim(-0.5, shape[2] - 0.5)
+    axis.set_ylim(shape[1] - 0.5, -0.5)
+
+
+def scatter(axis: Axes, points: Tensor, colour: Any, shape: torch.Size, **options) -> Any:
+    """Points (N,2) on a frame, coloured by a name or by values (N,)."""
+    x, y = (points * torch.tensor([shape[2], shape[1]]) - 0.5).unbind(-1)
+    colour = colour.numpy() if isinstance(colour, Tensor) else colour
+    return axis.scatter(x.numpy(), y.numpy(), c=colour, s=8, **options)
+
+
+def matrix(axis: Axes, values: Tensor, title: str, figure: Figure, **options) -> None:
+    axis.set_axis_on()
+    image = axis.imshow(values.numpy(), interpolation="nearest", **options)
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    figure.colorbar(image, ax=axis, shrink=0.7)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = recipes.load(Config, argv)
+    group = find_group(GroupSet(config.train.groups), config.inspect.key)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = ("expert", "vae") if config.inspect.checkpoint else ("vae",)
+    backbone = load_backbone(config.backbone, device, parts=parts)
+    with torch.no_grad():
+        frames = to_pixels(backbone.decode_latents(group.winner[None]))[0].cpu()
+    figure = draw(group, frames, student(config, backbone, group))
+    path = Path(config.inspect.image)
+    with files.atomic(path) as aside:
+        figure.savefig(aside, format="png", dpi=110)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    entry.run(main)

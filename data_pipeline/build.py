@@ -1,19 +1,10 @@
-"""Build preference groups from raw clips: nine stages, each of which leaves a table behind and can run alone.
+"""Build preference groups from raw clips: the stages of data_pipeline/stages/, each of which leaves a table behind and
+can run alone.
 
     accelerate launch data_pipeline/build.py recipe=tiny pipeline.manifest=clips.csv
     python -m data_pipeline.build recipe=tiny pipeline.manifest=clips.csv --dry-run      # print the numbers and stop
     python -m data_pipeline.build recipe=tiny pipeline.manifest=sandbox:mixed:100        # simulated clips, no files
     python -m data_pipeline.build recipe=wan14b pipeline.stage=pool..resample            # choose; the GPUs come later
-
-    pool       all clips of all sources, with their prompts                        sources.py
-    filter     a language model keeps the physics-rich ones                        cot_filter.py
-    cluster    an action for each                                                  cluster.py
-    difficulty how well the model does each action already                         difficulty.py
-    resample   as many of each action as its difficulty asks for                   resample.py
-    generate   the losers: the model's own clips                                   generate.py
-    judge      scores of the losers                                                judge.py
-    targets    tracks and other references of the winners                          targets.py
-    encode     latents and text embeddings, all of it into shards                  encode.py
 
 A stage is cut into units, shared over the ranks. A unit that is complete and whose inputs are unchanged is skipped, so
 a build that was stopped continues when run again, on any number of ranks; the result is the same byte for byte. Of two
@@ -29,6 +20,7 @@ builds in one folder at the same time the second is refused; the tasks of an arr
 import gc
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,18 +29,22 @@ from typing import Any
 import torch
 
 import recipes
-from data_pipeline.encode import takes_first_frame
-from data_pipeline.sources import read_pool
-from data_pipeline.stages import STAGES, Config, Stages, sources_of
+from data_pipeline.conditioning import takes_first_frame
+from data_pipeline.config import Config, Setup
+from data_pipeline.stages import STAGES
+from data_pipeline.stages.filter import NO_PHYSICS
+from data_pipeline.stages.pool import read_pool
+from data_pipeline.stages.resample import NOT_CHOSEN
+from data_pipeline.stages.targets import TargetMaker
 from data_pipeline.tables import Table, read_dropped, read_summary
-from data_pipeline.targets import TargetMaker
 from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage, stage_table
 from train import entry, files
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, latent_shape, num_tokens
 from train.files import lock, write_text
 
-CHOICES = ("no physics", "not chosen")  # reasons that say nothing bad of a row: they are not quarantined
+ORDER = tuple(STAGES)
+CHOICES = (NO_PHYSICS, NOT_CHOSEN)  # reasons that say nothing bad of a row: they are not quarantined
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,21 +59,13 @@ def main(argv: list[str] | None = None) -> None:
 def check(config: Config) -> None:
     """ValueError for settings that cannot work, before any work."""
     settings = config.pipeline
-    least = {"num_losers": 0, "unit_size": 1, "table_rows": 1, "batch_size": 1, "encode_batch": 1, "array_count": 1}
-    for name, bound in least.items():
-        if getattr(settings, name) < bound:
-            raise ValueError(f"pipeline.{name}={getattr(settings, name)}: use {bound} or more")
-    if not 0 <= settings.array_index < settings.array_count:
-        raise ValueError(
-            f"pipeline.array_index={settings.array_index}: use 0 ... array_count - 1 = {settings.array_count - 1}"
-        )
     if family := BACKBONES.get(config.backbone.family):
         takes_first_frame(family, settings.first_frame)
     chosen = selected(settings.stage)
     if settings.array_count > 1 and len(chosen) > 1:
         raise ValueError(
             f"pipeline.stage={settings.stage} with array_count={settings.array_count}: the tasks of an array do not "
-            "wait for each other; run one array a stage, as launch/build_array.sbatch does"
+            "wait for each other; run one array per stage, as launch/build_array.sbatch does"
         )
 
 
@@ -85,16 +73,16 @@ def selected(stage: str) -> tuple[str, ...]:
     """The stages that `pipeline.stage` names: all, one, or first..last."""
     first, dots, last = stage.partition("..")
     if stage == "all":
-        return STAGES
+        return ORDER
     last = last if dots else first
     for name in (first, last):
         if name not in STAGES:
             raise ValueError(
-                f"pipeline.stage={stage}: {name!r} is no stage; use all, one of {', '.join(STAGES)}, or a..b"
+                f"pipeline.stage={stage}: {name!r} is no stage; use all, one of {', '.join(ORDER)}, or a..b"
             )
-    chosen = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    chosen = ORDER[ORDER.index(first) : ORDER.index(last) + 1]
     if not chosen:
-        raise ValueError(f"pipeline.stage={stage}: {last} comes before {first}; the order is {', '.join(STAGES)}")
+        raise ValueError(f"pipeline.stage={stage}: {last} comes before {first}; the order is {', '.join(ORDER)}")
     return chosen
 
 
@@ -111,7 +99,7 @@ def plan(config: Config) -> str:
     clip_bytes = 2 * channels * frames * rows * columns  # bfloat16
     group_bytes = (1 + losers) * clip_bytes + clip_bytes // frames * image
     text_bytes = 2 * config.backbone.text_length * architecture["transformer"]["text_dim"]
-    pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(sources_of(config), settings.table_rows)]
+    pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(Setup(config, "cpu").sources())]
     usable = sum(kept for kept, _ in pieces)
     most = min(usable, settings.resample.budget or usable)
     lines = {
@@ -127,7 +115,7 @@ def plan(config: Config) -> str:
         "kept twice, in the pipeline's folder and in shards",
     }
     lines = [f"{name:<20}{value}" for name, value in lines.items()]
-    return "\n".join([*lines, TargetMaker(settings.targets, video, "cpu").describe()])
+    return "\n".join([*lines, TargetMaker(config.targets, video, "cpu").describe()])
 
 
 def _architecture(backbone: BackboneConfig) -> dict[str, Any]:
@@ -154,13 +142,13 @@ def build(config: Config) -> None:
 
 def _run_stages(config: Config, team: Team) -> None:
     settings, chosen = config.pipeline, selected(config.pipeline.stage)
-    stages = Stages(config, team.device)
+    setup = Setup(config, team.device)
     if team.is_first:
-        stages.check(chosen)
+        _check_stages(setup, chosen)
         files.write_text(Path(settings.groups) / "build" / "recipe.yaml", recipes.to_yaml(config))
     before: Table | None = None
-    for name in STAGES[: STAGES.index(chosen[-1]) + 1]:
-        stage, selected_now = stages.make(name), name in chosen
+    for name in ORDER[: ORDER.index(chosen[-1]) + 1]:
+        stage, selected_now = STAGES[name].make(setup), name in chosen
         units, todo = team.decide(partial(plan_stage, stage, before, retry=selected_now))
         if selected_now:
             table = run_stage(stage, units, todo, before, team)
@@ -193,6 +181,21 @@ def _run_stages(config: Config, team: Team) -> None:
             print(warning)
 
 
+def _check_stages(setup: Setup, chosen: Sequence[str]) -> None:
+    """ValueError for what would stop one of the chosen stages, before any work."""
+    judge, resample = setup.config.judge, setup.pipeline.resample
+    setup.sources()
+    for name in chosen:
+        STAGES[name].make(setup).check()
+    if judge.name:
+        setup.build_judge()
+    if resample.tries_the_model and not judge.name:
+        raise ValueError(
+            f"pipeline.resample.tau={resample.tau:g} needs a judge of the model's own clips: set judge.name, or tau=0"
+            " to take all actions alike"
+        )
+
+
 def _cut_prompts(config: Config, table: Table) -> str:
     """A warning of prompts that the text encoder does not read to their end; empty where there is none."""
     rows = table.columns(("clip", "key", "prompt")).to_pylist()
@@ -203,7 +206,7 @@ def _cut_prompts(config: Config, table: Table) -> str:
 def _reasons(config: Config, last: str) -> dict[str, int]:
     """Why rows were dropped, in all stages up to `last`."""
     total: Counter[str] = Counter()
-    for name in STAGES[: STAGES.index(last) + 1]:
+    for name in ORDER[: ORDER.index(last) + 1]:
         total.update(read_summary(Path(config.output) / "pipeline" / name)["dropped"])
     return dict(total.most_common())
 
@@ -211,7 +214,7 @@ def _reasons(config: Config, last: str) -> dict[str, int]:
 def _write_quarantine(config: Config, last: str) -> tuple[Path, int]:
     """List the rows that could not be used in the stages up to `last`, in order; the file and their number."""
     lines = []
-    for name in STAGES[: STAGES.index(last) + 1]:
+    for name in ORDER[: ORDER.index(last) + 1]:
         folder = Path(config.output) / "pipeline" / name
         for number in range(read_summary(folder)["units"]):
             for row in read_dropped(folder, number).to_pylist():

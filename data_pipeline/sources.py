@@ -1,4 +1,4 @@
-"""Where clips come from: the pool stage, and the frames of its rows.
+"""Where clips come from.
 
 `pipeline.manifest` names a source, several joined with commas, or a list of them:
 
@@ -16,33 +16,29 @@ What is read is hostile: no name out of a caption, a manifest or a shard becomes
 member of a shard is found by its offset.
 """
 
-import errno
 import glob
 import hashlib
 import json
 import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import torch
 from braceexpand import UnbalancedBracesError, braceexpand
-from torch import Tensor
 
+from data_pipeline.frames import file_identity
 from data_pipeline.manifests import Row, checked, read_manifest
-from data_pipeline.tables import POOL, Dropped, Made, Stage, Table, Unit, dropped_table
+from data_pipeline.tables import Dropped
 from eval.records import BadRow, Record, not_local, printable
-from eval.sandbox.clips import SCENES, Clips
-from eval.sandbox.splits import SPLITS, list_clips, simulate_block
+from eval.sandbox.clips import SCENES
+from eval.sandbox.splits import SPLITS, list_clips
 from recipes import redacted
-from train.clips import ClipError, VideoConfig, read_clip
-from train.files import digest, explain_full_disk, sha256
+from train.clips import VideoConfig
+from train.files import sha256
 
 VIDEOS = (  # suffixes of a clip; those that PyAV does not read after all are listed as such
     *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".mk3d", ".webm", ".avi", ".divx", ".gif", ".apng", ".wmv", ".asf"),
@@ -53,9 +49,6 @@ VIDEOS = (  # suffixes of a clip; those that PyAV does not read after all are li
 CAPTIONS = (".txt", ".json")
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # of a NAS, and of archives made on a Mac: no clips of the user's
 SIDECAR_BYTES = 1 << 20  # of a caption file that are read
-IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
-COPY_BYTES = 1 << 22  # of a shard's member at a time
-MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that no clip is to blame for
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
         if path.is_dir():
             identity, rows = _folder_identity, partial(_folder, path)
         elif path.suffix.lower() == ".tar":
-            identity, rows = _file_identity, partial(_shard, path)
+            identity, rows = file_identity, partial(_shard, path)
         elif path.suffix.lower() in VIDEOS:
             remedy = f"give its folder, with the prompt in {path.with_suffix('.txt').name}, or a CSV that names it"
             raise ValueError(f"pipeline.manifest={path} is a single clip: {remedy}")
@@ -122,70 +115,8 @@ def _find(name: str) -> list[Path]:
     return found
 
 
-class Pool(Stage):
-    """All rows of all sources. Sources are read from their beginning: by one process, and anew when one changed."""
-
-    name = "pool"
-    whole = True
-
-    def __init__(self, folder: Path, sources: Sequence[Source], *, num_losers: int, table_rows: int):
-        super().__init__(folder)
-        self.sources, self.num_losers, self.table_rows = sources, num_losers, table_rows
-
-    def plan(self, before: Table | None) -> list[Unit]:
-        return [
-            Unit(0, digest([[source.identity() for source in self.sources], self.num_losers, self.table_rows]), 0, 0)
-        ]
-
-    def parts(self, before: Table | None) -> Iterator[Made]:
-        return read_pool(self.sources, self.table_rows)
-
-
 def _located(path: Path, identity: Callable[[Path], Any]) -> Any:
     return [str(path.absolute()), identity(path)]  # clips are relative to the place
-
-
-def read_pool(sources: Sequence[Source], table_rows: int) -> Iterator[Made]:
-    """The rows of all sources in pieces of `table_rows`. A key that came before is dropped, and so is a clip that came
-    before with the same prompt and start, however its path is spelt.
-
-    Raises ValueError as `read_manifest` does.
-    """
-    place_of: dict[str, int] = {}  # by key, and by what tells a clip from another
-    kept: list[Row] = []
-    dropped: list[Dropped] = []
-    position = 0
-    for source in sources:
-        first = position
-        for row in source.rows():
-            position += 1
-            if isinstance(row, Row):
-                names = [("duplicate clip", _same_clip(row)), ("duplicate key", row.key)]
-                reason, name = next(((reason, name) for reason, name in names if name in place_of), ("", ""))
-                if reason:
-                    same = "same clip, prompt and start as" if name != row.key else f"key {row.key!r} is that of"
-                    detail = f"{same} row {place_of[name]}"
-                    if place_of[name] <= first:
-                        detail += " (counted over all sources)"
-                    row = Dropped(row.key, row.clip, row.place, reason, detail)
-                else:
-                    place_of |= {name: position for _, name in names}
-            (kept if isinstance(row, Row) else dropped).append(row)
-            if len(kept) + len(dropped) == table_rows:
-                yield _pool_table(kept), dropped_table(dropped)
-                kept, dropped = [], []
-    if kept or dropped:
-        yield _pool_table(kept), dropped_table(dropped)
-
-
-def _same_clip(row: Row) -> str:
-    """Equal for rows of one clip with one prompt and start, and like no key; nothing is opened."""
-    offset = json.loads(row.place).get("offset")  # in a shard
-    return "clip " + digest([os.path.normpath(row.path), offset, row.prompt, row.start])[:32]
-
-
-def _pool_table(rows: Sequence[Row]) -> pa.Table:
-    return pa.table({name: [getattr(row, name) for row in rows] for name in POOL.names}, POOL)
 
 
 # ---- kinds of sources ------------------------------------------------------------------------------------------------
@@ -370,109 +301,3 @@ def _shard(path: Path) -> Iterator[Row | Dropped]:
         why = str(error) or "a header declares more bytes than there can be"
         detail = f"no uncompressed tar, or cut short: nothing behind its row {number} can be read ({why})"
         yield Dropped("", printable(path), json.dumps(place()), "truncated", detail)
-
-
-# ---- clips -----------------------------------------------------------------------------------------------------------
-
-
-def row_of(record: Mapping[str, Any]) -> Row:
-    """The pool's columns of one row of any later table."""
-    return Row(**{name: record[name] for name in POOL.names})
-
-
-def clip_identity(row: Row) -> str:
-    """What tells a clip from another at the same place, empty where there is none: a clip may move or be replaced."""
-    place = json.loads(row.place)
-    if row.source == "sandbox":
-        del place["row"]
-        return digest(place)
-    try:
-        return _file_identity(Path(row.path), place.get("offset", 0), place.get("size"))
-    except (OSError, ValueError):  # ValueError: a zero byte in the name
-        return ""
-
-
-def clip_digest(settings: Mapping[str, Any], row: Row, identity: str) -> str:
-    """Of all that tensors made from a row depend on: what it says, what its file holds, and `settings`."""
-    return digest([settings, row.key, row.prompt, row.start, identity])
-
-
-def record_digest(settings: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """`clip_digest` of a record of the generate stage's table, or of a later one."""
-    return clip_digest(settings, row_of(record), record["identity"])
-
-
-def _file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
-    """Digest of a file's size, begin and end, or of those of a part of it."""
-    if not path.is_file():  # opening a pipe would wait
-        raise FileNotFoundError(path)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size if size is None else size
-        file.seek(offset)
-        begin = file.read(min(IDENTITY_BYTES, size))
-        file.seek(offset + max(0, size - IDENTITY_BYTES))
-        return hashlib.sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size)))).hexdigest()
-
-
-class FrameReader:
-    """The frames of rows, from files, shards or the simulator; the last simulated block is kept, for rows follow it.
-
-    device: where simulated clips are drawn.
-    """
-
-    def __init__(self, video: VideoConfig, device: torch.device | str):
-        self.video, self.device = video, device
-        self._block: tuple[object, Clips | None] = (None, None)
-
-    def read(self, row: Row) -> Tensor:
-        """(T, H, W, 3) uint8. Raises ClipError where the clip cannot be used, and OSError where it is the machine that
-        fails: a full disk must not cost rows."""
-        if row.source == "sandbox":
-            clips, index = self.simulated(row)
-            return clips.frames[index]
-        try:
-            if row.source == "webdataset":
-                return self._read_member(row)
-            return read_clip(row.path, self.video, start=row.start)
-        except OSError as error:  # a name that is too long, a file that may not be read
-            if error.errno in MACHINE:
-                raise
-            raise ClipError(Path(row.clip), "missing", error.strerror or str(error)) from error
-
-    def read_all(self, rows: Mapping[str, Row]) -> tuple[dict[str, Tensor], dict[str, tuple[str, str]]]:
-        """The frames of several rows by name, and of those that cannot be used the reason and the detail."""
-        frames: dict[str, Tensor] = {}
-        unread: dict[str, tuple[str, str]] = {}
-        for name, row in rows.items():
-            try:
-                frames[name] = self.read(row)
-            except ClipError as error:
-                unread[name] = (error.reason, str(error))
-        return frames, unread
-
-    def simulated(self, row: Row) -> tuple[Clips, int]:
-        """A simulated row's block with the truth behind the pixels, and the row's index in it."""
-        place = json.loads(row.place)
-        name = (place["scene"], place["split"], place["seed"], place["block"])
-        block = self._block  # threads may share the reader
-        if block[0] != name:
-            block = self._block = name, simulate_block(*name, self.video, device=self.device)
-        return block[1], place["index"]
-
-    def _read_member(self, row: Row) -> Tensor:
-        place = json.loads(row.place)
-        with open(row.path, "rb") as shard, tempfile.TemporaryDirectory(prefix="clip-") as folder:
-            if place["offset"] + place["size"] > os.fstat(shard.fileno()).st_size:
-                raise ClipError(Path(row.clip), "truncated", "the shard ends before this member does")
-            shard.seek(place["offset"])
-            copy, left = Path(folder) / "clip", place["size"]
-            with explain_full_disk(copy), copy.open("wb") as file:
-                while left and (data := shard.read(min(left, COPY_BYTES))):
-                    file.write(data)
-                    left -= len(data)
-            try:
-                return read_clip(copy, self.video, start=row.start)
-            except ClipError as error:
-                raise ClipError(
-                    Path(row.clip), error.reason, str(error).removeprefix(f"{copy}: {error.reason}: ")
-                ) from error

@@ -15,7 +15,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
@@ -27,6 +27,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from train.files import digest, read_json, sha256, write_bytes, write_text
 
 SUMMARY = "summary.json"
+TABLE_ROWS = 10_000  # rows per unit of the stages before generate; unfinished units are what an interruption costs
 POOL = pa.schema(
     [
         ("key", pa.string()),  # unique; letters, digits, _ and -
@@ -152,67 +153,6 @@ class Table:
             Unit(number, digest([content, depends_on(number)]), first, end - first)
             for number, (first, end, content) in enumerate(spans)
         ]
-
-
-class Stage:
-    """A step of the pipeline: a table in, a table out, unit by unit.
-
-    A stage with `whole` looks at all rows at once: its plan is a single unit, and `parts` gives its table in pieces.
-    """
-
-    name: str
-    whole = False
-    shown = True  # in progress bars and summaries
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def plan(self, before: Table) -> list[Unit]:
-        """The units of this stage, done or not."""
-        raise NotImplementedError
-
-    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
-        """What becomes of a unit's rows."""
-        raise NotImplementedError
-
-    def parts(self, before: Table) -> Iterator[Made]:
-        """What becomes of all rows: of stages with `whole`, instead of `build`."""
-        raise NotImplementedError
-
-    def notes(self, unit: Unit) -> dict[str, Any]:
-        """More for the marker of the unit that was just built."""
-        return {}
-
-    def is_done(self, unit: Unit) -> bool:
-        marker = read_marker(self.folder, unit.number)
-        return marker is not None and marker["digest"] == unit.digest and self.is_intact(unit, marker)
-
-    def is_intact(self, unit: Unit, marker: Marker) -> bool:
-        """Whether what a finished unit has beside its table is there too."""
-        return True
-
-    def is_worth_a_retry(self, marker: Marker) -> bool:
-        """Whether a finished unit dropped rows for a reason that may have passed."""
-        return False
-
-    def conclude(self, table: Table) -> None:
-        """On one process, when all units are done."""
-
-
-class PassThrough(Stage):
-    """A stage that is not configured: its columns are null."""
-
-    shown = False
-
-    def __init__(self, folder: Path, name: str):
-        super().__init__(folder)
-        self.name = name
-
-    def plan(self, before: Table) -> list[Unit]:
-        return before.units(lambda number: None)
-
-    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
-        return add_columns(rows, self.name), dropped_table()
 
 
 def unit_name(number: int) -> str:

@@ -9,9 +9,9 @@ from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from data_pipeline.contract import Stage
 from data_pipeline.tables import (
     SUMMARY,
-    Stage,
     Table,
     Unit,
     read_marker,

@@ -7,7 +7,7 @@ A clip is a uint8 tensor (T, H, W, 3), RGB. The network's side is float in [-1, 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -101,6 +101,45 @@ def read_clip(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> Te
         "the times of its frames are missing or go back; encode it anew with its frame rate in place of 30:"
         " ffmpeg -r 30 -i IN -crf 12 OUT.mp4",
     )
+
+
+def check_clip(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> None:
+    """Raise ClipError as `read_clip` does, as far as the container tells: nothing is decoded unless it tells of a
+    fault. Damage inside the pictures passes."""
+    if not _lasts(Path(path), video, start):
+        read_clip(path, video, start=start)
+
+
+def read_first_frame(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> Tensor:
+    """The first frame of `read_clip`: (H, W, 3) uint8. Raises ClipError as `check_clip` does; of a clip that it takes
+    nothing behind the frame is decoded."""
+    if _lasts(Path(path), video, start):
+        video = replace(video, num_frames=1)
+    return read_clip(path, video, start=start)[0]
+
+
+def _lasts(path: Path, video: VideoConfig, start: float) -> bool:
+    """Whether a file's packets, by their own times, last until the clip's last frame; False where that is not sure."""
+    last, origin, end, hold = start + (video.num_frames - 1) / video.fps, None, 0.0, 0.0
+    if not path.is_file():
+        return False
+    with suppress(*DAMAGE, _BadTimes), _open(path) as container:
+        stream = _video_stream(path, container)
+        if start > SEEK_FROM:
+            origin = next(float(packet.pts * packet.time_base) for packet in container.demux(stream))
+            container.seek(int((origin + start) / stream.time_base), stream=stream, backward=True)
+        for packet in container.demux(stream):
+            if packet.size and (packet.is_corrupt or packet.pts is None):
+                return False
+            if not packet.size or packet.is_discard or origin is None and not packet.is_keyframe:
+                continue
+            shown, duration = float(packet.pts * packet.time_base), float((packet.duration or 0) * packet.time_base)
+            origin = shown if origin is None else origin
+            end, hold = max((end, hold), (shown + duration - origin, min(duration, 1 / video.fps)))
+            if last < end - TIME_TOLERANCE:
+                return True
+        return last - 1 / video.fps < end - TIME_TOLERANCE and last < end + hold - TIME_TOLERANCE
+    return False
 
 
 class _BadTimes(Exception):

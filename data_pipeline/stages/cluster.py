@@ -12,43 +12,38 @@ Equal embeddings give equal results whatever else is in the batch: vectors are r
 exactly in any order. What is left is the encoder itself, whose rounding may depend on batch, padding and device.
 """
 
-import csv
-import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from train.files import atomic, digest, write_text
+from data_pipeline.config import ClusterConfig, Setup
+from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.histogram import write_histogram
+from data_pipeline.tables import Advance, Made, Table, Unit, add_columns, dropped_table
+from train.files import digest
 from train.teachers.weights import check_path, first_line
 
-SHIPPED = Path(__file__).with_name("actions.yaml")
+SHIPPED = Path(__file__).parents[1] / "actions.yaml"
 OTHER = "other"  # action and category of what matches nothing
 KEY = "pipeline.cluster"
 EXAMPLE = "sentence-transformers/all-MiniLM-L6-v2"
+BATCH = 256  # prompts encoded together, per GPU
 CHUNK = 8192  # prompts encoded and compared at once; bounds the memory
 GRID = 2.0**20  # embeddings are multiples of 1 / GRID
 DIGITS = 4  # of a score
-SHOWN = 40  # bars of the picture
 
 Encoder = Callable[[list[str]], np.ndarray | Tensor]  # N texts -> (N, D), of any length
-
-
-@dataclass
-class ClusterConfig:
-    model: str = ""  # sentence-transformers model: hub id or folder; empty: no clustering, all rows pass as they are
-    batch_size: int = 256  # prompts encoded together, per GPU
-    threshold: float = 0.3  # cosine below which a prompt's action is `other`
-    actions: str = ""  # YAML file, category -> {name: phrase}, in place of the shipped list
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,44 @@ class Matches:
     scores: np.ndarray  # (N,) float64, cosine with the best action, to four decimals, also where that is `other`
 
 
+class Cluster(Stage):
+    """Gives each row the action that its prompt tells of."""
+
+    name = "cluster"
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.config = setup.pipeline.cluster
+
+    @classmethod
+    def make(cls, setup: Setup) -> Stage:
+        return cls(setup) if setup.pipeline.cluster.model else PassThrough(setup, cls.name)
+
+    def check(self) -> None:
+        ActionMatcher(self.config, self.setup.device)
+
+    @cached_property
+    def matcher(self) -> "ActionMatcher":
+        return ActionMatcher(self.config, self.setup.device)
+
+    def plan(self, before: Table) -> list[Unit]:
+        settings = match_settings(self.config)
+        return before.units(lambda number: settings)
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        found = self.matcher.match(rows["prompt"].to_pylist())
+        columns = {"action": found.actions, "category": found.categories, "action_score": found.scores}
+        return add_columns(rows, self.name, columns), dropped_table()
+
+    def conclude(self, table: Table) -> None:
+        rows = table.columns(("action", "category"))
+        actions = rows["action"].to_pylist()
+        counts, categories = Counter(actions), dict(zip(actions, rows["category"].to_pylist(), strict=True))
+        columns = {"action": [*counts], "category": [categories[name] for name in counts], "count": [*counts.values()]}
+        write_histogram(self.folder / "actions", columns, ("count",))
+        print(f"actions: {self.folder / 'actions.png'}")
+
+
 class ActionMatcher:
     """Finds the actions of prompts. The model is loaded when it is first needed.
 
@@ -74,10 +107,6 @@ class ActionMatcher:
     """
 
     def __init__(self, config: ClusterConfig, device: torch.device | str, encoder: Encoder | None = None):
-        if not -1 <= config.threshold <= 1:
-            raise ValueError(f"{KEY}.threshold={config.threshold} is no cosine: give a number from -1 to 1")
-        if config.batch_size < 1:
-            raise ValueError(f"{KEY}.batch_size={config.batch_size} must be at least 1")
         if encoder is None:
             check_path(f"{KEY}.model", config.model, EXAMPLE)
         self.config, self.device, self._given = config, device, encoder
@@ -167,7 +196,7 @@ def load_encoder(config: ClusterConfig, device: torch.device | str) -> Encoder:
     model.eval()
 
     def encode(texts: list[str]) -> np.ndarray:
-        return model.encode(texts, batch_size=config.batch_size, show_progress_bar=False, convert_to_numpy=True)
+        return model.encode(texts, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True)
 
     return encode
 
@@ -239,67 +268,3 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 def _check_name(path: Path, kind: str, name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"{path}: {kind} {name!r} must be a name of lower-case letters, digits and _ (quote numbers)")
-
-
-# ---- the histogram ---------------------------------------------------------------------------------------------------
-
-
-def count_actions(actions: Iterable[str]) -> dict[str, int]:
-    """H_f: the number of clips of each action that occurs, the most frequent first, equal ones by name."""
-    return dict(sorted(Counter(actions).items(), key=lambda entry: (-entry[1], entry[0])))
-
-
-def write_histogram(stem: Path, counts: Mapping[str, int], categories: Mapping[str, str]) -> None:
-    """Write <stem>.csv (action, category, count; the most frequent first) and <stem>.png, each atomically.
-
-    counts: clips of each action; categories: of each action, `other` where it has none.
-    """
-    rows = [
-        (name, categories.get(name, OTHER), count)
-        for name, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
-    ]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("action", "category", "count"), *rows])
-    write_text(stem.with_name(stem.name + ".csv"), text.getvalue())
-    _draw(stem.with_name(stem.name + ".png"), rows)
-
-
-def _draw(path: Path, rows: Sequence[tuple[str, str, int]]) -> None:
-    """Bars of the largest actions, coloured by category, over the counts of all by rank."""
-    from matplotlib import colormaps  # late: a build that draws nothing does without
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    palette = colormaps["tab20"].colors
-    kinds = sorted({category for _, category, _ in rows if category != OTHER})
-    colours = {kind: palette[number % len(palette)] for number, kind in enumerate(kinds)} | {OTHER: "black"}
-    shown = rows[:SHOWN]
-    height = 1.2 + 0.22 * max(len(shown), 12)
-    figure = Figure(figsize=(13, height + 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    bars, tail = figure.subplots(2, 1, height_ratios=(height, 3))
-
-    places = range(len(shown))
-    bars.barh(places, [count for *_, count in shown], color=[colours[category] for _, category, _ in shown])
-    for place, (*_, count) in zip(places, shown, strict=True):
-        bars.annotate(f"{count:,}", (count, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
-    bars.set_yticks(places, [name for name, *_ in shown], fontsize=8)
-    bars.set_ylim(len(shown) - 0.4, -0.6)
-    bars.margins(x=0.1)
-    total = sum(count for *_, count in rows)
-    bars.set_title(f"{total:,} clips in {len(rows)} actions; the largest {len(shown)}")
-    bars.set_xlabel("clips")
-    present = sorted({category for _, category, _ in shown})
-    patches = [Patch(color=colours[kind], label=kind.replace("_", " ")) for kind in present]
-    if patches:
-        figure.legend(handles=patches, loc="outside right upper", fontsize=8)
-
-    tail.plot(range(1, len(rows) + 1), [count for *_, count in rows], color="black", marker=".", markersize=3)
-    tail.set_yscale("log" if any(count > 0 for *_, count in rows) else "linear")
-    tail.set_title("all actions by rank")
-    tail.set_xlabel("rank")
-    tail.set_ylabel("clips")
-    tail.grid(alpha=0.3)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})

@@ -7,59 +7,48 @@ are chosen in `plan`; the work is shared like any other stage's.
 Deviation: the paper does not say whose clips are judged; the model's own say what is difficult for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from data_pipeline.generate import LoserMaker
-from data_pipeline.judge import judge_clips
-from data_pipeline.resample import representatives
-from data_pipeline.sources import clip_identity, row_of
-from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop
+from data_pipeline.config import Setup
+from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.frames import clip_identity
+from data_pipeline.own_clips import ClipMaker
+from data_pipeline.scores import judge_clips
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance, Made, Table, Unit, add_columns, drop
 from eval.judges.scores import Judge
 from train.clips import to_pixels
 
 
 class Difficulty(Stage):
-    """See the module.
-
-    maker: of one clip a row. judge: builds the judge; judge_settings: plain values that its scores depend on.
-    representatives: rows of each action. decode_batch: clips decoded together.
-    """
-
     name = "difficulty"
 
-    def __init__(
-        self,
-        folder: Path,
-        maker: LoserMaker,
-        judge: Callable[[], Judge],
-        judge_settings: Any,
-        *,
-        representatives: int,
-        decode_batch: int,
-    ):
-        super().__init__(folder)
-        assert maker.num_losers == 1, maker.num_losers
-        self.maker, self.build_judge, self.judge_settings = maker, judge, judge_settings
-        self.representatives, self.decode_batch = representatives, decode_batch
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.maker = ClipMaker(setup, Store(self.folder / "clips"), 1)
+
+    @classmethod
+    def make(cls, setup: Setup) -> Stage:
+        return cls(setup) if setup.pipeline.resample.tries_the_model else PassThrough(setup, cls.name)
 
     @cached_property
     def judge(self) -> Judge:
-        return self.build_judge()
+        return self.setup.build_judge()
 
     def plan(self, before: Table) -> list[Unit]:
         columns = before.columns(("key", "action", "action_score"))
         actions, index = number_actions(columns["action"])
         check_actions(actions)
         scores = columns["action_score"].to_numpy(zero_copy_only=False).astype(np.float64)
-        wanted = representatives(index, scores, columns["key"].to_pylist(), self.representatives)
+        most = self.setup.pipeline.resample.representatives
+        wanted = representatives(index, scores, columns["key"].to_pylist(), most)
         spans = zip(before.firsts[:-1], before.firsts[1:], strict=True)
         places = [tuple(np.flatnonzero(wanted[first:end]).tolist()) for first, end in spans]
 
@@ -67,8 +56,8 @@ class Difficulty(Stage):
             if not places[number]:
                 return None
             rows = before.unit(number).take(pa.array(places[number], pa.int64())).to_pylist()
-            identities = [clip_identity(row_of(row)) for row in rows]
-            return [places[number], identities, self.maker.settings, self.judge_settings]
+            identities = list(map(clip_identity, rows))
+            return [places[number], identities, self.maker.settings, self.setup.judge_settings]
 
         return [replace(unit, places=places[unit.number]) for unit in before.units(depends_on)]
 
@@ -76,21 +65,18 @@ class Difficulty(Stage):
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Generate and judge the unit's representatives; those whose clip cannot be read are dropped."""
         records = rows.take(pa.array(unit.places, pa.int64())).to_pylist()
-        found = [row_of(record) for record in records]
-        identities = [clip_identity(row) for row in found]
-        bad = self.maker.make(found, identities, advance)
-        made = [place for place in range(len(found)) if place not in bad]
+        identities = list(map(clip_identity, records))
+        bad = self.maker.make(records, identities, advance)
+        made = [place for place in range(len(records)) if place not in bad]
         trials: list[float | None] = [None] * len(rows)
         if made:
-            latents = [
-                self.maker.store.load(self.maker.digest(found[place], identities[place]))["losers"] for place in made
-            ]
-            decoded = self.maker.backbone.decode_latents(torch.cat(latents), batch_size=self.decode_batch)
-            scores, failures = judge_clips(
-                self.judge, to_pixels(decoded).cpu(), [found[place].prompt for place in made]
-            )
+            digests = [self.maker.digest(records[place], identities[place]) for place in made]
+            latents = torch.cat([self.maker.store.load(digest)["losers"] for digest in digests])
+            decoded = self.maker.backbone.decode_latents(latents, batch_size=self.setup.pipeline.encode_batch)
+            prompts = [records[place]["prompt"] for place in made]
+            scores, failures = judge_clips(self.judge, to_pixels(decoded).cpu(), prompts)
             for number, why in failures.items():
-                print(f"warning: the clip of {found[made[number]].key!r} does not count: {why}")
+                print(f"warning: the clip of {records[made[number]]['key']!r} does not count: {why}")
             for number, (semantic, physical) in scores.items():
                 trials[unit.places[made[number]]] = (semantic + physical) / 2
         columns = add_columns(rows, self.name, {"trial": trials})
@@ -110,3 +96,21 @@ def check_actions(actions: Sequence[str]) -> None:
             "pipeline.resample.budget is set, but no row has an action: set pipeline.cluster.model, or give the"
             " manifest a column action"
         )
+
+
+def representatives(index: np.ndarray, scores: np.ndarray, keys: Sequence[str], most: int) -> np.ndarray:
+    """The `most` rows of each action whose prompts match it best, ties by key: (R,) bool.
+
+    index (R,) action numbers, scores (R,) of the match; a score that is not known counts as the lowest.
+    """
+    order = np.lexsort((np.asarray(keys), -np.nan_to_num(scores, nan=-np.inf), index))
+    return first_of_each(index, order, np.full(index.max(initial=-1) + 1, most))
+
+
+def first_of_each(index: np.ndarray, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(R,) bool: the first `counts[a]` rows of each action a in `order`, which lists action after action."""
+    sizes = np.bincount(index, minlength=len(counts))
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the action
+    chosen = np.zeros(len(order), dtype=bool)
+    chosen[order] = place < np.repeat(counts, sizes)
+    return chosen

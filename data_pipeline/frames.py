@@ -1,0 +1,141 @@
+"""The frames of rows, and what tells their clips from others. A row is a record of the pool's table (POOL) or a later
+one.
+
+Frames come from files, members of shards, or the simulator. A stage that needs pixels decodes a clip once; one that
+needs its first frame decodes that alone, and one that needs none only looks whether the container holds the clip.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.sandbox.clips import Clips
+from eval.sandbox.splits import simulate_block
+from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frame
+from train.files import digest, explain_full_disk
+
+IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
+COPY_BYTES = 1 << 22  # of a shard's member at a time
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that no clip is to blame for
+
+TableRow = Mapping[str, Any]  # a row of a table, by column
+Bad = dict[int, tuple[str, str]]  # by place: the reason and the detail of a row that cannot be used
+
+
+def clip_identity(row: TableRow) -> str:
+    """What tells a clip from another at the same place, empty where there is none: a clip may move or be replaced."""
+    place = json.loads(row["place"])
+    if row["source"] == "sandbox":
+        del place["row"]
+        return digest(place)
+    try:
+        return file_identity(Path(row["path"]), place.get("offset", 0), place.get("size"))
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
+        return ""
+
+
+def clip_digest(settings: Mapping[str, Any], row: TableRow, identity: str | None = None) -> str:
+    """Of all that tensors made from a row depend on: what it says, what its file holds, and `settings`. From the
+    generate stage on, rows have a column with their `identity`."""
+    identity = row["identity"] if identity is None else identity
+    return digest([settings, row["key"], row["prompt"], row["start"], identity])
+
+
+def file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
+    """Digest of a file's size, begin and end, or of those of a part of it."""
+    if not path.is_file():  # opening a pipe would wait
+        raise FileNotFoundError(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size if size is None else size
+        file.seek(offset)
+        begin = file.read(min(IDENTITY_BYTES, size))
+        file.seek(offset + max(0, size - IDENTITY_BYTES))
+        return hashlib.sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size)))).hexdigest()
+
+
+class FrameReader:
+    """Reads the clips of rows at the size and rate of `video`. The last simulated block is kept, for rows follow it.
+
+    device: where simulated clips are drawn. All methods raise ClipError where the clip cannot be used, and OSError
+    where it is the machine that fails: a full disk must not cost rows.
+    """
+
+    def __init__(self, video: VideoConfig, device: torch.device | str):
+        self.video, self.device = video, device
+        self._block: tuple[object, Clips | None] = (None, None)
+
+    def read(self, row: TableRow) -> Tensor:
+        """All frames: (T, H, W, 3) uint8."""
+        if row["source"] == "sandbox":
+            clips, index = self.simulated(row)
+            return clips.frames[index]
+        return self._from_file(row, read_clip)
+
+    def read_first(self, row: TableRow) -> Tensor:
+        """The first frame of `read`: (H, W, 3) uint8."""
+        return self.read(row)[0] if row["source"] == "sandbox" else self._from_file(row, read_first_frame)
+
+    def check(self, row: TableRow) -> None:
+        """See that the file holds the clip, without decoding it."""
+        if row["source"] != "sandbox":
+            self._from_file(row, check_clip)
+
+    def simulated(self, row: TableRow) -> tuple[Clips, int]:
+        """A simulated row's block with the truth behind the pixels, and the row's index in it."""
+        place = json.loads(row["place"])
+        name = (place["scene"], place["split"], place["seed"], place["block"])
+        block = self._block  # threads may share the reader
+        if block[0] != name:
+            block = self._block = name, simulate_block(*name, self.video, device=self.device)
+        return block[1], place["index"]
+
+    def _from_file(self, row: TableRow, read: Callable[..., Any]) -> Any:
+        try:
+            if row["source"] != "webdataset":
+                return read(row["path"], self.video, start=row["start"])
+            with _member(row) as copy:
+                try:
+                    return read(copy, self.video, start=row["start"])
+                except ClipError as error:
+                    detail = str(error).removeprefix(f"{copy}: {error.reason}: ")
+                    raise ClipError(Path(row["clip"]), error.reason, detail) from error
+        except OSError as error:  # a name that is too long, a file that may not be read
+            if error.errno in MACHINE:
+                raise
+            raise ClipError(Path(row["clip"]), "missing", error.strerror or str(error)) from error
+
+
+@contextmanager
+def _member(row: TableRow) -> Iterator[Path]:
+    """A copy of a shard's member, found by its offset."""
+    place = json.loads(row["place"])
+    with open(row["path"], "rb") as shard, tempfile.TemporaryDirectory(prefix="clip-") as folder:
+        if place["offset"] + place["size"] > os.fstat(shard.fileno()).st_size:
+            raise ClipError(Path(row["clip"]), "truncated", "the shard ends before this member does")
+        shard.seek(place["offset"])
+        copy, left = Path(folder) / "clip", place["size"]
+        with explain_full_disk(copy), copy.open("wb") as file:
+            while left and (data := shard.read(min(left, COPY_BYTES))):
+                file.write(data)
+                left -= len(data)
+        yield copy
+
+
+def read_each(rows: Mapping[str, TableRow], read: Callable[[TableRow], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `read` gives of several rows by name, and of those that cannot be used the reason and the detail."""
+    found, unread = {}, {}
+    for name, row in rows.items():
+        try:
+            found[name] = read(row)
+        except ClipError as error:
+            unread[name] = (error.reason, str(error))
+    return found, unread

@@ -1,0 +1,108 @@
+"""The model's own clips of rows' prompts: losers of a preference group, and what difficulty is judged by.
+
+The clips of a row are kept by the digest of all that they depend on (`Store`): when rows move, scores change or units
+get another size, tables are written anew, but no clip is generated twice. A row's own clip is not decoded, but for its
+first frame where the model's clips begin with it; what its container shows to be unusable is dropped first.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from data_pipeline.conditioning import condition
+from data_pipeline.config import Setup
+from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest, read_each
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance
+from train.backbones.base import Backbone, Conditioning
+from train.clips import VideoConfig
+from train.sampling import SamplerConfig, sample_clips
+
+PARTS = ("text", "vae", "transformer")
+
+
+class ClipMaker:
+    """Makes `num_clips` clips per row and keeps them in `store`: {"losers": (M, C, F, H, W) bfloat16} each. Whole rows
+    are sampled together where pipeline.batch_size covers more than one."""
+
+    def __init__(self, setup: Setup, store: Store, num_clips: int):
+        self.setup, self.store, self.num_clips = setup, store, num_clips
+        self.settings = setup.clip_settings(num_clips)
+        self.reader = FrameReader(setup.video, setup.device)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self.setup.load(PARTS)
+
+    @cached_property
+    def negative(self) -> Conditioning:
+        return self.backbone.condition([self.setup.config.sampler.negative_prompt])
+
+    def make(self, rows: Sequence[TableRow], identities: Sequence[str], advance: Advance) -> Bad:
+        """Make what is missing; the places of rows whose clip cannot be read, with the reason and the detail."""
+        bad: Bad = {}
+        together = max(1, self.setup.pipeline.batch_size // max(1, self.num_clips))  # rows
+        for first in range(0, len(rows), together) if self.num_clips else ():
+            batch = range(first, min(first + together, len(rows)))
+            bad |= self._make({self.digest(rows[place], identities[place]): place for place in batch}, rows)
+            advance(len(batch))
+        return bad
+
+    def _make(self, batch: Mapping[str, int], rows: Sequence[TableRow]) -> Bad:
+        """Of a batch, digest -> place in `rows`."""
+        setup, missing = self.setup, {made: rows[batch[made]] for made in self.store.missing(list(batch))}
+        read = self.reader.read_first if setup.first_frame else self.reader.check
+        begins, unread = read_each(missing, read)
+        if begins:
+            chosen = [missing[made] for made in begins]
+            first = torch.stack(list(begins.values())) if setup.first_frame else None  # (B, H, W, 3)
+            prompts = [row["prompt"] for row in chosen]
+            made_clips = generate_losers(
+                self.backbone,
+                condition(self.backbone, prompts, first, num_frames=setup.video.num_frames),
+                self.negative,
+                list(map(self.seeds, chosen)),
+                setup.video,
+                setup.config.sampler,
+                batch_size=setup.pipeline.batch_size,
+            )
+            self.store.save({made: {"losers": latents} for made, latents in zip(begins, made_clips, strict=True)})
+        return {batch[made]: reason for made, reason in unread.items()}
+
+    def digest(self, row: TableRow, identity: str | None = None) -> str:
+        return clip_digest(self.settings, row, identity)
+
+    def seeds(self, row: TableRow) -> list[int]:
+        return [loser_seed(self.setup.config.seed, row["key"], number) for number in range(self.num_clips)]
+
+
+def loser_seed(seed: int, key: str, loser: int) -> int:
+    """63-bit noise seed of a group's loser: a function of the recipe's seed and the group, not of order or ranks."""
+    digest = hashlib.sha256(f"{seed}\0{key}\0{loser}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generate_losers(
+    backbone: Backbone,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    seeds: Sequence[Sequence[int]],
+    video: VideoConfig,
+    sampler: SamplerConfig,
+    *,
+    batch_size: int,
+) -> Tensor:
+    """Latents (B, M, C, F, H, W) bfloat16 on the CPU for B prompts with M seeds each, `batch_size` clips at a time."""
+    clips = [(prompt, seed) for prompt, of_prompt in enumerate(seeds) for seed in of_prompt]
+    latents = []
+    for first in range(0, len(clips), batch_size):
+        batch = clips[first : first + batch_size]
+        prompts = Conditioning.cat([conditioning[prompt : prompt + 1] for prompt, _ in batch])
+        made = sample_clips(
+            backbone, prompts, [seed for _, seed in batch], video, sampler, negative=negative, progress=False
+        )
+        latents.append(made.cpu())
+    return torch.cat(latents).to(torch.bfloat16).unflatten(0, (len(seeds), -1))

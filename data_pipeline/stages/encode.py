@@ -1,0 +1,137 @@
+"""The encode stage: from pixels and prompts to what the network sees, and all of it into shards.
+
+Winners are kept by the digest of what they depend on, like losers: new scores write the shards anew without a network.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from data_pipeline.conditioning import condition
+from data_pipeline.config import Setup
+from data_pipeline.contract import Stage
+from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest, read_each
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance, Made, Marker, Table, Unit, drop, unit_name
+from train.backbones.base import Backbone, Conditioning
+from train.clips import from_pixels
+from train.groups import Group, Loser, ShardWriter, shard_record, write_index
+
+PARTS = ("text", "vae")
+
+
+class Encode(Stage):
+    name = "encode"
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.groups, self.settings, self.loser_settings = (
+            Path(setup.pipeline.groups),
+            setup.winner_settings,
+            setup.loser_settings,
+        )
+        self.target_settings = setup.target_settings if setup.config.targets.tracks else None
+        self.store = Store(self.folder / "winners")
+        self.reader = FrameReader(setup.video, setup.device)
+        self._checksum: dict[str, str] = {}  # of the shards of this process
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return self.setup.load(PARTS)
+
+    def plan(self, before: Table) -> list[Unit]:
+        return before.units(lambda number: [self.settings, self.loser_settings, self.target_settings])
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        """Encode what is missing and write the unit's shard; clips that cannot be read any more are dropped."""
+        records, together = rows.to_pylist(), self.setup.pipeline.encode_batch
+        bad: Bad = {}
+        for first in range(0, len(records), together):
+            batch = range(first, min(first + together, len(records)))
+            bad |= self._make({clip_digest(self.settings, records[place]): place for place in batch}, records)
+            advance(len(batch))
+        with ShardWriter(self.groups, unit.name) as writer:
+            for place, record in enumerate(records):
+                if place not in bad:
+                    group = self._group(record)
+                    try:
+                        writer.write(group)
+                    except ValueError as error:  # a network's numbers may overflow: that is this group's matter
+                        bad[place] = ("unusable", str(error))
+        self._checksum[unit.name] = writer.record["sha256"]
+        return drop(rows, bad)
+
+    def _make(self, batch: Mapping[str, int], records: Sequence[TableRow]) -> Bad:
+        """Encode a batch (digest -> place in `records`); the places of clips that cannot be read."""
+        missing = {made: records[batch[made]] for made in self.store.missing(list(batch))}
+        frames, unread = read_each(missing, self.reader.read)
+        if frames:
+            clips = torch.stack(list(frames.values()))  # (B, T, H, W, 3)
+            prompts = [missing[made]["prompt"] for made in frames]
+            winners, conditioning = encode_clips(self.backbone, clips, prompts, self.setup.first_frame)
+            winners, stored = winners.to(torch.bfloat16).cpu(), conditioning.to("cpu", torch.bfloat16)
+            made_tensors = {}
+            for number, made in enumerate(frames):
+                made_tensors[made] = {"winner": winners[number], "text": unpad(stored.text[number])}
+                if stored.image is not None:
+                    made_tensors[made]["condition"] = stored.image[number]
+            self.store.save(made_tensors)
+        return {batch[made]: reason for made, reason in unread.items()}
+
+    def _group(self, record: TableRow) -> Group:
+        made = self.store.load(clip_digest(self.settings, record))
+        losers = made["winner"][None][:0]  # (0, C, F, H, W)
+        if self.setup.pipeline.num_losers:
+            losers = self.setup.losers.load(clip_digest(self.loser_settings, record))["losers"]
+        targets = self.setup.targets.load(clip_digest(self.target_settings, record)) if self.target_settings else {}
+        scored = zip(record["seeds"], record["semantic"], record["physical"], strict=True)
+        return Group(
+            **{name: record[name] for name in ("key", "prompt", "action", "physics_richness")},
+            source=f"{record['clip']} at {record['start']:g} s",
+            losers_info=[Loser(*values) for values in scored],
+            fingerprint=self.settings["fingerprint"],
+            winner=made["winner"],
+            losers=losers,
+            text=made["text"],
+            condition=made.get("condition"),
+            extra=targets,
+        )
+
+    def notes(self, unit: Unit) -> dict[str, Any]:
+        return {"shard": self._checksum[unit.name]}
+
+    def is_intact(self, unit: Unit, marker: Marker) -> bool:
+        shard = shard_record(self.groups, unit.name)
+        return shard is not None and shard["sha256"] == marker.get("shard")
+
+    def conclude(self, table: Table) -> None:
+        """Delete the shards of earlier runs beyond the last unit, and index the others."""
+        names = {unit_name(number) for number in range(len(table.markers))}
+        for path in [*self.groups.glob("unit-*.json"), *self.groups.glob("unit-*.tar")]:
+            if path.stem not in names:
+                path.unlink()
+        index = write_index(self.groups, fingerprint=self.settings["fingerprint"], video=self.setup.video)
+        count, total = index["num_groups"], index["total_bytes"]
+        print(f"groups: {self.groups}, {count} groups, {total // count} bytes a group")
+
+
+@torch.no_grad()
+def encode_clips(
+    backbone: Backbone, frames: Tensor, prompts: Sequence[str], first_frame: bool
+) -> tuple[Tensor, Conditioning]:
+    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips, see `condition`)."""
+    first = frames[:, 0] if first_frame else None
+    conditioning = condition(backbone, prompts, first, num_frames=frames.shape[1])
+    video = from_pixels(frames.to(backbone.device))  # (B, 3, T, H, W)
+    return backbone.encode_video(video, batch_size=len(video)), conditioning
+
+
+def unpad(text: Tensor) -> Tensor:
+    """(L, D) zero-padded -> (L', D) up to the last token, for storage."""
+    used = text.abs().amax(dim=1).nonzero()
+    return text[: int(used.max()) + 1]

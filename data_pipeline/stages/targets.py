@@ -1,0 +1,106 @@
+"""The targets stage: tracks and other references of the winners, for the physics losses of training.
+
+They are made by `train.teachers.targets`, and of simulated clips also from the truth behind the pixels. They are kept
+by the digest of what they depend on, like losers: new scores make no clip tracked again.
+"""
+
+from functools import cached_property
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from data_pipeline.config import Setup
+from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest
+from data_pipeline.simulated_tracks import simulated_disparity, simulated_tracks
+from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop, read_rows
+from eval.sandbox.clips import Clips
+from train.clips import ClipError
+from train.teachers import DEPTHS, TRACKERS, targets
+
+SIMULATOR = "simulator"
+
+
+class Targets(Stage):
+    name = "targets"
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.settings, self.store = setup.target_settings, setup.targets
+        self.reader = FrameReader(setup.video, setup.device)
+
+    @classmethod
+    def make(cls, setup: Setup) -> Stage:
+        return cls(setup) if setup.config.targets.tracks else PassThrough(setup, cls.name)
+
+    def check(self) -> None:
+        TargetMaker(self.setup.config.targets, self.setup.video, self.setup.device)
+
+    @cached_property
+    def maker(self) -> "TargetMaker":
+        return TargetMaker(self.setup.config.targets, self.setup.video, self.setup.device)
+
+    def plan(self, before: Table) -> list[Unit]:
+        return before.units(lambda number: self.settings)
+
+    def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
+        """Make what is missing; clips that cannot be read any more are dropped."""
+        bad: Bad = {}
+        for place, record in enumerate(rows.to_pylist()):
+            digest = clip_digest(self.settings, record)
+            if self.store.missing([digest]):
+                try:
+                    self.store.save({digest: self._make(record)})
+                except ClipError as error:
+                    bad[place] = (error.reason, str(error))
+            advance(1)
+        return drop(add_columns(rows, self.name), bad)
+
+    def is_intact(self, unit: Unit, marker: Marker) -> bool:
+        lost = self.store.lost()
+        records = read_rows(self.folder, unit.number).to_pylist() if lost else []
+        return lost.isdisjoint(clip_digest(self.settings, record) for record in records)
+
+    @torch.no_grad()
+    def _make(self, record: TableRow) -> dict[str, Tensor]:
+        frames, simulated = self.reader.read(record), None
+        if record["source"] == "sandbox":
+            clips, index = self.reader.simulated(record)
+            simulated = clips[index : index + 1]
+        return self.maker.make(frames, simulated=simulated)
+
+
+class TargetMaker(targets.TargetMaker):
+    """`train.teachers.targets.TargetMaker`, for which `tracks` and `depth` may also be "simulator".
+
+    maker = TargetMaker(config, video, device)
+    extra = maker.make(frames)                                  frames (T,H,W,3) uint8
+    extra = maker.make(frames, simulated=clips[i : i + 1])      of the sandbox: `simulator` for tracks and depth
+    """
+
+    others = (SIMULATOR,)
+    _simulated: Clips | None = None
+
+    def make(self, frames: Tensor, simulated: Clips | None = None) -> dict[str, Tensor]:
+        """The targets of one clip, on the CPU; empty without `tracks`. simulated: the sandbox's clip, of length 1.
+
+        Raises ValueError where the simulator is to give something of a clip that is not its own.
+        """
+        assert simulated is None or len(simulated) == 1, len(simulated)
+        asked = [name for name in ("tracks", "depth") if getattr(self.config, name) == SIMULATOR]
+        if asked and simulated is None:
+            others = " or ".join(TRACKERS if asked[0] == "tracks" else DEPTHS)
+            raise ValueError(
+                f"targets.{asked[0]}=simulator, but this clip is no simulated one: use {others}, or sandbox clips only"
+            )
+        self._simulated = simulated
+        return super().make(frames)
+
+    def _tracks(self, frames: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.tracks == SIMULATOR:
+            return simulated_tracks(self._simulated, queries)
+        return super()._tracks(frames, queries)
+
+    def _nearness(self, frames: Tensor) -> Tensor:
+        return simulated_disparity(self._simulated) if self.config.depth == SIMULATOR else super()._nearness(frames)

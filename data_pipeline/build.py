@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import recipes
+from data_pipeline import tables
 from data_pipeline.conditioning import takes_first_frame
 from data_pipeline.config import Config, Setup
 from data_pipeline.stages import STAGES
@@ -99,7 +100,9 @@ def plan(config: Config) -> str:
     clip_bytes = 2 * channels * frames * rows * columns  # bfloat16
     group_bytes = (1 + losers) * clip_bytes + clip_bytes // frames * image
     text_bytes = 2 * config.backbone.text_length * architecture["transformer"]["text_dim"]
-    pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(Setup(config, "cpu").sources())]
+    pieces = [
+        (len(kept), len(dropped)) for kept, dropped in read_pool(Setup(config, "cpu").sources(), tables.TABLE_ROWS)
+    ]
     usable = sum(kept for kept, _ in pieces)
     most = min(usable, settings.resample.budget or usable)
     lines = {

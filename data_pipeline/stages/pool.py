@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from data_pipeline import tables
 from data_pipeline.contract import Stage
 from data_pipeline.manifests import Row
 from data_pipeline.sources import Source
-from data_pipeline.tables import POOL, TABLE_ROWS, Dropped, Made, Table, Unit, dropped_table
+from data_pipeline.tables import POOL, Dropped, Made, Table, Unit, dropped_table
 from train.files import digest
 
 
@@ -21,14 +22,14 @@ class Pool(Stage):
 
     def plan(self, before: Table | None) -> list[Unit]:
         identities = [source.identity() for source in self.setup.sources()]
-        return [Unit(0, digest([identities, self.setup.pipeline.num_losers, TABLE_ROWS]), 0, 0)]
+        return [Unit(0, digest([identities, self.setup.pipeline.num_losers, tables.TABLE_ROWS]), 0, 0)]
 
     def parts(self, before: Table | None) -> Iterator[Made]:
-        return read_pool(self.setup.sources())
+        return read_pool(self.setup.sources(), tables.TABLE_ROWS)
 
 
-def read_pool(sources: Sequence[Source]) -> Iterator[Made]:
-    """The rows of all sources in pieces of TABLE_ROWS. A key that came before is dropped, and so is a clip that came
+def read_pool(sources: Sequence[Source], table_rows: int) -> Iterator[Made]:
+    """The rows of all sources in pieces of `table_rows`. A key that came before is dropped, and so is a clip that came
     before with the same prompt and start, however its path is spelt.
 
     Raises ValueError as `read_manifest` does.
@@ -53,7 +54,7 @@ def read_pool(sources: Sequence[Source]) -> Iterator[Made]:
                 else:
                     place_of |= {name: position for _, name in names}
             (kept if isinstance(row, Row) else dropped).append(row)
-            if len(kept) + len(dropped) == TABLE_ROWS:
+            if len(kept) + len(dropped) == table_rows:
                 yield _pool_table(kept), dropped_table(dropped)
                 kept, dropped = [], []
     if kept or dropped:

@@ -23,11 +23,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline import tables
 from data_pipeline.config import Setup
 from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.histogram import write_histogram
 from data_pipeline.stages.difficulty import check_actions, first_of_each, number_actions
-from data_pipeline.tables import TABLE_ROWS, Made, Table, Unit, add_columns, drop, dropped_table
+from data_pipeline.tables import Made, Table, Unit, add_columns, drop, dropped_table
 from train.files import digest
 
 NOT_CHOSEN = "not chosen"  # the reason of rows that are left out
@@ -43,7 +44,7 @@ class Resample(Stage):
 
     def plan(self, before: Table) -> list[Unit]:
         config = self.setup.pipeline.resample
-        settings = [config.budget, config.tau, config.redistribute, self.setup.config.seed, TABLE_ROWS]
+        settings = [config.budget, config.tau, config.redistribute, self.setup.config.seed, tables.TABLE_ROWS]
         return [Unit(0, digest([before.contents(), settings]), 0, len(before))]
 
     def parts(self, before: Table) -> Iterator[Made]:
@@ -51,7 +52,7 @@ class Resample(Stage):
         actions, index = number_actions(columns["action"])
         check_actions(actions)
         chosen, difficulty = self._choose(columns, actions, index)
-        kept, dropped, begun = [], [], False
+        kept, dropped, begun, most = [], [], False, tables.TABLE_ROWS
         for number, (first, end) in enumerate(zip(before.firsts[:-1], before.firsts[1:], strict=True)):
             values = None if difficulty is None else difficulty[index[first:end]]
             rows = add_columns(before.unit(number), self.name, {"difficulty": values})
@@ -59,10 +60,10 @@ class Resample(Stage):
             made = drop(rows, dict.fromkeys(others, (NOT_CHOSEN, "")))
             kept.append(made[0])
             dropped.append(made[1])
-            while sum(map(len, kept)) >= TABLE_ROWS:
+            while sum(map(len, kept)) >= most:
                 together = pa.concat_tables(kept)
-                yield together.slice(0, TABLE_ROWS), pa.concat_tables(dropped)
-                kept, dropped, begun = [together.slice(TABLE_ROWS)], [dropped_table()], True
+                yield together.slice(0, most), pa.concat_tables(dropped)
+                kept, dropped, begun = [together.slice(most)], [dropped_table()], True
         if not begun or any(map(len, [*kept, *dropped])):
             yield pa.concat_tables(kept), pa.concat_tables(dropped)
 

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline import build, encode, generate, stages
-from data_pipeline.encode import unpad
-from data_pipeline.generate import loser_seed
+from data_pipeline import build, config, own_clips, tables
+from data_pipeline.own_clips import loser_seed
+from data_pipeline.stages import STAGES, encode
+from data_pipeline.stages.encode import unpad
+from data_pipeline.stages.targets import TargetMaker
 from data_pipeline.tables import POOL
-from data_pipeline.targets import TargetMaker
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as sandbox_judge
 from eval.judges.scores import Scores, Unjudged
@@ -108,13 +109,13 @@ def copied(built, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test when any weights are loaded."""
-    real = stages.load_backbone
+    real = config.load_backbone
 
     def shell_only(config, device, *, parts=("all",)):
         assert not parts, "weights were loaded"
         return real(config, device, parts=())
 
-    monkeypatch.setattr(stages, "load_backbone", shell_only)
+    monkeypatch.setattr(config, "load_backbone", shell_only)
 
 
 def shards(output: Path) -> dict[str, tuple[bytes, int]]:
@@ -158,8 +159,8 @@ def test_groups_hold_what_training_needs(built, model, clips):
 
 
 def test_winner_and_losers_are_what_the_backbone_makes(built, model, clips):
-    config = BackboneConfig(path=str(model), architecture="tiny", dtype="float32", text_length=32)
-    backbone = load_backbone(config, "cpu")
+    loaded = BackboneConfig(path=str(model), architecture="tiny", dtype="float32", text_length=32)
+    backbone = load_backbone(loaded, "cpu")
     group = by_key(built / "out")["green"]
     assert group.fingerprint == backbone.fingerprint == GroupSet(built / "out" / "groups").fingerprint
     frames = read_clip(clips / "green.mp4", VideoConfig(64, 64, 9, 8.0))
@@ -227,7 +228,7 @@ def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(built, copied, model):
 
 @pytest.mark.slow
 def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
-    real, calls = generate.generate_losers, []
+    real, calls = own_clips.generate_losers, []
 
     def failing(*args, **options):
         calls.append(None)
@@ -235,7 +236,7 @@ def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(generate, "generate_losers", failing)
+    monkeypatch.setattr(own_clips, "generate_losers", failing)
     with pytest.raises(KeyboardInterrupt):
         build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
     assert [path.name for path in tables_of(tmp_path / "out", "generate")] == ["unit-00000.parquet"]
@@ -395,15 +396,14 @@ def simulated(model: Path, output: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypatch):
     asked = []
-    real = stages.load_backbone
-    monkeypatch.setattr(stages, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
+    real = config.load_backbone
+    monkeypatch.setattr(config, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
     build.main(simulated(model, tmp_path / "out", "pipeline.num_losers=0"))
     assert set(asked) == {(), ("text", "vae")}  # no transformer
     groups = by_key(tmp_path / "out")
     assert verify(tmp_path / "out" / "groups") == []
     assert len(groups) == 6 and {key[-6:] for key in groups} == {f"{number:06d}" for number in range(6)}
-    config = BackboneConfig(path=str(model), dtype="float32", text_length=32)
-    backbone = load_backbone(config, "cpu")
+    backbone = load_backbone(BackboneConfig(path=str(model), dtype="float32", text_length=32), "cpu")
     video = VideoConfig(32, 32, 9, 4.0)
     for clip, (key, group) in zip(list_clips("mixed", "train", 0, 6, video), groups.items(), strict=True):
         assert key.startswith(clip.shown) and group.action == clip.shown and group.prompt == clip.prompt
@@ -446,9 +446,9 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
     assert {(loser.semantic, loser.physical) for group in neutral.values() for loser in group.losers_info} == {
         (0.5, 0.5)
     }
-    monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
+    monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
     monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a clip was encoded again"))
-    build.main(simulated(model, output, "pipeline.judge.name=sandbox"))
+    build.main(simulated(model, output, "judge.name=sandbox"))
     judged = by_key(output)
     backbone = load_backbone(BackboneConfig(path=str(model), dtype="float32", text_length=32), "cpu")
     judge = sandbox_judge(SandboxJudgeConfig(fps=4), "cpu")
@@ -460,7 +460,7 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
         assert (found[:, 1] < 0.2).all()  # a random network's clips are noise
     first = next(iter(judged))
     (tmp_path / "scores.csv").write_text(f"key,loser,semantic,physical\n{first},1,0.25,0.75\n", encoding="utf-8")
-    build.main(simulated(model, output, "pipeline.judge.name=sandbox", f"pipeline.scores={tmp_path / 'scores.csv'}"))
+    build.main(simulated(model, output, "judge.name=sandbox", f"pipeline.scores={tmp_path / 'scores.csv'}"))
     mixed = by_key(output)
     assert mixed[first].losers_info[0].physical == pytest.approx(judged[first].losers_info[0].physical, abs=1e-4)
     assert (mixed[first].losers_info[1].semantic, mixed[first].losers_info[1].physical) == (0.25, 0.75)
@@ -468,7 +468,7 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
 
 @pytest.mark.slow
 def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
-    more = ("pipeline.targets.tracks=simulator", "pipeline.targets.grid=4", "pipeline.num_losers=0")
+    more = ("targets.tracks=simulator", "targets.grid=4", "pipeline.num_losers=0")
     build.main(simulated(model, tmp_path / "out", *more))
     before = by_key(tmp_path / "out")
     for group in before.values():
@@ -478,7 +478,7 @@ def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
     build.main(simulated(model, tmp_path / "out", *more, "pipeline.unit_size=5"))
     after = by_key(tmp_path / "out")
     assert all(torch.equal(after[key].extra["tracks"], before[key].extra["tracks"]) for key in before)
-    build.main(simulated(model, tmp_path / "out", *more, "pipeline.targets.tracks=''"))
+    build.main(simulated(model, tmp_path / "out", *more, "targets.tracks=''"))
     assert not any(group.extra for group in by_key(tmp_path / "out").values())
 
 
@@ -594,7 +594,7 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
         ("pipeline.manifest=none.csv", "pipeline.manifest=none.csv: no such file"),
         ("pipeline.scores=none.csv", "pipeline.scores=none.csv: no such file"),
         ("pipeline.num_loosers=3", "did you mean 'num_losers'"),
-        ("pipeline.judge.name=wizard", "judge.name='wizard' is no judge"),
+        ("judge.name=wizard", "judge.name='wizard' is no judge"),
         ("pipeline.stage=jugde", "'jugde' is no stage; use all, one of pool, filter"),
         ("pipeline.stage=judge..filter", "filter comes before judge"),
         ("pipeline.array_index=2", "pipeline.array_index=2: use 0 ... array_count - 1 = 0"),
@@ -661,18 +661,15 @@ def test_stages_run_alone_and_in_ranges_and_leave_tables(built, model, tmp_path,
 
 def times(output: Path) -> dict[str, set[int]]:
     """When the tables of each stage were written."""
-    return {stage: {path.stat().st_mtime_ns for path in tables_of(output, stage)} for stage in build.STAGES}
+    return {stage: {path.stat().st_mtime_ns for path in tables_of(output, stage)} for stage in STAGES}
 
 
 @pytest.mark.parametrize(
     ("change", "changed"),
     [
         pytest.param("sampler.steps=3", ["generate", "encode"], marks=pytest.mark.slow),  # nobody judges here
-        pytest.param("pipeline.judge.name=sandbox", ["judge", "targets", "encode"], marks=pytest.mark.slow),
-        pytest.param(
-            "pipeline.table_rows=3", ["pool", "filter", "cluster", "difficulty", "resample"], marks=pytest.mark.slow
-        ),
-        pytest.param("pipeline.judge.sandbox.batch_size=3", [], marks=pytest.mark.slow),
+        pytest.param("judge.name=sandbox", ["judge", "targets", "encode"], marks=pytest.mark.slow),
+        pytest.param("judge.sandbox.batch_size=3", [], marks=pytest.mark.slow),
         ("pipeline.batch_size=2", []),
     ],
 )
@@ -680,10 +677,19 @@ def test_a_changed_setting_rebuilds_what_depends_on_it(built, copied, model, mon
     before = times(copied / "out")
     monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a winner was encoded again"))
     if "generate" not in changed:
-        monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
+        monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
     build.main(arguments(model, built / "clips.csv", copied / "out", change))
     after = times(copied / "out")
-    assert [stage for stage in build.STAGES if after[stage] != before[stage]] == changed
+    assert [stage for stage in STAGES if after[stage] != before[stage]] == changed
+
+
+@pytest.mark.slow
+def test_other_pieces_of_the_first_tables_change_no_later_stage(built, copied, model, no_weights, monkeypatch):
+    before = times(copied / "out")
+    monkeypatch.setattr(tables, "TABLE_ROWS", 3)
+    build.main(arguments(model, built / "clips.csv", copied / "out"))
+    changed = [stage for stage, written in times(copied / "out").items() if written != before[stage]]
+    assert changed == ["pool", "filter", "cluster", "difficulty", "resample"]
 
 
 @pytest.mark.slow
@@ -716,13 +722,13 @@ def test_hostile_clips_of_every_source_harm_nothing(model, clips, tmp_path, monk
 
 @pytest.mark.slow
 def test_losers_that_are_no_numbers_are_left_out(model, built, tmp_path, monkeypatch):
-    real = generate.generate_losers
+    real = own_clips.generate_losers
 
     def overflowing(backbone, conditioning, negative, seeds, *args, **options):
         losers = real(backbone, conditioning, negative, seeds, *args, **options)
         return losers * float("nan") if seeds[0][0] == loser_seed(0, "blue", 0) else losers
 
-    monkeypatch.setattr(generate, "generate_losers", overflowing)
+    monkeypatch.setattr(own_clips, "generate_losers", overflowing)
     build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
     assert list(by_key(tmp_path / "out")) == ["red", "green", "grey", "pink"]
     (bad,) = quarantine(tmp_path / "out")
@@ -739,8 +745,8 @@ def test_a_clip_that_the_judge_refuses_is_left_out(model, built, tmp_path, monke
             raise Unjudged(refused, prompts, scores)
         return scores
 
-    monkeypatch.setattr(stages, "build_judge", lambda *_: judge)
-    build.main(arguments(model, built / "clips.csv", tmp_path / "out", "pipeline.judge.name=sandbox"))
+    monkeypatch.setattr(config, "build_judge", lambda *_: judge)
+    build.main(arguments(model, built / "clips.csv", tmp_path / "out", "judge.name=sandbox"))
     groups = by_key(tmp_path / "out")
     assert list(groups) == ["red", "blue", "grey", "pink"]
     assert {(j.semantic, j.physical) for group in groups.values() for j in group.losers_info} == {(0.25, 0.75)}

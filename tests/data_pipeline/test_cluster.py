@@ -1,28 +1,26 @@
-"""Actions of prompts: the shipped list, matching with a stand-in encoder and a real tiny one, the histogram."""
+"""Actions of prompts: the shipped list, matching with a stand-in encoder and a real tiny one."""
 
-import csv
 import hashlib
 import json
 import re
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from data_pipeline.cluster import (
+from data_pipeline.config import ClusterConfig
+from data_pipeline.stages import cluster
+from data_pipeline.stages.cluster import (
     CHUNK,
     OTHER,
     ActionMatcher,
-    ClusterConfig,
     actions_digest,
     bag_of_words,
-    count_actions,
     load_actions,
     match_settings,
     on_grid,
-    write_histogram,
 )
 from eval.sandbox.prompts import TEMPLATES, write_prompt
 
@@ -62,7 +60,7 @@ def own_list(folder, text):
 
 def test_the_shipped_list_is_large_and_balanced():
     actions = load_actions()
-    sizes = count_actions(action.category for action in actions)
+    sizes = Counter(action.category for action in actions)
     assert len(actions) >= 150 and 12 <= len(sizes) <= 18
     assert min(sizes.values()) >= 8 and max(sizes.values()) <= len(actions) / 6
     assert all(3 <= len(action.phrase.split()) <= 14 for action in actions)
@@ -255,7 +253,6 @@ def test_an_embedding_that_is_not_finite_is_refused_with_its_prompt(value):
     [
         ({"threshold": 1.5}, r"threshold=1.5 is no cosine"),
         ({"threshold": float("nan")}, r"threshold=nan is no cosine"),
-        ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -303,12 +300,13 @@ def copy_of(model, folder):
     return folder
 
 
-def test_a_real_model_matches_and_batches_do_not_matter(tiny_model):
+def test_a_real_model_matches_and_batches_do_not_matter(tiny_model, monkeypatch):
     prompts = [action.phrase for action in load_actions()][::3] + ["a pendulum swings", "", "word " * 20_000]
     found = ActionMatcher(ClusterConfig(model=str(tiny_model)), torch.device("cpu")).match(prompts)
     assert found.actions[:-3] == [action.name for action in load_actions()][::3]
     assert (found.scores[:-3] > 0.9999 - 1e-9).all() and np.isfinite(found.scores).all()
-    alone = ActionMatcher(ClusterConfig(model=str(tiny_model), batch_size=3), "cpu").match(prompts)
+    monkeypatch.setattr(cluster, "BATCH", 3)
+    alone = ActionMatcher(ClusterConfig(model=str(tiny_model)), "cpu").match(prompts)
     assert alone.actions[:-3] == found.actions[:-3]
     assert np.abs(alone.scores - found.scores).max() <= 1.01e-4
 
@@ -340,36 +338,3 @@ def test_a_missing_package_is_named(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match="needs the package sentence-transformers, .*pip install"):
         ActionMatcher(ClusterConfig(model=str(tiny_model)), "cpu").match(["a ball"])
-
-
-# ---- the histogram ---------------------------------------------------------------------------------------------------
-
-
-def test_counts_come_in_order():
-    assert list(count_actions(["b", "c", "a", "c", "b", OTHER]).items()) == [("b", 2), ("c", 2), ("a", 1), (OTHER, 1)]
-
-
-def test_a_histogram_is_a_table_and_a_picture(tmp_path):
-    counts = {action.name: 1 + number**2 % 97 for number, action in enumerate(load_actions())} | {OTHER: 40}
-    categories = {action.name: action.category for action in load_actions()}
-    write_histogram(tmp_path / "new" / "h_f.before", counts, categories)
-    table, picture = tmp_path / "new" / "h_f.before.csv", tmp_path / "new" / "h_f.before.png"
-    assert sorted(path.name for path in table.parent.iterdir()) == [table.name, picture.name]
-    rows = list(csv.DictReader(table.read_text("utf-8").splitlines()))
-    assert {row["action"]: int(row["count"]) for row in rows} == counts
-    assert rows == sorted(rows, key=lambda row: (-int(row["count"]), row["action"]))
-    assert all(row["category"] == categories.get(row["action"], OTHER) for row in rows)
-    before = table.read_bytes(), picture.read_bytes()
-    assert b"\r" not in before[0]
-    with Image.open(picture) as image:
-        assert image.format == "PNG" and image.width > 1000 and image.height > 1000
-        assert len(image.convert("RGB").getcolors(1 << 20)) > 20  # bars of many categories
-    write_histogram(tmp_path / "new" / "h_f.before", dict(reversed(counts.items())), categories)
-    assert (table.read_bytes(), picture.read_bytes()) == before
-
-
-@pytest.mark.parametrize("counts", [{}, {OTHER: 3}, {"ball_roll": 0}])
-def test_a_small_histogram_is_drawn_too(tmp_path, counts):
-    write_histogram(tmp_path / "h", counts, {})
-    assert len((tmp_path / "h.csv").read_text("utf-8").splitlines()) == 1 + len(counts)
-    assert (tmp_path / "h.png").stat().st_size > 1000

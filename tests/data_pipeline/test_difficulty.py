@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline import build, generate, stages
-from data_pipeline.generate import loser_seed
-from data_pipeline.resample import targets
-from data_pipeline.stages import Stages
+from data_pipeline import build, own_clips, tables
+from data_pipeline.config import Setup
+from data_pipeline.own_clips import loser_seed
+from data_pipeline.stages import STAGES
+from data_pipeline.stages.resample import targets
 from eval.judges.scores import Scores, Unjudged
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import write_clip
@@ -38,7 +39,8 @@ def judge(monkeypatch):
             raise Unjudged(failures, prompts, scores)
         return scores
 
-    monkeypatch.setattr(Stages, "build_judge", lambda self: score)
+    monkeypatch.setattr(tables, "TABLE_ROWS", 8)
+    monkeypatch.setattr(Setup, "build_judge", lambda self: score)
     score.asked, score.refuses = asked, refuses
     return score
 
@@ -65,7 +67,7 @@ def manifest(tmp_path):
 def run(model, manifest, output, *more):
     fixed = ("backbone.architecture=tiny", "backbone.dtype=float32", "backbone.text_length=32", "video.height=32")
     fixed += ("video.width=32", "video.num_frames=9", "video.fps=4", "sampler.steps=1", "sampler.guidance=1")
-    sizes = ("pipeline.num_losers=1", "pipeline.unit_size=4", "pipeline.table_rows=8", "pipeline.judge.name=sandbox")
+    sizes = ("pipeline.num_losers=1", "pipeline.unit_size=4", "judge.name=sandbox")
     chosen = ("pipeline.resample.budget=12", "pipeline.resample.representatives=2", "pipeline.stage=pool..resample")
     places = (f"output={output}", f"backbone.path={model}", f"pipeline.manifest={manifest}")
     build.main([*places, *fixed, *sizes, *chosen, *more])
@@ -110,7 +112,7 @@ def test_what_is_known_is_not_made_again(model, manifest, judge, tmp_path, monke
     output = tmp_path / "out"
     run(model, manifest, output)
     first = rows(output, "resample")
-    monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
+    monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
     judge.asked.clear()
     run(model, manifest, output)
     assert rows(output, "resample") == first and not judge.asked
@@ -131,7 +133,7 @@ def test_what_is_known_is_not_made_again(model, manifest, judge, tmp_path, monke
 @pytest.mark.slow
 def test_a_stopped_trial_continues_with_the_missing_clips(model, manifest, judge, tmp_path, monkeypatch):
     run(model, manifest, tmp_path / "whole")
-    real, made = generate.generate_losers, []
+    real, made = own_clips.generate_losers, []
 
     def failing(backbone, conditioning, negative, seeds, *args, **options):
         if len(made) == 3:
@@ -139,11 +141,11 @@ def test_a_stopped_trial_continues_with_the_missing_clips(model, manifest, judge
         made.append(seeds)
         return real(backbone, conditioning, negative, seeds, *args, **options)
 
-    monkeypatch.setattr(generate, "generate_losers", failing)
+    monkeypatch.setattr(own_clips, "generate_losers", failing)
     with pytest.raises(KeyboardInterrupt):
         run(model, manifest, tmp_path / "out")
     assert made[0] == [[loser_seed(0, "r00", 0)]]
-    monkeypatch.setattr(generate, "generate_losers", lambda *a, **k: made.append(a[3]) or real(*a, **k))
+    monkeypatch.setattr(own_clips, "generate_losers", lambda *a, **k: made.append(a[3]) or real(*a, **k))
     run(model, manifest, tmp_path / "out")
     assert len(made) == 6
     for name in ("difficulty", "resample"):
@@ -174,9 +176,9 @@ def test_clips_that_cannot_be_judged_or_read_do_not_count(model, manifest, judge
 
 
 def test_settings_that_cannot_work_stop_before_any_work(model, manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("work was begun"))
     for more, message in (
-        (["pipeline.judge.name=''"], "resample.tau=3 needs a judge"),
+        (["judge.name=''"], "resample.tau=3 needs a judge"),
         (["pipeline.resample.budget=-1"], "resample.budget=-1"),
         (["pipeline.resample.representatives=0"], "resample.representatives=0"),
     ):
@@ -195,4 +197,4 @@ def test_a_dry_run_counts_the_budget(model, manifest, tmp_path, capsys):
     run(model, manifest, tmp_path / "out", "dry_run=true")
     assert "groups              12 at most" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    assert stages.STAGES.index("difficulty") == stages.STAGES.index("resample") - 1
+    assert list(STAGES).index("difficulty") == list(STAGES).index("resample") - 1

@@ -57,12 +57,11 @@ def arguments(inputs: Path, output: Path) -> list[str]:
         "sampler.steps": 4,
         "sampler.guidance": 2,
         "pipeline.manifest": inputs / "clips.csv",
-        "pipeline.table_rows": 4,
         "pipeline.num_losers": 2,
         "pipeline.unit_size": 5,
         "pipeline.batch_size": 4,  # two rows together: their last bits depend on each other
         "pipeline.encode_batch": 2,
-        "pipeline.judge.name": "sandbox",
+        "judge.name": "sandbox",
         "pipeline.resample.budget": 11,
         "pipeline.resample.representatives": 2,
         "pipeline.save_losers": "true",
@@ -70,11 +69,12 @@ def arguments(inputs: Path, output: Path) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def build(argv: list[str]) -> None:
-    """In a process of its own."""
-    from data_pipeline import build
+def build(argv: list[str] | None = None) -> None:
+    """In a process of its own, with several units in the first stages' tables too."""
+    from data_pipeline import build, tables
 
     torch.set_num_threads(1)
+    tables.TABLE_ROWS = 4
     build.main(argv)
 
 
@@ -151,7 +151,7 @@ def launch(processes: int, argv: list[str]) -> subprocess.Popen:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml"]
     command += ["--num_processes", str(processes), "--main_process_port", str(port)]
-    command += ["--module", "data_pipeline.build", *argv]
+    command += ["--module", "tests.data_pipeline.test_kill", *argv]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -202,3 +202,7 @@ def test_tasks_of_an_array_give_the_same_bytes(inputs, whole, tmp_path):
     last.join(120)
     assert last.exitcode == 0
     assert results(tmp_path / "out") == whole[0]
+
+
+if __name__ == "__main__":
+    build()

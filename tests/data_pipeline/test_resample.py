@@ -8,8 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline import resample
-from data_pipeline.resample import ResampleConfig, check, choose, count_rows, difficulties, representatives, targets
+from data_pipeline.config import ResampleConfig
+from data_pipeline.histogram import write_histogram
+from data_pipeline.stages.difficulty import representatives
+from data_pipeline.stages.resample import choose, difficulties, targets
 
 FIVE = {"available": np.array([100, 10, 30, 24, 5]), "difficulty": np.array([0, 0.5, 1, 0.5, 0])}
 
@@ -96,7 +98,6 @@ def test_difficulty_is_one_less_the_mean_score():
     assert difficulties(index, trials, 3) == pytest.approx([0.7, 0.1, 1 - (0.3 + 0.9) / 2])
     with pytest.raises(ValueError, match="no clip of the model was judged"):
         difficulties(index, np.full(5, np.nan), 3)
-    assert count_rows(index, 4).tolist() == [2, 2, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -106,18 +107,30 @@ def test_difficulty_is_one_less_the_mean_score():
 )
 def test_settings_that_cannot_work(change, message):
     with pytest.raises(ValueError, match=message):
-        check(ResampleConfig(**change))
+        ResampleConfig(**change)
 
 
 def test_the_histogram_is_written_as_table_and_picture(tmp_path):
     actions = [f"action {i}" for i in range(50)] + ['a "quoted", $dollar$ name']
     available = np.arange(51)
-    resample.write_histogram(tmp_path / "actions", actions, available, available // 2, available / 51)
+    columns = {"action": actions, "available": available, "taken": available // 2}
+    write_histogram(tmp_path / "actions", columns, ("available", "taken"), available / 51)
     with (tmp_path / "actions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[0] == {"action": actions[50], "available": "50", "taken": "25", "difficulty": "0.9804"}
+    assert rows[0] == {"action": actions[50], "available": "50", "taken": "25"}
     assert [int(row["available"]) for row in rows] == list(range(50, -1, -1))
     assert (tmp_path / "actions.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2
-    resample.write_histogram(tmp_path / "plain", actions[:3], available[:3], available[:3], None)
-    assert (tmp_path / "plain.csv").read_text(encoding="utf-8").endswith(",0,0,\n")
+    before = (tmp_path / "actions.csv").read_bytes(), (tmp_path / "actions.png").read_bytes()
+    turned = {name: values[::-1] for name, values in columns.items()}
+    write_histogram(tmp_path / "actions", turned, ("available", "taken"), available[::-1] / 51)
+    assert ((tmp_path / "actions.csv").read_bytes(), (tmp_path / "actions.png").read_bytes()) == before
+
+
+@pytest.mark.parametrize("counts", [[], [3], [0]])
+def test_a_small_histogram_is_drawn_too(tmp_path, counts):
+    columns = {"action": ["other"] * len(counts), "category": ["other"] * len(counts), "count": counts}
+    write_histogram(tmp_path / "new" / "h_f.before", columns, ("count",))
+    table = (tmp_path / "new" / "h_f.before.csv").read_text("utf-8").splitlines()
+    assert table == ["action,category,count", *(f"other,other,{count}" for count in counts)]
+    assert (tmp_path / "new" / "h_f.before.png").stat().st_size > 1000

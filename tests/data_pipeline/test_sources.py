@@ -13,9 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline.judge import loser_scores, read_scores, write_table
+from data_pipeline.frames import FrameReader, clip_identity, read_each
 from data_pipeline.manifests import MAX_KEY, MAX_TEXT, Row, read_manifest, safe_key
-from data_pipeline.sources import Dropped, FrameReader, clip_identity, open_sources, read_pool, row_of
+from data_pipeline.scores import loser_scores, read_scores
+from data_pipeline.sources import open_sources
+from data_pipeline.stages.judge import write_table
+from data_pipeline.stages.pool import read_pool
+from data_pipeline.tables import Dropped
 from train.clips import ClipError, VideoConfig, read_clip, write_clip
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)
@@ -384,7 +388,7 @@ def test_a_folder_of_clips_with_captions_beside_them(tmp_path, clip):
     assert (kept[2]["prompt"], kept[2]["path"]) == ("C", str(tmp_path / "sub" / "c.MKV"))
     reasons = ["no caption", "not UTF-8", "malformed row", "malformed row", "empty prompt", "too long"]
     assert [row["reason"] for row in dropped] == reasons
-    assert FrameReader(VIDEO, "cpu").read(row_of(kept[0])).shape == (9, 32, 32, 3)
+    assert FrameReader(VIDEO, "cpu").read(kept[0]).shape == (9, 32, 32, 3)
 
 
 def test_every_file_that_looks_like_a_clip_is_kept_or_listed_by_name(tmp_path, clip):
@@ -537,8 +541,8 @@ def test_shards_of_clips_are_read_in_place(tmp_path, clip):
     reader = FrameReader(VIDEO, "cpu")
     for row in kept:
         assert row["path"] == str(tmp_path / "0.tar") and row["clip"] == f"{tmp_path / '0.tar'}::{row['key']}.mp4"
-        assert torch.equal(reader.read(row_of(row)), read_clip(clip, VIDEO))
-    first, second = (clip_identity(row_of(row)) for row in kept)
+        assert torch.equal(reader.read(row), read_clip(clip, VIDEO))
+    first, second = (clip_identity(row) for row in kept)
     assert first == second  # the same bytes at another place
 
 
@@ -565,7 +569,7 @@ def test_members_with_dots_in_their_names_and_of_any_suffix_are_kept_or_listed(t
         (f"{path}::c.webm", "duplicate key"),
     ]
     assert dropped[0]["detail"] == "there is no v_0.7.txt or v_0.7.json beside it"
-    assert FrameReader(VIDEO, "cpu").read(row_of(kept[0])).shape == (9, 32, 32, 3)
+    assert FrameReader(VIDEO, "cpu").read(kept[0]).shape == (9, 32, 32, 3)
 
 
 def test_braces_name_shards_as_webdataset_does(tmp_path, clip):
@@ -611,7 +615,7 @@ def test_hostile_member_names_are_never_paths(tmp_path, clip, monkeypatch):
         assert set(row["key"]) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
         assert row["path"] == str(tmp_path / "in" / "0.tar")
         assert row["prompt"] == "$(touch pwned); `id` A"
-        assert reader.read(row_of(row)).shape == (9, 32, 32, 3)
+        assert reader.read(row).shape == (9, 32, 32, 3)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -628,9 +632,9 @@ def test_a_cut_or_broken_shard_loses_only_what_is_cut(tmp_path, clip):
     assert [row["key"] for row in kept] == ["a", "b"]
     assert [row["reason"] for row in dropped] == ["truncated", "truncated"]
     reader = FrameReader(VIDEO, "cpu")
-    assert reader.read(row_of(kept[0])).shape == (9, 32, 32, 3)
+    assert reader.read(kept[0]).shape == (9, 32, 32, 3)
     with pytest.raises(ClipError, match="0.tar::b.mp4: truncated: the shard ends before"):
-        reader.read(row_of(kept[1]))
+        reader.read(kept[1])
 
 
 def test_a_member_that_declares_ten_gigabytes_costs_nothing(tmp_path, clip):
@@ -655,7 +659,7 @@ def test_headers_that_declare_too_much_are_refused_at_once(tmp_path, clip):
     large = boxes((b"ftyp", b"isom\0\0\2\0isomiso2avc1mp41")) + struct.pack(">I4sQ", 1, b"mdat", 10 << 30) + bytes(100)
     endless = boxes((b"ftyp", b"isom\0\0\2\0isomiso2avc1mp41"), (b"moov", boxes((b"mvhd", bytes(20)))))
     reader = FrameReader(VIDEO, "cpu")
-    row = next(read_manifest(write_csv(tmp_path / "clips.csv", "c.mp4"), num_losers=2))
+    row = vars(next(read_manifest(write_csv(tmp_path / "clips.csv", "c.mp4"), num_losers=2)))
     for hostile in (
         wide,
         huge,
@@ -667,8 +671,9 @@ def test_headers_that_declare_too_much_are_refused_at_once(tmp_path, clip):
         b"#EXTM3U\n#EXTINF:1,\nhttp://x/y.ts\n",
     ):
         (tmp_path / "c.mp4").write_bytes(hostile)
-        with pytest.raises(ClipError, match="too large: declares 9000x9000" if hostile is wide else "."):
-            reader.read(row)
+        for read in (reader.read, reader.read_first, reader.check):
+            with pytest.raises(ClipError, match="too large: declares 9000x9000" if hostile is wide else "."):
+                read(row)
 
 
 def write_csv(path: Path, *clips: str) -> Path:
@@ -680,26 +685,27 @@ def test_names_that_no_file_can_have(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     names = ["x" * 5000, "a/" * 2000 + "b", "pipe.mp4", ".", "/dev/zero"]
     reader = FrameReader(VIDEO, "cpu")
-    for row in read_manifest(write_csv(tmp_path / "clips.csv", *names), num_losers=2):
+    for row in map(vars, read_manifest(write_csv(tmp_path / "clips.csv", *names), num_losers=2)):
         assert clip_identity(row) == ""
-        with pytest.raises(ClipError, match="missing"):
-            reader.read(row)
+        for read in (reader.read, reader.read_first, reader.check):
+            with pytest.raises(ClipError, match="missing"):
+                read(row)
 
 
 def test_a_machine_without_file_descriptors_costs_no_rows(tmp_path, clip):
     path = write_tar(tmp_path / "0.tar", [("a.mp4", clip.read_bytes()), ("a.txt", b"A")])
-    (row,) = map(row_of, pool(str(path))[0])
+    (row,) = pool(str(path))[0]
     reader, limits = FrameReader(VIDEO, "cpu"), resource.getrlimit(resource.RLIMIT_NOFILE)
     spare = os.open("/dev/null", os.O_RDONLY)
     os.close(spare)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
         with pytest.raises(OSError, match="Too many open files") as caught:
-            reader.read_all({"a": row})
+            read_each({"a": row}, reader.read)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert not isinstance(caught.value, ClipError)
-    assert list(reader.read_all({"a": row})[0]) == ["a"]
+    assert list(read_each({"a": row}, reader.read)[0]) == ["a"]
 
 
 def test_a_prompt_at_the_limit_is_kept(tmp_path):

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_pipeline.config import Config, Setup
+from data_pipeline.contract import PassThrough
 from data_pipeline.manifests import Row
 from data_pipeline.store import Store
 from data_pipeline.tables import (
     POOL,
     Dropped,
-    PassThrough,
     Table,
     Unit,
     add_columns,
@@ -162,7 +163,7 @@ def test_units_of_earlier_runs_are_removed(tmp_path):
 
 def test_a_stage_that_is_not_configured_passes_its_rows(tmp_path):
     table = write(tmp_path / "pool", [2, 1])
-    stage = PassThrough(tmp_path / "resample", "resample")
+    stage = PassThrough(Setup(Config(output=str(tmp_path)), "cpu"), "resample")
     units = stage.plan(table)
     made, dropped = stage.build(units[1], table.rows(units[1].first, units[1].count), lambda count: None)
     assert made["key"].to_pylist() == ["k2"] and made["difficulty"].to_pylist() == [None] and len(dropped) == 0
@@ -285,10 +286,10 @@ def test_a_stage_of_all_rows_with_a_damaged_summary_is_done_again(tmp_path):
         def plan(self, before):
             return [Unit(0, "d", 0, 5)]
 
-    stage = Whole(tmp_path, "pool")
+    stage = Whole(Setup(Config(output=str(tmp_path)), "cpu"), "pool")
     for number in range(2):
-        write_unit(tmp_path, number, "d", (rows(2 * number, 2), dropped_table()), 0.0)
-    summary = write_summary(Table(tmp_path, 2), "d")
+        write_unit(stage.folder, number, "d", (rows(2 * number, 2), dropped_table()), 0.0)
+    summary = write_summary(Table(stage.folder, 2), "d")
     assert plan_stage(stage, None, retry=True)[1] == []
     for change in (
         {"units": 1},
@@ -299,7 +300,7 @@ def test_a_stage_of_all_rows_with_a_damaged_summary_is_done_again(tmp_path):
         {"kept": 3},
         {"in": []},
     ):
-        (tmp_path / "summary.json").write_text(json.dumps({**summary, **change}), encoding="utf-8")
+        (stage.folder / "summary.json").write_text(json.dumps({**summary, **change}), encoding="utf-8")
         assert len(plan_stage(stage, None, retry=True)[1]) == 1
 
 
@@ -308,7 +309,8 @@ def test_a_stage_of_all_rows_with_a_damaged_summary_is_done_again(tmp_path):
 CHEAP_STAGES = """
 import sys
 import numpy as np
-from data_pipeline import build, cluster, selection, stages
+from data_pipeline import build
+from data_pipeline.stages import cluster
 
 vectors = np.random.default_rng(0).standard_normal((100, 64))
 
@@ -316,7 +318,7 @@ class Matcher(cluster.ActionMatcher):
     def __init__(self, config, device):
         super().__init__(config, device, encoder=lambda texts: vectors[[len(text) % 100 for text in texts]])
 
-selection.ActionMatcher = stages.ActionMatcher = Matcher
+cluster.ActionMatcher = Matcher
 build.main(sys.argv[1:])
 """
 

@@ -7,7 +7,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 import recipes
 from data_pipeline.simulated_tracks import simulated_disparity, simulated_tracks
-from data_pipeline.targets import TargetMaker, TargetsConfig
+from data_pipeline.stages.targets import TargetMaker
 from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.world import FIRST_OBJECT, GROUND, LAYER_DEPTH, PANEL, PIVOT_HEIGHT, ROD, Planted, World
 from losses.regions import motion_magnitude, select_tracks
@@ -15,6 +15,7 @@ from train.clips import VideoConfig
 from train.groups import Group, Loser, check_group
 from train.teachers import TRACKERS
 from train.teachers.points import look_up, query_grid, unpack
+from train.teachers.targets import TargetsConfig
 from train.teachers.vjepa2 import VJepa2Config
 
 SMALL = VideoConfig(height=64, width=64, num_frames=17, fps=8.0)

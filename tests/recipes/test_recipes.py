@@ -176,7 +176,7 @@ def test_physisforcing_holds_its_papers_values(name, blocks, block):
     assert (config.optim.steps, config.optim.batch_size) == (20_000, 128)
     assert (config.objective.timesteps, config.objective.timestep_shift) == ("uniform", 1.0)
     assert (config.video.height, config.video.width, config.video.num_frames) == (480, 832, 81)
-    targets = recipes.load(config_class("data_pipeline.build"), [f"recipe={name}"]).pipeline.targets
+    targets = recipes.load(config_class("data_pipeline.build"), [f"recipe={name}"]).targets
     assert (targets.tracks, targets.grid, targets.max_tokens) == ("cotracker", 25, 512)
     assert (targets.depth, targets.relation) == ("depth_anything", "vjepa2")
 

@@ -5,21 +5,25 @@ import zlib
 from collections import Counter
 
 import pyarrow as pa
-import pytest
 import torch
 
-from data_pipeline import selection
-from data_pipeline.cluster import ClusterConfig, load_actions
-from data_pipeline.cot_filter import Answer, FilterConfig, Refused
+from data_pipeline.config import ClusterConfig, Config, FilterConfig, PipelineConfig, ResampleConfig, Setup
 from data_pipeline.manifests import Row
-from data_pipeline.resample import ResampleConfig
-from data_pipeline.selection import Cluster, Filter, Resample
-from data_pipeline.sources import FrameReader
+from data_pipeline.stages import cluster, filter
+from data_pipeline.stages.cluster import Cluster, load_actions
+from data_pipeline.stages.filter import Answer, Filter, Refused
+from data_pipeline.stages.resample import Resample
 from data_pipeline.tables import POOL, Table, add_columns, dropped_table, read_marker, write_unit
 from eval.vlm.client import VlmConfig
 from train.clips import VideoConfig, write_clip
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)
+
+
+def setup(folder, *, vlm=None, **sections) -> Setup:
+    return Setup(
+        Config(output=str(folder), video=VIDEO, vlm=vlm or VlmConfig(), pipeline=PipelineConfig(**sections)), "cpu"
+    )
 
 
 def pool(folder, prompts, *, size=3, path="none.mp4") -> Table:
@@ -46,8 +50,8 @@ def run(stage, before):
 class FakeFilter:
     """Finds physics in what falls; is not asked about what is refused."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, vlm, threshold):
+        self.vlm = vlm
 
     def run(self, items, advance):
         answers = []
@@ -58,7 +62,7 @@ class FakeFilter:
             except (ValueError, OSError) as error:
                 answers.append(Refused(item.key, "frames", str(error), ""))
                 continue
-            assert len(frames) == self.config.vlm.frames and frames[0].startswith(b"\xff\xd8")
+            assert len(frames) == self.vlm.frames and frames[0].startswith(b"\xff\xd8")
             if "busy" in item.prompt:
                 answers.append(Refused(item.key, "server", "timeout", ""))
             else:
@@ -68,11 +72,10 @@ class FakeFilter:
 
 
 def test_the_filter_keeps_rich_rows_with_what_was_said_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "CotFilter", FakeFilter)
+    monkeypatch.setattr(filter, "CotFilter", FakeFilter)
     write_clip(tmp_path / "a.mp4", torch.zeros(9, 32, 32, 3, dtype=torch.uint8), 8)
     before = pool(tmp_path / "pool", ["balls fall", "a face", "busy", "a fall"], path=str(tmp_path / "a.mp4"))
-    config = FilterConfig(vlm=VlmConfig(model="m", frames=2, frame_height=16))
-    stage = Filter(tmp_path / "filter", config, {"model": "m"}, FrameReader(VIDEO, "cpu"))
+    stage = Filter(setup(tmp_path, vlm=VlmConfig(model="m", frames=2, frame_height=16)))
     table, dropped = run(stage, before)
     rows = table.rows(0, 9).to_pylist()
     assert [(row["key"], row["physics_richness"], row["physics_label"]) for row in rows] == [
@@ -90,8 +93,8 @@ def test_the_filter_keeps_rich_rows_with_what_was_said_of_them(tmp_path, monkeyp
 
 
 def test_a_clip_without_frames_is_refused_with_its_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "CotFilter", FakeFilter)
-    stage = Filter(tmp_path / "filter", FilterConfig(), {}, FrameReader(VIDEO, "cpu"))
+    monkeypatch.setattr(filter, "CotFilter", FakeFilter)
+    stage = Filter(setup(tmp_path))
     table, dropped = run(stage, pool(tmp_path / "pool", ["balls fall"]))
     assert len(table) == 0 and dropped[0]["reason"] == "frames" and "no such file" in dropped[0]["detail"]
 
@@ -99,13 +102,12 @@ def test_a_clip_without_frames_is_refused_with_its_reason(tmp_path, monkeypatch)
 def test_the_filter_depends_on_rows_and_settings(tmp_path):
     before = pool(tmp_path / "pool", ["a", "b", "c", "d"])
 
-    def digests(settings):
-        stage = Filter(tmp_path / "filter", FilterConfig(), settings, FrameReader(VIDEO, "cpu"))
-        return [unit.digest for unit in stage.plan(before)]
+    def digests(model, threshold=0.6, **server):
+        made = setup(tmp_path, vlm=VlmConfig(model=model, **server), filter=FilterConfig(threshold))
+        return [unit.digest for unit in Filter(made).plan(before)]
 
-    assert digests({"model": "m"}) == digests({"model": "m"})
-    assert not set(digests({"model": "m"})) & set(digests({"model": "n"}))
-    assert pytest.approx(len(set(digests({})))) == 2
+    assert digests("m") == digests("m", base_url="http://x/v1", concurrency=3)
+    assert not set(digests("m")) & {*digests("n"), *digests("m", 0.5)} and len(set(digests("m"))) == 2
 
 
 def test_other_and_no_action_take_part_in_resampling_as_one_action_each(tmp_path):
@@ -114,7 +116,7 @@ def test_other_and_no_action_take_part_in_resampling_as_one_action_each(tmp_path
     rows = add_columns(before.rows(0, 12), "cluster", {"action": actions})
     rows = add_columns(rows, "difficulty")
     write_unit(tmp_path / "difficulty", 0, "d", (rows, dropped_table()), 0.0)
-    stage = Resample(tmp_path / "resample", ResampleConfig(budget=9, tau=0), seed=0, part_rows=100)
+    stage = Resample(setup(tmp_path, resample=ResampleConfig(budget=9, tau=0)))
     ((kept, dropped),) = stage.parts(Table(tmp_path / "difficulty", 1))
     assert Counter(kept["action"].to_pylist()) == {"fall": 2, "other": 3, "": 3} and len(dropped) == 4
 
@@ -130,15 +132,14 @@ def words(texts):
 
 
 def test_rows_get_the_actions_of_their_prompts_in_any_units(tmp_path, monkeypatch):
-    real = selection.ActionMatcher
-    monkeypatch.setattr(selection, "ActionMatcher", lambda config, device: real(config, device, encoder=words))
+    real = cluster.ActionMatcher
+    monkeypatch.setattr(cluster, "ActionMatcher", lambda config, device: real(config, device, encoder=words))
     phrase = {action.name: action.phrase for action in load_actions()}
     prompts = [phrase["water_pour"], "qq zz", f"{phrase['ramp_slide']} slowly", phrase["water_pour"]]
     tables = []
     for size in (1, 3, 4):
         before = pool(tmp_path / f"pool{size}", prompts, size=size)
-        config = ClusterConfig(model="stub", threshold=0.8)
-        stage = Cluster(tmp_path / f"cluster{size}", config, {"model": "stub"}, torch.device("cpu"))
+        stage = Cluster(setup(tmp_path / str(size), cluster=ClusterConfig(model="stub", threshold=0.8)))
         table, dropped = run(stage, before)
         assert not dropped
         tables.append(table.rows(0, 4).to_pylist())

@@ -1,5 +1,6 @@
 """The chain-of-thought filter against a stub server: what is asked, what counts as an answer, and what is hostile."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -12,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.cot_filter import (
+from data_pipeline.config import FilterConfig
+from data_pipeline.stages.filter import (
+    MAX_PROMPT_CHARS,
     PENALTIES,
+    RULES,
     SCHEMA,
     Answer,
     CotFilter,
-    FilterConfig,
     Item,
     Refused,
     read_answer,
@@ -29,9 +32,9 @@ ROOT = Path(__file__).parents[2]
 FRAMES = jpeg_frames(np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8), 3, 32)
 
 
-def cot_filter(server, *, threshold=0.6, max_prompt_chars=4000, **changes) -> CotFilter:
+def cot_filter(server, *, threshold=0.6, **changes) -> CotFilter:
     vlm = VlmConfig(**({"base_url": server.url, "model": "stub", "backoff": 0.01, "retries": 2} | changes))
-    return CotFilter(FilterConfig(vlm, threshold, max_prompt_chars))
+    return CotFilter(vlm, threshold)
 
 
 def items(*prompts: str) -> list[Item]:
@@ -77,6 +80,11 @@ def test_the_label_is_ours(richness, label):
 @pytest.mark.parametrize("fence", ["```json\n%s\n```", "```\n%s```", "\n  %s \n"])
 def test_json_in_a_fence_is_json(fence):
     assert read_answer("key", Reply(fence % filter_answer()), 0.6) == read_answer("key", Reply(filter_answer()), 0.6)
+
+
+def test_the_question_is_the_one_that_kept_answers_belong_to():
+    asked = json.dumps([SCHEMA, RULES]).encode("ascii")
+    assert hashlib.sha256(asked).hexdigest().startswith("65b5b5f159c54f55")
 
 
 def entities(**changes):
@@ -205,7 +213,7 @@ def test_what_an_answer_says_is_data(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("prompt", "detail"),
     [
-        ("a ball falls " * 8000, "104000 characters.*max_prompt_chars=4000"),
+        ("a ball falls " * 8000, "104000 characters; at most 4000"),
         ("  \n", "empty"),
         ("half a \ud83d character", "surrogate"),
         ("a ball\0", "NUL"),
@@ -218,10 +226,10 @@ def test_a_prompt_that_is_none_is_refused_without_a_request(prompt, detail):
     assert server.number == 1 and re.search(detail, bad.detail)
 
 
-def test_a_long_prompt_may_be_allowed():
-    long = "a ball falls " * 8000
+def test_a_prompt_at_the_limit_is_asked_about():
+    long = "a" * MAX_PROMPT_CHARS
     with StubServer() as server:
-        (answer,) = cot_filter(server, max_prompt_chars=200_000).run(items(long))
+        (answer,) = cot_filter(server).run(items(long))
     assert isinstance(answer, Answer) and caption_of(server.requests[0]) == long
 
 
@@ -318,10 +326,10 @@ def test_no_server_is_an_error_and_no_refusal():
 
 KILLED = """
 import sys
-from data_pipeline.cot_filter import CotFilter, FilterConfig, Item
+from data_pipeline.stages.filter import CotFilter, Item
 from eval.vlm.client import VlmConfig
 vlm = VlmConfig(base_url=sys.argv[1], model="stub", cache=sys.argv[2], concurrency=8)
-CotFilter(FilterConfig(vlm)).run([Item(str(number), str(number), lambda: [b"frame"]) for number in range(200)])
+CotFilter(vlm, 0.6).run([Item(str(number), str(number), lambda: [b"frame"]) for number in range(200)])
 """
 
 
@@ -350,7 +358,6 @@ def test_a_killed_run_continues_where_it_was(tmp_path):
     [
         ({"threshold": 1.5}, "pipeline.filter.threshold=1.5"),
         ({"threshold": float("nan")}, "pipeline.filter.threshold=nan"),
-        ({"max_prompt_chars": 0}, "pipeline.filter.max_prompt_chars=0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, message):

@@ -21,19 +21,9 @@ from train.clips import VideoConfig
 from train.sampling import SamplerConfig
 from train.teachers.targets import TargetsConfig
 
-OPERATIONAL = {  # settings of servers and tools that do not change an answer
-    "api_key_env",
-    "backoff",
-    "base_url",
-    "batch_size",
-    "cache",
-    "checkout",
-    "concurrency",
-    "python",
-    "retries",
-    "timeout",
-    "timeout_s",
-}
+# Settings of servers and tools that do not change an answer.
+OPERATIONAL = {"api_key_env", "backoff", "base_url", "cache", "concurrency", "retries", "timeout_s"}
+OPERATIONAL |= {"batch_size", "checkout", "python", "timeout"}
 
 
 @dataclass

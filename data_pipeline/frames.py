@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance
 from eval.sandbox.clips import Clips
 from eval.sandbox.splits import simulate_block
 from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frame
@@ -130,12 +132,32 @@ def _member(row: TableRow) -> Iterator[Path]:
         yield copy
 
 
-def read_each(rows: Mapping[str, TableRow], read: Callable[[TableRow], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `read` gives of several rows by name, and of those that cannot be used the reason and the detail."""
-    found, unread = {}, {}
-    for name, row in rows.items():
-        try:
-            found[name] = read(row)
-        except ClipError as error:
-            unread[name] = (error.reason, str(error))
-    return found, unread
+def make_missing(
+    store: Store,
+    digests: Sequence[str],
+    rows: Sequence[TableRow],
+    read: Callable[[TableRow], Any],
+    make: Callable[[list[TableRow], list[Any]], Iterable[Mapping[str, Tensor]]],
+    *,
+    together: int,
+    advance: Advance,
+) -> Bad:
+    """Make the tensors of rows that `store` lacks, in batches of `together` rows, which are the same in every run.
+
+    read: what is needed of a row's clip, before any is made; rows for which it raises ClipError are left out, and come
+    back with reason and detail. make: the tensors of some rows, given what was read of them.
+    """
+    bad: Bad = {}
+    for first in range(0, len(rows), together):
+        places = {digests[place]: place for place in range(first, min(first + together, len(rows)))}
+        found: dict[str, Any] = {}
+        for name in store.missing(list(places)):
+            try:
+                found[name] = read(rows[places[name]])
+            except ClipError as error:
+                bad[places[name]] = (error.reason, str(error))
+        if found:
+            made = make([rows[places[name]] for name in found], list(found.values()))
+            store.save(dict(zip(found, made, strict=True)))
+        advance(len(places))
+    return bad

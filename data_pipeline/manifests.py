@@ -16,14 +16,13 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.tables import Dropped
+from data_pipeline.tables import Dropped, Row
 from eval import records
 from eval.records import BadRow, Record, not_local, printable, read_text
 from recipes import redacted
@@ -35,22 +34,6 @@ TEXTS = ("clip", "prompt", "key", "action")
 MAX_KEY = 64  # characters; a key becomes the name of a tar member
 MAX_TEXT = 10_000  # characters of a prompt or name; Wan's text encoder reads 512 tokens
 LOOK = 10_000  # JSON lines among which every required column must occur
-
-
-@dataclass(frozen=True)
-class Row:
-    """A clip with its prompt; the fields are the columns of the pool's table."""
-
-    key: str  # letters, digits, _ and -; unique in the pool
-    clip: str  # as the source names it
-    path: str  # of the file that holds it
-    prompt: str
-    start: float  # seconds into the clip
-    action: str
-    physics_richness: float | None
-    scores: list[list[float]] | None  # [semantic, physical]: one a loser, or one for all
-    source: str  # manifest | folder | webdataset | sandbox
-    place: str  # JSON: where in the source
 
 
 def read_manifest(path: str | Path, *, num_losers: int) -> Iterator[Row | Dropped]:

@@ -6,7 +6,7 @@ first frame where the model's clips begin with it; what its container shows to b
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.conditioning import condition
 from data_pipeline.config import Setup
-from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest, read_each
+from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest, make_missing
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance
 from train.backbones.base import Backbone, Conditioning
@@ -43,34 +43,26 @@ class ClipMaker:
 
     def make(self, rows: Sequence[TableRow], identities: Sequence[str], advance: Advance) -> Bad:
         """Make what is missing; the places of rows whose clip cannot be read, with the reason and the detail."""
-        bad: Bad = {}
-        together = max(1, self.setup.pipeline.batch_size // max(1, self.num_clips))  # rows
-        for first in range(0, len(rows), together) if self.num_clips else ():
-            batch = range(first, min(first + together, len(rows)))
-            bad |= self._make({self.digest(rows[place], identities[place]): place for place in batch}, rows)
-            advance(len(batch))
-        return bad
+        if not self.num_clips:
+            return {}
+        digests = list(map(self.digest, rows, identities))
+        read = self.reader.read_first if self.setup.first_frame else self.reader.check
+        together = max(1, self.setup.pipeline.batch_size // self.num_clips)  # rows
+        return make_missing(self.store, digests, rows, read, self._make, together=together, advance=advance)
 
-    def _make(self, batch: Mapping[str, int], rows: Sequence[TableRow]) -> Bad:
-        """Of a batch, digest -> place in `rows`."""
-        setup, missing = self.setup, {made: rows[batch[made]] for made in self.store.missing(list(batch))}
-        read = self.reader.read_first if setup.first_frame else self.reader.check
-        begins, unread = read_each(missing, read)
-        if begins:
-            chosen = [missing[made] for made in begins]
-            first = torch.stack(list(begins.values())) if setup.first_frame else None  # (B, H, W, 3)
-            prompts = [row["prompt"] for row in chosen]
-            made_clips = generate_losers(
-                self.backbone,
-                condition(self.backbone, prompts, first, num_frames=setup.video.num_frames),
-                self.negative,
-                list(map(self.seeds, chosen)),
-                setup.video,
-                setup.config.sampler,
-                batch_size=setup.pipeline.batch_size,
-            )
-            self.store.save({made: {"losers": latents} for made, latents in zip(begins, made_clips, strict=True)})
-        return {batch[made]: reason for made, reason in unread.items()}
+    def _make(self, rows: Sequence[TableRow], begins: list[Tensor]) -> list[dict[str, Tensor]]:
+        setup = self.setup
+        first = torch.stack(begins) if setup.first_frame else None  # (B, H, W, 3)
+        made = generate_losers(
+            self.backbone,
+            condition(self.backbone, [row["prompt"] for row in rows], first, num_frames=setup.video.num_frames),
+            self.negative,
+            list(map(self.seeds, rows)),
+            setup.video,
+            setup.config.sampler,
+            batch_size=setup.pipeline.batch_size,
+        )
+        return [{"losers": latents} for latents in made]
 
     def digest(self, row: TableRow, identity: str | None = None) -> str:
         return clip_digest(self.settings, row, identity)

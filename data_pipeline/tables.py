@@ -16,7 +16,7 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -28,20 +28,42 @@ from train.files import digest, read_json, sha256, write_bytes, write_text
 
 SUMMARY = "summary.json"
 TABLE_ROWS = 10_000  # rows per unit of the stages before generate; unfinished units are what an interruption costs
-POOL = pa.schema(
-    [
-        ("key", pa.string()),  # unique; letters, digits, _ and -
-        ("clip", pa.string()),  # as the source names it
-        ("path", pa.string()),  # of the file that holds it
-        ("prompt", pa.string()),
-        ("start", pa.float64()),  # seconds into the clip
-        ("action", pa.string()),
-        ("physics_richness", pa.float64()),
-        ("scores", pa.list_(pa.list_(pa.float64()))),  # [semantic, physical]: one a loser, one for all, or null
-        ("source", pa.string()),  # manifest | folder | webdataset | sandbox
-        ("place", pa.string()),  # JSON: where in the source
-    ]
-)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A clip with its prompt: what the pool's table holds of it."""
+
+    key: str  # letters, digits, _ and -; unique in the pool
+    clip: str  # as the source names it
+    path: str  # of the file that holds it
+    prompt: str
+    start: float  # seconds into the clip
+    action: str
+    physics_richness: float | None
+    scores: list[list[float]] | None  # [semantic, physical]: one a loser, or one for all
+    source: str  # manifest | folder | webdataset | sandbox
+    place: str  # JSON: where in the source
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that a stage does not keep."""
+
+    key: str  # empty where the row did not get that far
+    clip: str
+    place: str  # JSON
+    reason: str  # one of a few fixed words, for counting
+    detail: str
+
+
+TYPES = {
+    str: pa.string(),
+    float: pa.float64(),
+    float | None: pa.float64(),
+    list[list[float]] | None: pa.list_(pa.list_(pa.float64())),
+}
+POOL, DROPPED = (pa.schema([(field.name, TYPES[field.type]) for field in fields(kind)]) for kind in (Row, Dropped))
 ADDED = {  # columns that each stage adds; filter replaces physics_richness too, cluster replaces action
     "filter": [
         ("parse", pa.string()),
@@ -57,7 +79,6 @@ ADDED = {  # columns that each stage adds; filter replaces physics_richness too,
     "targets": [],
     "encode": [],
 }
-DROPPED = pa.schema([(name, pa.string()) for name in ("key", "clip", "place", "reason", "detail")])
 
 
 class Marker(TypedDict):
@@ -91,17 +112,6 @@ class Unit:
     @property
     def name(self) -> str:
         return unit_name(self.number)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A row that a stage does not keep."""
-
-    key: str  # empty where the row did not get that far
-    clip: str
-    place: str  # JSON, as in POOL
-    reason: str  # one of a few fixed words, for counting
-    detail: str
 
 
 Made = tuple[pa.Table, pa.Table]  # the rows kept and the rows dropped

@@ -285,21 +285,21 @@ class GroupSet(torch.utils.data.Dataset):
 
     def __init__(self, folder: str | Path, *, fingerprint: str | None = None):
         self.folder = local_folder(folder)
-        self._index, self.digest = _read_index(self.folder)
-        self.fingerprint: str = self._index["fingerprint"]
+        self.index, self.digest = _read_index(self.folder)
+        self.fingerprint: str = self.index["fingerprint"]
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise ValueError(
                 f"the groups in {self.folder} were built with backbone {self.fingerprint}, but training uses "
                 f"{fingerprint}; train that backbone or build the groups again with this one"
             )
-        for shard in self._index["shards"]:
+        for shard in self.index["shards"]:
             if problem := _file_problem(self.folder, shard):
                 raise ValueError(problem)
-        self.video: dict[str, Any] = self._index["video"]
-        self.latent_shape: tuple[int, ...] = tuple(self._index["latent_shape"])
-        self.latent_dtype: torch.dtype = getattr(torch, self._index["latent_dtype"])
-        self.total_bytes: int = self._index["total_bytes"]
-        self._samples = [(shard["file"], sample) for shard in self._index["shards"] for sample in shard["samples"]]
+        self.video: dict[str, Any] = self.index["video"]
+        self.latent_shape: tuple[int, ...] = tuple(self.index["latent_shape"])
+        self.latent_dtype: torch.dtype = getattr(torch, self.index["latent_dtype"])
+        self.total_bytes: int = self.index["total_bytes"]
+        self._samples = [(shard["file"], sample) for shard in self.index["shards"] for sample in shard["samples"]]
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -315,7 +315,7 @@ class GroupSet(torch.utils.data.Dataset):
         with open(self.folder / file, "rb") as shard:
             shard.seek(sample["offset"])
             data = shard.read(sample["bytes"])
-        return _checked_group(self.folder / file, self._index, sample, data)
+        return _checked_group(self.folder / file, self.index, sample, data)
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -3,7 +3,7 @@
 Winners are kept by the digest of what they depend on, like losers: new scores write the shards anew without a network.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.conditioning import condition
 from data_pipeline.config import Setup
 from data_pipeline.contract import Stage
-from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest, read_each
+from data_pipeline.frames import FrameReader, TableRow, clip_digest, make_missing
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Marker, Table, Unit, drop, unit_name
 from train.backbones.base import Backbone, Conditioning
@@ -30,11 +30,8 @@ class Encode(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.groups, self.settings, self.loser_settings = (
-            Path(setup.pipeline.groups),
-            setup.winner_settings,
-            setup.loser_settings,
-        )
+        self.groups = Path(setup.pipeline.groups)
+        self.settings, self.loser_settings = setup.winner_settings, setup.loser_settings
         self.target_settings = setup.target_settings if setup.config.targets.tracks else None
         self.store = Store(self.folder / "winners")
         self.reader = FrameReader(setup.video, setup.device)
@@ -50,11 +47,10 @@ class Encode(Stage):
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Encode what is missing and write the unit's shard; clips that cannot be read any more are dropped."""
         records, together = rows.to_pylist(), self.setup.pipeline.encode_batch
-        bad: Bad = {}
-        for first in range(0, len(records), together):
-            batch = range(first, min(first + together, len(records)))
-            bad |= self._make({clip_digest(self.settings, records[place]): place for place in batch}, records)
-            advance(len(batch))
+        digests = [clip_digest(self.settings, record) for record in records]
+        bad = make_missing(
+            self.store, digests, records, self.reader.read, self._make, together=together, advance=advance
+        )
         with ShardWriter(self.groups, unit.name) as writer:
             for place, record in enumerate(records):
                 if place not in bad:
@@ -66,22 +62,13 @@ class Encode(Stage):
         self._checksum[unit.name] = writer.record["sha256"]
         return drop(rows, bad)
 
-    def _make(self, batch: Mapping[str, int], records: Sequence[TableRow]) -> Bad:
-        """Encode a batch (digest -> place in `records`); the places of clips that cannot be read."""
-        missing = {made: records[batch[made]] for made in self.store.missing(list(batch))}
-        frames, unread = read_each(missing, self.reader.read)
-        if frames:
-            clips = torch.stack(list(frames.values()))  # (B, T, H, W, 3)
-            prompts = [missing[made]["prompt"] for made in frames]
-            winners, conditioning = encode_clips(self.backbone, clips, prompts, self.setup.first_frame)
-            winners, stored = winners.to(torch.bfloat16).cpu(), conditioning.to("cpu", torch.bfloat16)
-            made_tensors = {}
-            for number, made in enumerate(frames):
-                made_tensors[made] = {"winner": winners[number], "text": unpad(stored.text[number])}
-                if stored.image is not None:
-                    made_tensors[made]["condition"] = stored.image[number]
-            self.store.save(made_tensors)
-        return {batch[made]: reason for made, reason in unread.items()}
+    def _make(self, records: Sequence[TableRow], frames: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+        prompts = [record["prompt"] for record in records]
+        winners, conditioning = encode_clips(self.backbone, torch.stack(frames), prompts, self.setup.first_frame)
+        winners, stored = winners.to(torch.bfloat16).cpu(), conditioning.to("cpu", torch.bfloat16)
+        for number, winner in enumerate(winners):
+            condition = {} if stored.image is None else {"condition": stored.image[number]}
+            yield {"winner": winner, "text": unpad(stored.text[number]), **condition}
 
     def _group(self, record: TableRow) -> Group:
         made = self.store.load(clip_digest(self.settings, record))

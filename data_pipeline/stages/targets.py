@@ -12,11 +12,10 @@ from torch import Tensor
 
 from data_pipeline.config import Setup
 from data_pipeline.contract import PassThrough, Stage
-from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest
+from data_pipeline.frames import FrameReader, TableRow, clip_digest, make_missing
 from data_pipeline.simulated_tracks import simulated_disparity, simulated_tracks
 from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop, read_rows
 from eval.sandbox.clips import Clips
-from train.clips import ClipError
 from train.teachers import DEPTHS, TRACKERS, targets
 
 SIMULATOR = "simulator"
@@ -46,15 +45,9 @@ class Targets(Stage):
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Make what is missing; clips that cannot be read any more are dropped."""
-        bad: Bad = {}
-        for place, record in enumerate(rows.to_pylist()):
-            digest = clip_digest(self.settings, record)
-            if self.store.missing([digest]):
-                try:
-                    self.store.save({digest: self._make(record)})
-                except ClipError as error:
-                    bad[place] = (error.reason, str(error))
-            advance(1)
+        records = rows.to_pylist()
+        digests = [clip_digest(self.settings, record) for record in records]
+        bad = make_missing(self.store, digests, records, self.reader.read, self._make, together=1, advance=advance)
         return drop(add_columns(rows, self.name), bad)
 
     def is_intact(self, unit: Unit, marker: Marker) -> bool:
@@ -63,12 +56,12 @@ class Targets(Stage):
         return lost.isdisjoint(clip_digest(self.settings, record) for record in records)
 
     @torch.no_grad()
-    def _make(self, record: TableRow) -> dict[str, Tensor]:
-        frames, simulated = self.reader.read(record), None
+    def _make(self, records: list[TableRow], frames: list[Tensor]) -> list[dict[str, Tensor]]:
+        (record,), simulated = records, None
         if record["source"] == "sandbox":
             clips, index = self.reader.simulated(record)
             simulated = clips[index : index + 1]
-        return self.maker.make(frames, simulated=simulated)
+        return [self.maker.make(frames[0], simulated=simulated)]
 
 
 class TargetMaker(targets.TargetMaker):

@@ -10,7 +10,7 @@ import av
 import pytest
 import torch
 
-from data_pipeline import browse
+from data_pipeline import browse, gallery
 from tests.chromium import Chromium, is_installed
 from tests.conftest import TEXT_SHAPE
 from tests.synthetic_groups import synthetic_group
@@ -241,9 +241,9 @@ def test_a_gallery_that_cannot_be_written_stops_early(folder, tiny_pipeline, tmp
 
 
 def test_a_larger_choice_contains_a_smaller():
-    few, more = browse.choose(100, 10, seed=3), browse.choose(100, 30, seed=3)
+    few, more = gallery.choose(100, 10, seed=3), gallery.choose(100, 30, seed=3)
     assert len(few) == 10 and set(few) < set(more) and few == sorted(few)
-    assert browse.choose(100, 10, seed=4) != few and browse.choose(5, 24, seed=0) == [0, 1, 2, 3, 4]
+    assert gallery.choose(100, 10, seed=4) != few and gallery.choose(5, 24, seed=0) == [0, 1, 2, 3, 4]
 
 
 # ---- gallery ---------------------------------------------------------------------------------------------------------
@@ -330,8 +330,8 @@ def test_clips_of_the_same_group_are_not_decoded_again(folder, tiny_pipeline, tm
 
 def test_a_lone_surrogate_in_a_text_does_not_stop_the_page(folder, tmp_path):
     groups = shards.GroupSet(folder)
-    card = browse._card(replace(groups[0], prompt="a \ud800 b"), {"winner": "clips/x.mp4"})
-    browse._write_page(tmp_path / "index.html", browse.render(groups, [card]))
+    card = gallery._card(replace(groups[0], prompt="a \ud800 b"), {"winner": "clips/x.mp4"})
+    gallery.write_page(tmp_path / "index.html", groups, [card])
     assert "a &#55296; b" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
@@ -345,19 +345,19 @@ def test_points_are_drawn_where_the_tracks_say():
     tracks[:, 0, 0] = torch.tensor([0.25, 0.5, 0.75])
     visible = torch.ones(3, 5, dtype=torch.bool)
     visible[:, 2] = False
-    drawn = browse.draw_tracks(frames, tracks, visible, torch.tensor([True, False, True, True, True]))
+    drawn = gallery.draw_tracks(frames, tracks, visible, torch.tensor([True, False, True, True, True]))
     assert drawn.shape == frames.shape and drawn.dtype == torch.uint8
     changed = (drawn != frames).any(dim=3).nonzero()  # (time, row, column)
     for number, column in enumerate((128, 256, 384)):
-        assert drawn[number, 128, column].tolist() == list(browse.KEPT)
-        assert drawn[number, 51, 51].tolist() == list(browse.OTHER)
+        assert drawn[number, 128, column].tolist() == list(gallery.KEPT)
+        assert drawn[number, 51, 51].tolist() == list(gallery.OTHER)
         mine = changed[changed[:, 0] == number]
         other = mine[mine[:, 1] < 60]
         assert (other[:, 1:] - 51).abs().max() <= 3
         kept = mine[mine[:, 1] >= 60]
         assert (kept[:, 1] - 128).abs().max() <= 4  # nothing at the hidden, outside or broken points
         assert kept[:, 2].min() >= 128 - 5 and (kept[:, 2] - column).max() <= 5
-    assert drawn[2, 128, 200].tolist() == list(browse.KEPT)  # the tail
+    assert drawn[2, 128, 200].tolist() == list(gallery.KEPT)  # the tail
 
 
 def test_a_tail_is_short_and_breaks_where_the_point_was_hidden():
@@ -368,13 +368,13 @@ def test_a_tail_is_short_and_breaks_where_the_point_was_hidden():
     step = 256 * 0.8 / 19
 
     def length(clip, time):
-        columns = (clip[time] == torch.tensor(browse.KEPT)).all(dim=2).nonzero()[:, 1]
+        columns = (clip[time] == torch.tensor(gallery.KEPT)).all(dim=2).nonzero()[:, 1]
         return (columns.max() - columns.min()).item()
 
-    whole = browse.draw_tracks(frames, tracks, visible, keep)
-    assert length(whole, 19) == pytest.approx(browse.TAIL * step, abs=5)
+    whole = gallery.draw_tracks(frames, tracks, visible, keep)
+    assert length(whole, 19) == pytest.approx(gallery.TAIL * step, abs=5)
     visible[15] = False
-    broken = browse.draw_tracks(frames, tracks, visible, keep)
+    broken = gallery.draw_tracks(frames, tracks, visible, keep)
     assert length(broken, 19) == pytest.approx(3 * step, abs=5)
     assert broken[15].max() == 0
 
@@ -382,7 +382,7 @@ def test_a_tail_is_short_and_breaks_where_the_point_was_hidden():
 def test_low_clips_are_enlarged_pixel_by_pixel_for_their_tracks():
     frames = torch.randint(0, 255, (2, 64, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(2, 0, dtype=torch.bool)
-    drawn = browse.draw_tracks(frames, torch.zeros(2, 0, 2), nothing, nothing[0])
+    drawn = gallery.draw_tracks(frames, torch.zeros(2, 0, 2), nothing, nothing[0])
     assert drawn.shape == (2, 256, 192, 3)
     assert torch.equal(drawn[:, ::4, ::4], frames) and torch.equal(drawn[:, 3::4, 3::4], frames)
 
@@ -414,7 +414,7 @@ def is_kept(pixel):
 def test_tracks_that_do_not_fit_the_clip_are_named(tiny_pipeline, name, change):
     group = make_groups(tiny_pipeline)[1]
     with pytest.raises(ValueError, match=f"group 'group-000001': extra '{name}' is .* build"):
-        browse.tracks_of(replace(group, extra=change(group.extra)), FRAMES)
+        gallery.tracks_of(replace(group, extra=change(group.extra)), FRAMES)
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

@@ -598,7 +598,7 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
         ("pipeline.stage=jugde", "'jugde' is no stage; use all, one of pool, filter"),
         ("pipeline.stage=judge..filter", "filter comes before judge"),
         ("pipeline.array_index=2", "pipeline.array_index=2: use 0 ... array_count - 1 = 0"),
-        ("pipeline.array_count=2", "one array a stage"),
+        ("pipeline.array_count=2", "one array per stage"),
     ],
 )
 def test_wrong_settings_stop_before_any_work(built, model, tmp_path, no_weights, change, message):

@@ -14,7 +14,7 @@ from data_pipeline.sources import Source, open_sources
 from data_pipeline.store import Store
 from eval.judges import JudgeConfig, build_judge
 from eval.judges.scores import Judge
-from eval.vlm import VlmConfig
+from eval.vlm.client import VlmConfig
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import VideoConfig

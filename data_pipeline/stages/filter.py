@@ -26,7 +26,7 @@ from data_pipeline.config import Setup, outcome_settings
 from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.frames import Bad, FrameReader, TableRow
 from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop
-from eval.vlm import Backend, Malformed, NoAnswer, Question, Reply, Vlm, VlmConfig, jpeg_frames, quoted, storable
+from eval.vlm.client import Backend, Malformed, NoAnswer, Question, Reply, Vlm, VlmConfig, jpeg_frames, quoted, storable
 from train.files import parse_json
 
 NO_PHYSICS = "no physics"  # the reason of rows that are left out

@@ -45,7 +45,7 @@ class Response:
 
 
 def filter_answer(**changes: Any) -> str:
-    """A good answer to the question of data_pipeline.cot_filter, as JSON, with some fields changed."""
+    """A good answer to the question of data_pipeline.stages.filter, as JSON, with some fields changed."""
     answer = {
         "parse": {
             "entities": [{"name": "ball", "material": "rubber"}, {"name": "floor", "material": "wood"}],

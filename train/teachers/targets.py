@@ -16,7 +16,7 @@ What is stored, for N = grid^2 points that start in the centres of grid x grid c
 All T frames of the clip are stored. Training takes the frames that its latents have, 0 and every 4th, resamples the
 student's features to relation_grid, and compares at relation_indices. K is 0 in a clip in which nothing is kept.
 
-The shard builder's own maker (`data_pipeline/targets.py`) knows the simulator as well.
+The shard builder's own maker (`data_pipeline/stages/targets.py`) knows the simulator as well.
 """
 
 from dataclasses import dataclass, field

@@ -28,6 +28,7 @@ OPERATIONAL |= {"batch_size", "checkout", "python", "timeout"}
 
 @dataclass
 class FilterConfig:
+    enabled: bool = False  # ask the recipe's `vlm` about every row; else all rows pass
     threshold: float = 0.6  # physics_richness from which a clip counts as physics-rich; PhyGDPO, algorithm 1, step 4
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class PipelineConfig:
     unit_size: int = 16  # rows per unit from generate on: one shard; its losers are judged together
     batch_size: int = 1  # losers sampled together, per GPU; an interruption costs at most these
     encode_batch: int = 1  # clips encoded or decoded together, per GPU
-    filter: FilterConfig = field(default_factory=FilterConfig)  # without vlm.model all rows pass
+    filter: FilterConfig = field(default_factory=FilterConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # without cluster.model rows keep their actions
     resample: ResampleConfig = field(default_factory=ResampleConfig)  # without resample.budget all rows stay
     scores: str = ""  # CSV with the columns key, loser, semantic, physical; goes before the manifest's own scores
@@ -109,7 +110,7 @@ class Config:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # of the filter
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # that the filter asks, where it is enabled
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of difficulty, and of the losers that have no scores
     targets: TargetsConfig = field(default_factory=TargetsConfig)  # without targets.tracks there are none
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -137,7 +138,7 @@ class Setup:
     @property
     def judge_settings(self) -> Any:
         judge = self.config.judge
-        return [judge.name, outcome_settings(getattr(judge, judge.name))] if judge.name else None
+        return [judge.name, outcome_settings(asdict(getattr(judge, judge.name)))] if judge.name else None
 
     @cached_property
     def scores(self) -> Scores:
@@ -179,7 +180,7 @@ class Setup:
 
     @property
     def target_settings(self) -> dict[str, Any]:
-        return {"targets": outcome_settings(self.config.targets), "video": asdict(self.video)}
+        return {"targets": outcome_settings(asdict(self.config.targets)), "video": asdict(self.video)}
 
     @property
     def targets(self) -> Store:
@@ -187,12 +188,8 @@ class Setup:
         return Store(self.folder / "targets" / "tensors")
 
 
-def outcome_settings(settings: Any) -> dict[str, Any]:
+def outcome_settings(settings: Any) -> Any:
     """A section of settings without those that say how fast, not what: their change makes nothing outdated."""
-
-    def without(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {key: without(value) for key, value in tree.items() if key not in OPERATIONAL}
-
-    return without(asdict(settings))
+    if not isinstance(settings, dict):
+        return settings
+    return {key: outcome_settings(value) for key, value in settings.items() if key not in OPERATIONAL}

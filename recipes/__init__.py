@@ -41,9 +41,6 @@ SECTIONS = {
     "raters": "where the raters of others are installed",
     "sampler": "how clips are sampled",
     "validation": "fixed-seed clips during training",
-    "vlm": "the vision-language model that filter and judges ask",
-    "judge": "who scores clips",
-    "targets": "tracks and other references of the winners",
     "pipeline": "from raw clips to preference groups",
     "generate": "from prompts to clips and comparisons",
     "run": "what eval.run generates and scores",
@@ -53,7 +50,14 @@ SECTIONS = {
     "inspect": "what train.tools.inspect_targets draws",
 }
 # Keys that moved, with the place where they are now; a key below a moved one moved with it.
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "pipeline.filter.vlm": "vlm (and pipeline.filter.enabled=true)",
+    "pipeline.judge": "judge, and for its settings vlm and raters,",
+    "pipeline.targets": "targets",
+    "pipeline.table_rows": "the constant data_pipeline.tables.TABLE_ROWS",
+    "pipeline.filter.max_prompt_chars": "the constant data_pipeline.stages.filter.MAX_PROMPT_CHARS",
+    "pipeline.cluster.batch_size": "the constant data_pipeline.stages.cluster.BATCH",
+}
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")
 

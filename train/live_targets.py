@@ -1,7 +1,7 @@
 """Physics targets made while training, for groups that were built without any (`physics.on_the_fly`).
 
 The winner is decoded from its latent by the VAE, and the teachers look at its pixels: every time that a group comes up,
-as PhysisForcing does. Building the targets into the shards once (`pipeline.targets`) is the cheaper way; the log says
+as PhysisForcing does. Building the targets into the shards once (`targets`) is the cheaper way; the log says
 what this one costs. Every rank works for its own groups and waits for none.
 """
 
@@ -42,6 +42,6 @@ class LiveTargets:
             seconds = (time.perf_counter() - start) / len(winners)
             self.say(
                 f"physics.on_the_fly: the groups hold no targets; making them took {seconds:.2f} s a group, the"
-                " teachers' loading included. pipeline.targets makes them once."
+                " teachers' loading included. targets makes them once."
             )
         return batch | {name: torch.stack([one[name] for one in tensors]) for name in tensors[0]}

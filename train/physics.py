@@ -229,7 +229,7 @@ def group_targets(config: PhysicsConfig, group: Group) -> dict[str, Tensor]:
 
 AGAIN = "build the targets again (pipeline.stage=targets..encode)"
 REMEDY = (
-    "the physics terms need them. Build the groups with pipeline.targets.tracks (and pipeline.targets.relation for"
+    "the physics terms need them. Build the groups with targets.tracks (and targets.relation for"
     " w_sem), or set physics.on_the_fly=true and physics.targets.*, or physics.w_pix=0 physics.w_sem=0"
 )
 

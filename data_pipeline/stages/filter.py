@@ -15,7 +15,7 @@ types and lengths that were asked for, or it counts as malformed and is asked fo
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -176,7 +176,7 @@ class Filter(Stage):
 
     @classmethod
     def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.config.vlm.model else PassThrough(setup, cls.name)
+        return cls(setup) if setup.pipeline.filter.enabled else PassThrough(setup, cls.name)
 
     def check(self) -> None:
         CotFilter(self.vlm, self.threshold)
@@ -187,7 +187,7 @@ class Filter(Stage):
 
     def plan(self, before: Table) -> list[Unit]:
         settings = {"threshold": self.threshold, "max_prompt_chars": MAX_PROMPT_CHARS}
-        settings |= {"vlm": outcome_settings(self.vlm)}
+        settings |= {"vlm": outcome_settings(asdict(self.vlm))}
         return before.units(lambda number: settings)
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:

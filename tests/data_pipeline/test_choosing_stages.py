@@ -103,7 +103,7 @@ def test_the_filter_depends_on_rows_and_settings(tmp_path):
     before = pool(tmp_path / "pool", ["a", "b", "c", "d"])
 
     def digests(model, threshold=0.6, **server):
-        made = setup(tmp_path, vlm=VlmConfig(model=model, **server), filter=FilterConfig(threshold))
+        made = setup(tmp_path, vlm=VlmConfig(model=model, **server), filter=FilterConfig(threshold=threshold))
         return [unit.digest for unit in Filter(made).plan(before)]
 
     assert digests("m") == digests("m", base_url="http://x/v1", concurrency=3)

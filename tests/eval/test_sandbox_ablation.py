@@ -366,7 +366,7 @@ def test_the_physics_rows_differ_in_their_terms_alone():
     trained = [row for row in PHYSICS.values() if row.trainer]
     assert {row.groups for row in trained} == {"targets", "everywhere"}  # all rows train on the same clips
     different = set(GROUPS["everywhere"]) ^ set(GROUPS["targets"])
-    assert different == {"pipeline.targets.rule=all"}
+    assert different == {"targets.rule=all"}
 
 
 def test_what_determines_a_run_is_in_its_digests():

@@ -332,7 +332,7 @@ def test_heads_of_another_run_are_refused(tiny_targets, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("physics.w_pix=1",), "lack tracks, visible, keep .*pipeline.targets.tracks.*physics.on_the_fly=true"),
+        (("physics.w_pix=1",), "lack tracks, visible, keep .*targets.tracks.*physics.on_the_fly=true"),
         (("physics.w_sem=1",), "lack relation_tokens"),
         (("physics.w_pix=nan",), "physics.w_pix=nan"),
         (("physics.w_pix=1", "objective.winner=generated"), "objective.winner=generated has no physics targets"),

@@ -1,7 +1,7 @@
 """Points of a clip: where they start, how they are stored, and which tokens of a video encoder they visit.
 
-What the files here share, and what training needs to read the targets of a group (`data_pipeline/stages/targets.py`) or to
-make them on the fly. A point is (x, y), each in [0, 1] inside the frame, as in `losses.regions`.
+What the files here share, and what training needs to read the targets of a group (`data_pipeline/stages/targets.py`) or
+to make them on the fly. A point is (x, y), each in [0, 1] inside the frame, as in `losses.regions`.
 
 Shapes: T frames, N points, K tokens, H W rows and columns of a grid.
 """

@@ -54,7 +54,7 @@ def find_group(groups: GroupSet, key: str) -> Group:
     if group is None:
         raise ValueError(f"inspect.key={key!r}: no group of {groups.folder} has it; the first is {groups[0].key!r}")
     if "tracks" not in group.extra:
-        raise ValueError(f"group {group.key!r} has no physics targets: build the groups with pipeline.targets.tracks")
+        raise ValueError(f"group {group.key!r} has no physics targets: build the groups with targets.tracks")
     return group
 
 

@@ -51,16 +51,16 @@ DEFAULTS = {
 
 # The group sets: arguments of the build.
 TARGETS = (
-    "pipeline.targets.tracks=simulator",
-    "pipeline.targets.depth=simulator",
-    "pipeline.targets.relation=vjepa2",
-    "pipeline.targets.vjepa2.path=eval/sandbox/world_model",
+    "targets.tracks=simulator",
+    "targets.depth=simulator",
+    "targets.relation=vjepa2",
+    "targets.vjepa2.path=eval/sandbox/world_model",
 )
 GROUPS = {
     "groups": ("pipeline.num_losers=4",),
     "pairs": ("pipeline.num_losers=1",),
     "targets": ("pipeline.num_losers=4", *TARGETS),
-    "everywhere": ("pipeline.num_losers=4", *TARGETS, "pipeline.targets.rule=all"),
+    "everywhere": ("pipeline.num_losers=4", *TARGETS, "targets.rule=all"),
 }
 
 # ---- the rows --------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ SCORES = ("physical", "semantic")
 # Sections that each command reads.
 TRAINED = ("backbone", "video", "lora", "objective", "physics", "self_score", "optim", "sampler", "validation", "train")
 READS = {
-    "data_pipeline.build": ("backbone", "video", "sampler", "pipeline"),
+    "data_pipeline.build": ("backbone", "video", "sampler", "pipeline", "vlm", "judge", "targets"),
     "train.gdpo": TRAINED,
     "train.sft": TRAINED,
     "eval.run": ("backbone", "video", "sampler", "run"),
@@ -69,7 +69,7 @@ ON_GPU = {
 }
 # Keys that tell one run from another: set here for each, and not by --set.
 OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.num_losers", "train.groups")
-OWN_KEYS += ("pipeline.targets.tracks", "pipeline.targets.rule")
+OWN_KEYS += ("targets.tracks", "targets.rule")
 OWN_KEYS += ("train.folder", "run.lora", "run.folder", "run.sandbox.clips", "run.sandbox.seed")
 OWN_KEYS += ("run.seeds", "benchmarks")
 
@@ -91,6 +91,9 @@ class Sections:
     sampler: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     pipeline: dict[str, Any] = field(default_factory=dict)
+    vlm: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -144,11 +147,14 @@ class Plan:
         """Of everything that determines the run, but not of how fast it goes on a device: `training` of what comes
         before the evaluation, `settings` of all, and `groups` of the group set, "" where there is none."""
         sections = read_recipe([*self.overrides, *row.overrides])
+        # Results of earlier versions have these sections below `pipeline`, and so have all digests.
+        sections["pipeline"] |= {name: found for name in ("vlm", "judge", "targets") if (found := sections.pop(name))}
 
         def settings(*modules: str) -> dict[str, Any]:
-            return {name: sections[name] for module in modules for name in READS[module]}
+            return {name: sections[name] for module in modules for name in READS[module] if name in sections}
 
-        kind = [row.trainer, GROUPS[row.groups], seed, self.model]
+        groups = [f"pipeline.{text.removeprefix('pipeline.')}" for text in GROUPS[row.groups]]
+        kind = [row.trainer, groups, seed, self.model]
         training = digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
         return {
             "training": training,

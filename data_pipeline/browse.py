@@ -20,11 +20,9 @@ Groups may come from anywhere: their texts are escaped on the page and in the te
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from tqdm import tqdm
 
 from data_pipeline.gallery import CLIPS, choose, load_vae, write_gallery
 from train import entry
-from train.groups import Group, GroupSet, verify
+from train.groups import Group, GroupSet, survey
 
 BAR = 40  # characters of the longest bar
 BINS = 10  # of a histogram
@@ -85,12 +83,13 @@ def browse(folder: Path, html: Path | None, model: str | None, *, count: int, se
     try:
         groups = GroupSet(folder)
     except ValueError:  # it names the first problem only
-        return _report(verify(folder))
+        return _report(survey(folder, _facts)[1])
     if html:  # both may fail, and reading all the groups takes long
         backbone = load_vae(model, groups)
         (html / CLIPS).mkdir(parents=True, exist_ok=True)
     print(describe(groups))
-    facts, problems = survey(groups)
+    with tqdm(total=groups.total_bytes, desc="reading", unit="B", unit_scale=True) as bar:
+        facts, problems = survey(folder, _facts, bar.update)
     print(summarize(facts))
     if problems:
         return _report(problems)
@@ -107,37 +106,6 @@ def _report(problems: list[str]) -> list[str]:
 
 
 # ---- summary and check -----------------------------------------------------------------------------------------------
-
-
-def survey(groups: GroupSet) -> tuple[list[Facts], list[str]]:
-    """The facts of every group that is whole, and one line for each problem, as from `train.groups.verify`.
-
-    One pass for both, for the data may be terabytes. It covers every byte: samples follow each other without a gap, and
-    behind the last one a shard holds zeros.
-    """
-
-    def read(number: int) -> Facts | str:
-        try:
-            return _facts(groups[number])
-        except ValueError as error:
-            return str(error)
-
-    samples = [sample for shard in groups.index["shards"] for sample in shard["samples"]]
-    facts, problems = [], []
-    bar = tqdm(total=groups.total_bytes, desc="reading", unit="B", unit_scale=True)
-    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading let go of Python's lock
-        for sample, found in zip(samples, pool.map(read, range(len(groups))), strict=True):
-            (problems if isinstance(found, str) else facts).append(found)
-            bar.update(sample["bytes"])
-        for shard in groups.index["shards"]:
-            size = sum(sample["bytes"] for sample in shard["samples"])
-            with open(groups.folder / shard["file"], "rb") as file:
-                file.seek(size)
-                if any(file.read()):
-                    name = shard["file"]
-                    problems.append(f"{groups.folder / name} is damaged behind its samples; delete it and build again")
-            bar.update(shard["bytes"] - size)
-    return facts, problems
 
 
 def _facts(group: Group) -> Facts:

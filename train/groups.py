@@ -23,15 +23,17 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -56,6 +58,7 @@ from train.shard_records import (
 )
 
 INDEX = "index.json"
+T = TypeVar("T")
 # The largest magnitude of what the network reads. Normalised latents are close to a standard normal and embeddings come
 # out of a normalisation; 1e30 is finite as well, but its square is not, and one such value costs a batch each visit.
 LARGEST = 1.0e4
@@ -321,30 +324,50 @@ class GroupSet(torch.utils.data.Dataset):
 def verify(folder: str | Path) -> list[str]:
     """Checks every byte of every shard against the index, and every group as reading does; returns one line, with the
     remedy, for each problem."""
+    return survey(folder, lambda group: None)[1]
+
+
+def survey(
+    folder: str | Path, see: Callable[[Group], T], advance: Callable[[int], Any] = lambda count: None
+) -> tuple[list[T], list[str]]:
+    """What `see` gives of every group that is whole, in order, and the lines of `verify`, all in one pass.
+
+    Shards are read in threads, for there may be terabytes. advance: told the bytes of each shard that is done.
+    """
     try:
         folder = local_folder(folder)
         index, _ = _read_index(folder)
     except ValueError as error:
-        return [str(error)]
-    problems = []
-    for entry in index["shards"]:
-        if problem := _file_problem(folder, entry):
-            problems.append(problem)
-            continue
-        path, digest, damaged = folder / entry["file"], hashlib.sha256(), []
-        with open(path, "rb") as shard:
-            for sample in entry["samples"]:  # samples follow each other without a gap
-                data = shard.read(sample["bytes"])
-                digest.update(data)
-                try:
-                    _checked_group(path, index, sample, data)
-                except ValueError as error:
-                    damaged.append(str(error))
-            digest.update(shard.read())  # end of archive
-        if not damaged and digest.hexdigest() != entry["sha256"]:
-            damaged = [f"{path} differs from its checksum outside its samples; {_rebuild(path)}"]
-        problems += damaged
-    return problems
+        return [], [str(error)]
+    seen, problems = [], []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading let go of Python's lock
+        for entry, found in zip(
+            index["shards"], pool.map(partial(_survey_shard, folder, index, see), index["shards"]), strict=True
+        ):
+            seen += found[0]
+            problems += found[1]
+            advance(entry["bytes"])
+    return seen, problems
+
+
+def _survey_shard(
+    folder: Path, index: Index, see: Callable[[Group], T], entry: ShardRecord
+) -> tuple[list[T], list[str]]:
+    if problem := _file_problem(folder, entry):
+        return [], [problem]
+    path, digest, seen, damaged = folder / entry["file"], hashlib.sha256(), [], []
+    with open(path, "rb") as shard:
+        for sample in entry["samples"]:  # samples follow each other without a gap
+            data = shard.read(sample["bytes"])
+            digest.update(data)
+            try:
+                seen.append(see(_checked_group(path, index, sample, data)))
+            except ValueError as error:
+                damaged.append(str(error))
+        digest.update(shard.read())  # end of archive
+    if not damaged and digest.hexdigest() != entry["sha256"]:
+        damaged = [f"{path} differs from its checksum outside its samples; {_rebuild(path)}"]
+    return seen, damaged
 
 
 # ---- the training stream ---------------------------------------------------------------------------------------------

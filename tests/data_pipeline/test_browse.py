@@ -161,7 +161,7 @@ def test_finds_damage_behind_the_samples(folder, capsys):
     shard = index_of(folder)["shards"][0]
     flip(folder / shard["file"], shard["bytes"] - 5)
     assert run(folder) == 1
-    assert "unit-00000.tar is damaged behind its samples" in capsys.readouterr().err
+    assert "unit-00000.tar differs from its checksum outside its samples" in capsys.readouterr().err
 
 
 def test_names_every_shard_that_is_missing_or_cut(folder, capsys):

@@ -136,7 +136,7 @@ def describe(groups: GroupSet) -> str:
         "latent shape": f"{groups.latent_shape} {_dtype(groups.latent_dtype)}",
         "groups": len(groups),
         "shards": len(groups.index["shards"]),
-        "bytes a group": f"{num_bytes / len(groups):.0f}",
+        "bytes per group": f"{num_bytes / len(groups):.0f}",
         "bytes in all": groups.total_bytes,
     }
     return "\n".join(f"{name:<16}{plain(str(value))}" for name, value in lines.items())
@@ -162,7 +162,7 @@ def summarize(facts: Sequence[Facts]) -> str:
     parts = [
         "\n".join(lines),
         bars("action", actions),
-        bars("losers a group", losers),
+        bars("losers per group", losers),
         histogram("semantic score", [score for one in facts for score in one.semantic], 0.0, 1.0),
         histogram("physical score", [score for one in facts for score in one.physical], 0.0, 1.0),
         histogram("physics richness", richness, min(richness, default=0.0), max(richness, default=0.0)),
@@ -180,7 +180,7 @@ def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
 
 
 def bars(title: str, counts: Sequence[tuple[Any, int]]) -> str:
-    """A line a name, with a bar as long as its share of the most frequent."""
+    """A line per name, with a bar as long as its share of the most frequent."""
     names = [plain(str(name)) for name, _ in counts]
     width, most = max(map(len, names)), max(count for _, count in counts)
     lines = [

@@ -109,11 +109,11 @@ def plan(config: Config) -> str:
         "rows": f"{sum(map(sum, pieces))}, of which {usable} usable before their clips are read",
         "groups": f"{most} at most",
         "units": f"{-(-most // settings.unit_size)} of {settings.unit_size} rows",
-        "losers to generate": f"{most * losers} clips, {losers} a group, {config.sampler.steps} steps each",
+        "losers to generate": f"{most * losers} clips, {losers} per group, {config.sampler.steps} steps each",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "latent shape": f"({channels}, {frames}, {rows}, {columns})",
-        "tokens": f"{num_tokens(architecture, *size)} a clip",
-        "bytes a group": f"{group_bytes} and at most {text_bytes} of text",
+        "tokens": f"{num_tokens(architecture, *size)} per clip",
+        "bytes per group": f"{group_bytes} and at most {text_bytes} of text",
         "bytes in all": f"{most * group_bytes / 1e9:.3f} GB and at most {most * text_bytes / 1e9:.3f} GB of text; "
         "kept twice, in the pipeline's folder and in shards",
     }

@@ -2,8 +2,8 @@
 
 Columns: `clip` (path, absolute or relative to the manifest's folder) and `prompt`; optional `key`, `start` (seconds
 into the clip), `action`, `physics_richness`, `semantic` and `physical` (one pair of judge scores in [0, 1] for all
-losers of the row); in JSONL and Parquet also `scores` ([[semantic, physical], ...], one pair a loser). A path may begin
-with ~. Texts must be text: NaN, true and numbers are refused; a key or an action may be a whole number.
+losers of the row); in JSONL and Parquet also `scores` ([[semantic, physical], ...], one pair per loser). A path may
+begin with ~. Texts must be text: NaN, true and numbers are refused; a key or an action may be a whole number.
 
 A bad column stops everything before any work, with a ValueError. A bad row stops nothing: it comes out as a `Dropped`,
 at its place, with its reason. Nothing here opens a clip.

@@ -10,7 +10,7 @@ from eval.judges.scores import Judge, Unjudged
 from eval.records import BadRow, csv_records, read_text, require
 
 COLUMNS = ("key", "loser", *SCORES)  # of the table
-NEUTRAL = (0.5, 0.5)  # of a loser that nobody judged
+NEUTRAL = (0.5, 0.5)  # of a loser without a score
 Score = tuple[float, float]  # (semantic, physical)
 Scores = dict[tuple[str, int], Score]  # by (group key, loser)
 

@@ -248,7 +248,7 @@ def _captioned(clip: str, key: str, read: Callable[[str], bytes | None]) -> Reco
     if not record:
         name = Path(clip.rpartition("::")[2]).stem
         return BadRow("no caption", f"there is no {' or '.join(name + suffix for suffix in CAPTIONS)} beside it", clip)
-    record.pop("scores", None)  # a pair a loser is a manifest's matter
+    record.pop("scores", None)  # only a manifest has a pair per loser
     return {"key": key, **record, "clip": clip}
 
 

@@ -41,7 +41,7 @@ class Row:
     start: float  # seconds into the clip
     action: str
     physics_richness: float | None
-    scores: list[list[float]] | None  # [semantic, physical]: one a loser, or one for all
+    scores: list[list[float]] | None  # [semantic, physical]: one per loser, or one for all
     source: str  # manifest | folder | webdataset | sandbox
     place: str  # JSON: where in the source
 
@@ -75,7 +75,7 @@ ADDED = {  # columns that each stage adds; filter replaces physics_richness too,
     "difficulty": [("trial", pa.float64())],  # score of the model's own clip, where it was tried on this row
     "resample": [("difficulty", pa.float64())],
     "generate": [("seeds", pa.list_(pa.int64())), ("identity", pa.string())],  # of the losers; of the clip's file
-    "judge": [("semantic", pa.list_(pa.float64())), ("physical", pa.list_(pa.float64()))],  # one a loser
+    "judge": [("semantic", pa.list_(pa.float64())), ("physical", pa.list_(pa.float64()))],  # one per loser
     "targets": [],
     "encode": [],
 }

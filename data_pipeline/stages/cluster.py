@@ -103,7 +103,7 @@ class Cluster(Stage):
 class ActionMatcher:
     """Finds the actions of prompts. The model is loaded when it is first needed.
 
-    encoder: in place of the sentence transformer. Raises ValueError for settings that cannot work.
+    encoder: instead of the sentence transformer. Raises ValueError for settings that cannot work.
     """
 
     def __init__(self, config: ClusterConfig, device: torch.device | str, encoder: Encoder | None = None):

@@ -104,7 +104,7 @@ class Encode(Stage):
                 path.unlink()
         index = write_index(self.groups, fingerprint=self.settings["fingerprint"], video=self.setup.video)
         count, total = index["num_groups"], index["total_bytes"]
-        print(f"groups: {self.groups}, {count} groups, {total // count} bytes a group")
+        print(f"groups: {self.groups}, {count} groups, {total // count} bytes per group")
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def targets(
     """H_r, how many clips to take of each action: available H_f (A,) whole numbers, difficulty (A,) -> (A,) int64.
 
     With `redistribute` the budget is shared again among the actions that have more clips than their share, by the
-    same weights, until none has too few; then the sum is the budget less at most one clip an action, or all there is.
+    same weights, until none has too few; then the sum is the budget less at most one clip per action, or all there is.
 
     By hand, five actions, tau = ln 4, N = 120: difficulty 0, 0.5, 1, 0.5, 0 gives r = 1, 2, 4, 2, 1 with the sum 10,
     shares 12, 24, 48, 24, 12. With 100, 10, 30, 24, 5 available: 12, 10, 30, 24, 5, together 81. Redistributed: the

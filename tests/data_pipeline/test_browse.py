@@ -113,7 +113,7 @@ def test_prints_schema_counts_and_histograms(folder, tiny_pipeline, capsys):
     assert ["extra.keep", "bool", "(3),", "1", "groups"] in lines
     falling = next(line for line in lines if line[0:1] == ["falling"])
     assert falling == ["falling", 40 * "#", "2"]
-    losers = lines.index(["losers", "a", "group"])
+    losers = lines.index(["losers", "per", "group"])
     assert [line[0] for line in lines[losers + 1 : losers + 5]] == ["0", "1", "2", "3"]
     physical = lines.index("physical score: 6 values, mean 0.500".split())
     assert [line[-1] for line in lines[physical + 1 : physical + 11]] == list("3000000003")
@@ -124,7 +124,7 @@ def test_prints_schema_counts_and_histograms(folder, tiny_pipeline, capsys):
 def test_bytes_a_group_are_those_of_the_index(folder, capsys):
     run(folder)
     sizes = [sample["bytes"] for shard in index_of(folder)["shards"] for sample in shard["samples"]]
-    assert f"bytes a group   {sum(sizes) / 4:.0f}\n" in capsys.readouterr().out
+    assert f"bytes per group {sum(sizes) / 4:.0f}\n" in capsys.readouterr().out
 
 
 def test_control_and_direction_characters_do_not_reach_the_terminal(folder, capsys):

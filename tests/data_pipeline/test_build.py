@@ -349,7 +349,7 @@ def test_groups_from_an_image_keep_the_first_frames_latents(family, clips, tmp_p
     if family == "wan22_ti2v":  # the first latent frame is the image's
         assert torch.equal(group.losers[0, :, :1], group.condition)
     stored = 2 * (group.winner.numel() + group.losers.numel() + group.condition.numel())
-    assert f"bytes a group       {stored} and" in planned
+    assert f"bytes per group     {stored} and" in planned
 
 
 @pytest.mark.slow
@@ -363,7 +363,7 @@ def test_ti2v_groups_are_from_text_unless_a_first_frame_is_asked_for(clips, tmp_
     build.main(arguments(model, manifest, tmp_path / "out", *more))
     text = by_key(tmp_path / "out")["red"]
     assert text.condition is None
-    assert f"bytes a group       {2 * (text.winner.numel() + text.losers.numel())} and" in planned
+    assert f"bytes per group     {2 * (text.winner.numel() + text.losers.numel())} and" in planned
     build.main(arguments(model, manifest, tmp_path / "out", *more, "pipeline.first_frame=true"))
     image = by_key(tmp_path / "out")["red"]
     assert torch.equal(image.winner, text.winner) and torch.equal(image.losers[0, :, :1], image.condition)
@@ -624,10 +624,10 @@ def test_dry_run_prints_the_numbers_and_writes_nothing(built, model, tmp_path, n
     for line in (
         "rows                5, of which 5 usable",
         "units               3 of 2 rows",
-        "losers to generate  10 clips, 2 a group, 2 steps each",
+        "losers to generate  10 clips, 2 per group, 2 steps each",
         "latent shape        (16, 3, 8, 8)",
-        "tokens              48 a clip",
-        "bytes a group       18432 and at most 4096 of text",
+        "tokens              48 per clip",
+        "bytes per group     18432 and at most 4096 of text",
     ):
         assert line in printed
     assert not (tmp_path / "out").exists()

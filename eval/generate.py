@@ -35,6 +35,8 @@ from accelerate import Accelerator, DistributedType
 from tqdm import tqdm
 
 import recipes
+from eval.judges import JudgeConfig, Judging
+from eval.judges.external_tool import RatersConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -54,6 +56,7 @@ from eval.maker import (
 from eval.prompts import Prompt, read_prompts
 from eval.search import searcher
 from eval.search.config import SearchConfig
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
@@ -93,6 +96,9 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # of the scorer "vlm"
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
+    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,7 @@ def models(config: Config, lora: Lora | None) -> list[Model]:
     """Base, tuned, or both in this order; with a strategy's name behind their own."""
     settings, strategy = config.generate, chosen_strategy(config.generate)
     found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
-    return [searcher.searching(model, strategy, config.search) for model in found]
+    return [searcher.searching(model, strategy, config.search, Judging.of(config)) for model in found]
 
 
 def chosen_strategy(settings: GenerateConfig) -> searcher.Strategy:

@@ -41,6 +41,8 @@ from tqdm import tqdm
 import recipes
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
+from eval.judges import JudgeConfig, Judging
+from eval.judges.external_tool import RatersConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -63,6 +65,7 @@ from eval.report.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
@@ -98,6 +101,9 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # that judges clips of benchmarks, and of the scorer "vlm"
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
+    raters: RatersConfig = field(default_factory=RatersConfig)
     benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
     list: bool = False  # print every benchmark with what it needs and stop
 
@@ -142,12 +148,16 @@ def check(config: Config) -> None:
         searcher.check(strategy, config.search, config.sampler, "run")
 
 
+def build(config: Config, name: str) -> Benchmark:
+    return BENCHMARKS[name](getattr(config.run, name), config.video, config.vlm, config.raters)
+
+
 def listing(config: Config) -> str:
     """Every benchmark and what it needs, found or not."""
     lines = []
     for name, kind in BENCHMARKS.items():
         try:
-            needed = kind(getattr(config.run, name), config.video).requirements()
+            needed = build(config, name).requirements()
         except ValueError as error:
             lines += [name, f"  cannot run: {error}"]
             continue
@@ -209,8 +219,10 @@ def models(lora: Lora | None) -> list[Model]:
 def makers(config: Config, lora: Lora | None) -> list[Model]:
     """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
     strategy = searcher.Strategy(config.run.search, config.run.refine)
-    searched = [searcher.searching(model, strategy, config.search) for model in models(lora)] if strategy else []
-    return models(lora) + searched
+    if not strategy:
+        return models(lora)
+    judging = Judging.of(config)
+    return models(lora) + [searcher.searching(model, strategy, config.search, judging) for model in models(lora)]
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
@@ -222,8 +234,7 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
     lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora") if config.run.lora else None
     plans = []
     for name in dict.fromkeys(config.benchmarks):
-        settings, folder = getattr(config.run, name), Path(config.run.folder) / name
-        plan = Plan(BENCHMARKS[name](settings, config.video), asdict(settings), folder)
+        plan = Plan(build(config, name), Path(config.run.folder) / name)
         plans.append(plan)
         try:
             fill(config, plan, lora, shell)
@@ -337,7 +348,7 @@ def run_probes(config: Config, probes: Sequence[Probe], lora: Lora | None, devic
     backbone = load_backbone(config.backbone, device)
     switch = attach_trained(lora.path, backbone.experts, fingerprint=backbone.fingerprint) if lora else None
     for one in probes:
-        benchmark = BENCHMARKS[one.benchmark](getattr(config.run, one.benchmark), config.video)
+        benchmark = build(config, one.benchmark)
         with switch.reference() if switch and one.model.lora is None else nullcontext():
             probe(benchmark, backbone, one, Path(config.run.folder) / one.benchmark)
 

@@ -116,13 +116,14 @@ class PhysicsIQ(Benchmark):
         *(Published(model, {"physics_iq_verified": score}, f"{_LEADERBOARD} (verified)") for model, score in _VERIFIED),
     )
 
-    def __init__(self, settings: PhysicsIQConfig, video: VideoConfig):
+    def __init__(self, settings: PhysicsIQConfig, video: VideoConfig, *judges: Any):
+        super().__init__(settings, video, *judges)
         if video.fps != round(video.fps):
             raise ValueError(
                 f"video.fps={video.fps:g}: Physics-IQ compares whole numbers of frames per second; use the model's own"
                 " 8, 16, 24 or 30, or leave physics_iq out of benchmarks"
             )
-        self.settings, self.model_video, self.fps = settings, video, round(video.fps)
+        self.fps = round(video.fps)
         self.root = Path(settings.folder)
         self.context = 0
         if settings.input == "multiframe":

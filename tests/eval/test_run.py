@@ -25,7 +25,6 @@ from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Task
 from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
 from eval.report import tables as report
 from eval.report.rows import RowFile, identity, scoring_settings
-from eval.vlm.backend import VlmConfig
 from eval.vlm.client import jpeg_frames
 from tests.eval.vlm_stub import StubServer
 from train import checkpoint
@@ -383,11 +382,8 @@ class Judged(Benchmark):
 
     name, columns, figures = "judged", ("score",), ("score",)
 
-    def __init__(self, settings, video):
-        self.settings, self._video = settings, video
-
     def requirements(self):
-        return [judge_requirement("run.judged", self.settings, "none")]
+        return [judge_requirement(self.vlm, "none")]
 
     def prompts(self):
         return [Task("k0", "a red ball falls")]
@@ -397,7 +393,7 @@ class Judged(Benchmark):
             return {"score": await vlm.yes_probability(frames, "Does it fall?")}
 
         yield from judge_rows(
-            self.settings, samples, self._video, folder, lambda task, clip: jpeg_frames(clip, 2, 32), judge
+            self.vlm, samples, self.model_video, folder, lambda task, clip: jpeg_frames(clip, 2, 32), judge
         )
 
 
@@ -409,7 +405,7 @@ def more(monkeypatch):
     class More(run.RunConfig):
         absent: Nothing = run.field(default_factory=Nothing)
         asked: Nothing = run.field(default_factory=Nothing)
-        judged: VlmConfig = run.field(default_factory=lambda: VlmConfig(retries=0))
+        judged: Nothing = run.field(default_factory=Nothing)
 
     @dataclass
     class Config(run.Config):
@@ -491,10 +487,9 @@ def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, c
         address = server.url.replace("http://", "http://ann:SECRET@")
         found = copied.run(
             "benchmarks=[sandbox,judged,physics_iq,pai_bench]",
-            f"run.judged.base_url={address}",
-            "run.judged.model=stub",
-            f"run.pai_bench.judge.base_url={address}",
-            "search.vlm.base_url=https://host/v1?token=SECRET",
+            f"vlm.base_url={address}?token=SECRET",
+            "vlm.model=stub",
+            "vlm.retries=0",
         )
         assert found["benchmarks"]["judged"]["models"]["base"]["figures"]["score"]["mean"] > 0
         assert all("authorization: basic" in head.lower() for head in server.headers)
@@ -502,8 +497,8 @@ def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, c
     assert {"results.json", "report.html", "report.md", "recipe.yaml", "scores.jsonl"} <= set(files)
     assert not [name for name, data in files.items() if b"SECRET" in data or b"ann:" in data]
     saved = files["recipe.yaml"].decode()
-    assert f"base_url: {server.url.replace('http://', 'http://***@')}" in saved and "https://host/v1?***" in saved
-    dead = copied.run("benchmarks=[sandbox,judged]", f"run.judged.base_url={address}", "run.judged.model=other")
+    assert f"base_url: {server.url.replace('http://', 'http://***@')}?***" in saved
+    dead = copied.run("benchmarks=[sandbox,judged]", f"vlm.base_url={address}", "vlm.model=other")
     assert "no connection" in dead["benchmarks"]["judged"]["problem"]
     out, error = capsys.readouterr()
     assert "SECRET" not in out + error + "".join(data.decode("latin1") for data in written(copied.eval).values())

@@ -346,9 +346,6 @@ class Nothing:
 class Absent(Benchmark):
     name, columns, figures = "absent", ("score",), ("score",)
 
-    def __init__(self, settings, video):
-        self.settings = settings
-
     def requirements(self):
         there = bool(self.settings.folder)
         return [

@@ -57,7 +57,7 @@ from eval.maker import (
     warn_of_cut_prompts,
 )
 from eval.prompts import Prompt
-from eval.report import tables as report
+from eval.report import html, tables
 from eval.report.results import TRUE, summarise
 from eval.report.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
@@ -357,9 +357,9 @@ def conclude(
     for plan in plans:
         if not plan.problem and plan.samples:
             comparisons[plan.benchmark.name] = compare_clips(plan, plan.benchmark.video(config.video))
-    write_text(folder / "report.html", report.html(found, comparisons))
-    write_text(folder / "report.md", report.markdown(found))
-    print(report.text(found))
+    write_text(folder / "report.html", html.html(found, comparisons))
+    write_text(folder / "report.md", tables.markdown(found))
+    print(tables.text(found))
     print(f"seconds     {compute['seconds']:.0f}\nresults     {folder / 'results.json'}")
     print(f"report      {folder / 'report.html'}")
     for plan in plans:

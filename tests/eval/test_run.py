@@ -1,5 +1,6 @@
 """`eval/run.py`: base and tuned on the sandbox benchmark with a tiny random pipeline; its page; what a kill leaves."""
 
+import html
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from eval import benchmarks, run
 from eval import maker as making
 from eval.benchmarks import sandbox
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Task
-from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
+from eval.benchmarks.vlm_rows import AskedBenchmark, judge_requirement, judge_rows
 from eval.report import tables as report
 from eval.report.rows import RowFile, identity, scoring_settings
 from eval.vlm.client import jpeg_frames
@@ -169,46 +169,18 @@ def test_clips_are_kept_without_loss(tuned):
     assert torch.equal(clip, expected)
 
 
-class Numbers(HTMLParser):
-    """Cells of a page with the pointer to their number."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self._pointer = [], None
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "td":
-            self._pointer = dict(attributes).get("data-pointer")
-
-    def handle_endtag(self, tag):
-        self._pointer = None
-
-    def handle_data(self, data):
-        if self._pointer and data.strip():
-            self.found.append((self._pointer, data.strip()))
-
-
 def test_the_pages_numbers_are_those_of_the_results(tuned):
-    page, results = Numbers(), json.loads((tuned.eval / "results.json").read_text(encoding="utf-8"))
-    page.feed((tuned.eval / "report.html").read_text(encoding="utf-8"))
-    pointers = {pointer for pointer, _ in page.found}
-    for model in ("true", "base", "tuned"):
-        assert f"/benchmarks/sandbox/models/{model}/figures/physical" in pointers
-    assert "/benchmarks/sandbox/gains/tuned/figures/physical" in pointers and len(page.found) > 60
-    for pointer, text in page.found:
-        value = results
-        for part in pointer.split("/")[1:]:
-            value = value[part]
-        values = [value[name] for name in ("mean", "low", "high")] if isinstance(value, dict) else [value]
-        shown = [
-            float(number)
-            for number in text.replace("[", "").replace("]", "").replace(",", "").split()
-            if number not in "p<"
-        ]
-        if "<" in text:
-            assert value < 0.001
-        else:
-            assert shown == pytest.approx(values, abs=0.051 if abs(values[0]) >= 10 else 0.00051), (pointer, text)
+    page = html.unescape((tuned.eval / "report.html").read_text(encoding="utf-8"))
+    found = json.loads((tuned.eval / "results.json").read_text(encoding="utf-8"))["benchmarks"]["sandbox"]
+    for figure in found["figures"]:
+        shown = [report.show(found["models"][model]["figures"][figure]) for model in ("true", "base", "tuned")]
+        gain = found["gains"]["tuned"]
+        shown += [report.show(gain["figures"][figure], sign=True), f"p {report.show_p(gain['figures'][figure]['p'])}"]
+        for third in gain["motion"]["strata"].values():
+            shown += [report.show(third["base"][figure]), report.show(third["gain"][figure], sign=True)]
+        shown += [report.show(one.get(figure)) for one in found["models"]["base"]["categories"].values()]
+        assert [text for text in shown if f">{text}</td>" not in page] == []
+    assert all(f">{report.show(value)}</td>" in page for value in found["compute"]["tuned"].values())
 
 
 def test_the_page_needs_no_network_and_the_markdown_has_the_same_numbers(tuned):
@@ -374,7 +346,7 @@ class Asked(Absent):
         yield from (Row(f"k{number}", 0, {"score": moved + number + 0 * weight}) for number in range(2))
 
 
-class Judged(Benchmark):
+class Judged(AskedBenchmark):
     """The probability of a yes, by a vision-language model."""
 
     name, columns, figures = "judged", ("score",), ("score",)
@@ -454,7 +426,7 @@ def test_the_list_needs_no_model(more, capsys):
     assert run.main(["--list"]) is None
     printed = capsys.readouterr().out
     assert "sandbox: needs nothing" in printed
-    assert "[cannot run] run.physics_iq.input=multiframe" in printed
+    assert "[cannot run] what came before the switch" in printed
     assert "absent\n  [missing] the data (MIT)\n      run.absent.folder=\n      get it from a shop" in printed
 
 

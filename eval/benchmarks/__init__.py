@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 
 from eval.benchmarks.base import Benchmark
-from eval.benchmarks.ezs_bench import EzsBench, EzsBenchConfig
 from eval.benchmarks.likephys import LikePhys, LikePhysConfig
-from eval.benchmarks.pai_bench import PaiBench, PaiBenchConfig
 from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
 from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
 from eval.benchmarks.r_bench import RBench, RBenchConfig
@@ -13,6 +11,7 @@ from eval.benchmarks.sandbox import Sandbox, SandboxConfig
 from eval.benchmarks.vbench import VBench, VBenchConfig
 from eval.benchmarks.videophy import RatedConfig, VideoPhy
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
+from eval.benchmarks.vqa import EzsBench, EzsBenchConfig, PaiBench, PaiBenchConfig
 
 
 @dataclass

@@ -16,7 +16,7 @@ from eval.benchmarks.vqa import EzsBench, EzsBenchConfig, PaiBench, PaiBenchConf
 
 @dataclass
 class BenchmarkSettings:
-    """One field a benchmark, of its name."""
+    """One field per benchmark, of its name."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     physics_iq: PhysicsIQConfig = field(default_factory=PhysicsIQConfig)

@@ -26,7 +26,7 @@ that file:
 - Every question is asked alone, about the whole clip, at temperature 0. Its answer is right if it has "yes" and not
   "no", or the other way round, as letters anywhere in it, and that is what the record's index2ans[answer] says.
 - A clip's score is the share of its questions answered right. Its mean over the seeds of a prompt, then over prompts,
-  is the category's score: with as many seeds a prompt, the mean over clips.
+  is the category's score: with equally many seeds for each prompt, the mean over clips.
 - The clip is sampled at 2 frames a second (EZS-Bench: 3), evenly, an even number and at least 4, as qwen_vl_utils does.
 
 Deviations: an answer that has both words or neither counts as wrong there and has no row here, after asking again; the
@@ -37,7 +37,7 @@ judge only.
 
 The Quality Score of both is the mean of eight dimensions of PAI-Bench's own VBench (aesthetic, imaging, motion
 smoothness, subject, background, overall consistency, i2v subject, i2v background). It is not computed here, and so
-neither is the average of the two: the laid-out clips are what the official evaluate.py wants.
+neither is the average of the two: the laid-out clips are what the official evaluate.py reads.
 """
 
 from collections import defaultdict
@@ -210,7 +210,7 @@ class EzsBench(Vqa):
     )
 
     def prompts(self) -> list[Task]:
-        """A task a line. Raises ValueError for missing or bad files."""
+        """One task per line. Raises ValueError for missing or bad files."""
         file = self._file()
         records = read_records(file, ("video", "prompt", "question"), self.remedy)
         names = [Path(record["video"]).stem for record in records]
@@ -230,7 +230,7 @@ class EzsBench(Vqa):
         raise ValueError(f"{folder} holds no {Path(path).name}, a first frame: {self.remedy}")
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
-        """seed-<seed>/<video_id>.mp4: to the official code, which knows one clip a prompt, each seed is a method."""
+        """seed-<seed>/<video_id>.mp4: to the official code, which knows one clip per prompt, each seed is a method."""
         for sample in samples:
             if sample.path.is_file():
                 place(sample.path, folder / f"seed-{sample.seed}" / f"{sample.task.facts['video_id']}.mp4")

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark
-from eval.report import html, tables
+from eval.report import page, tables
 from eval.report.results import TRUE, Score, differences
 from train import entry
 from train.clips import VideoConfig
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     compared = compare([Run(path) for path in dict.fromkeys(arguments.runs)])
     print(tables.comparison_markdown(compared), end="")
     if arguments.html:
-        write_text(Path(arguments.html), html.comparison_html(compared))
+        write_text(Path(arguments.html), page.comparison_html(compared))
     return compared
 
 

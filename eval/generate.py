@@ -69,15 +69,9 @@ SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
 @dataclass
 class GenerateConfig:
     prompts: list[str] = field(default_factory=list)  # one clip for each of `seeds`
-    prompts_file: str = (
-        ""  # instead of prompts: .txt, one prompt per line; .csv or .jsonl, columns prompt [image] [key]
-    )
-    images: list[str] = field(
-        default_factory=list
-    )  # image-to-video: one clip or picture per prompt, its first frame is used
-    seeds: list[int] = field(
-        default_factory=list
-    )  # of the initial noise, one clip per prompt and seed; none: `seed` alone
+    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
+    images: list[str] = field(default_factory=list)  # image-to-video: a file for each prompt, its first frame is used
+    seeds: list[int] = field(default_factory=list)  # of the noise, one clip per prompt and seed; none: `seed` alone
     lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: base clips only
     name: str = TUNED  # of the LoRA's clips: their folder and label
     base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips

@@ -81,9 +81,7 @@ SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed
 class RunConfig(BenchmarkSettings):
     lora: str = ""  # LoRA file, checkpoint folder or training folder (of full weights too); empty: the base model alone
     folder: str = "${output}/eval"  # everything goes here
-    seeds: list[int] = field(
-        default_factory=lambda: [0]
-    )  # one clip per prompt and seed; each prompt has noise of its own
+    seeds: list[int] = field(default_factory=lambda: [0])  # one clip per prompt and seed, from noise of its own
     batch_size: int = 16  # clips sampled together, per GPU
     search: str = ""  # best_of_n | race | prune: both models' clips searched as well; see eval.search.searcher
     refine: str = ""  # proprio | guidance, likewise

@@ -1,4 +1,4 @@
-"""What a benchmark is: prompts, files as its official code expects them, one row per clip, and what to print of the rows.
+"""What a benchmark is: prompts, files as its official code expects them, one row per clip, and its figures.
 
     benchmark.requirements()                    what it needs that a package cannot bring, and whether it is there
     benchmark.prompts()                         Task: one prompt, with the picture that it starts from

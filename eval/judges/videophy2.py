@@ -88,9 +88,7 @@ def judge_rules(tool: Tool, pairs: Sequence[tuple[str, str]], folder: Path) -> l
     tool.run(INFERENCE, [*arguments, "--checkpoint", str(tool.checkpoint), "--task", "rule"], folder, where=FOLDER)
     header, *rows = tool.read_table(answered, INFERENCE, folder) or [[]]
     if header != RULE_ANSWER_HEADER or [row[1] for row in rows if len(row) == 4] != [path for path, _ in pairs]:
-        raise ToolError(
-            f"{NAME}: {INFERENCE} wrote another table than one of {RULE_ANSWER_HEADER} with one row per rule"
-        )
+        raise ToolError(f"{NAME}: {INFERENCE} wrote no table of {RULE_ANSWER_HEADER} with one row per rule")
     return [_verdict(row, rule) for row, (_, rule) in zip(rows, pairs, strict=True)]
 
 

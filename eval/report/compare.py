@@ -9,6 +9,7 @@ one, or the base model. Runs whose benchmark settings differ are refused.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,11 @@ class Run:
         return [score for score in self.scores if (score["benchmark"], score["model"]) == (benchmark, model)]
 
     def benchmark(self, name: str) -> Benchmark:
-        """The benchmark as it was set."""
+        """The benchmark as it was set; keys that it no longer has do not count."""
+        known = {field.name for field in fields(getattr(BenchmarkSettings(), name))}
+        kept = {key: value for key, value in self.results["settings"]["run"].get(name, {}).items() if key in known}
         try:
-            given = OmegaConf.create({name: self.results["settings"]["run"].get(name)})
+            given = OmegaConf.create({name: kept})
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkSettings), given))
         except OmegaConfBaseException as error:
             problem = f"{error.full_key}: {str(error).splitlines()[0]}"

@@ -98,7 +98,9 @@ class Run:
     def benchmark(self, name: str) -> Benchmark:
         """The benchmark as it was set; keys that it no longer has do not count."""
         known = {field.name for field in fields(getattr(BenchmarkSettings(), name))}
-        kept = {key: value for key, value in self.results["settings"]["run"].get(name, {}).items() if key in known}
+        kept = self.results["settings"]["run"].get(name)
+        if isinstance(kept, dict):
+            kept = {key: value for key, value in kept.items() if key in known}
         try:
             given = OmegaConf.create({name: kept})
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkSettings), given))

@@ -23,7 +23,7 @@ clips; the main process scores.
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,10 +31,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
 from PIL import Image
-from torch import Tensor
 
 import recipes
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
@@ -60,7 +58,7 @@ from eval.prompts import Prompt
 from eval.report import page, tables
 from eval.report.results import TRUE, summarise
 from eval.report.rows import identity, scoring_settings
-from eval.scoring import Plan, Probe, probe, score, unprobed
+from eval.scoring import Plan, Probe, compare_clips, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig
 from eval.vlm.backend import VlmConfig
@@ -68,12 +66,11 @@ from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
 from train.checkpoint import attach_trained
-from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
+from train.clips import VideoConfig
 from train.files import atomic, lock, write_text
 from train.parallel import any_rank, build_accelerator
 from train.sampling import SamplerConfig
 
-SHOWN = 6  # prompts in the comparison and the sheet
 SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's
 
 
@@ -213,10 +210,8 @@ def models(lora: Lora | None) -> list[Model]:
 def makers(config: Config, lora: Lora | None) -> list[Model]:
     """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
     strategy = searcher.Strategy(config.run.search, config.run.refine)
-    if not strategy:
-        return models(lora)
-    judging = Judging.of(config)
-    return models(lora) + [searcher.searching(model, strategy, config.search, judging) for model in models(lora)]
+    plain, judging = models(lora), Judging.of(config)
+    return plain + [searcher.searching(model, strategy, config.search, judging) for model in plain if strategy]
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
@@ -392,26 +387,6 @@ def describe(lora: Lora | None) -> dict[str, Any] | None:
         return None
     shape = asdict(lora.config) if lora.config else "all weights"
     return {"path": str(lora.path), "sha256": lora.sha256, "expert": lora.expert, "shape": shape}
-
-
-def compare_clips(plan: Plan, video: VideoConfig) -> list[tuple[str, Tensor]]:
-    """Write comparison.mp4 and sheet.png of the first prompts; returns their prompts with the clips side by side."""
-    rows, compared = [], []
-    for task in plan.tasks[:SHOWN]:
-        clips = {}
-        for model, samples in plan.samples.items():
-            own = [sample for sample in samples if sample.task.key == task.key]
-            with suppress(ClipError):  # a clip that cannot be read is named in the report
-                clips[model] = read_clip(own[0].path, video)
-        if clips:
-            rows += [(f"{model}: {task.text}", clip) for model, clip in clips.items()]
-            compared.append((task.text, side_by_side(list(clips.values()), list(clips))))
-    if compared:
-        widest = max(clip.shape[2] for _, clip in compared)
-        padded = [F.pad(clip, (0, 0, 0, widest - clip.shape[2])) for _, clip in compared]
-        write_clip(plan.folder / "comparison.mp4", torch.cat(padded), video.fps)
-        contact_sheet(plan.folder / "sheet.png", rows)
-    return compared
 
 
 def device_name(device: torch.device) -> str:

@@ -12,7 +12,8 @@ from data_pipeline.conditioning import takes_first_frame
 from data_pipeline.scores import Scores, read_scores
 from data_pipeline.sources import Source, open_sources
 from data_pipeline.store import Store
-from eval.judges import JudgeConfig, build_judge
+from eval.judges import JudgeConfig, Judging, build_judge, judge_settings
+from eval.judges.external_tool import RatersConfig
 from eval.judges.scores import Judge
 from eval.vlm.client import VlmConfig
 from train.backbones import BACKBONES, load_backbone
@@ -110,8 +111,9 @@ class Config:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # that the filter asks, where it is enabled
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # of the filter, where it is enabled, and of the judge "vlm"
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of difficulty, and of the losers that have no scores
+    raters: RatersConfig = field(default_factory=RatersConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)  # without targets.tracks there are none
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
@@ -133,12 +135,12 @@ class Setup:
         return load_backbone(self.config.backbone, self.device, parts=tuple(parts))
 
     def build_judge(self) -> Judge:
-        return build_judge(self.config.judge, self.video.fps, self.device)
+        return build_judge(Judging.of(self.config), self.video.fps, self.device)
 
     @property
     def judge_settings(self) -> Any:
-        judge = self.config.judge
-        return [judge.name, outcome_settings(asdict(getattr(judge, judge.name)))] if judge.name else None
+        name = self.config.judge.name
+        return [name, outcome_settings(judge_settings(Judging.of(self.config))[name])] if name else None
 
     @cached_property
     def scores(self) -> Scores:

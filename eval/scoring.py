@@ -6,10 +6,14 @@ One failing clip is a row with an error; a benchmark that fails as a whole keeps
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from eval.benchmarks.base import Benchmark, Row, Sample, Task
@@ -17,8 +21,11 @@ from eval.maker import Model, Request
 from eval.report.results import TRUE
 from eval.report.rows import RowFile, identity
 from train.backbones.base import Backbone
+from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
 
 COMPLETE = ""  # key of the row that ends those of a benchmark without clips
+
+SHOWN = 6  # prompts in the comparison and the sheet
 
 Mark = tuple[str, float | None]  # identity of a clip's row, and the clip's motion energy; None: a reference
 
@@ -28,7 +35,6 @@ class Plan:
     """What one benchmark asks for."""
 
     benchmark: Benchmark
-    settings: dict[str, Any]
     folder: Path
     problem: str = ""  # why it cannot run, or did not run to its end
     tasks: list[Task] = field(default_factory=list)
@@ -37,6 +43,10 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)  # key of a task whose image cannot be read -> why
     identities: dict[str, str] = field(default_factory=dict)  # by model, of rows without a clip
     seconds: dict[str, float] = field(default_factory=dict)  # by model, of scoring, in this and earlier runs
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.benchmark.recorded
 
     def unfinished(self) -> list[Request]:
         return [
@@ -164,7 +174,7 @@ def _score_missing(
     with tqdm(total=len(left), desc=f"{plan.benchmark.name} {model}", unit="clip", smoothing=0) as bar:
         try:
             for row in plan.benchmark.score(list(left.values()), work):
-                left.pop((row.key, row.seed))  # KeyError for a row that nobody asked for
+                left.pop((row.key, row.seed))  # KeyError for a row of another clip
                 keep(row, time.perf_counter() - started)
                 started = time.perf_counter()
                 bar.update()
@@ -190,3 +200,23 @@ def _line(plan: Plan, model: str, number: int, row: dict[str, Any], task: Task) 
     own |= {"cluster": task.cluster or task.key}
     result = {name: row[name] for name in ("motion", "values", "error")}
     return {"benchmark": plan.benchmark.name, "model": model, "clip": number} | own | result
+
+
+def compare_clips(plan: Plan, video: VideoConfig) -> list[tuple[str, Tensor]]:
+    """Write comparison.mp4 and sheet.png of the first prompts; returns their prompts with the clips side by side."""
+    rows, compared = [], []
+    for task in plan.tasks[:SHOWN]:
+        clips = {}
+        for model, samples in plan.samples.items():
+            own = [sample for sample in samples if sample.task.key == task.key]
+            with suppress(ClipError):  # a clip that cannot be read is named in the report
+                clips[model] = read_clip(own[0].path, video)
+        if clips:
+            rows += [(f"{model}: {task.text}", clip) for model, clip in clips.items()]
+            compared.append((task.text, side_by_side(list(clips.values()), list(clips))))
+    if compared:
+        widest = max(clip.shape[2] for _, clip in compared)
+        padded = [F.pad(clip, (0, 0, 0, widest - clip.shape[2])) for _, clip in compared]
+        write_clip(plan.folder / "comparison.mp4", torch.cat(padded), video.fps)
+        contact_sheet(plan.folder / "sheet.png", rows)
+    return compared

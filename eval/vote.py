@@ -255,7 +255,6 @@ def analyse_votes(key_file: Path, files: Sequence[Path]) -> dict[str, Any]:
                 scores[number].append(score(choices[number], trials[number]["second_is"]))
     if not scores:
         raise ValueError(f"{', '.join(str(file) for file in files)}: no votes in them")
-    categories = sorted({trial["category"] for trial in trials} - {""})
     originals = {rater: {n: choices[n] for n in firsts.values() if n in choices} for rater, choices in votes.items()}
     consistent = {
         rater: [choices[again] == SWAPPED[choices[one]] for again, one in repeated if {again, one} <= set(choices)]
@@ -272,7 +271,7 @@ def analyse_votes(key_file: Path, files: Sequence[Path]) -> dict[str, Any]:
         "win_rate": win_rate(scores, trials),
         "categories": {
             category: win_rate({n: s for n, s in scores.items() if trials[n]["category"] == category}, trials)
-            for category in categories
+            for category in sorted({trial["category"] for trial in trials} - {""})
         },
         "agreement": agreement(originals),
         "consistency": {
@@ -375,8 +374,7 @@ def table(results: Mapping[str, Any]) -> str:
     def shown(found: Mapping[str, Any] | None) -> str:
         return f"{Estimate(found['mean'], found['low'], found['high'])}" if found else "none"
 
-    first, second = results["models"]
-    whole = results["win_rate"]
+    (first, second), whole = results["models"], results["win_rate"]
     lines = [
         f"{second} against {first}: {whole['votes']} votes on {whole['prompts']} prompts, 95% intervals",
         f"{'win rate of ' + second:<32}{shown(whole)}  Wilson [{whole['wilson'][0]:.3f}, {whole['wilson'][1]:.3f}]",

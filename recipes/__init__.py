@@ -57,6 +57,23 @@ MOVED: dict[str, str] = {
     "pipeline.table_rows": "the constant data_pipeline.tables.TABLE_ROWS",
     "pipeline.filter.max_prompt_chars": "the constant data_pipeline.stages.filter.MAX_PROMPT_CHARS",
     "pipeline.cluster.batch_size": "the constant data_pipeline.stages.cluster.BATCH",
+    "search.judge": "judge, and for its settings vlm and raters,",
+    "search.vlm": "vlm",
+    "refine_prompts.vlm": "vlm",
+    "run.phygenbench.judge": "vlm",
+    "run.pai_bench.judge": "vlm",
+    "run.ezs_bench.judge": "vlm",
+    "run.r_bench.judge": "vlm",
+    "run.likephys.residuals": "run.likephys.batch_size for residuals.batch_size, the others are constants,",
+    "run.likephys.source": "run.likephys.folder (empty: simulated scenes)",
+    "run.physics_iq.descriptions": "descriptions.csv in run.physics_iq.folder",
+    "run.vbench.python": "raters.vbench.python",
+    "run.vbench.timeout": "raters.vbench.timeout",
+    **{
+        f"run.{benchmark}.{key}": f"raters.{rater}.{key}"
+        for benchmark, rater in (("videophy", "videocon_physics"), ("videophy2", "videophy2"))
+        for key in ("checkout", "python", "checkpoint", "timeout")
+    },
 }
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")

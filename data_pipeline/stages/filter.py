@@ -15,7 +15,7 @@ types and lengths that were asked for, or it counts as malformed and is asked fo
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,6 +26,7 @@ from data_pipeline.config import Setup, outcome_settings
 from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.frames import Bad, FrameReader, TableRow
 from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop
+from eval.vlm.backend import recorded
 from eval.vlm.client import Backend, Malformed, NoAnswer, Question, Reply, Vlm, VlmConfig, jpeg_frames, quoted, storable
 from train.files import parse_json
 
@@ -187,7 +188,7 @@ class Filter(Stage):
 
     def plan(self, before: Table) -> list[Unit]:
         settings = {"threshold": self.threshold, "max_prompt_chars": MAX_PROMPT_CHARS}
-        settings |= {"vlm": outcome_settings(asdict(self.vlm))}
+        settings |= {"vlm": outcome_settings(recorded(self.vlm))}
         return before.units(lambda number: settings)
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:

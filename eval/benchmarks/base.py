@@ -1,9 +1,9 @@
-"""What a benchmark is: prompts, files as its official code expects them, a row a clip, and what to print of the rows.
+"""What a benchmark is: prompts, files as its official code expects them, one row per clip, and its figures.
 
     benchmark.requirements()                    what it needs that a package cannot bring, and whether it is there
     benchmark.prompts()                         Task: one prompt, with the picture that it starts from
     benchmark.layout(samples, folder)           the clips under the names and in the form of the official code
-    benchmark.score(samples, folder)            one Row a clip, as soon as it is known
+    benchmark.score(samples, folder)            one Row per clip, as soon as it is known
     benchmark.derive(means)                     the figures to print, from the columns' means
 
 A new benchmark is a file with a settings dataclass and a subclass of `Benchmark`, and a line in
@@ -13,12 +13,14 @@ makes means and intervals of them. So a benchmark holds no loop over models, no 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from eval.judges.external_tool import RatersConfig
+from eval.vlm.backend import VlmConfig
 from train.backbones.base import Backbone
 from train.clips import VideoConfig
 
@@ -92,6 +94,17 @@ class Benchmark(ABC):
     together: ClassVar[int] = 1  # samples that are scored as one batch, and so change each other's values by rounding
     of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
 
+    def __init__(
+        self, settings: Any, video: VideoConfig, vlm: VlmConfig | None = None, raters: RatersConfig | None = None
+    ):
+        self.settings, self.model_video = settings, video
+        self.vlm, self.raters = vlm or VlmConfig(), raters or RatersConfig()
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """All that scores may depend on, beside the clip, as plain JSON values; rows are told apart by it."""
+        return asdict(self.settings)
+
     @abstractmethod
     def requirements(self) -> list[Requirement]:
         """What it needs; cheap. Nothing missing: the rest can run."""
@@ -129,5 +142,5 @@ class Benchmark(ABC):
         raise NotImplementedError
 
     def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`figures` from the columns' means, (R,) each: one a replicate. By default the columns themselves."""
+        """`figures` from the columns' means, (R,) each: one per replicate. By default the columns themselves."""
         return {name: means[name] for name in self.figures}

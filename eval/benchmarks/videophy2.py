@@ -1,6 +1,6 @@
 """VideoPhy-2 (Bansal et al., 2025, arXiv 2503.06800): 590 prompts about 200 actions, rated by VideoPhy2-AutoRater.
 
-    recipe key              run.videophy2.<field>, see VideoPhy2Config
+    recipe key              run.videophy2.<field>, see VideoPhy2Config; the rater's is raters.videophy2
     data                    videophy2_test.csv of the data set videophysics/videophy2_test
 
 The AutoRater rates a clip from 1 to 5 for `semantic` adherence (SA) and for `physical` commonsense (PC). A clip counts
@@ -78,7 +78,7 @@ _PERCENT = (*COUNTED, *(f"hard_{name}" for name in COUNTED))
 class VideoPhy2Config(RatedConfig):
     split: str = "all"  # all | hard: prompts to make clips of; the hard ones are among all
     upsampled: bool = False  # generate from the table's long captions; the judge sees the short ones
-    rules: bool = False  # ask about the table's physical rules too: a question a rule, and the weights loaded once more
+    rules: bool = False  # ask about the table's physical rules too: one question per rule, weights loaded once more
 
 
 class VideoPhy2(Rated):
@@ -99,6 +99,7 @@ class VideoPhy2(Rated):
     header = videophy2.HEADER
     dropped = "."
     programs = (videophy2.INFERENCE,)
+    rater = videophy2.NAME
     settings: VideoPhy2Config
 
     def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:

@@ -11,15 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eval.judges.scores import Scores, Unjudged, check_clips
 from train.clips import write_clip
 
 POLL_SECONDS = 0.5  # between two looks at the tool
@@ -32,18 +35,28 @@ LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); os.exe
 
 
 @dataclass
-class InstallationConfig:
-    """The user's own installation of a judge."""
+class EnvironmentConfig:
+    """An environment of the user's own, with a program that this project starts."""
 
-    checkout: str = ""  # folder of a clone of github.com/Hritikbansal/videophy
-    python: str = ""  # interpreter of the environment its README describes (transformers 4.28)
-    checkpoint: str = ""  # folder of the judge's weights
-    timeout: float = 1800.0  # seconds without a word of output after which the tool is stopped; loading is silent too
+    python: str = ""  # its interpreter
+    timeout: float = 1800.0  # seconds without output after which the tool is stopped; loading weights is silent too
 
 
 @dataclass
-class ToolConfig(InstallationConfig):
-    fps: float = 16.0  # frames a second of the clips; `eval.judges.build_judge` sets it
+class InstallationConfig(EnvironmentConfig):
+    """A rater of VideoPhy's authors; its environment is the one that their README describes (transformers 4.28)."""
+
+    checkout: str = ""  # folder of a clone of github.com/Hritikbansal/videophy
+    checkpoint: str = ""  # folder of the rater's weights
+
+
+@dataclass
+class RatersConfig:
+    """The recipe's section `raters`: where the raters of other projects are installed."""
+
+    videocon_physics: InstallationConfig = field(default_factory=InstallationConfig)  # of VideoPhy
+    videophy2: InstallationConfig = field(default_factory=InstallationConfig)  # VideoPhy2-AutoRater
+    vbench: EnvironmentConfig = field(default_factory=EnvironmentConfig)  # with the package vbench
 
 
 class ToolError(RuntimeError):
@@ -123,17 +136,12 @@ class Tool:
             raise ToolError(f"{self.name}: {script} wrote {path.name}, which is no CSV in UTF-8: {error}") from error
 
 
-def find_tool(
-    name: str, config: InstallationConfig, device: torch.device | str, scripts: Sequence[str], *, key: str = ""
-) -> Tool:
-    """Check the installation that `config` describes, before any work; ValueError names the key to correct.
-
-    key: of `config` in the recipe, judge.<name> by default.
-    """
-    key = key or f"judge.{name}"
-    for field in ("checkout", "python", "checkpoint"):
-        if not getattr(config, field):
-            raise ValueError(f"{key}.{field} is empty; {name} runs in its own checkout and environment, give all three")
+def find_tool(name: str, config: InstallationConfig, device: torch.device | str, scripts: Sequence[str]) -> Tool:
+    """Check the installation `raters.<name>`, before any work; ValueError names the key to correct."""
+    key = f"raters.{name}"
+    for part in ("checkout", "python", "checkpoint"):
+        if not getattr(config, part):
+            raise ValueError(f"{key}.{part} is empty; {name} runs in its own checkout and environment, give all three")
     checkout, checkpoint = (Path(path).expanduser().absolute() for path in (config.checkout, config.checkpoint))
     for script in scripts:
         if not (checkout / script).is_file():
@@ -167,6 +175,36 @@ def tool_environment(own: Mapping[str, str], device: torch.device) -> dict[str, 
         known = device.index < len(visible)
         environment["CUDA_VISIBLE_DEVICES"] = visible[device.index] if known else str(device.index)
     return environment
+
+
+def rate_clips(
+    clips: Tensor,
+    prompts: Sequence[str],
+    fps: float,
+    refuse: Callable[[str], str | None],
+    rate: Callable[..., tuple[dict[str, dict[int, Any]], dict[int, str]]],
+    make: Callable[[dict[str, list[Any]]], Scores],
+) -> Scores:
+    """The scores of clips (N, T, H, W, 3) uint8 by a program that reads files.
+
+    refuse: why a caption cannot be asked about, None where it can. rate: of paths by clip number, all prompts and a new
+    folder, ratings by name and clip number, and why clips have none. make: scores of the ratings by name. Raises
+    ValueError for clips of another form, and `Unjudged` where some have no score.
+    """
+    check_clips(clips, prompts)
+    failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse(prompt))}
+    chosen = [clip for clip in range(len(prompts)) if clip not in failures]
+    found: dict[str, dict[int, Any]] = {name: {} for name in ("semantic", "physical")}
+    if chosen:
+        with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
+            folder = Path(temporary)
+            found, unrated = rate(write_clips(folder, clips, chosen, fps), prompts, folder)
+            failures |= unrated
+    judged = [clip for clip in chosen if clip not in failures]
+    scores = make({name: [values[clip] for clip in judged] for name, values in found.items()})
+    if failures:
+        raise Unjudged(failures, prompts, scores)
+    return scores
 
 
 def write_clips(folder: Path, clips: Tensor, chosen: Sequence[int], fps: float) -> dict[int, str]:

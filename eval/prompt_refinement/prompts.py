@@ -36,7 +36,7 @@ from torch import Tensor
 
 from eval.prompt_refinement import questions
 from eval.prompts import Prompt, slug
-from eval.vlm.backend import Backend, VlmConfig
+from eval.vlm.backend import SEED, TEMPERATURE, Backend, VlmConfig
 from eval.vlm.client import NoAnswer, Vlm, jpeg_frames
 from train.clips import VideoConfig, read_clip, write_clip
 from train.files import digest, sha256, write_text
@@ -50,8 +50,7 @@ ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) u
 
 @dataclass
 class PromptRefineConfig:
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # sees and criticises
-    llm: VlmConfig = field(default_factory=VlmConfig)  # rewrites; llm.model empty: the vlm does
+    llm: VlmConfig = field(default_factory=VlmConfig)  # rewrites; llm.model empty: the model of the section vlm does
     rounds: int = 4  # clips a prompt, at most
     similarity: float = 0.95  # cosine from which a new prompt counts as the one before
     encoder: str = EXAMPLE  # sentence-transformers model that compares prompts: hub id or folder
@@ -113,6 +112,7 @@ class PromptRefiner:
     def __init__(
         self,
         config: PromptRefineConfig,
+        vlm: VlmConfig,
         video: VideoConfig,
         folder: Path,
         generate: Generate,
@@ -124,7 +124,7 @@ class PromptRefiner:
     ):
         self.config, self.video, self.folder = config, video, Path(folder)
         self.generate, self.made_with = generate, made_with
-        self.vlm = Vlm(config.vlm, vlm_backend)
+        self.vlm = Vlm(vlm, vlm_backend)
         self.llm = Vlm(config.llm, llm_backend) if config.llm.model else self.vlm
         self._encoder = encoder
 
@@ -243,19 +243,17 @@ class PromptRefiner:
     def _first_frame(self, prompt: Prompt) -> list[bytes]:
         if prompt.image is None:
             return []
-        return jpeg_frames(read_clip(prompt.image, replace(self.video, num_frames=1)), 1, self.config.vlm.frame_height)
+        return jpeg_frames(read_clip(prompt.image, replace(self.video, num_frames=1)), 1, self.vlm.config.frame_height)
 
     def _clip_frames(self, path: Path) -> list[bytes]:
-        return jpeg_frames(read_clip(path, self.video), self.config.vlm.frames, self.config.vlm.frame_height)
+        return jpeg_frames(read_clip(path, self.video), self.vlm.config.frames, self.vlm.config.frame_height)
 
     # On disk
 
     def _digest(self, one: Refinement, number: int) -> str:
         """Of all that a round depends on: the settings, apart from when rounds end, and the round before."""
         config, prompt = self.config, one.prompt
-        models = [
-            [one.model, one.frames, one.frame_height, one.temperature, one.seed] for one in (config.vlm, config.llm)
-        ]
+        models = [[one.model, one.frames, one.frame_height, TEMPERATURE, SEED] for one in (self.vlm.config, config.llm)]
         image = sha256(prompt.image) if prompt.image else ""
         rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
         settings = [prompt.text, image, models, config.encoder, config.max_prompt_chars, rules]

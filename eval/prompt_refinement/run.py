@@ -1,7 +1,7 @@
 """Prompts that a vision-language model refines round by round, and the clips that come of it.
 
     accelerate launch --module eval.prompt_refinement.run recipe=wan14b refine_prompts.prompts_file=prompts.txt \\
-        refine_prompts.vlm.base_url=http://localhost:8000/v1 refine_prompts.vlm.model=Qwen/Qwen2.5-VL-72B-Instruct
+        vlm.base_url=http://localhost:8000/v1 vlm.model=Qwen/Qwen2.5-VL-72B-Instruct
 
     <folder>/<key>/round-01.mp4, .json   every round's clip, prompt and critique; choice.json; see prompts.py
     <folder>/results.json                written last: each prompt's rounds, how they ended, the chosen clip
@@ -24,6 +24,8 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 import recipes
+from eval.judges import JudgeConfig, Judging
+from eval.judges.external_tool import RatersConfig
 from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, make_key, read_prompts
@@ -32,6 +34,7 @@ from eval.search.best_of_n import decoder
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
@@ -64,6 +67,9 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     refine_prompts: RunConfig = field(default_factory=RunConfig)
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    raters: RatersConfig = field(default_factory=RatersConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
 
 
@@ -92,7 +98,7 @@ def refine(config: Config, prompts: Sequence[Prompt], accelerator: Accelerator) 
     """Refine all prompts on all ranks; results on the main process, in order of the prompts."""
     settings, folder = config.refine_prompts, Path(config.refine_prompts.folder)
     generator = Generator(config, accelerator.device, images=prompts[0].image is not None)
-    refiner = PromptRefiner(settings, config.video, folder, generator, made_with=generator.digest)
+    refiner = PromptRefiner(settings, config.vlm, config.video, folder, generator, made_with=generator.digest)
     scorer = generator.scorer() if settings.chosen_by else None
     refiner.run(prompts[accelerator.process_index :: accelerator.num_processes], scorer)
     any_rank(False, accelerator.device)  # an all-reduce, so all are done
@@ -117,7 +123,7 @@ class Generator:
         fingerprint = load_backbone(config.backbone, "cpu", parts=()).fingerprint
         path, strategy = config.refine_prompts.lora, strategy_of(config.refine_prompts)
         self.lora: Lora | None = read_lora(path, fingerprint, key="refine_prompts.lora") if path else None
-        self.model = searcher.searching(Model(TUNED), strategy, config.search)
+        self.model = searcher.searching(Model(TUNED), strategy, config.search, Judging.of(config))
         backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
         weights = self.lora.sha256 if self.lora else ""
         self.digest = digest([backbone, asdict(config.sampler), weights, self.model.settings])
@@ -148,7 +154,9 @@ class Generator:
     def scorer(self) -> ClipScorer:
         """The scorer `chosen_by`, of clips as they lie on disk."""
         search = self.config.search
-        score = SCORERS[self.config.refine_prompts.chosen_by](search, self.backbone, self.config.video.fps)
+        score = SCORERS[self.config.refine_prompts.chosen_by](
+            search, self.backbone, self.config.video.fps, Judging.of(self.config)
+        )
 
         @torch.no_grad()
         def values(description: str, clips: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eval.benchmarks.sandbox import SandboxConfig
-from eval.judges import JudgeConfig
-from eval.judges.vlm import VlmJudgeConfig
 from eval.search.guidance import GuidanceConfig
 from eval.search.noise_refinement import ProprioRefineConfig
 from eval.search.residuals import ResidualConfig
@@ -76,9 +74,7 @@ class SearchConfig:
     )
     mixing: float = 0.2  # share of the global score in the hybrid one
     surprise: SurpriseConfig = field(default_factory=SurpriseConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
     judge_aspect: str = "physical"  # physical | semantic | both: what the scorers "judge" and "vlm" look at
-    vlm: VlmJudgeConfig = field(default_factory=VlmJudgeConfig)  # of the scorer "vlm"
     combined: list[str] = field(  # of the scorer "rank_sum"
         default_factory=lambda: ["residual_per_motion", "proprio_motion-text-uniform"]
     )

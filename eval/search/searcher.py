@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.judges import Judging, judge_settings
 from eval.maker import Model, Request
 from eval.search.best_of_n import RACING, Choice, best_of_n, decoder
 from eval.search.candidates import Candidates, Cost, choose
@@ -74,10 +75,10 @@ def check(strategy: Strategy, config: SearchConfig, sampler: SamplerConfig, sect
         raise ValueError("search.batch_size, search.refine.batch_size and search.guidance.batch_size must be 1 or more")
 
 
-def settings(strategy: Strategy, config: SearchConfig) -> dict[str, Any]:
+def settings(strategy: Strategy, config: SearchConfig, judging: Judging) -> dict[str, Any]:
     """All that a strategy's clip depends on beside prompt, seed, network and sampler, as plain JSON values."""
     found: dict[str, Any] = asdict(strategy)
-    every = asdict(config)
+    every = asdict(config) | {"judge": judge_settings(judging), "vlm": judge_settings(judging)["vlm"]}
     for name in ("residuals", "refine", "guidance"):
         every[name].pop("batch_size")
     names = [config.chosen_by] if strategy.search or config.refine.best > 1 and strategy.refine == "proprio" else []
@@ -113,8 +114,8 @@ def describe(strategy: Strategy, config: SearchConfig) -> str:
 class Searching:
     """The search as a strategy of `eval.maker`: a clip a request, one after the other."""
 
-    def __init__(self, strategy: Strategy, config: SearchConfig):
-        self.strategy, self.config, self._searcher = strategy, config, None
+    def __init__(self, strategy: Strategy, config: SearchConfig, judging: Judging):
+        self.strategy, self.config, self.judging, self._searcher = strategy, config, judging, None
 
     def __call__(
         self,
@@ -126,7 +127,9 @@ class Searching:
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         video = requests[0].video
         if self._searcher is None or self._searcher.video != video:
-            self._searcher = Searcher(self.strategy, self.config, backbone, video, sampler, negative)
+            self._searcher = Searcher(
+                self.strategy, self.config, backbone, video, sampler, negative, judging=self.judging
+            )
         latents, facts = [], []
         for number, request in enumerate(requests):
             one, prompt = conditioning[number : number + 1], request.prompt
@@ -136,12 +139,12 @@ class Searching:
         return torch.cat(latents), facts
 
 
-def searching(model: Model, strategy: Strategy, config: SearchConfig) -> Model:
+def searching(model: Model, strategy: Strategy, config: SearchConfig, judging: Judging) -> Model:
     """The model with a search behind it, under a name of its own; as it is where there is none."""
     if not strategy:
         return model
-    found = settings(strategy, config)
-    return replace(model, name=model.name + strategy.suffix, strategy=Searching(strategy, config), settings=found)
+    found, name = settings(strategy, config, judging), model.name + strategy.suffix
+    return replace(model, name=name, strategy=Searching(strategy, config, judging), settings=found)
 
 
 class Searcher:
@@ -155,10 +158,13 @@ class Searcher:
         video: VideoConfig,
         sampler: SamplerConfig,
         negative: Conditioning | None = None,
+        *,
+        judging: Judging,
     ):
+        self.judging = judging
         self.strategy, self.config, self.backbone = strategy, config, backbone
         self.video, self.sampler, self.negative = video, sampler, negative
-        self.scorer = SCORERS[config.chosen_by](config, backbone, video.fps)
+        self.scorer = SCORERS[config.chosen_by](config, backbone, video.fps, judging)
         shared = (backbone, video, sampler, negative)
         self.refinement = self.guidance = None
         if strategy.refine == "proprio":
@@ -197,7 +203,7 @@ class Searcher:
         more: dict[str, Any] = {}
         if strategy.search == "prune":
             looking = replace(config, residuals=replace(config.residuals, draws=config.prune.draws))
-            early = SCORERS[config.prune.scorers[0]](looking, self.backbone, self.video.fps)
+            early = SCORERS[config.prune.scorers[0]](looking, self.backbone, self.video.fps, self.judging)
             more = {"prune_step": config.prune.steps[0], "keep": config.prune.keep, "early_scorer": early}
         if strategy.search == "race":
             more = {"race_config": config.race}

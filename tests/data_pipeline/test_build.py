@@ -674,7 +674,6 @@ def times(output: Path) -> dict[str, set[int]]:
     [
         pytest.param("sampler.steps=3", ["generate", "encode"], marks=pytest.mark.slow),  # nobody judges here
         pytest.param("judge.name=sandbox", ["judge", "targets", "encode"], marks=pytest.mark.slow),
-        pytest.param("judge.sandbox.batch_size=3", [], marks=pytest.mark.slow),
         ("pipeline.batch_size=2", []),
     ],
 )

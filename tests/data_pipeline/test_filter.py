@@ -33,7 +33,7 @@ FRAMES = jpeg_frames(np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), d
 
 
 def cot_filter(server, *, threshold=0.6, **changes) -> CotFilter:
-    vlm = VlmConfig(**({"base_url": server.url, "model": "stub", "backoff": 0.01, "retries": 2} | changes))
+    vlm = VlmConfig(**({"base_url": server.url, "model": "stub", "retries": 2} | changes))
     return CotFilter(vlm, threshold)
 
 

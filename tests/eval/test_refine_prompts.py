@@ -66,10 +66,11 @@ def distinct(texts):
 
 
 def refiner(server, folder, generate, encoder=distinct, **settings):
-    vlm = {"retries": 1, "backoff": 0.0} | settings.pop("vlm", {})
+    vlm = {"retries": 1} | settings.pop("vlm", {})
     vlm = VlmConfig(base_url=server.url, model="eyes", frames=3, **vlm)
-    config = PromptRefineConfig(vlm=vlm, **settings)
-    return PromptRefiner(config, VIDEO, folder, generate, made_with="stub", encoder=encoder)
+    return PromptRefiner(
+        PromptRefineConfig(**settings), vlm, VIDEO, folder, generate, made_with="stub", encoder=encoder
+    )
 
 
 def record(folder, number, key="ball"):

@@ -10,6 +10,7 @@ import torch
 
 import recipes
 from eval import generate
+from eval.judges import JudgeConfig, Judging
 from eval.judges.scores import Scores, Unjudged
 from eval.search import searcher
 from eval.search.candidates import Candidates, choose, ranks
@@ -170,7 +171,7 @@ def test_levels_are_shares_of_the_steps_on_the_samplers_grid():
 def test_a_recipes_levels_follow_its_sampler_and_stand_in_what_a_clip_depends_on():
     config = recipes.load(generate.Config, ["sampler.shift=5", "generate.prompts=[x]"])
     assert config.search.residuals.shift == config.search.refine.shift == 5
-    kept = searcher.settings(searcher.Strategy("best_of_n", "proprio"), config.search)
+    kept = searcher.settings(searcher.Strategy("best_of_n", "proprio"), config.search, Judging())
     levels = {"levels": 4, "first": 0.3, "last": 0.6, "shift": 5.0}
     assert levels.items() <= kept["scorers"]["residual_per_motion"]["residuals"].items()
     assert levels.items() <= kept["refined"].items()
@@ -337,12 +338,12 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
 
 
 def test_every_scorer_is_built_and_says_what_it_depends_on(backbone):
-    config = recipes.load(generate.Config, []).search
-    config.surprise.path, config.judge.name = "somewhere", "sandbox"
-    fields = set(vars(config))
+    config, judging = recipes.load(generate.Config, []).search, Judging(JudgeConfig("sandbox"))
+    config.surprise.path = "somewhere"
+    fields = set(vars(config)) | {"judge", "vlm"}
     assert set(SETTINGS) <= set(SCORERS) and all(set(names) <= fields for names in SETTINGS.values())
     assert set(SCORERS) - set(SETTINGS) == {"random", "most_motion"} and len(PROPRIO) == 21
-    built = {name: build(config, backbone, 8.0) for name, build in SCORERS.items() if name != "vlm"}
+    built = {name: build(config, backbone, 8.0, judging) for name, build in SCORERS.items() if name != "vlm"}
     found = candidates()
     values = {name: found.measure(built[name])[0] for name in built if name not in ("surprise", "judge")}
     assert all(torch.isfinite(value).all() for value in values.values())

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eval import generate
+from eval.judges import Judging
 from eval.search import searcher
 from eval.search.config import GuideConfig, PruneConfig, RefineConfig, SearchConfig
 from eval.search.residuals import ResidualConfig
@@ -54,7 +55,7 @@ def settings(**more):
 
 def find(backbone, strategy, conditioning=None, sampler=SAMPLER, **more):
     conditioning = conditioning or text(backbone)
-    one = Searcher(Strategy(*strategy), settings(**more), backbone, VIDEO, sampler)
+    one = Searcher(Strategy(*strategy), settings(**more), backbone, VIDEO, sampler, judging=Judging())
     with torch.no_grad():  # as generation calls it
         return one.find("a", "a ball", conditioning, 7)
 
@@ -113,7 +114,7 @@ def test_the_image_of_a_clip_stays(tmp_path):
     video = VideoConfig(64, 64, 9, 8.0)
     shape = backbone.latent_shape(64, 64, 9)
     image = torch.randn((1, shape[0], 1, *shape[2:]), generator=torch.Generator().manual_seed(2))
-    one = Searcher(Strategy("race", "proprio"), settings(num_candidates=2), backbone, video, SAMPLER)
+    one = Searcher(Strategy("race", "proprio"), settings(num_candidates=2), backbone, video, SAMPLER, judging=Judging())
     latents, facts = one.find("a", "a ball", text(backbone, image), 7)
     assert torch.equal(latents[:, :, :1], image) and facts["refined"]["of"] == [facts["chosen"]]
 
@@ -139,7 +140,7 @@ def test_strategies_that_cannot_work_are_refused(strategy, more, message):
 
 def test_settings_are_those_that_the_clip_depends_on():
     def found(*strategy, **more):
-        return searcher.settings(Strategy(*strategy), settings(**more))
+        return searcher.settings(Strategy(*strategy), settings(**more), Judging())
 
     assert found("best_of_n") == found("best_of_n", batch_size=1, refine=RefineConfig(updates=9))
     assert found("best_of_n") != found("best_of_n", num_candidates=3)
@@ -184,7 +185,7 @@ def test_generate_searches_refines_and_resumes(model, tmp_path, monkeypatch, cap
     record = json.loads(sidecar.read_text(encoding="utf-8"))
     assert len(record["search"]["values"]) == 3 and record["search"]["seeds"][0] == 3
     assert record["strategy"]["num_candidates"] == 3 and record["search"]["passes"] == 3 * 2 + 2 * 2 + 2
-    monkeypatch.setattr(generate, "Maker", None)  # nothing is loaded again
+    monkeypatch.setattr("eval.maker.Maker", None)  # nothing is loaded again
     generate.main(arguments(model, tmp_path, *wanted))
     generate.main(arguments(model, tmp_path))
 

@@ -31,10 +31,13 @@ import torch
 from torch import Tensor
 
 import recipes
+from eval.judges import JudgeConfig, Judging
+from eval.judges.external_tool import RatersConfig
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.noise_refinement import refine
 from eval.search.scorers import SCORERS
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
@@ -65,6 +68,9 @@ class Config:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    raters: RatersConfig = field(default_factory=RatersConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
 
@@ -142,7 +148,8 @@ class Bench:
 
     def score(self) -> dict[str, Any]:
         search = self.config.search
-        scorer, passes = SCORERS[search.chosen_by](search, self.backbone, self.config.video.fps), []
+        scorer = SCORERS[search.chosen_by](search, self.backbone, self.config.video.fps, Judging.of(self.config))
+        passes: list[float] = []
 
         def run() -> None:
             candidates = Candidates("one", "a clip", self.latents, self.conditioning, refuse, self.config.video.fps)

@@ -33,6 +33,8 @@ import recipes
 from eval.benchmarks import sandbox
 from eval.experiments.search import page, report, strategy_report
 from eval.experiments.search.store import read_record, read_tensors, write_record, write_tensors
+from eval.judges import JudgeConfig, Judging, judge_settings
+from eval.judges.external_tool import RatersConfig
 from eval.prompts import make_key
 from eval.search.best_of_n import RACING, batches, decoder, run_race
 from eval.search.candidates import Candidates, Scorer, choose
@@ -42,6 +44,7 @@ from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.scorers.most_motion import motion_energy
 from eval.search.strategies import Guidance, Item, Made, Refinement
 from eval.search.world_model import WorldModel
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
@@ -63,6 +66,9 @@ class Config:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    raters: RatersConfig = field(default_factory=RatersConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
 
@@ -153,7 +159,8 @@ class Work:
         return found
 
     def _build(self, config: SearchConfig, names: Sequence[str]) -> dict[str, Scorer]:
-        return {name: SCORERS[name](config, self.backbone, self.config.video.fps) for name in names}
+        judging, fps = Judging.of(self.config), self.config.video.fps
+        return {name: SCORERS[name](config, self.backbone, fps, judging) for name in names}
 
     # What files depend on
 
@@ -164,7 +171,8 @@ class Work:
 
     def settings(self, name: str) -> dict[str, Any]:
         """What a scorer's values depend on, beside the candidates."""
-        found = asdict(self.config.search)
+        judges = judge_settings(Judging.of(self.config))
+        found = asdict(self.config.search) | {"judge": judges, "vlm": judges["vlm"]}
         found["residuals"].pop("batch_size")
         return {"scorer": name} | {key: found[key] for key in SETTINGS.get(name, ())}
 

@@ -1,4 +1,5 @@
-"""Scorers by name: build(SearchConfig, Backbone) -> Scorer, lower is better; see `eval.search.candidates`.
+"""Scorers by name: build(SearchConfig, Backbone, fps, Judging) -> Scorer, lower is better; see
+`eval.search.candidates`.
 
 Proprio's are named proprio_<variant>[-<mask>][-<weighting>]; left out, the paper's: the motion mask, inverse variance.
 A new scorer is a file, a line in SCORERS, and a line in SETTINGS: the fields of SearchConfig that its values depend on.
@@ -6,8 +7,8 @@ A new scorer is a file, a line in SCORERS, and a line in SETTINGS: the fields of
 
 from functools import partial
 
-from eval.judges import build_judge
-from eval.search.scorers import proprio, vlm
+from eval.judges import build_judge, vlm
+from eval.search.scorers import proprio
 from eval.search.scorers.judge import JudgeScore
 from eval.search.scorers.most_motion import most_motion
 from eval.search.scorers.per_motion import PerMotion
@@ -25,22 +26,24 @@ PROPRIO = {
     if variant != "global" or not mask
 }
 SCORERS = {
-    "random": lambda config, backbone, fps: random_choice,
-    "most_motion": lambda config, backbone, fps: most_motion,
+    "random": lambda config, backbone, fps, judging: random_choice,
+    "most_motion": lambda config, backbone, fps, judging: most_motion,
     **PROPRIO,
-    "residual_per_motion": lambda config, backbone, fps: PerMotion(
+    "residual_per_motion": lambda config, backbone, fps, judging: PerMotion(
         proprio.build(config, backbone, fps, variant="global", mask="motion", weighting="uniform")
     ),
-    "masked_residual_per_motion": lambda config, backbone, fps: PerMotion(
+    "masked_residual_per_motion": lambda config, backbone, fps, judging: PerMotion(
         proprio.build(config, backbone, fps, variant="motion", mask="motion", weighting="uniform")
     ),
-    "surprise": lambda config, backbone, fps: Surprise(config.surprise, backbone.device),
-    "judge": lambda config, backbone, fps: JudgeScore(
-        build_judge(config.judge, fps, backbone.device), config.judge_aspect
+    "surprise": lambda config, backbone, fps, judging: Surprise(config.surprise, backbone.device),
+    "judge": lambda config, backbone, fps, judging: JudgeScore(
+        build_judge(judging, fps, backbone.device), config.judge_aspect
     ),
-    "vlm": lambda config, backbone, fps: vlm.build(config.vlm, config.judge_aspect, fps, backbone.device),
-    "rank_sum": lambda config, backbone, fps: RankSum(
-        [SCORERS[name](config, backbone, fps) for name in config.combined]
+    "vlm": lambda config, backbone, fps, judging: JudgeScore(
+        vlm.build(judging.vlm, fps, backbone.device), config.judge_aspect
+    ),
+    "rank_sum": lambda config, backbone, fps, judging: RankSum(
+        [SCORERS[name](config, backbone, fps, judging) for name in config.combined]
     ),
 }
 SETTINGS = {

@@ -92,6 +92,8 @@ def weighted(errors: Tensor, weighting: str) -> Tensor:
     return errors.mean(dim=2) @ (weight / weight.sum())
 
 
-def build(config: Any, backbone: Backbone, fps: float, *, variant: str, mask: str, weighting: str) -> Proprio:
+def build(
+    config: Any, backbone: Backbone, fps: float, judging: Any = None, *, variant: str, mask: str, weighting: str
+) -> Proprio:
     """The scorer of a SearchConfig; scorers built from equal settings share their passes."""
     return Proprio(Residuals(backbone, config.residuals), variant, mask, weighting, config.mixing)

@@ -45,12 +45,22 @@ SECTIONS = {
     "generate": "from prompts to clips and comparisons",
     "run": "what eval.run generates and scores",
     "search": "candidates, scorers and what becomes of them",
+    "search_experiment": "prompts and scorers that eval.experiments.search.run compares",
     "refine_prompts": "prompts that a vision-language model refines round by round",
     "benchmark": "what train.tools.benchmark and eval.experiments.search.benchmark measure",
     "inspect": "what train.tools.inspect_targets draws",
 }
 # Keys that moved, with the place where they are now; a key below a moved one moved with it.
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "search.folder": "search_experiment.folder",
+    "search.share": "search_experiment.share",
+    "search.lora": "search_experiment.lora",
+    "search.scorers": "search_experiment.scorers",
+    "search.shown": "search_experiment.shown",
+    "search.sandbox": "search_experiment (keys clips and seed)",
+    "search.judge": "judge",
+    "search.vlm": "vlm (the scorer is judge, with judge.name=vlm)",
+}
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")
 

@@ -28,7 +28,7 @@ from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, make_key, read_prompts
 from eval.search import searcher
-from eval.search.best_of_n import decoder
+from eval.search.searcher import decoder
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
@@ -148,7 +148,7 @@ class Generator:
     def scorer(self) -> ClipScorer:
         """The scorer `chosen_by`, of clips as they lie on disk."""
         search = self.config.search
-        score = SCORERS[self.config.refine_prompts.chosen_by](search, self.backbone, self.config.video.fps)
+        score = SCORERS[self.config.refine_prompts.chosen_by](search, self.backbone, self.config.video.fps, self.config.judge)
 
         @torch.no_grad()
         def values(description: str, clips: Tensor) -> Tensor:

@@ -49,7 +49,6 @@ class ProprioRefineConfig:
     clip: float = 3e-4  # largest gradient norm of a clip, over its 2 C parameters
     kl_weight: float = 5e-3
     score: str = "hybrid"  # global | motion | hybrid
-    mixing: float = 0.2  # share of the global score in the hybrid one
     levels: int = 4  # noise levels of the score, evenly spaced from first to last; appendix E
     first: float = 0.3  # share of the sampling steps before a level, see eval.search.residuals
     last: float = 0.6
@@ -68,8 +67,6 @@ class ProprioRefineConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
         if not self.kl_weight >= 0:
             raise ValueError(f"kl_weight={self.kl_weight} must be 0 or more")
-        if not 0 <= self.mixing <= 1:
-            raise ValueError(f"mixing={self.mixing} is a share: use 0 to 1")
         for name, known in (("score", VARIANTS), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
@@ -118,7 +115,7 @@ class SelfScore:
         stacked = torch.stack([torch.stack(draws, dim=-1) for draws in errors], dim=-2)  # (2,B,levels,draws)
         whole, motion = (aggregate(part, weighting=config.weighting) for part in stacked)
         if config.score == "hybrid":
-            return hybrid(whole, motion, mixing=config.mixing)
+            return hybrid(whole, motion)
         return whole if config.score == "global" else motion
 
     def errors(self, latents: Tensor, level: int, draw: int) -> Tensor:

@@ -54,9 +54,9 @@ def settings(**more):
 
 def find(backbone, strategy, conditioning=None, sampler=SAMPLER, **more):
     conditioning = conditioning or text(backbone)
-    one = Searcher(Strategy(*strategy), settings(**more), backbone, VIDEO, sampler)
+    one = Searcher(settings(**more), backbone, VIDEO, sampler)
     with torch.no_grad():  # as generation calls it
-        return one.find("a", "a ball", conditioning, 7)
+        return one.find(Strategy(*strategy), "a", "a ball", conditioning, 7)
 
 
 def plain(backbone, seeds, conditioning=None):
@@ -113,8 +113,8 @@ def test_the_image_of_a_clip_stays(tmp_path):
     video = VideoConfig(64, 64, 9, 8.0)
     shape = backbone.latent_shape(64, 64, 9)
     image = torch.randn((1, shape[0], 1, *shape[2:]), generator=torch.Generator().manual_seed(2))
-    one = Searcher(Strategy("race", "proprio"), settings(num_candidates=2), backbone, video, SAMPLER)
-    latents, facts = one.find("a", "a ball", text(backbone, image), 7)
+    one = Searcher(settings(num_candidates=2), backbone, video, SAMPLER)
+    latents, facts = one.find(Strategy("race", "proprio"), "a", "a ball", text(backbone, image), 7)
     assert torch.equal(latents[:, :, :1], image) and facts["refined"]["of"] == [facts["chosen"]]
 
 

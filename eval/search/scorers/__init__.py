@@ -1,18 +1,19 @@
-"""Scorers by name: build(SearchConfig, Backbone) -> Scorer, lower is better; see `eval.search.candidates`.
+"""Scorers by name: build(SearchConfig, Backbone, fps, JudgeConfig) -> Scorer, lower is better; see
+`eval.search.candidates`.
 
-Proprio's are named proprio_<variant>[-<mask>][-<weighting>]; left out, the paper's: the motion mask, inverse variance.
-A new scorer is a file, a line in SCORERS, and a line in SETTINGS: the fields of SearchConfig that its values depend on.
+Proprio's are named proprio_<variant>[-<mask>][-uniform]; left out, the paper's: the motion mask, inverse variance.
+A new scorer is a file, a line in SCORERS, and a line in SETTINGS: the settings that its values depend on
+(`eval.search.searcher.scorer_settings`).
 """
 
 from functools import partial
 
 from eval.judges import build_judge
-from eval.search.scorers import proprio, vlm
+from eval.search.scorers import proprio
 from eval.search.scorers.judge import JudgeScore
 from eval.search.scorers.most_motion import most_motion
 from eval.search.scorers.per_motion import PerMotion
 from eval.search.scorers.random_choice import random_choice
-from eval.search.scorers.rank_sum import RankSum
 from eval.search.scorers.surprise import Surprise
 
 PROPRIO = {
@@ -21,27 +22,17 @@ PROPRIO = {
     )
     for variant in proprio.VARIANTS
     for mask in ("", "-text", "-attention")
-    for weighting in ("", "-pooled", "-uniform")
+    for weighting in ("", "-uniform")
     if variant != "global" or not mask
 }
 SCORERS = {
-    "random": lambda config, backbone, fps: random_choice,
-    "most_motion": lambda config, backbone, fps: most_motion,
+    "random": lambda config, backbone, fps, judge: random_choice,
+    "most_motion": lambda config, backbone, fps, judge: most_motion,
     **PROPRIO,
-    "residual_per_motion": lambda config, backbone, fps: PerMotion(
-        proprio.build(config, backbone, fps, variant="global", mask="motion", weighting="uniform")
-    ),
-    "masked_residual_per_motion": lambda config, backbone, fps: PerMotion(
-        proprio.build(config, backbone, fps, variant="motion", mask="motion", weighting="uniform")
-    ),
-    "surprise": lambda config, backbone, fps: Surprise(config.surprise, backbone.device),
-    "judge": lambda config, backbone, fps: JudgeScore(
-        build_judge(config.judge, fps, backbone.device), config.judge_aspect
-    ),
-    "vlm": lambda config, backbone, fps: vlm.build(config.vlm, config.judge_aspect, fps, backbone.device),
-    "rank_sum": lambda config, backbone, fps: RankSum(
-        [SCORERS[name](config, backbone, fps) for name in config.combined]
-    ),
+    "residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_global-uniform"](*given)),
+    "masked_residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_motion-uniform"](*given)),
+    "surprise": lambda config, backbone, fps, judge: Surprise(config.surprise, backbone.device),
+    "judge": lambda config, backbone, fps, judge: JudgeScore(build_judge(judge, fps, backbone.device)),
 }
 SETTINGS = {
     **{name: ("residuals", "mixing") for name in PROPRIO},
@@ -49,6 +40,4 @@ SETTINGS = {
     "masked_residual_per_motion": ("residuals",),
     "surprise": ("surprise",),
     "judge": ("judge", "judge_aspect"),
-    "vlm": ("vlm", "judge_aspect"),
-    "rank_sum": ("combined", "residuals", "mixing", "surprise", "judge", "judge_aspect", "vlm"),
 }

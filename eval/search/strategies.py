@@ -1,7 +1,7 @@
 """Strategies beside the choice among N candidates: clips that are refined or guided, of several prompts at once.
 
-    Refinement   from noise that Proprio's score refines; see `eval.search.noise_refinement`
-    Guidance     from the same noise, steered by the world model's surprise; see `eval.search.guidance`
+Refinement   from noise that Proprio's score refines; see `eval.search.noise_refinement`
+Guidance     from the same noise, steered by the world model's surprise; see `eval.search.guidance`
 """
 
 import time

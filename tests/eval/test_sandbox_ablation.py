@@ -12,8 +12,9 @@ from data_pipeline import build
 from eval import run as eval_run
 from eval.experiments.ablation import rows as ablation_rows
 from eval.experiments.ablation import run as ablation
+from eval.experiments.ablation.plan import READS, Plan, read_recipe
 from eval.experiments.ablation.rows import DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
-from eval.experiments.ablation.run import READS, Plan, Processes, StepFailed
+from eval.experiments.ablation.runner import Processes, StepFailed, read_scores
 from train import gdpo, sft
 
 CONFIGS = {
@@ -127,12 +128,12 @@ def test_scores_of_another_number_of_clips_are_refused(tmp_path):
     path = tmp_path / "scores.jsonl"
     row = {"model": "base", "clip": 0, "values": {"physical": 1.0, "semantic": 1.0}, "error": ""}
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert ablation.read_scores(path, 1) == {"base": {"physical": [1.0], "semantic": [1.0]}}
+    assert read_scores(path, 1) == {"base": {"physical": [1.0], "semantic": [1.0]}}
     with pytest.raises(ValueError, match="does not hold 2 clips"):
-        ablation.read_scores(path, 2)
+        read_scores(path, 2)
     path.write_text(json.dumps({**row, "clip": 1}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="out of order"):
-        ablation.read_scores(path, 1)
+        read_scores(path, 1)
 
 
 # ---- running, continuing, failing ------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ def test_the_precision_rows_differ_in_precision_alone():
 
 
 def test_the_timestep_rows_differ_in_where_t_is_drawn_and_one_is_the_recipe():
-    suite, objective = ablation_rows.timesteps({}), ablation.read_recipe(())["objective"]
+    suite, objective = ablation_rows.timesteps({}), read_recipe(())["objective"]
     drawn = {name: dict(pair.split("=") for pair in row.overrides) for name, row in suite.rows.items() if row.trainer}
     assert {tuple(pairs) for pairs in drawn.values()} == {("objective.timesteps", "objective.timestep_shift")}
     kind, shift = drawn[suite.middle].values()

@@ -2,7 +2,7 @@
 
     accelerate launch --module eval.experiments.search.run recipe=sandbox
     python -m eval.experiments.search.run recipe=sandbox search_experiment.clips=48 search.num_candidates=8 [--dry-run]
-    python -m eval.experiments.search.run recipe=sandbox search_experiment.share=2/8   # one of eight; then all: collects
+    python -m eval.experiments.search.run recipe=sandbox search_experiment.share=2/8   # then one without share
 
     <folder>/candidates/, prompts/    latents, and what each scorer said; see `eval.experiments.search.store`
                                       also latents of clips that were refined or guided; see `work`
@@ -135,7 +135,12 @@ def list_jobs(config: Config) -> list[Job]:
     listed = list_clips("mixed", "heldout", config.search_experiment.seed, config.search_experiment.clips, config.video)
     count, first = config.search.num_candidates, config.seed * 10**9
     return [
-        Job(number, make_key(number, clip.prompt), clip.prompt, [first + number * SEEDS_A_PROMPT + i for i in range(count)])
+        Job(
+            number,
+            make_key(number, clip.prompt),
+            clip.prompt,
+            [first + number * SEEDS_A_PROMPT + i for i in range(count)],
+        )
         for number, clip in enumerate(listed)
     ]
 

@@ -138,7 +138,10 @@ class Work:
     def record(self, job: Job) -> dict[str, Any]:
         """What is known of the prompt with these candidates, without what was asked for in another run only."""
         record, wanted = read_record(self.path(job), self.candidates_digest(job)), self._parts(job)
-        for name in {"race", "prune", "refined", "guided"} - {*wanted, *[strategy.name for strategy in self.strategies]}:
+        for name in {"race", "prune", "refined", "guided"} - {
+            *wanted,
+            *[strategy.name for strategy in self.strategies],
+        }:
             record.pop(name, None)
             record.get("parts", {}).pop(name, None)
         return record

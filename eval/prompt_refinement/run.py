@@ -28,10 +28,10 @@ from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, make_key, read_prompts
 from eval.search import searcher
-from eval.search.searcher import decoder
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
+from eval.search.searcher import decoder
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning

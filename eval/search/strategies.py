@@ -32,7 +32,7 @@ class Refinement:
     negative: Conditioning | None = None
 
     def clips(self, conditioning: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Cost]:
-        """One refined clip per seed: latents (B, C, F, H, W), Proprio's score before and after, (B, 2), and the cost."""
+        """One refined clip per seed: latents (B, C, F, H, W), Proprio's score before and after (B, 2), the cost."""
         few = replace(self.sampler, steps=self.config.steps)
         latents, traces, spent = [], [], Cost()
         for start in range(0, len(seeds), self.config.batch_size):

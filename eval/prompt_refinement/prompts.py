@@ -36,6 +36,7 @@ from torch import Tensor
 
 from eval.prompt_refinement import questions
 from eval.prompts import Prompt, slug
+from eval.search.searcher import batches
 from eval.vlm.backend import Backend, VlmConfig
 from eval.vlm.client import NoAnswer, Vlm, jpeg_frames
 from train.clips import VideoConfig, read_clip, write_clip
@@ -96,6 +97,9 @@ class Refinement:
     def clip(self, number: int) -> Path:
         return self.folder / f"round-{number:02d}.mp4"
 
+    def has_clip(self, number: int) -> bool:
+        return number <= len(self.rounds) and self.rounds[number - 1].clip_bytes > 0
+
     @property
     def clips(self) -> list[int]:
         """Numbers of the rounds with a clip."""
@@ -127,6 +131,7 @@ class PromptRefiner:
         self.vlm = Vlm(config.vlm, vlm_backend)
         self.llm = Vlm(config.llm, llm_backend) if config.llm.model else self.vlm
         self._encoder = encoder
+        self._all: list[Refinement] = []
 
     def run(self, prompts: Sequence[Prompt], scorer: ClipScorer | None = None) -> list[Refinement]:
         """All prompts, in order. scorer: chooses among a prompt's clips; None: the last clip.
@@ -134,7 +139,7 @@ class PromptRefiner:
         Raises VlmUnavailable, a ValueError, where a model as a whole does not answer; running again continues.
         """
         stages = {"predict": self._predict, "rewrite": self._rewrite, "clip": self._clip, "critique": self._critique}
-        found = [self._load(prompt) for prompt in prompts]
+        self._all = found = [self._load(prompt) for prompt in prompts]
         while waiting := [(one, stage) for one in found if (stage := self._stage(one)) in stages]:
             first = next(name for name in stages if any(name == stage for _, stage in waiting))
             stages[first]([one for one, stage in waiting if stage == first])
@@ -198,17 +203,21 @@ class PromptRefiner:
             self._record(one, answer, lambda last, text: setattr(last, "prompt", text))
 
     def _clip(self, waiting: list[Refinement]) -> None:
-        for start in range(0, len(waiting), self.config.batch_size):
-            part = waiting[start : start + self.config.batch_size]
-            clips = self.generate([one.prompt for one in part], [one.rounds[-1].prompt for one in part])
-            if len(clips) != len(part):
-                raise ValueError(f"generate made {len(clips)} clips of {len(part)} prompts: it must make one each")
-            for one, frames in zip(part, clips, strict=True):
-                last = one.rounds[-1]
-                path = one.clip(last.number)
-                write_clip(path, frames, self.video.fps)
-                last.clip_bytes = path.stat().st_size
-                self._save(one)
+        """Clips that are made together change each other by rounding, so batches are formed by place among all prompts,
+        and those of a round are made as a whole: a run that was stopped makes the clips that it would have made."""
+        for everyone in batches(self._all, self.config.batch_size):
+            missing = [one for one in everyone if one in waiting]
+            for number in sorted({one.rounds[-1].number for one in missing}):
+                part = [one for one in everyone if one.has_clip(number) or one in missing and len(one.rounds) == number]
+                told = [one.rounds[number - 1] for one in part]
+                clips = self.generate([one.prompt for one in part], [now.prompt for now in told])
+                if len(clips) != len(part):
+                    raise ValueError(f"generate made {len(clips)} clips of {len(part)} prompts: it must make one each")
+                for one, now, frames in zip(part, told, clips, strict=True):
+                    if not now.clip_bytes:
+                        write_clip(one.clip(number), frames, self.video.fps)
+                        now.clip_bytes = one.clip(number).stat().st_size
+                        self._save(one)
 
     def _critique(self, waiting: list[Refinement]) -> None:
         async def ask(one: Refinement) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 import recipes
+from eval.judges import JudgeConfig
 from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, make_key, read_prompts
@@ -65,6 +66,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     refine_prompts: RunConfig = field(default_factory=RunConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
@@ -147,8 +149,9 @@ class Generator:
 
     def scorer(self) -> ClipScorer:
         """The scorer `chosen_by`, of clips as they lie on disk."""
-        search = self.config.search
-        score = SCORERS[self.config.refine_prompts.chosen_by](search, self.backbone, self.config.video.fps, self.config.judge)
+        config = self.config
+        build = SCORERS[config.refine_prompts.chosen_by]
+        score = build(config.search, self.backbone, config.video.fps, config.judge)
 
         @torch.no_grad()
         def values(description: str, clips: Tensor) -> Tensor:

@@ -157,6 +157,19 @@ def test_many_prompts_go_through_a_stage_together(tmp_path):
     assert [len(call) for call in generate.calls] == [3, 2] and server.most_in_flight == 5
 
 
+def test_a_stopped_batch_is_made_again_as_a_whole_and_what_is_there_stays(tmp_path):
+    """Clips that are made together change each other by rounding."""
+    prompts = [Prompt(f"p{number}", f"Scene {number}.", None) for number in range(5)]
+    generate = Generator()
+    with StubServer(Models()) as server:
+        refiner(server, tmp_path, generate, rounds=1, batch_size=3).run(prompts)
+        kept = (tmp_path / "p0/round-01.mp4").read_bytes()
+        (tmp_path / "p1/round-01.mp4").unlink()
+        refiner(server, tmp_path, generate, rounds=1, batch_size=3).run(prompts)
+    assert generate.calls[2:] == generate.calls[:1]
+    assert (tmp_path / "p0/round-01.mp4").read_bytes() == kept != (tmp_path / "p1/round-01.mp4").read_bytes()
+
+
 @pytest.mark.parametrize("stop_after", range(1, 7))
 def test_a_run_that_is_stopped_continues_where_it_was(tmp_path, stop_after):
     """Stopped at each question and clip of the first rounds in turn: nothing is asked or made twice."""

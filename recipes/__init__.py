@@ -47,7 +47,8 @@ SECTIONS = {
     "search": "candidates, scorers and what becomes of them",
     "search_experiment": "prompts and scorers that eval.experiments.search.run compares",
     "refine_prompts": "prompts that a vision-language model refines round by round",
-    "benchmark": "what train.tools.benchmark and eval.experiments.search.benchmark measure",
+    "benchmark": "what train.tools.benchmark measures",
+    "search_benchmark": "what eval.experiments.search.benchmark measures",
     "inspect": "what train.tools.inspect_targets draws",
 }
 # Keys that moved, with the place where they are now; a key below a moved one moved with it.

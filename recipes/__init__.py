@@ -59,6 +59,8 @@ MOVED: dict[str, str] = {
     "search.scorers": "search_experiment.scorers",
     "search.shown": "search_experiment.shown",
     "search.sandbox": "search_experiment (keys clips and seed)",
+    "refine_prompts.vlm": "vlm",
+    "refine_prompts.llm": "vlm (one model sees and writes)",
     "search.judge": "judge",
     "search.vlm": "vlm (the scorer is judge, with judge.name=vlm)",
 }

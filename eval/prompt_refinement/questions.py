@@ -1,7 +1,7 @@
 """The three questions of VLM-guided prompt refinement, and what counts as an answer (`eval.prompt_refinement.prompts`).
 
     predict    the vision-language model says what will happen, with the physical cues spelt out
-    rewrite    the language model turns that, or a critique, into a prompt that a video generator takes
+    rewrite    the model turns that, or a critique, into a prompt that a video generator takes
     critique   the vision-language model names what a clip gets wrong, and describes it as it should have been
 
 The paper does not print its physics knowledge nor its instructions; those below are ours.
@@ -19,6 +19,7 @@ from eval.vlm.backend import Malformed, Question, Reply
 from eval.vlm.client import quoted, read_answer, schema_of, sound
 
 TEXT_CHARS = 2000  # of any text but a prompt
+PROMPT_CHARS = 800  # of a prompt that a model writes; a longer one is asked for again
 MAX_VIOLATIONS = 20
 
 KNOWLEDGE = """\
@@ -97,14 +98,14 @@ def critique_question(description: str, prompt: str, frames: Sequence[bytes]) ->
 
 
 def rewrite_question(
-    description: str, notes: str, limit: int, *, last: str = "", violations: Sequence[dict[str, str]] = ()
+    description: str, notes: str, *, last: str = "", violations: Sequence[dict[str, str]] = ()
 ) -> Question:
-    """notes: a prediction or a critique's description. last: the prompt before. limit: characters of the new one."""
+    """notes: a prediction or a critique's description. last: the prompt before."""
     lines = [f"Description: {quoted(description)}", f"Notes: {quoted(notes)}"]
     if last:
         wrong = "; ".join(f"{one['law']}: {one['seen']}" for one in violations)
         lines += [f"Last prompt: {quoted(last)}", f"What its video got wrong: {quoted(wrong)}"]
-    return Question("\n".join(lines), REWRITE.format(limit=limit), schema=schema_of(NewPrompt))
+    return Question("\n".join(lines), REWRITE.format(limit=PROMPT_CHARS), schema=schema_of(NewPrompt))
 
 
 def read_prediction(reply: Reply) -> str:
@@ -117,11 +118,11 @@ def read_critique(reply: Reply) -> dict[str, Any]:
     return read_answer(reply, Criticism).model_dump()
 
 
-def read_prompt(reply: Reply, limit: int) -> str:
-    """One line of at most `limit` characters."""
+def read_prompt(reply: Reply) -> str:
+    """One line of at most PROMPT_CHARS characters."""
     prompt = " ".join(read_answer(reply, NewPrompt).prompt.split())
-    if len(prompt) > limit:
-        raise Malformed(f"the prompt has {len(prompt)} characters; at most {limit}", reply.text)
+    if len(prompt) > PROMPT_CHARS:
+        raise Malformed(f"the prompt has {len(prompt)} characters; at most {PROMPT_CHARS}", reply.text)
     if not prompt.isprintable():
         raise Malformed("the prompt holds characters that are not printed", reply.text)
     return prompt

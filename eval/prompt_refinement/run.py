@@ -1,7 +1,7 @@
 """Prompts that a vision-language model refines round by round, and the clips that come of it.
 
     accelerate launch --module eval.prompt_refinement.run recipe=wan14b refine_prompts.prompts_file=prompts.txt \\
-        refine_prompts.vlm.base_url=http://localhost:8000/v1 refine_prompts.vlm.model=Qwen/Qwen2.5-VL-72B-Instruct
+        vlm.base_url=http://localhost:8000/v1 vlm.model=Qwen/Qwen2.5-VL-72B-Instruct
 
     <folder>/<key>/round-01.mp4, .json   every round's clip, prompt and critique; choice.json; see prompts.py
     <folder>/results.json                written last: each prompt's rounds, how they ended, the chosen clip
@@ -33,6 +33,7 @@ from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
 from eval.search.searcher import decoder
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
@@ -66,6 +67,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     refine_prompts: RunConfig = field(default_factory=RunConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
+    vlm: VlmConfig = field(default_factory=VlmConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
@@ -94,7 +96,7 @@ def refine(config: Config, prompts: Sequence[Prompt], accelerator: Accelerator) 
     """Refine all prompts on all ranks; results on the main process, in order of the prompts."""
     settings, folder = config.refine_prompts, Path(config.refine_prompts.folder)
     generator = Generator(config, accelerator.device, images=prompts[0].image is not None)
-    refiner = PromptRefiner(settings, config.video, folder, generator, made_with=generator.digest)
+    refiner = PromptRefiner(settings, config.vlm, config.video, folder, generator, made_with=generator.digest)
     scorer = generator.scorer() if settings.chosen_by else None
     refiner.run(prompts[accelerator.process_index :: accelerator.num_processes], scorer)
     any_rank(False, accelerator.device)  # an all-reduce, so all are done

@@ -68,8 +68,8 @@ def distinct(texts):
 def refiner(server, folder, generate, encoder=distinct, **settings):
     vlm = {"retries": 1, "backoff": 0.0} | settings.pop("vlm", {})
     vlm = VlmConfig(base_url=server.url, model="eyes", frames=3, **vlm)
-    config = PromptRefineConfig(vlm=vlm, **settings)
-    return PromptRefiner(config, VIDEO, folder, generate, made_with="stub", encoder=encoder)
+    config = PromptRefineConfig(**settings)
+    return PromptRefiner(config, vlm, VIDEO, folder, generate, made_with="stub", encoder=encoder)
 
 
 def record(folder, number, key="ball"):
@@ -125,13 +125,6 @@ def test_the_limit_and_a_clean_critique_end_the_rounds(tmp_path):
     with StubServer(Models(**{"check the physics": clean})) as server:
         (good,) = refiner(server, tmp_path / "clean", Generator()).run([BALL])
     assert good.ended == "no violations" and good.clips == [1]
-
-
-def test_a_language_model_of_its_own_rewrites(tmp_path):
-    with StubServer(Models()) as eyes, StubServer(Models()) as writer:
-        llm = VlmConfig(base_url=writer.url, model="writer")
-        refiner(eyes, tmp_path, Generator(), rounds=1, llm=llm).run([BALL])
-    assert [request["model"] for request in eyes.requests + writer.requests] == ["eyes", "eyes", "writer"]
 
 
 def test_a_scorer_chooses_among_the_rounds(tmp_path):
@@ -320,7 +313,7 @@ def test_what_a_user_can_get_wrong_is_named(tmp_path):
             refiner(server, tmp_path / "two", lambda prompts, texts: empty).run([BALL])
         with pytest.raises(ValueError, match="the scorer gave"):
             refiner(server, tmp_path / "three", Generator(), rounds=1).run([BALL], lambda text, clips: torch.zeros(7))
-    for bad in ({"rounds": 0}, {"similarity": 1.5}, {"max_prompt_chars": 10_000}):
+    for bad in ({"rounds": 0}, {"similarity": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             PromptRefineConfig(**bad)
 

@@ -36,8 +36,8 @@ def arguments(model, output, url, *more):
         "sampler.steps=2",
         "sampler.guidance=1.0",
         'refine_prompts.prompts=["A red ball drops"]',
-        f"refine_prompts.vlm.base_url={url}",
-        "refine_prompts.vlm.model=eyes",
+        f"vlm.base_url={url}",
+        "vlm.model=eyes",
         "refine_prompts.similarity=1.0",
         *more,
     ]

@@ -35,6 +35,7 @@ from accelerate import Accelerator, DistributedType
 from tqdm import tqdm
 
 import recipes
+from eval.judges import JudgeConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -93,6 +94,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def models(config: Config, lora: Lora | None) -> list[Model]:
     """Base, tuned, or both in this order; with a strategy's name behind their own."""
     settings, strategy = config.generate, chosen_strategy(config.generate)
     found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
-    return [searcher.searching(model, strategy, config.search) for model in found]
+    return [searcher.searching(model, strategy, config.search, config.judge) for model in found]
 
 
 def chosen_strategy(settings: GenerateConfig) -> searcher.Strategy:

@@ -41,6 +41,7 @@ from tqdm import tqdm
 import recipes
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
+from eval.judges import JudgeConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -98,6 +99,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
     benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
     list: bool = False  # print every benchmark with what it needs and stop
 
@@ -209,8 +211,9 @@ def models(lora: Lora | None) -> list[Model]:
 def makers(config: Config, lora: Lora | None) -> list[Model]:
     """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
     strategy = searcher.Strategy(config.run.search, config.run.refine)
-    searched = [searcher.searching(model, strategy, config.search) for model in models(lora)] if strategy else []
-    return models(lora) + searched
+    if not strategy:
+        return models(lora)
+    return models(lora) + [searcher.searching(one, strategy, config.search, config.judge) for one in models(lora)]
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:

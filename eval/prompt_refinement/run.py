@@ -47,8 +47,8 @@ from train.sampling import SamplerConfig
 @dataclass
 class RunConfig(PromptRefineConfig):
     prompts: list[str] = field(default_factory=list)  # descriptions
-    prompts_file: str = ""  # instead of prompts: .txt, one a line; .csv or .jsonl, columns prompt [image] [key]
-    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture a prompt, first frame is used
+    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
+    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture per prompt; first frame is used
     lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: the base model
     folder: str = "${output}/refined_prompts"  # everything goes here
     chosen_by: str = ""  # scorer that chooses among a prompt's rounds; empty: the last round's clip
@@ -121,7 +121,7 @@ class Generator:
         fingerprint = load_backbone(config.backbone, "cpu", parts=()).fingerprint
         path, strategy = config.refine_prompts.lora, strategy_of(config.refine_prompts)
         self.lora: Lora | None = read_lora(path, fingerprint, key="refine_prompts.lora") if path else None
-        self.model = searcher.searching(Model(TUNED), strategy, config.search)
+        self.model = searcher.searching(Model(TUNED), strategy, config.search, config.judge)
         backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
         weights = self.lora.sha256 if self.lora else ""
         self.digest = digest([backbone, asdict(config.sampler), weights, self.model.settings])

@@ -1,6 +1,6 @@
 """The candidates of one prompt, and the contract of a scorer.
 
-A scorer is a function of `Candidates` that returns one value a clip, (N,) float32 on the CPU, lower is better:
+A scorer is a function of `Candidates` that returns one value per clip, (N,) float32 on the CPU, lower is better:
 infinity where it cannot score a clip, which is then never chosen. What several scorers need (pixels, residuals, masks)
 is made once and kept with the candidates, with what it cost.
 """

@@ -1,6 +1,6 @@
 """Refinement of the initial noise by the generator's own score (Proprio, section 3.3, appendix C, table 10).
 
-    zeta = mean + exp(log_scale) * noise,  one mean and scale a channel                              eq. 12
+    zeta = mean + exp(log_scale) * noise,  one mean and scale per channel                              eq. 12
     L    = S(z_0(zeta)) + kl_weight * 1/C sum_c (mean^2 + scale^2 - 1 - 2 log scale) / 2              eq. 13
 
 Adam moves mean and log_scale through a few-step sampler and the score; generator, score noise and motion mask stay as
@@ -144,14 +144,14 @@ def refine(
     score: Score | None = None,
     negative: Conditioning | None = None,
 ) -> Refined:
-    """Refine the initial noise (B,C,F,H,W) of B clips, each with its own mean and scale a channel.
+    """Refine the initial noise (B,C,F,H,W) of B clips, each with its own mean and scale per channel.
 
     Args: conditioning, of B clips, with an image for image-to-video. sampler: its steps are those that gradients pass
-    through (the paper's 4). score: in place of `SelfScore` with the motion mask of the first iterate. negative: the
+    through (the paper's 4). score: instead of `SelfScore` with the motion mask of the first iterate. negative: the
     encoded negative prompt, needed where sampler.guidance is not 1.
 
     Returns the iterate of lowest score for each clip; ValueError for noise or settings that do not fit, and for a score
-    that is not one finite number a clip.
+    that is not one finite number per clip.
     """
     check_noise(noise, conditioning)
     started = time.perf_counter()

@@ -1,6 +1,6 @@
 """Racing (ours): the winner of full scoring for a fraction of its passes.
 
-A score that is a mean over rounds (one network pass a clip each: a noise level with a draw, shared by all candidates)
+A score that is a mean over rounds (one network pass per clip: a noise level with a draw, shared by all candidates)
 need not be finished for a clip that cannot win any more. After a few rounds every candidate is compared with the
 leader. Their full scores differ by
 

@@ -494,7 +494,7 @@ def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, c
             f"run.judged.base_url={address}",
             "run.judged.model=stub",
             f"run.pai_bench.judge.base_url={address}",
-            "search.vlm.base_url=https://host/v1?token=SECRET",
+            "judge.vlm.base_url=https://host/v1?token=SECRET",
         )
         assert found["benchmarks"]["judged"]["models"]["base"]["figures"]["score"]["mean"] > 0
         assert all("authorization: basic" in head.lower() for head in server.headers)

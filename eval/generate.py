@@ -222,8 +222,8 @@ def models(config: Config, lora: Lora | None) -> list[Model]:
     return [searcher.searching(model, strategy, config.search, config.judge) for model in found]
 
 
-def chosen_strategy(settings: GenerateConfig) -> searcher.Strategy:
-    return searcher.Strategy(settings.search, settings.refine)
+def chosen_strategy(settings: GenerateConfig) -> searcher.Method:
+    return searcher.Method(settings.search, settings.refine)
 
 
 def check(config: Config) -> None:

@@ -140,7 +140,7 @@ def check(config: Config) -> None:
     if config.backbone.random_weights and not config.dry_run:
         raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
     sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
-    if strategy := searcher.Strategy(settings.search, settings.refine):
+    if strategy := searcher.Method(settings.search, settings.refine):
         searcher.check(strategy, config.search, config.sampler, "run")
 
 
@@ -210,7 +210,7 @@ def models(lora: Lora | None) -> list[Model]:
 
 def makers(config: Config, lora: Lora | None) -> list[Model]:
     """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
-    strategy = searcher.Strategy(config.run.search, config.run.refine)
+    strategy = searcher.Method(config.run.search, config.run.refine)
     if not strategy:
         return models(lora)
     return models(lora) + [searcher.searching(one, strategy, config.search, config.judge) for one in models(lora)]

@@ -105,9 +105,9 @@ class Refinement:
 class PromptRefiner:
     """Refines prompts into `folder`. backend: instead of the one that `vlm` names.
 
-    generate: makes one clip per prompt from the text that it is given, best with the same noise in every round; its image
-    is `Prompt.image`. made_with: whatever else the clips depend on (model, sampler, seed), in words; clips of other
-    settings are made anew. encoder: instead of config.encoder. Raises ValueError for settings that cannot work.
+    generate: makes one clip per prompt from the text that it is given, best with the same noise in every round; its
+    image is `Prompt.image`. made_with: whatever else the clips depend on (model, sampler, seed), in words; clips of
+    other settings are made anew. encoder: instead of config.encoder. ValueError for settings that cannot work.
     """
 
     def __init__(

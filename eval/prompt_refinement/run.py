@@ -167,8 +167,8 @@ class Generator:
         return values
 
 
-def strategy_of(settings: RunConfig) -> searcher.Strategy:
-    return searcher.Strategy(settings.search, settings.refine)
+def strategy_of(settings: RunConfig) -> searcher.Method:
+    return searcher.Method(settings.search, settings.refine)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     loss = |x' - x| + SQUARE_WEIGHT |x' - x|^2 + w KL       both distances weighted towards what moves
 
 A plain backdrop fills most of a clip, so the pixels of objects and rods, and a border around them, weigh OBJECT_WEIGHT
-times the others. w rises from 0 to KL_WEIGHT once objects are drawn: with the full weight from the
-start the latents would carry nothing. diffusers walks through a clip in chunks of four frames; `encode_whole` and `decode_whole` give the
+times the others. w rises from 0 to KL_WEIGHT once objects are drawn: with the full weight from the start the latents
+would carry nothing. diffusers walks through a clip in chunks of four frames; `encode_whole` and `decode_whole` give the
 same in one pass, which is several times faster where clips are small.
 
 Writes the VAE as a diffusers component in float16, its latents' statistics over held-out clips in the config,

@@ -2,8 +2,8 @@
 
 World coordinates do not depend on the resolution: the frame is 1 high and `aspect` = width / height wide, x grows to
 the right, y grows DOWN, the origin is the top left corner. Lengths are therefore "frame heights" (u), times are
-seconds, and a clip of H rows at f frames per second turns u/s^2 into pixels/frame^2 by H / f^2 (at 64 rows and 8 frames per
-second that factor is exactly 1).
+seconds, and a clip of H rows at f frames per second turns u/s^2 into pixels/frame^2 by H / f^2 (at 64 rows and 8 frames
+per second that factor is exactly 1).
 
 Everything that a judge may know without seeing a clip's hidden parameters is a constant of this file.
 """

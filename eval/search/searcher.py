@@ -40,7 +40,9 @@ STRIDE = 1_000_003  # from one candidate's seed to the next; a prime, so that sm
 
 
 @dataclass(frozen=True)
-class Strategy:
+class Method:
+    """How a clip is found."""
+
     search: str = ""  # of SEARCHES
     refine: str = ""  # of REFINEMENTS
 
@@ -49,29 +51,29 @@ class Strategy:
 
     @property
     def suffix(self) -> str:
-        """Of names of folders and files: what a strategy makes lies beside what another one makes."""
+        """Of names of folders and files: what a method makes lies beside what another one makes."""
         return "".join(f"-{part}" for part in (self.search, self.refine) if part)
 
 
-def check(strategy: Strategy, config: SearchConfig, sampler: SamplerConfig, section: str) -> None:
+def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section: str) -> None:
     """ValueError, naming key, value and remedy, for what cannot work. section: of the keys search and refine."""
     for key, known in (("search", SEARCHES), ("refine", REFINEMENTS)):
-        if getattr(strategy, key) not in known:
-            value = getattr(strategy, key)
+        if getattr(method, key) not in known:
+            value = getattr(method, key)
             raise ValueError(f"{section}.{key}={value!r} is unknown: leave it empty or use {', '.join(known[1:])}")
     check_scorers({"chosen_by": [config.chosen_by], "prune.scorers": config.prune.scorers[:1] or [""]})
-    if strategy.search and config.num_candidates < 2:
+    if method.search and config.num_candidates < 2:
         raise ValueError(f"search.num_candidates={config.num_candidates}: a search needs 2 or more")
-    if strategy.search == "race" and config.chosen_by not in RACING:
+    if method.search == "race" and config.chosen_by not in RACING:
         raise ValueError(f"search.chosen_by={config.chosen_by} cannot race: use one of {', '.join(sorted(RACING))}")
-    if strategy.search == "prune":
+    if method.search == "prune":
         if not config.prune.steps or not 0 < config.prune.steps[0] < sampler.steps:
             raise ValueError(
                 f"search.prune.steps={config.prune.steps}: name a step from 1 to {sampler.steps - 1} first"
             )
-        if strategy.refine == "guidance":
+        if method.refine == "guidance":
             raise ValueError(f"{section}.search=prune looks at clips before they are guided: use best_of_n or race")
-    if strategy.refine == "guidance" and not config.surprise.path:
+    if method.refine == "guidance" and not config.surprise.path:
         raise ValueError(f"{section}.refine=guidance needs a world model: name it in search.surprise.path")
     check_batches(config)
 
@@ -98,54 +100,54 @@ def scorer_settings(name: str, config: SearchConfig, judge: JudgeConfig | None =
     return {key: every[key] for key in SETTINGS.get(name, ())}
 
 
-def settings(strategy: Strategy, config: SearchConfig, judge: JudgeConfig | None = None) -> dict[str, Any]:
-    """All that a strategy's clip depends on beside prompt, seed, network and sampler, as plain JSON values."""
-    found: dict[str, Any] = asdict(strategy)
-    names = [config.chosen_by] if strategy.search or config.refine.best > 1 and strategy.refine == "proprio" else []
-    if strategy.search:
+def settings(method: Method, config: SearchConfig, judge: JudgeConfig | None = None) -> dict[str, Any]:
+    """All that a method's clip depends on beside prompt, seed, network and sampler, as plain JSON values."""
+    found: dict[str, Any] = asdict(method)
+    names = [config.chosen_by] if method.search or config.refine.best > 1 and method.refine == "proprio" else []
+    if method.search:
         found["num_candidates"] = config.num_candidates
-    if strategy.search == "race":
+    if method.search == "race":
         found["race"] = config.race.settings()
-    if strategy.search == "prune":
+    if method.search == "prune":
         names.append(config.prune.scorers[0])
         found["prune"] = asdict(config.prune)
-    if strategy.refine == "proprio":
+    if method.refine == "proprio":
         found["refined"] = config.refine.settings()
-    if strategy.refine == "guidance":
+    if method.refine == "guidance":
         found |= {"refined": config.guidance.settings(), "surprise": asdict(config.surprise)}
     return found | {"scorers": {name: scorer_settings(name, config, judge) for name in names}}
 
 
-def describe(strategy: Strategy, config: SearchConfig) -> str:
+def describe(method: Method, config: SearchConfig) -> str:
     """The line of a dry run."""
-    if not strategy:
+    if not method:
         return "none"
     parts = []
-    if strategy.search:
-        parts.append(f"{strategy.search} of {config.num_candidates} by {config.chosen_by}: so many times these passes")
-    if strategy.refine == "proprio":
+    if method.search:
+        parts.append(f"{method.search} of {config.num_candidates} by {config.chosen_by}: so many times these passes")
+    if method.refine == "proprio":
         updates, steps, passes = config.refine.updates, config.refine.steps, config.refine.levels * config.refine.draws
-        count = max(1, config.refine.best) if strategy.search else 1
+        count = max(1, config.refine.best) if method.search else 1
         parts.append(f"{count} refined in {updates + 1} rounds of {steps} steps and {passes} passes")
-    if strategy.refine == "guidance":
+    if method.refine == "guidance":
         parts.append(f"guided every {config.guidance.every} steps")
     return "; ".join(parts)
 
 
-def searching(model: Model, strategy: Strategy, config: SearchConfig, judge: JudgeConfig | None = None) -> Model:
+def searching(model: Model, method: Method, config: SearchConfig, judge: JudgeConfig | None = None) -> Model:
     """The model with a search behind it, under a name of its own; as it is where there is none."""
-    if not strategy:
+    if not method:
         return model
-    found = settings(strategy, config, judge)
-    searched = Searching(strategy, config, judge)
-    return replace(model, name=model.name + strategy.suffix, strategy=searched, settings=found)
+    found = settings(method, config, judge)
+    searched = Searching(method, config, judge)
+    return replace(model, name=model.name + method.suffix, strategy=searched, settings=found)
 
 
 class Searching:
-    """The search as a strategy of `eval.maker`: one clip per request, one after the other."""
+    """The search as a Strategy of `eval.maker`: one clip per request, one after the other."""
 
-    def __init__(self, strategy: Strategy, config: SearchConfig, judge: JudgeConfig | None):
-        self.strategy, self.config, self.judge, self._searcher = strategy, config, judge, None
+    def __init__(self, method: Method, config: SearchConfig, judge: JudgeConfig | None):
+        self.method, self.config, self.judge, self._searcher = method, config, judge, None
 
     def __call__(
         self,
@@ -161,7 +163,7 @@ class Searching:
         latents, facts = [], []
         for number, request in enumerate(requests):
             one, prompt = conditioning[number : number + 1], request.prompt
-            clip, found = self._searcher.find(self.strategy, prompt.key, prompt.text, one, request.seed)
+            clip, found = self._searcher.find(self.method, prompt.key, prompt.text, one, request.seed)
             latents.append(clip)
             facts.append({"search": found})
         return torch.cat(latents), facts
@@ -234,25 +236,25 @@ class Searcher:
         return found, Cost(found.passes, time.perf_counter() - started)
 
     def find(
-        self, strategy: Strategy, key: str, prompt: str, conditioning: Conditioning, seed: int
+        self, method: Method, key: str, prompt: str, conditioning: Conditioning, seed: int
     ) -> tuple[Tensor, dict[str, Any]]:
         """The clip, latents (1, C, F, H, W), and facts: candidates' seeds and scores, the chosen one, the cost.
 
         conditioning, of one clip. key names the prompt's noise draws.
         """
         config, named = self.config, partial(self.candidates, key, prompt, conditioning)
-        count = config.num_candidates if strategy.search else 1
+        count = config.num_candidates if method.search else 1
         seeds = [seed + number * STRIDE for number in range(count)]
-        facts: dict[str, Any] = asdict(strategy) | {"seeds": seeds, "chosen": 0}
+        facts: dict[str, Any] = asdict(method) | {"seeds": seeds, "chosen": 0}
         few, spent = [0], Cost()
-        if strategy.search:
-            facts["chosen"], latents, values, spent = self._best(strategy, named, conditioning, seeds)
+        if method.search:
+            facts["chosen"], latents, values, spent = self._best(method, named, conditioning, seeds)
             shown = [value if math.isfinite(value) else None for value in values.tolist()]
             facts |= {"chosen_by": config.chosen_by, "values": shown}
             few = promising(values, max(1, config.refine.best))
-        elif strategy.refine == "guidance":
+        elif method.refine == "guidance":
             latents, spent = self.guidance.clips(conditioning, seeds)
-        if strategy.refine == "proprio":
+        if method.refine == "proprio":
             some = [seeds[index] for index in few]
             latents, traces, cost = self.refinement.clips(conditioning.expand(len(few)), some)
             facts["refined"] = {"of": few, "score_before": traces[:, 0].tolist(), "score": traces[:, 1].tolist()}
@@ -265,19 +267,19 @@ class Searcher:
         return latents, facts | asdict(spent)
 
     def _best(
-        self, strategy: Strategy, named: partial, conditioning: Conditioning, seeds: Sequence[int]
+        self, method: Method, named: partial, conditioning: Conditioning, seeds: Sequence[int]
     ) -> tuple[int, Tensor, Tensor, Cost]:
         """Number of the best candidate, its latents (1, C, F, H, W), all values (N,), infinity where a clip was not
         finished, and the cost."""
         kept = list(range(len(seeds)))
-        if strategy.refine == "guidance":
+        if method.refine == "guidance":
             latents, spent = self.guidance.clips(conditioning.expand(len(seeds)), seeds)
         else:
             started, early = time.perf_counter(), Cost()
-            stop = self.config.prune.steps[0] if strategy.search == "prune" else self.sampler.steps
+            stop = self.config.prune.steps[0] if method.search == "prune" else self.sampler.steps
             part = self.sample(conditioning, seeds, [stop])[stop]
             latents, passes = part.latents, len(seeds) * sampling_passes(self.backbone, self.sampler, 0, stop)
-            if strategy.search == "prune":
+            if method.search == "prune":
                 looking = self.scorer(self.config.prune.scorers[0], early=True)
                 values, early = named(part.clean).measure(looking)
                 kept = promising(values, max(1, math.ceil(self.config.prune.keep * len(seeds))))
@@ -289,7 +291,7 @@ class Searcher:
                 passes += len(kept) * sampling_passes(self.backbone, self.sampler, stop)
             spent = Cost(passes, time.perf_counter() - started - early.seconds) + early
         candidates = named(latents)
-        if strategy.search == "race":
+        if method.search == "race":
             raced, cost = self.race(candidates)
             winner, found = raced.winner, raced.scores
         else:

@@ -171,7 +171,7 @@ def test_levels_are_shares_of_the_steps_on_the_samplers_grid():
 def test_a_recipes_levels_follow_its_sampler_and_stand_in_what_a_clip_depends_on():
     config = recipes.load(generate.Config, ["sampler.shift=5", "generate.prompts=[x]"])
     assert config.search.residuals.shift == config.search.refine.shift == 5
-    kept = searcher.settings(searcher.Strategy("best_of_n", "proprio"), config.search)
+    kept = searcher.settings(searcher.Method("best_of_n", "proprio"), config.search)
     levels = {"levels": 4, "first": 0.3, "last": 0.6, "shift": 5.0}
     assert levels.items() <= kept["scorers"]["residual_per_motion"]["residuals"].items()
     assert levels.items() <= kept["refined"].items()

@@ -15,7 +15,7 @@ types and lengths that were asked for, or it counts as malformed and is asked fo
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from eval.vlm.client import Backend, Malformed, NoAnswer, Question, Reply, Vlm, VlmConfig, quoted, storable
@@ -85,7 +85,7 @@ SCHEMA = _object(
 
 @dataclass
 class FilterConfig:
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # vlm.model empty: no filter
+    enabled: bool = False  # whether the model of the section vlm reads and filters the captions
     threshold: float = 0.6  # physics_richness from which a clip counts as physics-rich; algorithm 1, step 4
     max_prompt_chars: int = 4000  # a longer caption is refused, not cut
 
@@ -122,11 +122,11 @@ class Refused:
 
 
 class CotFilter:
-    """backend: in place of the one that config.vlm names. Raises ValueError for settings that cannot work."""
+    """backend: in place of the one that `vlm` names. Raises ValueError for settings that cannot work."""
 
-    def __init__(self, config: FilterConfig, backend: Backend | None = None):
+    def __init__(self, config: FilterConfig, vlm: VlmConfig, backend: Backend | None = None):
         self.config = config
-        self.vlm = Vlm(config.vlm, backend)
+        self.vlm = Vlm(vlm, backend)
 
     def run(self, items: Sequence[Item], advance: Callable[[int], None] = lambda count: None) -> list[Answer | Refused]:
         """An Answer or a Refused for each item, in order; advance is told 1 after each.

@@ -21,6 +21,7 @@ from data_pipeline.manifests import Row
 from data_pipeline.resample import ResampleConfig
 from data_pipeline.sources import FrameReader, row_of
 from data_pipeline.tables import Advance, Made, Stage, Table, Unit, add_columns, drop, dropped_table
+from eval.vlm.backend import VlmConfig
 from eval.vlm.client import jpeg_frames
 from train.files import digest
 
@@ -32,13 +33,15 @@ class Filter(Stage):
 
     name = "filter"
 
-    def __init__(self, folder: Path, config: FilterConfig, settings: Mapping[str, Any], reader: FrameReader):
+    def __init__(
+        self, folder: Path, config: FilterConfig, vlm: VlmConfig, settings: Mapping[str, Any], reader: FrameReader
+    ):
         super().__init__(folder)
-        self.config, self.settings, self.reader = config, settings, reader
+        self.config, self.vlm, self.settings, self.reader = config, vlm, settings, reader
 
     @cached_property
     def filter(self) -> CotFilter:
-        return CotFilter(self.config)
+        return CotFilter(self.config, self.vlm)
 
     def plan(self, before: Table) -> list[Unit]:
         return before.units(lambda number: self.settings)
@@ -63,7 +66,7 @@ class Filter(Stage):
         return drop(add_columns(rows, self.name, columns), bad)
 
     def _frames(self, row: Row) -> list[bytes]:
-        return jpeg_frames(self.reader.read(row), self.config.vlm.frames, self.config.vlm.frame_height)
+        return jpeg_frames(self.reader.read(row), self.vlm.frames, self.vlm.frame_height)
 
     def is_worth_a_retry(self, marker: Mapping[str, Any]) -> bool:
         return "server" in marker["dropped"]

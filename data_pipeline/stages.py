@@ -22,8 +22,10 @@ from data_pipeline.store import Store
 from data_pipeline.tables import PassThrough, Stage
 from data_pipeline.target_stage import Targets
 from data_pipeline.targets import TargetMaker, TargetsConfig
-from eval.judges import JudgeConfig, build_judge
+from eval.judges import JudgeConfig, Judging, build_judge, judge_settings
+from eval.judges.external_tool import RatersConfig
 from eval.judges.scores import Judge
+from eval.vlm.backend import VlmConfig, recorded
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import VideoConfig
@@ -58,11 +60,10 @@ class PipelineConfig:
     unit_size: int = 16  # rows a unit from generate on: one shard; its losers are judged together
     batch_size: int = 1  # losers sampled together, per GPU; an interruption costs at most these
     encode_batch: int = 1  # clips encoded or decoded together, per GPU
-    filter: FilterConfig = field(default_factory=FilterConfig)  # without filter.vlm.model all rows pass
+    filter: FilterConfig = field(default_factory=FilterConfig)  # without filter.enabled all rows pass
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # without cluster.model rows keep their actions
     resample: ResampleConfig = field(default_factory=ResampleConfig)  # without resample.budget all rows stay
     targets: TargetsConfig = field(default_factory=TargetsConfig)  # without targets.tracks there are none
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of difficulty, and of the losers that have no scores
     scores: str = ""  # CSV with the columns key, loser, semantic, physical; goes before the manifest's own scores
     save_losers: bool = False  # also write every loser as <output>/losers/<key>-<loser>.mp4
     array_index: int = 0  # this process is one of array_count independent ones, see launch/build_array.sbatch
@@ -78,6 +79,9 @@ class Config:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # of the filter, and of the judge "vlm"
+    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of difficulty, and of the losers that have no scores
+    raters: RatersConfig = field(default_factory=RatersConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
 
@@ -96,17 +100,17 @@ class Stages:
         sources_of(self.config)
         if STAGES.index(chosen[-1]) >= STAGES.index("difficulty" if self.tries_the_model else "generate"):
             assert self.winner_settings and self.scores is not None
-        if self.config.pipeline.judge.name:
+        if self.config.judge.name:
             self.build_judge()
-        if "filter" in chosen and self.config.pipeline.filter.vlm.model:
-            CotFilter(self.config.pipeline.filter)
+        if "filter" in chosen and self.config.pipeline.filter.enabled:
+            CotFilter(self.config.pipeline.filter, self.config.vlm)
         if "cluster" in chosen and self.config.pipeline.cluster.model:
             ActionMatcher(self.config.pipeline.cluster, self.device)
         resample.check(self.config.pipeline.resample)
-        if self.tries_the_model and not self.config.pipeline.judge.name:
+        if self.tries_the_model and not self.config.judge.name:
             raise ValueError(
                 f"pipeline.resample.tau={self.config.pipeline.resample.tau:g} needs a judge of the model's own clips:"
-                " set pipeline.judge.name, or tau=0 to take all actions alike"
+                " set judge.name, or tau=0 to take all actions alike"
             )
         if "targets" in chosen:
             TargetMaker(self.config.pipeline.targets, self.config.video, self.device)
@@ -115,13 +119,17 @@ class Stages:
         return load_backbone(self.config.backbone, self.device, parts=tuple(parts))
 
     def build_judge(self) -> Judge:
-        return build_judge(self.config.pipeline.judge, self.config.video.fps, self.device)
+        return build_judge(self.judging, self.config.video.fps, self.device)
 
     @property
     def judge_settings(self) -> Any:
         """What a judge's scores depend on, beside the clips."""
-        judge = self.config.pipeline.judge
-        return [judge.name, outcome_settings(getattr(judge, judge.name))] if judge.name else None
+        name = self.config.judge.name
+        return [name, outcome_settings(judge_settings(self.judging)[name])] if name else None
+
+    @property
+    def judging(self) -> Judging:
+        return Judging.of(self.config)
 
     @cached_property
     def scores(self) -> Scores:
@@ -177,13 +185,13 @@ class Stages:
 
     def _filter(self, folder: Path) -> Stage:
         settings = self.config.pipeline.filter
-        if not settings.vlm.model:
+        if not settings.enabled:
             return PassThrough(folder, "filter")
         reader = FrameReader(self.config.video, self.device)
         # Without a cache of its own, so that a build that is killed asks nothing twice.
-        cache = settings.vlm.cache or str(folder / "answers")
-        settings = replace(settings, vlm=replace(settings.vlm, cache=cache))
-        return Filter(folder, settings, outcome_settings(settings), reader)
+        vlm = replace(self.config.vlm, cache=self.config.vlm.cache or str(folder / "answers"))
+        outcome = {"threshold": settings.threshold, "max_prompt_chars": settings.max_prompt_chars, "vlm": recorded(vlm)}
+        return Filter(folder, settings, vlm, outcome_settings(outcome), reader)
 
     def _cluster(self, folder: Path) -> Stage:
         settings = self.config.pipeline.cluster
@@ -238,7 +246,7 @@ class Stages:
         return JudgeLosers(
             folder,
             self.load,
-            self.build_judge if settings.judge.name else None,
+            self.build_judge if config.judge.name else None,
             self.judge_settings,
             self.scores,
             losers=losers_of(self.folder / "generate"),
@@ -275,7 +283,7 @@ def sources_of(config: Config) -> list[Source]:
 
 def outcome_settings(settings: Any) -> dict[str, Any]:
     """A section of settings without those that say how fast, not what: their change makes nothing outdated."""
-    plain = asdict(settings)
+    plain = settings if isinstance(settings, dict) else asdict(settings)
 
     def without(tree: Any) -> Any:
         if not isinstance(tree, dict):

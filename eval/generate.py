@@ -29,32 +29,31 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
-from tqdm import tqdm
 
 import recipes
-from eval.judges import JudgeConfig
+from eval.clips import Clip, outdated
+from eval.judges import JudgeConfig, Judging
+from eval.judges.external_tool import RatersConfig
 from eval.maker import (
     BASE,
     TUNED,
-    Clip,
-    Conditionings,
     Lora,
-    Maker,
     Model,
     Request,
-    Requests,
     batches,
+    build_request,
     first_frame,
     image_problem,
-    outdated,
+    make_clips,
     read_lora,
+    shared,
+    warn_of_cut_prompts,
 )
 from eval.prompts import Prompt, read_prompts
 from eval.search import searcher
 from eval.search.config import SearchConfig
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
@@ -94,46 +93,27 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
+    vlm: VlmConfig = field(default_factory=VlmConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt with one seed."""
-
-    requests: list[Request]  # base, tuned, or both in this order
-    comparison: Clip | None  # both side by side
-    todo: list[str]  # names of the models whose clips have to be sampled
-
-    @property
-    def prompt(self) -> Prompt:
-        return self.requests[0].prompt
-
-    @property
-    def seed(self) -> int:
-        return self.requests[0].seed
-
-    @property
-    def clips(self) -> list[Clip]:
-        return [request.clip for request in self.requests]
-
-    @property
-    def unfinished(self) -> bool:
-        return bool(self.todo) or not (self.comparison is None or self.comparison.is_finished())
+    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 @dataclass(frozen=True)
 class Work:
-    jobs: list[Job]  # all, finished or not
+    """All clips of the prompts with their seeds, finished or not."""
+
+    requests: dict[str, list[Request]]  # by model: base, tuned, or both in this order; by prompt, then by seed
+    comparisons: list[Clip]  # of both models side by side, in the same order; none where there is one model
     fingerprint: str  # of the backbone
     lora: Lora | None
 
-    def unfinished(self, size: int) -> list[list[Job]]:
-        """Batches of `size` jobs by place among all, those with anything to do: the longest first, so that dealing them
-        in turn gives ranks equal shares."""
-        found = [self.jobs[start : start + size] for start in range(0, len(self.jobs), size)]
-        found = [batch for batch in found if any(job.unfinished for job in batch)]
-        return sorted(found, key=lambda batch: -sum(len(job.todo) for job in batch))
+    @property
+    def pairs(self) -> list[tuple[Request, ...]]:
+        """The models' requests of one prompt and seed."""
+        return list(zip(*self.requests.values(), strict=True))
+
+    def missing(self) -> list[Request]:
+        return [one for requests in self.requests.values() for one in requests if not one.clip.is_finished()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,16 +141,22 @@ def generate(config: Config, accelerator: Accelerator) -> None:
 
 def make(config: Config, work: Work | None, accelerator: Accelerator) -> None:
     """Clips, contact sheet and manifest; work is the main process's."""
-    todo = work.unfinished(config.generate.batch_size) if work else None
-    shared = [todo, work.lora if work else None]
-    if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins
-        dist.broadcast_object_list(shared)
-    todo, lora = shared
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    make_clips(config, mine, lora, accelerator.device, progress=accelerator.is_main_process)
-    any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
+    settings, todo, made = config.generate, [], 0
     if work:
-        conclude(config, work, made=sum(len(job.todo) for batch in todo for job in batch))
+        made = len(work.missing())
+        known = {model.name: model for model in models(config, work.lora)}
+        for name, requests in work.requests.items():
+            todo += batches(known[name], requests, settings.batch_size)
+    todo, lora = shared(accelerator, (todo, work.lora if work else None))
+    make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
+    any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
+    found = zip(work.comparisons, work.pairs, strict=False) if work else ()
+    unfinished = shared(accelerator, [(clip, pair) for clip, pair in found if not clip.is_finished()])
+    for clip, pair in unfinished[accelerator.process_index :: accelerator.num_processes]:
+        compare(clip, pair, config.video)
+    any_rank(False, accelerator.device)
+    if work:
+        conclude(config, work, made=made)
 
 
 # What there is to do
@@ -190,36 +176,32 @@ def prepare(config: Config) -> Work:
     _check_images(config, prompts, shell)
     fingerprint = "" if _is_placeholder(config) else shell.fingerprint
     lora = read_lora(settings.lora, fingerprint, key="generate.lora") if settings.lora else None
-    builder = Requests(config.backbone, config.sampler, shell.fingerprint)
     if not _is_placeholder(config):
-        tokenizer = load_backbone(config.backbone, "cpu", parts=("tokenizer",))
-        if warning := tokenizer.cut_prompts({f"prompt {prompt.key}": prompt.text for prompt in prompts}):
-            print(warning)
-    folder = Path(settings.folder)
-    jobs = []
-    for prompt in prompts:
-        for seed in settings.seeds or [config.seed]:
-            file = f"{prompt.key}-{seed}.mp4"
-            requests = [
-                builder.build(model, folder / model.name / file, prompt, seed, video) for model in models(config, lora)
-            ]
-            comparison = None
-            if len(requests) == 2:
-                which = COMPARISON + _suffix(settings)
-                digests = {request.clip.which: request.clip.digest for request in requests}
-                comparison = Clip(which, folder / which / file, {"clips": digests})
-            todo = [request.clip.which for request in requests if not request.clip.is_finished()]
-            jobs.append(Job(requests, comparison, todo))
-    if line := outdated((clip for job in jobs for clip in job.clips if clip.which in job.todo), folder):
+        warn_of_cut_prompts(config.backbone, prompts)
+    folder, seeds = Path(settings.folder), settings.seeds or [config.seed]
+    places = [(prompt, seed, f"{prompt.key}-{seed}.mp4") for prompt in prompts for seed in seeds]
+    requests = {
+        model.name: [
+            build_request(config, shell.fingerprint, model, folder / model.name / file, prompt, seed, video)
+            for prompt, seed, file in places
+        ]
+        for model in models(config, lora)
+    }
+    work, which = Work(requests, [], shell.fingerprint, lora), COMPARISON + _suffix(settings)
+    if len(requests) == 2:
+        for pair, (_, _, file) in zip(work.pairs, places, strict=True):
+            digests = {request.clip.which: request.clip.digest for request in pair}
+            work.comparisons.append(Clip(which, folder / which / file, {"clips": digests}))
+    if line := outdated((request.clip for request in work.missing()), folder):
         print(line)
-    return Work(jobs, shell.fingerprint, lora)
+    return work
 
 
 def models(config: Config, lora: Lora | None) -> list[Model]:
     """Base, tuned, or both in this order; with a strategy's name behind their own."""
     settings, strategy = config.generate, chosen_strategy(config.generate)
     found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
-    return [searcher.searching(model, strategy, config.search, config.judge) for model in found]
+    return [searcher.searching(model, strategy, config.search, Judging.of(config)) for model in found]
 
 
 def chosen_strategy(settings: GenerateConfig) -> searcher.Method:
@@ -279,7 +261,7 @@ def _suffix(settings: GenerateConfig) -> str:
 def plan(config: Config, work: Work, *, world: int) -> str:
     """The lines of a dry run for `world` ranks."""
     shell, video, sampler, lora = _shell(config), config.video, config.sampler, work.lora
-    clips, todo = sum(len(job.clips) for job in work.jobs), sum(len(job.todo) for job in work.jobs)
+    clips, todo, jobs = sum(map(len, work.requests.values())), len(work.missing()), [pair[0] for pair in work.pairs]
     scales = [sampler.guidance]
     if sampler.guidance_low is not None and len(shell.expert_folders) > 1:
         scales.append(sampler.guidance_low)
@@ -292,8 +274,8 @@ def plan(config: Config, work: Work, *, world: int) -> str:
         "LoRA": f"{lora.path} ({rank}, for {lora.expert})" if lora else "none: base clips only",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "tokens": f"{shell.num_tokens(*size)} a network pass",
-        "jobs": f"{len(work.jobs)} = {len({job.prompt.key for job in work.jobs})} prompts x"
-        f" {len({job.seed for job in work.jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
+        "jobs": f"{len(jobs)} = {len({job.prompt.key for job in jobs})} prompts x"
+        f" {len({job.seed for job in jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
         "network passes": f"{at_most}{todo * passes}, {passes} a clip ({sampler.steps} steps)",
         "search": searcher.describe(chosen_strategy(config.generate), config.search),
@@ -302,42 +284,15 @@ def plan(config: Config, work: Work, *, world: int) -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
 
 
-# Making it
+# What came of it
 
 
-def make_clips(
-    config: Config, todo: Sequence[list[Job]], lora: Lora | None, device: torch.device, *, progress: bool
-) -> None:
-    """Make what is missing of these batches, on this rank alone. Weights are loaded only where something has to be
-    sampled."""
-    total = sum(len(job.todo) for batch in todo for job in batch)
-    maker = None
-    if total:
-        if progress:
-            print(f"encoding prompts and loading the network for {total} clips on this rank")
-        requests = [job.requests[0] for batch in todo if any(job.todo for job in batch) for job in batch]
-        conditionings = Conditionings(config.backbone, config.sampler, requests, device)
-        maker = Maker(config.backbone, config.sampler, lora, conditionings, device, fused=config.generate.fused)
-    size, wanted_models = config.generate.batch_size, models(config, lora)
-    with tqdm(total=total, desc="clips", unit="clip", smoothing=0, disable=not (progress and total)) as bar:
-        for batch in todo:
-            for model in wanted_models:
-                requests = [r for job in batch for r in job.requests if r.clip.which == model.name]
-                for some in batches(model, requests, size):
-                    maker.make(model, some)
-                bar.update(sum(model.name in job.todo for job in batch))
-            for job in batch:
-                if job.comparison is not None and not job.comparison.is_finished():
-                    compare(job, config.video)
-
-
-def compare(job: Job, video: VideoConfig) -> None:
-    """The job's side-by-side clip, from the files: the same whether they were made just now or in an earlier run."""
+def compare(comparison: Clip, pair: Sequence[Request], video: VideoConfig) -> None:
+    """The side-by-side clip, from the files: the same whether they were made just now or in an earlier run."""
     started = time.perf_counter()
-    clips = [read_clip(clip.path, video) for clip in job.clips]
-    both = side_by_side(clips, [clip.which for clip in job.clips])
-    facts = {"key": job.prompt.key, "prompt": job.prompt.text, "seed": job.seed, "passes": 0}
-    job.comparison.write(both, video.fps, facts | {"seconds": round(time.perf_counter() - started, 3)})
+    both = side_by_side([read_clip(one.clip.path, video) for one in pair], [one.clip.which for one in pair])
+    facts = {"key": pair[0].prompt.key, "prompt": pair[0].prompt.text, "seed": pair[0].seed, "passes": 0}
+    comparison.write(both, video.fps, facts | {"seconds": round(time.perf_counter() - started, 3)})
 
 
 def conclude(config: Config, work: Work, *, made: int) -> None:
@@ -351,21 +306,20 @@ def conclude(config: Config, work: Work, *, made: int) -> None:
         rate = video.fps * (SHEET_COLUMNS - 1) / (video.num_frames - 1)  # from the first frame to the last
         small = replace(small, num_frames=SHEET_COLUMNS, fps=rate)
     rows, records = [], []
-    for job in work.jobs:
-        for clip in job.clips:
-            record = clip.record()
-            assert record is not None and record["digest"] == clip.digest, clip.path
-            records.append(record)
-            rows.append((f"{clip.which}: {job.prompt.text[:60]} (seed {job.seed})", read_clip(clip.path, small)))
+    for request in (one for pair in work.pairs for one in pair):
+        clip, record = request.clip, request.clip.record()
+        assert record is not None and record["digest"] == clip.digest, clip.path
+        records.append(record)
+        rows.append((f"{clip.which}: {request.prompt.text[:60]} (seed {request.seed})", read_clip(clip.path, small)))
     sheet, manifest = folder / f"sheet{suffix}.png", folder / f"manifest{suffix}.jsonl"
     write_text(folder / f"recipe{suffix}.yaml", recipes.to_yaml(config))
     contact_sheet(sheet, rows, columns=SHEET_COLUMNS)
     write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     seconds = sum(record["seconds"] for record in records) / len(records)
-    example = work.jobs[0].comparison or work.jobs[0].clips[0]
+    example = (work.comparisons or [work.pairs[0][0].clip])[0]
     print(f"clips     {len(records)}, of which {made} made now; {seconds:.1f} s a clip")
     print(f"sheet     {sheet}\nmanifest  {manifest}")
-    print(f"{'compare' if example is work.jobs[0].comparison else 'clip':<10}{example.path}")
+    print(f"{'compare' if work.comparisons else 'clip':<10}{example.path}")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,39 @@
-"""Clips as files: what each was made from, which are missing, and the making of those, of the base and a tuned model.
+"""Making clips: of the base and a tuned model, from the same noise, on every rank its share of what is missing.
 
-    <folder>/<model>/<key>-<seed>.mp4    a clip, and beside it <key>-<seed>.json, its sidecar: all that its frames
-                                         depend on, with a digest, and what making it took; written last
-
-A clip whose sidecar shows the same settings is finished: whoever is stopped continues. Clips that are sampled together
-change each other by rounding, so batches are formed by place among all clips, finished or not (`batches`), and a batch
-of which any clip is missing is sampled as a whole: a run that was stopped makes the clips that it would have made. How
-latents are sampled is one
-function of a `Model`, its `Strategy`; a search over several candidates is another such function
-(`eval.search.searcher`).
+Clips that are sampled together change each other by rounding. So batches are formed by place among all clips, finished
+or not (`batches`), and a batch of which any clip is missing is sampled as a whole: a run that was stopped makes the
+clips that it would have made. How latents are sampled is one function of a `Model`; a search over several candidates is
+another such function (`eval.search.searcher`).
 """
 
 import gc
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
-from pydantic import ConfigDict, FiniteFloat
+import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
-from typing_extensions import TypedDict
+from tqdm import tqdm
 
+from eval.clips import Clip
 from eval.prompts import Prompt
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, lora_config, read_weights_metadata, weights_path
-from train.clips import VideoConfig, from_pixels, motion_energy, read_clip, to_pixels, write_clip
-from train.files import digest, read_json, sha256, write_text
+from train.clips import VideoConfig, from_pixels, read_clip, to_pixels
+from train.files import sha256
 from train.fused.inference import fuse
 from train.lora_switch import LoraConfig
 from train.sampling import SamplerConfig, sample_clips
 
 BASE, TUNED = "base", "tuned"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,82 +65,14 @@ def read_lora(path: str, fingerprint: str, *, key: str) -> Lora:
     return Lora(file, sha256(file), metadata["expert"], shape)
 
 
-class Sidecar(TypedDict):
-    """What is kept of a clip beside the settings that it was made with, which stand among these."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")
-    which: str  # the folder's name
-    path: str  # below the folder of all models
-    motion: FiniteFloat  # energy
-    seconds: FiniteFloat  # that making it took
-    passes: FiniteFloat  # of the network
-    bytes: int  # of the clip
-    digest: str  # of the settings
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A file that is wanted. `settings` is all that its frames depend on, as plain JSON values."""
-
-    which: str  # the folder's name
-    path: Path
-    settings: dict[str, Any]
-    lossless: bool = False
-
-    @property
-    def digest(self) -> str:
-        return digest(self.settings)
-
-    def record(self) -> Sidecar | None:
-        """The sidecar of the clip that lies at `path`, made with whatever settings; None where either is not whole."""
-        try:
-            record = read_json(self.path.with_suffix(".json"), Sidecar, remedy="the clip is made again")
-            return record if record["bytes"] == self.path.stat().st_size else None
-        except (OSError, ValueError):
-            return None
-
-    def is_finished(self) -> bool:
-        """Whether the clip that lies at `path` was made with these settings; a sidecar edited since says nothing."""
-        record = self.record()
-        if record is None or record["digest"] != self.digest:
-            return False
-        return digest({name: record.get(name) for name in self.settings}) == self.digest
-
-    def write(self, frames: Tensor, fps: float, facts: Mapping[str, Any]) -> None:
-        """Write frames (T, H, W, 3) uint8, then the sidecar: `settings` and `facts`."""
-        sidecar = self.path.with_suffix(".json")
-        sidecar.unlink(missing_ok=True)  # a kill between clip and sidecar must not leave new frames under old settings
-        write_clip(self.path, frames, fps, lossless=self.lossless)
-        place = f"{self.which}/{self.path.name}"
-        record = {"which": self.which, "path": place} | dict(facts) | self.settings
-        record |= {"motion": round(motion_energy(frames), 7)}
-        record |= {"bytes": self.path.stat().st_size, "digest": self.digest}
-        write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
-
-
 @dataclass(frozen=True)
 class Request:
-    """A clip to sample."""
+    """A clip to sample. Those of one call have one video size."""
 
     clip: Clip
     prompt: Prompt
     seed: int  # of the initial noise
     video: VideoConfig
-
-
-class Strategy(Protocol):
-    """How latents are sampled, under the weights that are switched on."""
-
-    def __call__(
-        self,
-        backbone: Backbone,
-        conditioning: Conditioning,
-        requests: Sequence[Request],
-        sampler: SamplerConfig,
-        negative: Conditioning,
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Latents (B, C, F, H, W) float32, one clip a request, and facts about each for its sidecar, as plain JSON
-        values; conditioning is of B clips, all of one video size."""
 
 
 def sample(
@@ -152,7 +82,7 @@ def sample(
     sampler: SamplerConfig,
     negative: Conditioning,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The plain strategy: one clip from each request's seed."""
+    """One clip from each request's seed."""
     seeds, video = [request.seed for request in requests], requests[0].video
     latents = sample_clips(backbone, conditioning, seeds, video, sampler, negative=negative, progress=False)
     return latents, [{} for _ in requests]
@@ -160,11 +90,13 @@ def sample(
 
 @dataclass(frozen=True)
 class Model:
-    """What clips are made by: trained weights on (or None: off), and a strategy."""
+    """What clips are made by: trained weights on (or None: off), and how latents are sampled."""
 
     name: str  # of the clips' folder
     lora: Lora | None = None
-    strategy: Strategy = sample
+    # Latents (B, C, F, H, W) float32, one clip per request, and facts about each for its sidecar, as plain JSON values;
+    # (backbone, conditioning of B clips, requests, sampler, negative), under the weights that are switched on.
+    strategy: Callable[..., tuple[Tensor, list[dict[str, Any]]]] = sample
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the strategy depends on, as plain JSON values
 
 
@@ -181,49 +113,36 @@ def batches(model: Model, requests: Sequence[Request], size: int) -> list[list[R
     return [batch for batch in found if not all(request.clip.is_finished() for request in batch)]
 
 
-class Requests:
-    """Builds requests: gathers all that a clip's frames depend on."""
+def build_request(
+    config: Any,
+    fingerprint: str,
+    model: Model,
+    path: Path,
+    prompt: Prompt,
+    seed: int,
+    video: VideoConfig,
+    *,
+    lossless: bool = False,
+) -> Request:
+    """The request for a clip at `path` from noise `seed`, with all that its frames depend on.
 
-    def __init__(self, backbone: BackboneConfig, sampler: SamplerConfig, fingerprint: str):
-        self.common = {
-            "backbone": fingerprint,
-            "dtype": backbone.dtype,
-            "text_length": backbone.text_length,
-            "sampler": asdict(sampler),
-        }
-        self._images: dict[Path, str] = {}  # sha256
-
-    def build(
-        self, model: Model, path: Path, prompt: Prompt, seed: int, video: VideoConfig, *, lossless: bool = False
-    ) -> Request:
-        """The request for a clip at `path` from noise `seed`; OSError where the prompt's image cannot be read."""
-        image = prompt.image
-        if image and image not in self._images:
-            self._images[image] = sha256(image)
-        settings = {
-            "prompt": prompt.text,
-            "seed": seed,
-            "image_sha256": self._images[image] if image else None,
-            "lora_sha256": model.lora.sha256 if model.lora else None,
-            **self.common,
-            "video": asdict(video),
-        }
-        settings |= {"strategy": dict(model.settings)} if model.settings else {}
-        settings |= {"lossless": True} if lossless else {}
-        return Request(Clip(model.name, path, settings, lossless), prompt, seed, video)
-
-
-def outdated(clips: Iterable[Clip], folder: Path) -> str:
-    """A line about those of the unfinished `clips` that lie there, made with other settings; empty where none does."""
-    found = [(clip, record) for clip in clips if (record := clip.record())]
-    if not found:
-        return ""
-    clip, record = found[0]
-    changed = ", ".join(name for name, value in clip.settings.items() if record.get(name) != value)
-    return (
-        f"{len(found)} clips in {folder} were made with other settings and are made again, the first is"
-        f" {clip.path} (other: {changed})"
-    )
+    config: of an entry point, with `backbone`, of this fingerprint, and `sampler`. OSError where the prompt's image
+    cannot be read.
+    """
+    settings = {
+        "prompt": prompt.text,
+        "seed": seed,
+        "image_sha256": sha256(prompt.image) if prompt.image else None,
+        "lora_sha256": model.lora.sha256 if model.lora else None,
+        "backbone": fingerprint,
+        "dtype": config.backbone.dtype,
+        "text_length": config.backbone.text_length,
+        "sampler": asdict(config.sampler),
+        "video": asdict(video),
+    }
+    settings |= {"strategy": dict(model.settings)} if model.settings else {}
+    settings |= {"lossless": True} if lossless else {}
+    return Request(Clip(model.name, path, settings, lossless), prompt, seed, video)
 
 
 def image_problem(config: BackboneConfig, prompts: Sequence[Prompt], shell: Backbone) -> str:
@@ -245,17 +164,68 @@ def first_frame(prompt: Prompt, video: VideoConfig) -> Tensor:
     return from_pixels(read_clip(prompt.image, replace(video, num_frames=1)))[None, :, 0]
 
 
+def warn_of_cut_prompts(config: BackboneConfig, prompts: Sequence[Prompt]) -> None:
+    """Print which prompts are longer than the text encoder reads."""
+    tokenizer = load_backbone(config, "cpu", parts=("tokenizer",))
+    if warning := tokenizer.cut_prompts({f"prompt {prompt.key}": prompt.text for prompt in prompts}):
+        print(warning)
+
+
+def shared(accelerator: Accelerator, value: T) -> T:
+    """The main process's value, on every rank: it alone looks at files, which change as soon as one rank begins."""
+    found = [value]
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def make_clips(
+    config: Any,
+    models: Sequence[Model],
+    todo: Sequence[list[Request]],
+    lora: Lora | None,
+    accelerator: Accelerator,
+    *,
+    decode_batch: int = 1,
+    fused: bool = False,
+) -> None:
+    """Make this rank's share of the batches, which are the same on all ranks; what is finished in them stays.
+
+    config: of an entry point, with `backbone` and `sampler`; models: those that the clips' folders are named after.
+    Every model's `lora` is this one or None. Weights are loaded only where there is anything to make, and are gone
+    afterwards. ValueError as `load_backbone` and `attach_trained` raise it.
+    """
+    mine, device = todo[accelerator.process_index :: accelerator.num_processes], accelerator.device
+    if not mine:
+        return
+    known, requests = {model.name: model for model in models}, [request for batch in mine for request in batch]
+    if main := accelerator.is_main_process:
+        print(f"encoding prompts and loading the network for {len(requests)} clips on this rank")
+    conditionings = Conditionings(config, requests, device)
+    maker = Maker(config, lora, conditionings, device, decode_batch=decode_batch, fused=fused)
+    with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not main) as bar:
+        for batch in mine:
+            maker.make(known[batch[0].clip.which], batch)
+            bar.update(len(batch))
+    del maker
+    release_memory(device)  # a judge may want it
+
+
+def release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Conditionings:
     """What the network is told, of one clip each and on the CPU: text and image encoded before the network is loaded.
 
     Text encoder and VAE are gone afterwards. One prompt at a time, so that its embedding does not depend on the others.
     """
 
-    def __init__(
-        self, config: BackboneConfig, sampler: SamplerConfig, requests: Sequence[Request], device: torch.device
-    ):
+    def __init__(self, config: Any, requests: Sequence[Request], device: torch.device):
         images = any(request.prompt.image for request in requests)
-        backbone = load_backbone(config, device, parts=("text", "vae") if images else ("text",))
+        backbone = load_backbone(config.backbone, device, parts=("text", "vae") if images else ("text",))
         self._encoded: dict[tuple, Conditioning] = {}
         for request in requests:
             key, prompt, video = self._key(request), request.prompt, request.video
@@ -263,11 +233,9 @@ class Conditionings:
                 frame = first_frame(prompt, video) if prompt.image else None
                 encoded = backbone.condition([prompt.text], frame, num_frames=video.num_frames)
                 self._encoded[key] = encoded.to("cpu")
-        self.negative = backbone.condition([sampler.negative_prompt]).to("cpu")
+        self.negative = backbone.condition([config.sampler.negative_prompt]).to("cpu")
         del backbone
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(device)
 
     def of(self, requests: Sequence[Request]) -> Conditioning:
         return Conditioning.cat([self._encoded[self._key(request)] for request in requests])
@@ -279,24 +247,20 @@ class Conditionings:
 
 
 class Maker:
-    """Networks and VAE on one device, trained weights attached to the expert that they belong to.
-
-    Every model's `lora` is this one or None. ValueError as `load_backbone` and `attach_trained` raise it.
-    """
+    """Networks and VAE on one device, trained weights attached to the expert that they belong to."""
 
     def __init__(
         self,
-        config: BackboneConfig,
-        sampler: SamplerConfig,
+        config: Any,
         lora: Lora | None,
         conditionings: Conditionings,
         device: torch.device,
         *,
-        decode_batch: int = 1,
-        fused: bool = False,
+        decode_batch: int,
+        fused: bool,
     ):
-        self.sampler, self.conditionings, self.decode_batch = sampler, conditionings, decode_batch
-        self.backbone = load_backbone(config, device, parts=("vae", "transformer"))
+        self.sampler, self.conditionings, self.decode_batch = config.sampler, conditionings, decode_batch
+        self.backbone = load_backbone(config.backbone, device, parts=("vae", "transformer"))
         self.passes = 0  # network passes so far, of one clip each
         for expert in self.backbone.experts.values():
             expert.register_forward_hook(self._count)

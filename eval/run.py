@@ -20,7 +20,6 @@ benchmark whose data or models are not there is left out with a word on what to 
 clips; the main process scores.
 """
 
-import gc
 import json
 import time
 from collections.abc import Sequence
@@ -28,42 +27,43 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import recipes
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
-from eval.judges import JudgeConfig
+from eval.clips import outdated
+from eval.judges import JudgeConfig, Judging
+from eval.judges.external_tool import RatersConfig
 from eval.maker import (
     BASE,
     TUNED,
-    Conditionings,
     Lora,
-    Maker,
     Model,
-    Request,
-    Requests,
     batches,
+    build_request,
     first_frame,
     image_problem,
-    outdated,
+    make_clips,
     read_lora,
+    shared,
+    warn_of_cut_prompts,
 )
 from eval.prompts import Prompt
-from eval.report import tables as report
+from eval.report import html, tables
 from eval.report.results import TRUE, summarise
 from eval.report.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
 from eval.search import searcher
 from eval.search.config import SearchConfig
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig, sigma_grid
@@ -99,7 +99,9 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # that judges clips of benchmarks
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
+    raters: RatersConfig = field(default_factory=RatersConfig)
     benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
     list: bool = False  # print every benchmark with what it needs and stop
 
@@ -144,12 +146,16 @@ def check(config: Config) -> None:
         searcher.check(strategy, config.search, config.sampler, "run")
 
 
+def build(config: Config, name: str) -> Benchmark:
+    return BENCHMARKS[name](getattr(config.run, name), config.video, config.vlm, config.raters)
+
+
 def listing(config: Config) -> str:
     """Every benchmark and what it needs, found or not."""
     lines = []
     for name, kind in BENCHMARKS.items():
         try:
-            needed = kind(getattr(config.run, name), config.video).requirements()
+            needed = build(config, name).requirements()
         except ValueError as error:
             lines += [name, f"  cannot run: {error}"]
             continue
@@ -176,12 +182,9 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
         for batch in batches(known[model], requests, config.run.batch_size)
     ]
     probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
-    shared: list[Any] = [lora, todo, probes]
-    if accelerator.num_processes > 1:  # the main process decides for all: files change as soon as one rank begins
-        dist.broadcast_object_list(shared)
-    lora, todo, probes = shared
+    lora, todo, probes = shared(accelerator, (lora, todo, probes))
     rank, world = accelerator.process_index, accelerator.num_processes
-    make_clips(config, todo[rank::world], lora, accelerator.device, progress=main)
+    make_clips(config, makers(config, lora), todo, lora, accelerator, decode_batch=config.run.batch_size)
     run_probes(config, probes[rank::world], lora, accelerator.device)
     any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
     if not main:
@@ -213,7 +216,8 @@ def makers(config: Config, lora: Lora | None) -> list[Model]:
     strategy = searcher.Method(config.run.search, config.run.refine)
     if not strategy:
         return models(lora)
-    return models(lora) + [searcher.searching(one, strategy, config.search, config.judge) for one in models(lora)]
+    judging = Judging.of(config)
+    return models(lora) + [searcher.searching(model, strategy, config.search, judging) for model in models(lora)]
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
@@ -225,11 +229,11 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
     lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora") if config.run.lora else None
     plans = []
     for name in dict.fromkeys(config.benchmarks):
-        settings, folder = getattr(config.run, name), Path(config.run.folder) / name
-        plan = Plan(BENCHMARKS[name](settings, config.video), asdict(settings), folder)
+        plan = Plan(build(config, name), Path(config.run.folder) / name)
         plans.append(plan)
         try:
-            fill(config, plan, lora, shell)
+            with TemporaryDirectory() if config.dry_run else nullcontext("") as scratch:
+                fill(config, plan, lora, shell, scratch)
         except ValueError as error:
             plan.problem = str(error)
         if plan.problem:
@@ -237,8 +241,11 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
     return lora, plans
 
 
-def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone) -> None:
-    """The plan's tasks, requests and samples. Raises ValueError with the problem where it cannot run."""
+def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch: str) -> None:
+    """The plan's tasks, requests and samples. Raises ValueError with the problem where it cannot run.
+
+    scratch: of a dry run, a folder that takes in the prompts' pictures, for the run's own is not touched; else empty.
+    """
     benchmark = plan.benchmark
     if missing := [needed for needed in benchmark.requirements() if not needed.found]:
         raise ValueError("; ".join(f"{needed.what} not found at {needed.where}: {needed.remedy}" for needed in missing))
@@ -252,15 +259,16 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone) -> None
     video = benchmark.video(config.video)
     shell.latent_shape(video.height, video.width, video.num_frames)
     folder, prompts = plan.folder, {}
+    inputs = Path(scratch or folder / "inputs")
     for task in plan.tasks:
         try:
-            prompts[task.key] = make_prompt(benchmark, task, video, folder / "inputs")
+            prompts[task.key] = make_prompt(benchmark, task, video, inputs)
         except ValueError as error:
             plan.refused[task.key] = str(error)
     if problem := image_problem(config.backbone, list(prompts.values()), shell):
         raise ValueError(problem)
-    builder = Requests(config.backbone, config.sampler, shell.fingerprint)
-    if references := benchmark.references(folder / "references"):
+    warn_of_cut_prompts(config.backbone, list(prompts.values()))
+    if not scratch and (references := benchmark.references(folder / "references")):
         plan.samples[TRUE] = references
     for model in makers(config, lora):
         plan.requests[model.name], plan.samples[model.name] = [], []
@@ -269,10 +277,10 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone) -> None
                 path = folder / "clips" / model.name / f"{task.key}-{seed}.mp4"
                 plan.samples[model.name].append(Sample(task, seed, path))
                 if task.key in prompts:
-                    noise = seed * SEED_STRIDE + number  # its own a prompt, or one draw would colour all of them
-                    plan.requests[model.name].append(
-                        builder.build(model, path, prompts[task.key], noise, video, lossless=benchmark.lossless)
-                    )
+                    noise = seed * SEED_STRIDE + number  # each prompt has noise of its own: clips are independent draws
+                    made = (model, path, prompts[task.key], noise, video)
+                    request = build_request(config, shell.fingerprint, *made, lossless=benchmark.lossless)
+                    plan.requests[model.name].append(request)
     if line := outdated((request.clip for request in plan.unfinished()), folder):
         print(line)
 
@@ -312,27 +320,6 @@ def overview(config: Config, lora: Lora | None, plans: Sequence[Plan]) -> str:
 # Making and scoring
 
 
-def make_clips(
-    config: Config, todo: Sequence[list[Request]], lora: Lora | None, device: torch.device, *, progress: bool
-) -> None:
-    """Make the batches' clips, on this rank alone. Weights are loaded only where there are any to make."""
-    if not todo:
-        return
-    requests = [request for batch in todo for request in batch]
-    conditionings = Conditionings(config.backbone, config.sampler, requests, device)
-    size = config.run.batch_size
-    maker = Maker(config.backbone, config.sampler, lora, conditionings, device, decode_batch=size)
-    known = {model.name: model for model in makers(config, lora)}
-    with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not progress) as bar:
-        for batch in todo:
-            maker.make(known[batch[0].clip.which], batch)
-            bar.update(len(batch))
-    del maker
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # a judge may want the memory
-
-
 def run_probes(config: Config, probes: Sequence[Probe], lora: Lora | None, device: torch.device) -> None:
     """Let benchmarks ask the backbone itself, on this rank alone."""
     if not probes:
@@ -340,7 +327,7 @@ def run_probes(config: Config, probes: Sequence[Probe], lora: Lora | None, devic
     backbone = load_backbone(config.backbone, device)
     switch = attach_trained(lora.path, backbone.experts, fingerprint=backbone.fingerprint) if lora else None
     for one in probes:
-        benchmark = BENCHMARKS[one.benchmark](getattr(config.run, one.benchmark), config.video)
+        benchmark = build(config, one.benchmark)
         with switch.reference() if switch and one.model.lora is None else nullcontext():
             probe(benchmark, backbone, one, Path(config.run.folder) / one.benchmark)
 
@@ -370,9 +357,9 @@ def conclude(
     for plan in plans:
         if not plan.problem and plan.samples:
             comparisons[plan.benchmark.name] = compare_clips(plan, plan.benchmark.video(config.video))
-    write_text(folder / "report.html", report.html(found, comparisons))
-    write_text(folder / "report.md", report.markdown(found))
-    print(report.text(found))
+    write_text(folder / "report.html", html.html(found, comparisons))
+    write_text(folder / "report.md", tables.markdown(found))
+    print(tables.text(found))
     print(f"seconds     {compute['seconds']:.0f}\nresults     {folder / 'results.json'}")
     print(f"report      {folder / 'report.html'}")
     for plan in plans:

@@ -28,7 +28,6 @@ class Plan:
     """What one benchmark asks for."""
 
     benchmark: Benchmark
-    settings: dict[str, Any]
     folder: Path
     problem: str = ""  # why it cannot run, or did not run to its end
     tasks: list[Task] = field(default_factory=list)
@@ -37,6 +36,10 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)  # key of a task whose image cannot be read -> why
     identities: dict[str, str] = field(default_factory=dict)  # by model, of rows without a clip
     seconds: dict[str, float] = field(default_factory=dict)  # by model, of scoring, in this and earlier runs
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.benchmark.recorded
 
     def unfinished(self) -> list[Request]:
         return [

@@ -53,6 +53,10 @@ SECTIONS = {
 }
 # Keys that moved, with the place where they are now; a key below a moved one moved with it.
 MOVED: dict[str, str] = {
+    "pipeline.filter.vlm": "vlm (and pipeline.filter.enabled=true)",
+    "pipeline.judge": "judge, and for its settings vlm and raters,",
+    "search.judge": "judge, and for its settings vlm and raters,",
+    "search.vlm": "vlm (the scorer is judge, with judge.name=vlm)",
     "search.folder": "search_experiment.folder",
     "search.share": "search_experiment.share",
     "search.lora": "search_experiment.lora",
@@ -61,8 +65,17 @@ MOVED: dict[str, str] = {
     "search.sandbox": "search_experiment (keys clips and seed)",
     "refine_prompts.vlm": "vlm",
     "refine_prompts.llm": "vlm (one model sees and writes)",
-    "search.judge": "judge",
-    "search.vlm": "vlm (the scorer is judge, with judge.name=vlm)",
+    "run.phygenbench.judge": "vlm",
+    "run.pai_bench.judge": "vlm",
+    "run.ezs_bench.judge": "vlm",
+    "run.r_bench.judge": "vlm",
+    "run.vbench.python": "raters.vbench.python",
+    "run.vbench.timeout": "raters.vbench.timeout",
+    **{
+        f"run.{benchmark}.{key}": f"raters.{rater}.{key}"
+        for benchmark, rater in (("videophy", "videocon_physics"), ("videophy2", "videophy2"))
+        for key in ("checkout", "python", "checkpoint", "timeout")
+    },
 }
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")

@@ -108,3 +108,9 @@ def tiny(tiny_pipeline, tmp_path_factory) -> Tiny:
 def tiny_targets(tiny_pipeline, tmp_path_factory) -> Tiny:
     """The same groups with random physics targets."""
     return make_tiny(tiny_pipeline, tmp_path_factory.mktemp("groups_with_targets"), targets=True)
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch):
+    """Servers that fail in tests are asked again at once."""
+    monkeypatch.setattr("eval.vlm.client.BACKOFF", 0.01)

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "train": {"losses", "recipes", "train"},
     "eval": {"losses", "recipes", "eval", *FROM_TRAIN},
     "data_pipeline": {
-        *("losses", "recipes", "data_pipeline", "eval.judges", "eval.records", "eval.sandbox", "eval.vlm.client"),
+        *("losses", "recipes", "data_pipeline", "eval.judges", "eval.records", "eval.sandbox", "eval.vlm"),
         *FROM_TRAIN,
     },
 }

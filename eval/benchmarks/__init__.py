@@ -11,7 +11,7 @@ from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
 from eval.benchmarks.r_bench import RBench, RBenchConfig
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
 from eval.benchmarks.vbench import VBench, VBenchConfig
-from eval.benchmarks.videophy import VideoPhy, VideoPhyConfig
+from eval.benchmarks.videophy import RatedConfig, VideoPhy
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
 
 
@@ -21,7 +21,7 @@ class BenchmarkSettings:
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     physics_iq: PhysicsIQConfig = field(default_factory=PhysicsIQConfig)
-    videophy: VideoPhyConfig = field(default_factory=VideoPhyConfig)
+    videophy: RatedConfig = field(default_factory=RatedConfig)
     videophy2: VideoPhy2Config = field(default_factory=VideoPhy2Config)
     phygenbench: PhyGenBenchConfig = field(default_factory=PhyGenBenchConfig)
     pai_bench: PaiBenchConfig = field(default_factory=PaiBenchConfig)

@@ -13,12 +13,14 @@ makes means and intervals of them. So a benchmark holds no loop over models, no 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from eval.judges.external_tool import RatersConfig
+from eval.vlm.backend import VlmConfig
 from train.backbones.base import Backbone
 from train.clips import VideoConfig
 
@@ -91,6 +93,17 @@ class Benchmark(ABC):
     unavailable: ClassVar[str] = ""  # what of it cannot be run here and why, for --list
     together: ClassVar[int] = 1  # samples that are scored as one batch, and so change each other's values by rounding
     of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
+
+    def __init__(
+        self, settings: Any, video: VideoConfig, vlm: VlmConfig | None = None, raters: RatersConfig | None = None
+    ):
+        self.settings, self.model_video = settings, video
+        self.vlm, self.raters = vlm or VlmConfig(), raters or RatersConfig()
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """All that scores may depend on, beside the clip, as plain JSON values; rows are told apart by it."""
+        return asdict(self.settings)
 
     @abstractmethod
     def requirements(self) -> list[Requirement]:

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -107,12 +108,12 @@ class LikePhys(Benchmark):
     name = "likephys"
     of_clips = False
 
-    def __init__(self, settings: LikePhysConfig, video: VideoConfig):
+    def __init__(self, settings: LikePhysConfig, video: VideoConfig, *judges: Any):
+        super().__init__(settings, video, *judges)
         if settings.source not in ("sandbox", "folder"):
             raise ValueError(f"run.likephys.source={settings.source!r} is unknown: use sandbox or folder")
         if settings.pairs < 1:
             raise ValueError(f"run.likephys.pairs={settings.pairs}: use 1 or more")
-        self.settings, self._video = settings, video
         self._parts = tuple(VIOLATIONS) if settings.source == "sandbox" else tuple(SCENARIOS)
         # margin: by how much the violated clips' mean loss is above the true ones', as a share of the latter
         self.columns = ("error", "margin", *self._parts)
@@ -134,7 +135,7 @@ class LikePhys(Benchmark):
             name = type(backbone).__name__
             raise ValueError(f"likephys: {name} needs an image with each prompt: use a text-to-video backbone")
         residuals = Residuals(backbone, self.settings.residuals)
-        kept = _Kept(folder / "losses.jsonl", [asdict(self.settings), asdict(self._video), backbone.fingerprint])
+        kept = _Kept(folder / "losses.jsonl", [asdict(self.settings), asdict(self.model_video), backbone.fingerprint])
         for group in self.groups():
             losses = kept.find(group.key)
             errors: dict[tuple[str, str], str] = {}
@@ -149,7 +150,7 @@ class LikePhys(Benchmark):
         return self._simulated() if self.settings.source == "sandbox" else self._published()
 
     def _simulated(self) -> Iterator[Group]:
-        video = self._video
+        video = self.model_video
         shrink = math.gcd(video.height, video.width)  # what happens depends on the frame's aspect, not on its size
         small = replace(video, height=video.height // shrink, width=video.width // shrink)
         for scene, quota in share_pairs(self.settings.pairs).items():
@@ -181,7 +182,7 @@ class LikePhys(Benchmark):
         root = self._root()
         if root is None:
             raise ValueError(f"likephys: {self.requirements()[0].where} lacks clips: {self.requirements()[0].remedy}")
-        video = replace(self._video, num_frames=self.settings.num_frames)
+        video = replace(self.model_video, num_frames=self.settings.num_frames)
         for scenario, (place, prompt) in SCENARIOS.items():
             for scene in sorted(path for path in (root / place).glob("*") if path.is_dir()):
                 clips = {}
@@ -214,7 +215,7 @@ class LikePhys(Benchmark):
         conditioning = backbone.condition([group.prompt])
         stacked = torch.cat(list(latents.values()))
         candidates = Candidates(
-            group.key, group.prompt, stacked, conditioning, backbone.decode_latents, self._video.fps
+            group.key, group.prompt, stacked, conditioning, backbone.decode_latents, self.model_video.fps
         )
         return dict(zip(latents, losses_of(residuals, candidates).tolist(), strict=True)), errors
 

@@ -65,7 +65,7 @@ class PaiBench(Vqa):
                 bool(folder) and self._file().is_file(),
                 REMEDY,
             ),
-            judge_requirement("run.pai_bench.judge", self.settings.judge, "Qwen2.5-VL-72B-Instruct"),
+            judge_requirement(self.vlm, "Qwen2.5-VL-72B-Instruct"),
         ]
 
     def prompts(self) -> list[Task]:

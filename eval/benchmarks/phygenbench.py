@@ -34,21 +34,20 @@ that is none is an error here; the official code leaves an earlier value in its 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
 from eval.benchmarks.official_files import place, read_records
 from eval.benchmarks.official_prompts import prompts
-from eval.benchmarks.vlm_rows import ask, judge_requirement, judge_rows
+from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
 from eval.prompts import make_key
-from eval.vlm.backend import Malformed, Question, Reply, VlmConfig
+from eval.vlm.backend import Malformed, Question, Reply
 from eval.vlm.client import NoAnswer, Vlm, jpeg_frames, quoted
-from train.clips import VideoConfig
 
 CATEGORIES = {
     "Force": "mechanics",
@@ -99,7 +98,6 @@ STAGES = ("detection", "order", "naturalness")
 @dataclass
 class PhyGenBenchConfig:
     folder: str = ""  # a clone of OpenGVLab/PhyGenBench
-    judge: VlmConfig = field(default_factory=lambda: VlmConfig(frame_height=576))
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Pictures:
     spread: list[bytes]
 
 
-class PhyGenBench(Benchmark):
+class PhyGenBench(AskedBenchmark):
     name = "phygenbench"
     columns = ("average", *_SCORED, *STAGES)
     figures = columns
@@ -121,10 +119,6 @@ class PhyGenBench(Benchmark):
         Published(model, dict(zip((*_SCORED, "average"), values, strict=True)), source)
         for model, values, source in _PUBLISHED
     )
-
-    def __init__(self, settings: PhyGenBenchConfig, video: VideoConfig):
-        self.settings = settings
-        self._video = video
 
     def requirements(self) -> list[Requirement]:
         folder = self.settings.folder
@@ -137,7 +131,7 @@ class PhyGenBench(Benchmark):
                 found,
                 REMEDY,
             ),
-            judge_requirement("run.phygenbench.judge", self.settings.judge, "GPT-4o, version 0513"),
+            judge_requirement(self.vlm, "GPT-4o, version 0513"),
         ]
 
     def prompts(self) -> list[Task]:
@@ -201,7 +195,7 @@ class PhyGenBench(Benchmark):
             stages = {stage: level / 3 for stage, level in zip(STAGES, levels, strict=True)}
             return {"average": score, task.category: score} | stages
 
-        return judge_rows(self.settings.judge, samples, self._video, folder, self._pick, judge)
+        return judge_rows(self.judge, samples, self.model_video, folder, self._pick, judge)
 
     def _wording(self) -> dict[str, Any]:
         """Official texts: of a question of stage 2, its ending, and both parts of stage 3."""
@@ -215,15 +209,15 @@ class PhyGenBench(Benchmark):
 
     def _pick(self, task: Task, clip: Tensor) -> Pictures:
         sampled = np.linspace(0, len(clip) - 1, SAMPLED, dtype=int)
-        seconds = len(clip) / self._video.fps / SPREAD
-        step = max(1, int(self._video.fps * seconds))
+        seconds = len(clip) / self.model_video.fps / SPREAD
+        step = max(1, int(self.model_video.fps * seconds))
         spread = list(range(0, len(clip) - 1, step))[:SPREAD] or [0]
         ends = [0, len(clip) // 2, len(clip) - 1]
         frames = [self._jpeg(clip, numbers) for numbers in (sampled, ends, spread)]
         return Pictures(frames[0], *frames[1], frames[2])
 
     def _jpeg(self, clip: Tensor, numbers: Sequence[int]) -> list[bytes]:
-        return jpeg_frames(clip[list(numbers)], len(numbers), self.settings.judge.frame_height)
+        return jpeg_frames(clip[list(numbers)], len(numbers), self.judge.frame_height)
 
     def _folder(self) -> Path:
         return Path(self.settings.folder).expanduser()

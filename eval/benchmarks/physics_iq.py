@@ -3,11 +3,11 @@
     recipe key              run.physics_iq.<field>, see PhysicsIQConfig
     data                    the folder physics-IQ-benchmark, or physics-IQ-benchmark-verified, as downloaded
 
-A model gets the frame at which the experiment starts (image to video) or the three seconds before it (multiframe) and
-the description; its first five seconds are compared with take 1. Metrics in `physics_iq_metrics`, masks and files in
-`physics_iq_frames`; both equal google-deepmind/physics-IQ-benchmark, which arXiv 2501.09038 describes. Its leaderboards
-know these two inputs only. A model that takes text alone is shown nothing of the scene, so `input=text` is possible but
-comparable with no published figure.
+A model gets the frame at which the experiment starts (image to video) and the description; its first five seconds are
+compared with take 1. Metrics in `physics_iq_metrics`, masks and files in `physics_iq_frames`; both equal
+google-deepmind/physics-IQ-benchmark, which arXiv 2501.09038 describes. Its leaderboards know this input and the three
+seconds before (multiframe), which no backbone here takes. A model that takes text alone is shown nothing of the scene:
+`input=text` is possible but comparable with no published figure.
 
 Length and rate: the official code wants exactly five seconds at a whole number of frames per second, which the real
 videos are resampled to. Wan's 4k + 1 frames (81 at 16, 121 at 24) are cut to 80 and 120.
@@ -30,15 +30,12 @@ import numpy as np
 import torch
 
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
-from eval.benchmarks.physics_iq_frames import opencv, trim
+from eval.benchmarks.physics_iq_frames import SECONDS, View, opencv, real_frames, score_view, trim
 from eval.benchmarks.physics_iq_metrics import METRICS, physics_iq
-from eval.benchmarks.physics_iq_view import SECONDS, View, real_frames, score_view
 from train.clips import ClipError, VideoConfig, write_clip
 
-INPUTS = ("image", "multiframe", "text")
-ONE_FRAME = "no backbone here takes more than one frame: use run.physics_iq.input=image, or context_frames=1"
+INPUTS = ("image", "text")
 MASKS = ("memory", "mp4v", "both")
-CONDITIONING_SECONDS = 3  # of a conditioning video
 SOURCE_FPS = 30  # of the videos that are always there
 COLUMNS = (
     *METRICS,
@@ -88,19 +85,13 @@ _VERIFIED = (
 @dataclass
 class PhysicsIQConfig:
     folder: str = ""  # the benchmark's data, as downloaded
-    descriptions: str = ""  # CSV of prompts; empty: descriptions.csv in the folder
-    input: str = "image"  # what a model is shown: image (the switch frame), multiframe (what came before) or text
-    context_frames: int = 0  # of multiframe: how many frames the model takes, the last before the switch; 0: 3 seconds
+    input: str = "image"  # what a model is shown: image (the switch frame) or text
     masks: str = "memory"  # memory, mp4v (the official round trip through a lossy file), or both, reported side by side
-    workers: int = 0  # processes, 0: one a core; the real 4K videos need about 1 GB in each
 
     def __post_init__(self) -> None:
         for name, choices in (("input", INPUTS), ("masks", MASKS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"run.physics_iq.{name}={getattr(self, name)}: use one of {', '.join(choices)}")
-        for name in ("context_frames", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"run.physics_iq.{name}={getattr(self, name)}: use 0 or more")
 
 
 class PhysicsIQ(Benchmark):
@@ -110,29 +101,22 @@ class PhysicsIQ(Benchmark):
     columns = COLUMNS
     figures = ("physics_iq", "physics_iq_verified", *METRICS)
     lower_is_better = ("mse",)
-    unavailable = f"run.physics_iq.input=multiframe, what came before the switch: {ONE_FRAME}"
+    unavailable = "what came before the switch as input (multiframe): no backbone here takes more than one frame"
+    workers: ClassVar[int] = os.cpu_count() or 1  # processes; the real 4K videos need about 1 GB in each
     published = (
         *(Published(model, {"physics_iq": score}, source) for model, score, source in _PUBLISHED),
         *(Published(model, {"physics_iq_verified": score}, f"{_LEADERBOARD} (verified)") for model, score in _VERIFIED),
     )
 
-    def __init__(self, settings: PhysicsIQConfig, video: VideoConfig):
+    def __init__(self, settings: PhysicsIQConfig, video: VideoConfig, *judges: Any):
+        super().__init__(settings, video, *judges)
         if video.fps != round(video.fps):
             raise ValueError(
                 f"video.fps={video.fps:g}: Physics-IQ compares whole numbers of frames per second; use the model's own"
                 " 8, 16, 24 or 30, or leave physics_iq out of benchmarks"
             )
-        self.settings, self.model_video, self.fps = settings, video, round(video.fps)
+        self.fps = round(video.fps)
         self.root = Path(settings.folder)
-        self.context = 0
-        if settings.input == "multiframe":
-            most = CONDITIONING_SECONDS * self.fps
-            self.context = settings.context_frames or most
-            if self.context > most:
-                raise ValueError(
-                    f"run.physics_iq.context_frames={self.context}: the conditioning videos last"
-                    f" {CONDITIONING_SECONDS} s, {most} frames at {self.fps} a second"
-                )
         if settings.masks == "both":
             self.columns = tuple(f"{name}{ending}" for ending in ("", MP4V) for name in type(self).columns)
             self.figures = tuple(f"{name}{ending}" for ending in ("", MP4V) for name in type(self).figures)
@@ -141,11 +125,9 @@ class PhysicsIQ(Benchmark):
     # What it needs
 
     def requirements(self) -> list[Requirement]:
-        needed = [self._videos("testing")]
+        needed = [self._videos()]
         if self.settings.input == "image":
             needed.append(self.root / "switch-frames")
-        elif self.settings.input == "multiframe":
-            needed.append(self._videos("conditioning"))
         there = bool(self.settings.folder) and all(folder.is_dir() for folder in needed)
         return [
             Requirement(
@@ -158,7 +140,7 @@ class PhysicsIQ(Benchmark):
             Requirement(
                 "Physics-IQ descriptions",
                 "CC BY 4.0",
-                f"run.physics_iq.descriptions={self._descriptions()}",
+                f"{self._descriptions()}",
                 self._descriptions().is_file(),
                 "copy descriptions/descriptions_original.csv, or best_practice/descriptions_base.csv (verified), of"
                 " google-deepmind/physics-IQ-benchmark there",
@@ -170,31 +152,30 @@ class PhysicsIQ(Benchmark):
                 importlib.util.find_spec("cv2") is not None,
                 "pip install 'physalign[trackers]'",
             ),
-            *([] if self.context < 2 else [self._several_frames()]),
         ]
 
-    def _several_frames(self) -> Requirement:
-        where = f"run.physics_iq.input=multiframe, {self.context} frames"
-        return Requirement("a model that continues several frames", "none", where, False, ONE_FRAME)
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | {"descriptions": "", "context_frames": 0}  # had keys of their own
 
     def _descriptions(self) -> Path:
-        return Path(self.settings.descriptions) if self.settings.descriptions else self.root / "descriptions.csv"
+        return self.root / "descriptions.csv"
 
-    def _videos(self, kind: str) -> Path:
-        """Folder of testing or conditioning videos at the model's rate, else at 30, from which they are resampled.
+    def _videos(self) -> Path:
+        """Folder of the real videos at the model's rate, else at 30, from which they are resampled.
 
         The bucket names them split-videos/testing, the official README split-videos/testing-videos.
         """
         tried = [
             self.root / "split-videos" / name / f"{fps}FPS"
             for fps in (self.fps, SOURCE_FPS)
-            for name in (kind, f"{kind}-videos")
+            for name in ("testing", "testing-videos")
         ]
         return next((folder for folder in tried if folder.is_dir()), tried[-2])
 
-    def _video(self, kind: str, facts: Mapping[str, Any], take: int) -> Path:
-        folder = self._videos(kind)
-        name = f"{facts['take_2'] if take == 2 else facts['id']}_{kind}-videos_{folder.name}"
+    def _video(self, facts: Mapping[str, Any], take: int) -> Path:
+        folder = self._videos()
+        name = f"{facts['take_2'] if take == 2 else facts['id']}_testing-videos_{folder.name}"
         return folder / f"{name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
 
     def _shipped_masks(self, facts: Mapping[str, Any], take: int) -> Path | None:
@@ -207,15 +188,15 @@ class PhysicsIQ(Benchmark):
     # What to make
 
     def video(self, video: VideoConfig) -> VideoConfig:
-        """At least the context and five seconds, as 4k + 1 frames; a model that makes longer clips keeps its length."""
-        needed = self.context + SECONDS * self.fps
+        """At least five seconds, as 4k + 1 frames; a model that makes longer clips keeps its length."""
+        needed = SECONDS * self.fps
         return video if video.num_frames >= needed else replace(video, num_frames=4 * math.ceil((needed - 1) / 4) + 1)
 
     def prompts(self) -> list[Task]:
         """The 198 views of take 1 in the order of their numbers; the views of a scenario are one cluster."""
         path = self._descriptions()
         if not path.is_file():
-            raise ValueError(f"run.physics_iq.descriptions={path}: no such file; {self.requirements()[1].remedy}")
+            raise ValueError(f"{path}: no such file; {self.requirements()[1].remedy}")
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
         takes: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
@@ -224,12 +205,12 @@ class PhysicsIQ(Benchmark):
             found = re.fullmatch(form, row.get("scenario") or "", re.ASCII)
             if not found or not row.get("description"):
                 raise ValueError(
-                    f"run.physics_iq.descriptions={path}, line {number}: no scenario of the form"
+                    f"{path}, line {number}: no scenario of the form"
                     " 0001_perspective-left_take-1_name.mp4 with a description; get the file again"
                 )
             numbered = {**row, "id": found[1]}
             if takes.setdefault((found[4], found[2]), {}).setdefault(found[3], numbered) is not numbered:
-                raise ValueError(f"run.physics_iq.descriptions={path}, line {number}: {row['scenario']} comes twice")
+                raise ValueError(f"{path}, line {number}: {row['scenario']} comes twice")
         tasks = [self._task(scenario, view, both, path) for (scenario, view), both in takes.items()]
         missing = [str(task.image) for task in tasks if task.image and not task.image.is_file()]
         if missing:
@@ -242,35 +223,29 @@ class PhysicsIQ(Benchmark):
     def _task(self, scenario: str, view: str, takes: Mapping[str, Mapping[str, str]], path: Path) -> Task:
         if set(takes) != {"1", "2"}:
             raise ValueError(
-                f"run.physics_iq.descriptions={path}: {scenario}, {view} has take {', '.join(sorted(takes))} alone;"
+                f"{path}: {scenario}, {view} has take {', '.join(sorted(takes))} alone;"
                 " both are needed to know the physical variance, get the file again"
             )
         first, second = takes["1"], takes["2"]
         words = f"{first['id']}-{view.removeprefix('perspective-')}-{scenario.removeprefix('trimmed-')}"
-        # start: frames of a clip before the five seconds, the context that a multiframe clip begins with.
-        facts = {"id": first["id"], "take_2": second["id"], "view": view, "scenario": scenario, "start": self.context}
+        facts = {"id": first["id"], "take_2": second["id"], "view": view, "scenario": scenario}
         image = None
         if self.settings.input == "image":
             image = self.root / "switch-frames" / f"{first['id']}_switch-frames_anyFPS_{view}_{scenario}.jpg"
-        elif self.settings.input == "multiframe":
-            image = self._video("conditioning", facts, 1)
         key = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
         return Task(key, first["description"], first.get("category") or "", image, facts, cluster=scenario)
 
     def shown(self, task: Task) -> np.ndarray:
-        """What the model is shown, at its size: (n,H,W,3) uint8 RGB; n is 1, or the context of a multiframe model.
+        """What the model is shown, at its size: (1,H,W,3) uint8 RGB.
 
         Stretched to the size, not cut: the official code stretches what the model makes back over the whole real frame.
         """
         cv2 = opencv()
         assert task.image is not None, "input=text shows nothing"
-        if self.settings.input == "image":
-            frames = [cv2.imdecode(np.fromfile(task.image, np.uint8), cv2.IMREAD_COLOR)]
-            if frames[0] is None:
-                raise ValueError(f"{task.image}: no picture, or cut short; {REMEDY}")
-        else:
-            frames = list(real_frames(task.image, self.fps, CONDITIONING_SECONDS))[-self.context :]
-        return self._stretched(frames)
+        frame = cv2.imdecode(np.fromfile(task.image, np.uint8), cv2.IMREAD_COLOR)
+        if frame is None:
+            raise ValueError(f"{task.image}: no picture, or cut short; {REMEDY}")
+        return self._stretched([frame])
 
     def _stretched(self, frames: Iterable[np.ndarray]) -> np.ndarray:
         """BGR frames of any size as RGB of the model's."""
@@ -285,13 +260,13 @@ class PhysicsIQ(Benchmark):
         """
         samples = []
         for task in self.prompts():
-            path = self._video("testing", task.facts, 2)
+            path = self._video(task.facts, 2)
             if path.parent.name != f"{self.fps}FPS":
                 source, path = path, folder / f"{task.key}.mp4"
                 if not path.exists():
-                    frames = self._stretched(real_frames(source, self.fps, SECONDS))
+                    frames = self._stretched(real_frames(source, self.fps))
                     write_clip(path, torch.from_numpy(frames), self.fps)
-            samples.append(Sample(replace(task, facts={**task.facts, "start": 0}), 0, path))
+            samples.append(Sample(task, 0, path))
         return samples
 
     # What was made
@@ -310,18 +285,18 @@ class PhysicsIQ(Benchmark):
             target = folder / f"run_{runs[sample.task.key]:02d}" / name
             with suppress(ClipError, FileNotFoundError):
                 if not target.exists() or target.stat().st_mtime_ns < sample.path.stat().st_mtime_ns:
-                    trim(sample.path, target, facts["start"], SECONDS * self.fps)
+                    trim(sample.path, target, SECONDS * self.fps)
         return folder
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Rows as they are done; metrics of take 1 and 2 are kept in `folder` for the next model."""
         opencv()
-        if not self._videos("testing").is_dir():
+        if not self._videos().is_dir():
             raise ValueError(
-                f"run.physics_iq.folder={self.settings.folder}: no {self._videos('testing')} with real videos; {REMEDY}"
+                f"run.physics_iq.folder={self.settings.folder}: no {self._videos()} with real videos; {REMEDY}"
             )
         jobs = [(sample, self._views(sample, folder)) for sample in samples]
-        workers = min(self.settings.workers or os.cpu_count() or 1, len(jobs))
+        workers = min(self.workers, len(jobs))
         if workers <= 1:
             yield from (_row(*job) for job in jobs)
             return
@@ -340,9 +315,8 @@ class PhysicsIQ(Benchmark):
         return {
             ending: View(
                 clip=sample.path,
-                start=sample.task.facts["start"],
                 fps=self.fps,
-                takes=(self._video("testing", facts, 1), self._video("testing", facts, 2)),
+                takes=(self._video(facts, 1), self._video(facts, 2)),
                 shipped=(self._shipped_masks(facts, 1), self._shipped_masks(facts, 2)) if mp4v else (None, None),
                 mp4v=mp4v,
                 cache=folder / "real" / f"{facts['id']}-{self.fps}fps{MP4V if mp4v else ''}.npz",

@@ -3,6 +3,7 @@
 Frames are (H,W,3) uint8, BGR. Constants are those of google-deepmind/physics-IQ-benchmark.
 """
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 import av
 import numpy as np
 
-from eval.benchmarks.physics_iq_metrics import Observed
+from eval.benchmarks.physics_iq_metrics import Agreement, Observed, compare, row_values
 from train.clips import ClipError
 from train.files import atomic
 
+SECONDS = 5  # that are compared
 REDUCTION = 4  # frames and masks are compared at a quarter of the real video's size
 THRESHOLD = 10  # of 255: a pixel that differs more than this from its running average moves
 AVERAGE_RATE = 0.3  # weight of the new frame in the running average
@@ -67,22 +69,21 @@ def _open(path: Path) -> tuple[Any, Header]:
     return capture, Header(fps, int(num_frames), int(height), int(width))
 
 
-def read_frames(path: Path, start: int, count: int) -> Iterator[np.ndarray]:
-    """`count` frames from number `start` on. Raises ClipError for a file that cannot be read or has fewer.
+def read_frames(path: Path, count: int) -> Iterator[np.ndarray]:
+    """The first `count` frames. Raises ClipError for a file that cannot be read or has fewer.
 
     Decoded by one thread: clips are scored side by side.
     """
     capture, header = _open(path)
     try:
-        for number in range(start + count):
+        for number in range(count):
             found, frame = capture.read()
             if not found:
                 reason = "too short" if header.num_frames <= number else "truncated"
-                raise ClipError(path, reason, f"it has {number} of the {start + count} frames needed")
+                raise ClipError(path, reason, f"it has {number} of the {count} frames needed")
             if frame.shape != (header.height, header.width, 3):
                 raise ClipError(path, "size", f"frame {number} is not of {header.width}x{header.height} pixels")
-            if number >= start:
-                yield frame
+            yield frame
     finally:
         capture.release()
 
@@ -149,7 +150,7 @@ def through_mp4v(masks: Iterable[np.ndarray], fps: float) -> Iterator[np.ndarray
             writer.write(np.ascontiguousarray(mask))
             count += 1
         writer.release()
-        yield from read_frames(path, 0, count)
+        yield from read_frames(path, count)
 
 
 def observe(frames: Iterable[np.ndarray], size: tuple[int, int], *, fps: float, mp4v: bool) -> Observed:
@@ -203,14 +204,110 @@ def write_lossless(path: Path, frames: Iterable[av.VideoFrame], fps: float) -> N
         container.mux(stream.encode())
 
 
-def trim(path: Path, target: Path, start: int, count: int) -> None:
-    """`count` frames of a file from number `start` on as a file of their own, without loss. Raises ClipError."""
+def trim(path: Path, target: Path, count: int) -> None:
+    """The first `count` frames of a file as a file of their own, without loss. Raises ClipError."""
     header = read_header(path)
     try:
         with av.open(str(path)) as container:
-            frames = list(islice(container.decode(video=0), start, start + count))
+            frames = list(islice(container.decode(video=0), count))
     except av.error.FFmpegError as error:
         raise ClipError(path, "truncated", f"damaged ({error.strerror})") from error
     if len(frames) < count:
-        raise ClipError(path, "too short", f"it has {start + len(frames)} of the {start + count} frames needed")
+        raise ClipError(path, "too short", f"it has {len(frames)} of the {count} frames needed")
     write_lossless(target, frames, header.fps)
+
+
+# One view: a clip against take 1, and take 2 against take 1, which is done once and kept
+
+
+@dataclass(frozen=True)
+class View:
+    """Files of one comparison, for a worker process."""
+
+    clip: Path  # the generated one
+    fps: int  # of the comparison
+    takes: tuple[Path, Path]  # the real videos, at `fps` or another rate
+    shipped: tuple[Path | None, Path | None]  # masks of the real videos that come with the benchmark
+    mp4v: bool  # masks go through a lossy file
+    cache: Path  # of what does not depend on the generated clip
+
+
+def score_view(view: View) -> dict[str, float]:
+    """The columns of one clip. Raises ValueError, as a ClipError, for a file that cannot be compared."""
+    header = read_header(view.clip)
+    if not math.isclose(header.fps, view.fps, rel_tol=1e-3):
+        raise ClipError(view.clip, "frame rate", f"{header.fps:g} frames a second, expected {view.fps}: make it again")
+    reality, variance = _reality(view)
+    generated = observe(
+        read_frames(view.clip, SECONDS * view.fps),
+        reality.frames.shape[1:3],
+        fps=view.fps,
+        mp4v=view.mp4v,
+    )
+    return row_values(compare(reality, generated), variance)
+
+
+def real_frames(path: Path, fps: int) -> Iterator[np.ndarray]:
+    """The first SECONDS of a real video at `fps` frames a second, as the official code resamples it."""
+    header = read_header(path)
+    if math.isclose(header.fps, fps, rel_tol=1e-3):
+        return read_frames(path, SECONDS * fps)
+    count = int(SECONDS * header.fps)
+    return resampled(read_frames(path, count), count, SECONDS * fps)
+
+
+def _reality(view: View) -> tuple[Observed, Agreement]:
+    """Take 1, and what take 2 makes of it."""
+    first, second = (read_header(path) for path in view.takes)
+    if (first.height, first.width) != (second.height, second.width):
+        raise ClipError(
+            view.takes[1],
+            "size",
+            f"{second.width}x{second.height} pixels, take 1 has {first.width}x{first.height}: get both again",
+        )
+    size = (first.height // REDUCTION, first.width // REDUCTION)
+    sources = [path.stat() for path in (*view.takes, *view.shipped) if path]
+    stamp = np.array([[source.st_size, source.st_mtime_ns] for source in sources])
+    kept = _load(view.cache, stamp)
+    if kept is not None:
+        return Observed(shrink(real_frames(view.takes[0], view.fps), size), kept[0]), kept[1]
+    takes = [_real(path, masks, size, view) for path, masks in zip(view.takes, view.shipped, strict=True)]
+    variance = compare(*takes)
+    _save(view.cache, stamp, takes[0].masks, variance)
+    return takes[0], variance
+
+
+def _real(path: Path, masks: Path | None, size: tuple[int, int], view: View) -> Observed:
+    frames = real_frames(path, view.fps)
+    if masks is None:
+        return observe(frames, size, fps=view.fps, mp4v=view.mp4v)
+    return Observed(shrink(frames, size), binary(read_frames(masks, SECONDS * view.fps), size))
+
+
+def _save(path: Path, stamp: np.ndarray, masks: np.ndarray, variance: Agreement) -> None:
+    with atomic(path) as aside, aside.open("wb") as file:
+        np.savez_compressed(
+            file,
+            stamp=stamp,
+            masks=np.packbits(masks),
+            shape=np.array(masks.shape),
+            **{name: np.asarray(value) for name, value in vars(variance).items()},
+        )
+
+
+def _load(path: Path, stamp: np.ndarray) -> tuple[np.ndarray, Agreement] | None:
+    """Masks of take 1 and the variance; None where they are not there, or were made of other files."""
+    if not path.exists():
+        return None
+    with np.load(path) as kept:
+        if not np.array_equal(kept["stamp"], stamp):
+            return None
+        shape = tuple(kept["shape"])
+        masks = np.unpackbits(kept["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
+        variance = Agreement(
+            spatial_iou=float(kept["spatial_iou"]),
+            weighted_spatial_iou=float(kept["weighted_spatial_iou"]),
+            spatiotemporal_iou=kept["spatiotemporal_iou"],
+            mse=kept["mse"],
+        )
+    return masks, variance

@@ -37,14 +37,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
 from eval.benchmarks.official_files import place, read_records
 from eval.benchmarks.r_bench_questions import EMBODIMENTS, SCRIPTS, TASKS, Wording, rate_embodiment, rate_task
-from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
+from eval.benchmarks.vlm_rows import AskedBenchmark, judge_requirement, judge_rows
 from eval.benchmarks.vqa import make_keys
-from eval.vlm.backend import VlmConfig
 from eval.vlm.client import Vlm, jpeg_frames
-from train.clips import VideoConfig
 
 DIMENSIONS = (*TASKS, *EMBODIMENTS)
 SHAPES = {"spatial_relationship": (1, 3)}  # rows and columns of the picture; others have GRID
@@ -87,11 +85,11 @@ class RBenchConfig:
     checkout: str = ""  # a clone of DAGroup-PKU/ReVidgen
     dimensions: list[str] = field(default_factory=lambda: list(DIMENSIONS))
     motion: str = ""  # results/4_embodiments of the official motion steps; empty: leave motion out
-    judge: VlmConfig = field(default_factory=VlmConfig)
 
 
-class RBench(Benchmark):
+class RBench(AskedBenchmark):
     name = "r_bench"
+    frame_height = None  # a grid of frames, see `rate`
     columns = (*DIMENSIONS, "task_completion", "visual_quality", "plausibility", "adherence", "stability")
     figures = ("average", "tasks", "embodiments", *columns)
     published = tuple(
@@ -102,10 +100,6 @@ class RBench(Benchmark):
         )
         for model, values in _TABLE_1.items()
     )
-
-    def __init__(self, settings: RBenchConfig, video: VideoConfig):
-        self.settings = settings
-        self._video = video
 
     def requirements(self) -> list[Requirement]:
         settings = self.settings
@@ -124,7 +118,7 @@ class RBench(Benchmark):
                 bool(settings.checkout) and all((_path(settings.checkout) / one).is_file() for one in SCRIPTS),
                 CLONE,
             ),
-            judge_requirement("run.r_bench.judge", settings.judge, "GPT-5 and Qwen3-VL-235B-A22B-Instruct"),
+            judge_requirement(self.vlm, "GPT-5 and Qwen3-VL-235B-A22B-Instruct"),
         ]
         if settings.motion:
             there = _path(settings.motion).is_dir()
@@ -190,7 +184,7 @@ class RBench(Benchmark):
                 ready.append(sample)
             else:
                 yield Row.of(sample, error=f"{sample.path}: no motion results in {self.settings.motion}: {MOTION}")
-        yield from judge_rows(self.settings.judge, ready, self._video, folder, pick, judge)
+        yield from judge_rows(self.judge, ready, self.model_video, folder, pick, judge)
 
     def _motion(self, samples: Sequence[Sample]) -> Callable[[Sample], tuple[float, float] | None]:
         """Smoothness and amplitude of a sample, None where there are none."""

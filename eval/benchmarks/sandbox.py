@@ -31,17 +31,14 @@ class Sandbox(Benchmark):
     lossless = True
     together = 64
 
-    def __init__(self, settings: SandboxConfig, video: VideoConfig):
-        self.settings, self._video = settings, video
-
     def requirements(self) -> list[Requirement]:
         return []
 
     def prompts(self) -> list[Task]:
-        return [_task(number, clip) for number, clip in enumerate(_listed(self.settings, self._video))]
+        return [_task(number, clip) for number, clip in enumerate(_listed(self.settings, self.model_video))]
 
     def references(self, folder: Path) -> list[Sample]:
-        video, seed = self._video, self.settings.seed
+        video, seed = self.model_video, self.settings.seed
         folder = folder / f"{seed}-{video.width}x{video.height}x{video.num_frames}-{video.fps:g}fps"
         listed = _listed(self.settings, video)
         samples = [
@@ -59,12 +56,12 @@ class Sandbox(Benchmark):
             read, clips = [], []
             for sample in samples[start : start + self.together]:
                 try:
-                    clips.append(read_clip(sample.path, self._video))
+                    clips.append(read_clip(sample.path, self.model_video))
                     read.append(sample)
                 except ClipError as error:
                     yield Row.of(sample, error=str(error))
             if read:
-                scores = score(torch.stack(clips), [sample.task.text for sample in read], self._video)
+                scores = score(torch.stack(clips), [sample.task.text for sample in read], self.model_video)
                 yield from (Row.of(sample, row) for sample, row in zip(read, scores.rows(), strict=True))
 
 

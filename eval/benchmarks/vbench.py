@@ -4,7 +4,7 @@ The five of Proprio's Table 6 (subject and background consistency, motion smooth
 dynamic degree, without which a model that stands still looks best. None of them looks at the prompt's words, so VBench
 takes clips of any prompts ("custom_input").
 
-VBench (github.com/Vchitect/VBench, 0.1.5) runs in an environment of its own, that of the setting `python`:
+VBench (github.com/Vchitect/VBench, 0.1.5) runs in an environment of its own, that of `raters.vbench.python`:
 
     python <package>/launch/evaluate.py --mode custom_input --videos_path <folder> --dimension <six names>
         --prompt_file prompts.json --output_path <folder>
@@ -25,9 +25,10 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ from train.clips import ClipError, VideoConfig, read_clip
 from train.files import write_text
 
 PROGRAM = "launch/evaluate.py"  # of the package
+DEVICE = "cuda"  # VBench knows no CPU; CUDA_VISIBLE_DEVICES chooses among several
 DIMENSIONS = (
     "subject_consistency",
     "background_consistency",
@@ -76,29 +78,28 @@ _TABLE_6 = {
 @dataclass
 class VBenchConfig:
     prompts_file: str = ""  # .txt, a prompt a line; .csv or .jsonl, columns prompt [image] [key]
-    python: str = ""  # interpreter of an environment with the package vbench
-    timeout: float = 1800.0  # seconds without a word of output after which VBench is stopped; downloads are silent too
-    clips_a_call: int = 128  # clips scored together, and lost together if the run is stopped
-    device: str = "cuda"  # "cuda:1": the second GPU; VBench knows no CPU
 
 
 class VBench(Benchmark):
     name = "vbench"
     columns = DIMENSIONS
     figures = DIMENSIONS
+    clips_a_call = 128  # scored together, and lost together if the run is stopped
     published = tuple(
         Published(model, dict(zip(DIMENSIONS, values, strict=False)), f"Proprio, Table 6, {prompts}")
         for prompts, rows in _TABLE_6.items()
         for model, values in rows
     )
 
-    def __init__(self, settings: VBenchConfig, video: VideoConfig):
-        if settings.clips_a_call < 1 or not settings.timeout > 0:
-            raise ValueError(
-                f"run.vbench.clips_a_call={settings.clips_a_call} and run.vbench.timeout={settings.timeout}: use 1 and"
-                " more clips, and a time above 0"
-            )
-        self.settings, self._video = settings, video
+    def __init__(self, settings: VBenchConfig, video: VideoConfig, *judges: Any):
+        super().__init__(settings, video, *judges)
+        timeout = self.raters.vbench.timeout
+        if not timeout > 0:
+            raise ValueError(f"raters.vbench.timeout={timeout} must be a number of seconds above 0")
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | asdict(self.raters.vbench) | {"device": DEVICE}
 
     def requirements(self) -> list[Requirement]:
         settings = self.settings
@@ -113,10 +114,10 @@ class VBench(Benchmark):
             Requirement(
                 "VBench and a GPU",
                 "Apache 2.0; the weights that it downloads have licences of their own",
-                f"run.vbench.python={settings.python}",
+                f"raters.vbench.python={self.raters.vbench.python}",
                 self._package is not None,
                 "make an environment with a CUDA build of PyTorch, `pip install vbench` there, and name its interpreter"
-                " in run.vbench.python; VBENCH_CACHE_DIR may say where its weights go",
+                " in raters.vbench.python; VBENCH_CACHE_DIR may say where its weights go",
             ),
         ]
 
@@ -139,11 +140,11 @@ class VBench(Benchmark):
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Rows by `clips_a_call`. ToolError, with the end of its output, where VBench fails as a whole."""
         tool = self._tool()
-        for start in range(0, len(samples), self.settings.clips_a_call):
+        for start in range(0, len(samples), self.clips_a_call):
             readable = []
-            for sample in samples[start : start + self.settings.clips_a_call]:
+            for sample in samples[start : start + self.clips_a_call]:
                 try:
-                    read_clip(sample.path, self._video)
+                    read_clip(sample.path, self.model_video)
                     readable.append(sample)
                 except ClipError as error:  # one of them would stop VBench for all
                     yield Row.of(sample, error=str(error))
@@ -168,30 +169,30 @@ class VBench(Benchmark):
 
     def _tool(self) -> Tool:
         """VBench, ready to run; ValueError where the interpreter has no such package."""
-        settings = self.settings
         if self._package is None:
             needed = self.requirements()[1]
             raise ValueError(f"{needed.where} has no package vbench: {needed.remedy}")
         environment = {
             name: value
-            for name, value in tool_environment(os.environ, torch.device(settings.device)).items()
+            for name, value in tool_environment(os.environ, torch.device(DEVICE)).items()
             if name not in OF_OUR_RANKS
         }
         environment["MASTER_PORT"] = str(_free_port())
         return Tool(
             name=self.name,
-            key="run.vbench",
+            key="raters.vbench",
             python=self._python,
             checkout=self._package,
             checkpoint=self._package,  # VBench keeps its weights in a cache of its own
-            timeout=settings.timeout,
+            timeout=self.raters.vbench.timeout,
             environment=environment,
         )
 
     @property
     def _python(self) -> str:
         """The interpreter's path, links not followed (that of a virtual environment is one); empty: there is none."""
-        found = shutil.which(os.path.expanduser(self.settings.python)) if self.settings.python else None
+        python = self.raters.vbench.python
+        found = shutil.which(os.path.expanduser(python)) if python else None
         return os.path.abspath(found) if found else ""
 
     @cached_property

@@ -1,6 +1,6 @@
 """VideoPhy (Bansal et al., 2024, arXiv 2406.03520): interactions of solids and fluids, rated by VideoCon-Physics.
 
-    recipe key              run.videophy.<field>, see VideoPhyConfig
+    recipe key              run.videophy.<field>, see RatedConfig; the rater's is raters.videocon_physics
     data                    videophy_test_public.csv of the data set videophysics/videophy_test_public
 
 A prompt is a caption of that table, which has a row for each of the authors' clips: captions are taken once each, 344.
@@ -14,7 +14,7 @@ How it is run, and what it cannot take, stands in `eval.judges.videocon_physics`
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from eval.benchmarks.official_files import place, read_table
 from eval.judges import videocon_physics
 from eval.judges.external_tool import InstallationConfig, Tool, find_tool, write_table
 from eval.prompts import make_key
-from train.clips import ClipError, VideoConfig, read_clip
+from train.clips import ClipError, read_clip
 
 THRESHOLD = 0.5
 MAX_NAME = 200  # characters of a caption in a file name
@@ -43,16 +43,8 @@ _LEADERBOARD = {
 
 
 @dataclass
-class RatedConfig(InstallationConfig):
-    """The judge's installation and how much it is given at once."""
-
+class RatedConfig:
     folder: str = ""  # of the benchmark's table
-    clips_a_call: int = 128  # clips that are rated together, and lost together if the run is stopped
-
-
-@dataclass
-class VideoPhyConfig(RatedConfig):
-    batch_size: int = 16  # questions that the judge answers at once, 32 frames of 224x224 each
 
 
 class Rated(Benchmark):
@@ -65,36 +57,42 @@ class Rated(Benchmark):
     header: ClassVar[list[str]]  # of it
     dropped: ClassVar[str] = ""  # letters that a caption loses at its end to become a file's name
     programs: ClassVar[tuple[str, ...]]
+    rater: ClassVar[str]  # field of RatersConfig
+    clips_a_call: ClassVar[int] = 128  # rated together, and lost together if the run is stopped
     settings: RatedConfig
 
-    def __init__(self, settings: RatedConfig, video: VideoConfig):
-        self.settings = settings
-        self._video = video
+    @property
+    def installation(self) -> InstallationConfig:
+        return getattr(self.raters, self.rater)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | asdict(self.installation)
 
     def requirements(self) -> list[Requirement]:
-        key, settings = f"run.{self.name}", self.settings
-        program = bool(settings.checkout) and all((Path(settings.checkout) / one).is_file() for one in self.programs)
+        key, settings, own = f"raters.{self.rater}", self.settings, self.installation
+        program = bool(own.checkout) and all((Path(own.checkout) / one).is_file() for one in self.programs)
         return [
             Requirement(
                 f"the table {self.table}",
                 "MIT",
-                f"{key}.folder={settings.folder}",
+                f"run.{self.name}.folder={settings.folder}",
                 bool(settings.folder) and self._table().is_file(),
-                f"get {self.table} from {self.source} and name its folder in {key}.folder",
+                f"get {self.table} from {self.source} and name its folder in run.{self.name}.folder",
             ),
             Requirement(
                 "the judge's program",
                 "MIT",
-                f"{key}.checkout={settings.checkout}, {key}.python={settings.python}",
-                program and bool(settings.python),
+                f"{key}.checkout={own.checkout}, {key}.python={own.python}",
+                program and bool(own.python),
                 f"clone https://github.com/Hritikbansal/videophy, make {ENVIRONMENT}, and name the clone in"
                 f" {key}.checkout and the environment's interpreter in {key}.python",
             ),
             Requirement(
                 "the judge's weights (7B, one GPU)",
                 "see the model card; made from LLaMA-7B",
-                f"{key}.checkpoint={settings.checkpoint}",
-                bool(settings.checkpoint) and Path(settings.checkpoint).is_dir(),
+                f"{key}.checkpoint={own.checkpoint}",
+                bool(own.checkpoint) and Path(own.checkpoint).is_dir(),
                 f"get {self.weights} and name its folder in {key}.checkpoint",
             ),
         ]
@@ -145,12 +143,10 @@ class Rated(Benchmark):
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Raises ValueError for an installation that is not there, ToolError when the judge fails as a whole."""
-        tool = find_tool(self.name, self.settings, "cpu", self.programs, key=f"run.{self.name}")
-        if self.settings.clips_a_call < 1:
-            raise ValueError(f"run.{self.name}.clips_a_call={self.settings.clips_a_call} must be 1 or more")
+        tool = find_tool(self.rater, self.installation, "cpu", self.programs)
         folder.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(samples), self.settings.clips_a_call):
-            yield from self._call(tool, samples[start : start + self.settings.clips_a_call], folder)
+        for start in range(0, len(samples), self.clips_a_call):
+            yield from self._call(tool, samples[start : start + self.clips_a_call], folder)
 
     def _call(self, tool: Tool, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         failures = {}
@@ -174,7 +170,7 @@ class Rated(Benchmark):
 
     def _damage(self, sample: Sample) -> str:
         try:
-            read_clip(sample.path, self._video)
+            read_clip(sample.path, self.model_video)
         except ClipError as error:
             return str(error).removeprefix(f"{sample.path}: ")
         return ""
@@ -216,7 +212,7 @@ class VideoPhy(Rated):
     laid_out = "example.csv"
     header = videocon_physics.HEADER
     programs = (videocon_physics.PREPARE, videocon_physics.INFERENCE)
-    settings: VideoPhyConfig
+    rater = videocon_physics.NAME
 
     def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
         return [
@@ -229,7 +225,7 @@ class VideoPhy(Rated):
 
     def _rate(self, tool, paths, tasks, folder):
         captions = [task.facts["caption"] for task in tasks]
-        found, failures = videocon_physics.score_files(tool, self.settings.batch_size, paths, captions, folder)
+        found, failures = videocon_physics.score_files(tool, paths, captions, folder)
         return by_clip(found, failures), failures
 
     def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]:

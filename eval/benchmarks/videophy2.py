@@ -1,6 +1,6 @@
 """VideoPhy-2 (Bansal et al., 2025, arXiv 2503.06800): 590 prompts about 200 actions, rated by VideoPhy2-AutoRater.
 
-    recipe key              run.videophy2.<field>, see VideoPhy2Config
+    recipe key              run.videophy2.<field>, see VideoPhy2Config; the rater's is raters.videophy2
     data                    videophy2_test.csv of the data set videophysics/videophy2_test
 
 The AutoRater rates a clip from 1 to 5 for `semantic` adherence (SA) and for `physical` commonsense (PC). A clip counts
@@ -99,6 +99,7 @@ class VideoPhy2(Rated):
     header = videophy2.HEADER
     dropped = "."
     programs = (videophy2.INFERENCE,)
+    rater = videophy2.NAME
     settings: VideoPhy2Config
 
     def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:

@@ -9,12 +9,12 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from eval.benchmarks.base import Requirement, Row, Sample, Task
-from eval.vlm.backend import Question, Reply, VlmConfig
+from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task
+from eval.vlm.backend import Question, Reply, VlmConfig, recorded
 from eval.vlm.client import NoAnswer, Vlm
 from recipes import redacted
 from train.clips import ClipError, VideoConfig, read_clip
@@ -56,13 +56,28 @@ async def ask(vlm: Vlm, name: str, question: Question, check: Callable[[Reply], 
         raise NoAnswer(refusal.reason, f"{name}: {refusal.detail}", refusal.raw) from refusal
 
 
-def judge_requirement(key: str, config: VlmConfig, official: str) -> Requirement:
-    """The judge in requirements(): key of its settings, and the model that the official protocol asks."""
+class AskedBenchmark(Benchmark):
+    """A benchmark whose judge is the model of the section `vlm`."""
+
+    frame_height: ClassVar[int | None] = 576  # pixels of what the judge sees at most; None: vlm.frame_height
+
+    @property
+    def judge(self) -> VlmConfig:
+        height = self.vlm.frame_height if self.frame_height is None else self.frame_height
+        return dataclasses.replace(self.vlm, frame_height=height)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | {"judge": recorded(self.judge)}
+
+
+def judge_requirement(config: VlmConfig, official: str) -> Requirement:
+    """The judge in requirements(); official: the model that the official protocol asks."""
     named = bool(config.model and (config.base_url or config.backend != "openai"))
     return Requirement(
         f"a vision-language model as judge (officially {official})",
         "the model's own",
-        redacted(f"{key}.model={config.model}, {key}.base_url={config.base_url}"),
+        redacted(f"vlm.model={config.model}, vlm.base_url={config.base_url}"),
         named,
-        f"serve one (vllm serve MODEL) and name it in {key}.model and its address in {key}.base_url",
+        "serve one (vllm serve MODEL) and name it in vlm.model and its address in vlm.base_url",
     )

@@ -20,18 +20,17 @@ neither is the average of the two: the laid-out clips are what the official eval
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from eval.benchmarks.base import Benchmark, Row, Sample, Task
-from eval.benchmarks.vlm_rows import ask, judge_rows
+from eval.benchmarks.base import Row, Sample, Task
+from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_rows
 from eval.prompts import slug
-from eval.vlm.backend import Malformed, Question, Reply, VlmConfig
+from eval.vlm.backend import Malformed, Question, Reply
 from eval.vlm.client import Vlm, jpeg_frames
-from train.clips import VideoConfig
 
 ANSWERS = ("yes", "no")
 LEAST_FRAMES = 4
@@ -46,28 +45,23 @@ TEXT = (
 class VqaConfig:
     folder: str = ""  # of the benchmark's data
     frame_rate: float = 2.0  # frames a second that the judge sees; judge.frames plays no part
-    judge: VlmConfig = field(default_factory=lambda: VlmConfig(frame_height=576))
 
 
-class Vqa(Benchmark):
+class Vqa(AskedBenchmark):
     """A benchmark of yes-or-no questions: a subclass reads prompts with the fact `questions`, see `read_questions`."""
 
     columns = ("domain",)
     figures = ("domain",)
 
-    def __init__(self, settings: VqaConfig, video: VideoConfig):
-        self.settings = settings
-        self._video = video
-
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """`domain`, the share of a clip's questions that the judge answered as the benchmark expects."""
         if not self.settings.frame_rate > 0:
             raise ValueError(f"run.{self.name}.frame_rate={self.settings.frame_rate} must be above 0")
-        return judge_rows(self.settings.judge, samples, self._video, folder, self._pick, answer_questions)
+        return judge_rows(self.judge, samples, self.model_video, folder, self._pick, answer_questions)
 
     def _pick(self, task: Task, clip: Tensor) -> list[bytes]:
-        count = frame_count(len(clip), self._video.fps, self.settings.frame_rate)
-        return jpeg_frames(clip, count, self.settings.judge.frame_height)
+        count = frame_count(len(clip), self.model_video.fps, self.settings.frame_rate)
+        return jpeg_frames(clip, count, self.judge.frame_height)
 
 
 async def answer_questions(vlm: Vlm, sample: Sample, frames: list[bytes]) -> dict[str, float]:

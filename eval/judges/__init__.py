@@ -1,60 +1,76 @@
 """Judges by name: how well a clip shows its prompt, and how well it obeys physical laws.
 
-    judge = build_judge(config, fps=16, device="cuda")
+    judge = build_judge(Judging.of(config), fps=16, device="cuda")
     scores = judge(clips, prompts)        clips (N, T, H, W, 3) uint8; scores.semantic, scores.physical (N,) in [0, 1]
 
-A new judge is a file with a config dataclass and `build(config, device)`, a field of JudgeConfig, and a line in JUDGES.
-`eval.judges.scores` says what a judge gives back, and what it raises for a clip that it cannot judge.
+A new judge is a file with `build`, and a line in JUDGES and in `judge_settings`. `eval.judges.scores` says what a judge
+gives back, and what it raises for a clip that it cannot judge.
 """
 
-import dataclasses
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
 from eval.judges import videocon_physics, videophy2, vlm
+from eval.judges.external_tool import RatersConfig
 from eval.judges.sandbox import judge as sandbox
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.scores import Judge
-from eval.judges.videocon_physics import VideoConPhysicsConfig
-from eval.judges.videophy2 import VideoPhy2Config
-from eval.judges.vlm import VlmJudgeConfig
+from eval.vlm.backend import VlmConfig, recorded
 
 
 @dataclass
 class JudgeConfig:
+    """The recipe's section `judge`. Settings of the judges themselves are the sections `vlm` and `raters`."""
+
     name: str = ""  # sandbox | videocon_physics | videophy2 | vlm; empty: no judge
-    sandbox: SandboxJudgeConfig = field(default_factory=SandboxJudgeConfig)
-    videocon_physics: VideoConPhysicsConfig = field(default_factory=VideoConPhysicsConfig)
-    videophy2: VideoPhy2Config = field(default_factory=VideoPhy2Config)
-    vlm: VlmJudgeConfig = field(default_factory=VlmJudgeConfig)
 
 
-# Each builds its judge from the field of JudgeConfig that has its name.
-JUDGES: dict[str, Callable[..., Judge]] = {
-    "sandbox": sandbox.build,
-    "videocon_physics": videocon_physics.build,
-    "videophy2": videophy2.build,
-    "vlm": vlm.build,
+@dataclass(frozen=True)
+class Judging:
+    """The sections of a recipe that say who judges."""
+
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    raters: RatersConfig = field(default_factory=RatersConfig)
+
+    @classmethod
+    def of(cls, config: Any) -> "Judging":
+        """Of an entry point's Config that has the three sections."""
+        return cls(config.judge, config.vlm, config.raters)
+
+
+JUDGES: dict[str, Callable[[Judging, float, torch.device | str], Judge]] = {
+    "sandbox": lambda given, fps, device: sandbox.build(SandboxJudgeConfig(fps=fps), device),
+    "videocon_physics": lambda given, fps, device: videocon_physics.build(given.raters.videocon_physics, fps, device),
+    "videophy2": lambda given, fps, device: videophy2.build(given.raters.videophy2, fps, device),
+    "vlm": lambda given, fps, device: vlm.build(given.vlm, fps, device),
 }
 
 
-def build_judge(config: JudgeConfig, fps: float, device: torch.device | str) -> Judge:
-    """The judge that `config` names, for clips of `fps` frames a second.
+def build_judge(judging: Judging, fps: float, device: torch.device | str) -> Judge:
+    """The judge that `judging.judge` names, for clips of `fps` frames a second.
 
     Cheap, and checks everything that can be checked without a clip: call it before any work. Raises ValueError for an
-    unknown name, for a judge's own settings that cannot work, and for a frame rate of theirs that is not the clips'.
+    unknown name and for settings of the judge that cannot work.
     """
-    if config.name not in JUDGES:
-        near = difflib.get_close_matches(config.name, JUDGES, n=1)
+    name = judging.judge.name
+    if name not in JUDGES:
+        near = difflib.get_close_matches(name, JUDGES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(JUDGES)}"
-        raise ValueError(f"judge.name={config.name!r} is no judge; {hint}")
-    settings = getattr(config, config.name)
-    if settings.fps not in (fps, type(settings)().fps):
-        raise ValueError(
-            f"judge.{config.name}.fps={settings.fps:g}, but the clips have {fps:g} frames a second (video.fps);"
-            f" leave judge.{config.name}.fps out"
-        )
-    return JUDGES[config.name](dataclasses.replace(settings, fps=fps), device)
+        raise ValueError(f"judge.name={name!r} is no judge; {hint}")
+    return JUDGES[name](judging, fps, device)
+
+
+def judge_settings(judging: Judging) -> dict[str, Any]:
+    """What scores may depend on beside clips and prompts, by judge, as plain JSON values.
+
+    Digests of finished work hold this tree: it has the form that it had when each judge's section held its own rate.
+    """
+    tools = {name: asdict(getattr(judging.raters, name)) | {"fps": 16.0} for name in ("videocon_physics", "videophy2")}
+    tools["videocon_physics"]["batch_size"] = videocon_physics.BATCH_SIZE
+    settings = {"sandbox": asdict(SandboxJudgeConfig()), "vlm": recorded(judging.vlm) | {"fps": 16.0}}
+    return {"name": judging.judge.name} | settings | tools

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,18 +32,28 @@ LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); os.exe
 
 
 @dataclass
-class InstallationConfig:
-    """The user's own installation of a judge."""
+class EnvironmentConfig:
+    """An environment of the user's own, with a program that this project starts."""
 
-    checkout: str = ""  # folder of a clone of github.com/Hritikbansal/videophy
-    python: str = ""  # interpreter of the environment its README describes (transformers 4.28)
-    checkpoint: str = ""  # folder of the judge's weights
-    timeout: float = 1800.0  # seconds without a word of output after which the tool is stopped; loading is silent too
+    python: str = ""  # its interpreter
+    timeout: float = 1800.0  # seconds without output after which the tool is stopped; loading weights is silent too
 
 
 @dataclass
-class ToolConfig(InstallationConfig):
-    fps: float = 16.0  # frames a second of the clips; `eval.judges.build_judge` sets it
+class InstallationConfig(EnvironmentConfig):
+    """A rater of VideoPhy's authors; its environment is the one that their README describes (transformers 4.28)."""
+
+    checkout: str = ""  # folder of a clone of github.com/Hritikbansal/videophy
+    checkpoint: str = ""  # folder of the rater's weights
+
+
+@dataclass
+class RatersConfig:
+    """The recipe's section `raters`: where the raters of other projects are installed."""
+
+    videocon_physics: InstallationConfig = field(default_factory=InstallationConfig)  # of VideoPhy
+    videophy2: InstallationConfig = field(default_factory=InstallationConfig)  # VideoPhy2-AutoRater
+    vbench: EnvironmentConfig = field(default_factory=EnvironmentConfig)  # with the package vbench
 
 
 class ToolError(RuntimeError):
@@ -123,17 +133,12 @@ class Tool:
             raise ToolError(f"{self.name}: {script} wrote {path.name}, which is no CSV in UTF-8: {error}") from error
 
 
-def find_tool(
-    name: str, config: InstallationConfig, device: torch.device | str, scripts: Sequence[str], *, key: str = ""
-) -> Tool:
-    """Check the installation that `config` describes, before any work; ValueError names the key to correct.
-
-    key: of `config` in the recipe, judge.<name> by default.
-    """
-    key = key or f"judge.{name}"
-    for field in ("checkout", "python", "checkpoint"):
-        if not getattr(config, field):
-            raise ValueError(f"{key}.{field} is empty; {name} runs in its own checkout and environment, give all three")
+def find_tool(name: str, config: InstallationConfig, device: torch.device | str, scripts: Sequence[str]) -> Tool:
+    """Check the installation `raters.<name>`, before any work; ValueError names the key to correct."""
+    key = f"raters.{name}"
+    for part in ("checkout", "python", "checkpoint"):
+        if not getattr(config, part):
+            raise ValueError(f"{key}.{part} is empty; {name} runs in its own checkout and environment, give all three")
     checkout, checkpoint = (Path(path).expanduser().absolute() for path in (config.checkout, config.checkpoint))
     for script in scripts:
         if not (checkout / script).is_file():

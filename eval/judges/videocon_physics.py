@@ -18,20 +18,12 @@ a caption that may be too long is refused. Judge the short prompt, not one that 
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eval.judges.external_tool import (
-    Tool,
-    ToolConfig,
-    ToolError,
-    find_tool,
-    write_clips,
-    write_table,
-)
+from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, write_clips, write_table
 from eval.judges.scores import Judge, Scores, Unjudged, check_clips, refuse_caption, unit_score
 
 NAME = "videocon_physics"
@@ -40,24 +32,18 @@ INFERENCE = "videocon/training/pipeline_video/entailment_inference.py"
 HEADER = ["videopath", "caption"]
 TABLES = {"semantic": "sa_testing.csv", "physical": "physics_testing.csv"}  # as PREPARE calls them
 RESERVED = ("<|video|>", "<image>", "AI: ", "\nHuman: ")  # where the tool splits a question into turns and media
+BATCH_SIZE = 16  # questions that the tool answers at once, 32 frames of 224x224 each
 CAPTION_TOKENS = 120  # what 256 leave beside 65 for the video and about 65 for the question's own words
 
 
-@dataclass
-class VideoConPhysicsConfig(ToolConfig):
-    batch_size: int = 16  # questions that the tool answers at once, 32 frames of 224x224 each
-
-
-def build(config: VideoConPhysicsConfig, device: torch.device | str) -> Judge:
-    """The judge: score(clips (N, T, H, W, 3) uint8, prompts) -> Scores.
+def build(config: InstallationConfig, fps: float, device: torch.device | str) -> Judge:
+    """The judge of clips of `fps` frames a second: score(clips (N, T, H, W, 3) uint8, prompts) -> Scores.
 
     Raises ValueError, before any work, for an installation that is not there. `score` raises ValueError for clips of
     another shape or type, `Unjudged` for clips with a caption that the tool cannot take, without a score, or with one
     outside [0, 1], and `external_tool.ToolError` when the tool fails or writes what is not its table.
     """
     tool = find_tool(NAME, config, device, (PREPARE, INFERENCE))
-    if config.batch_size < 1:
-        raise ValueError(f"judge.{NAME}.batch_size={config.batch_size} must be 1 or more")
 
     def score(clips: Tensor, prompts: list[str]) -> Scores:
         check_clips(clips, prompts)
@@ -67,8 +53,8 @@ def build(config: VideoConPhysicsConfig, device: torch.device | str) -> Judge:
         if chosen:
             with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
                 folder = Path(temporary)
-                paths = write_clips(folder, clips, chosen, config.fps)
-                found, unscored = score_files(tool, config.batch_size, paths, prompts, folder)
+                paths = write_clips(folder, clips, chosen, fps)
+                found, unscored = score_files(tool, paths, prompts, folder)
                 failures |= unscored
         judged = [clip for clip in chosen if clip not in failures]
         semantic, physical = (
@@ -84,7 +70,7 @@ def build(config: VideoConPhysicsConfig, device: torch.device | str) -> Judge:
 
 
 def score_files(
-    tool: Tool, batch_size: int, paths: Mapping[int, str], prompts: Sequence[str], folder: Path
+    tool: Tool, paths: Mapping[int, str], prompts: Sequence[str], folder: Path
 ) -> tuple[dict[str, dict[int, float]], dict[int, str]]:
     """Scores of clips that lie in files: name of TABLES -> clip number -> [0, 1]; clip number -> why it has none.
 
@@ -93,7 +79,7 @@ def score_files(
     """
     failures: dict[int, str] = {}
     questions = _questions(tool, folder, paths, prompts, failures)
-    return _answers(tool, batch_size, folder, questions, failures), failures
+    return _answers(tool, folder, questions, failures), failures
 
 
 def refuse(prompt: str) -> str | None:
@@ -131,7 +117,6 @@ def _questions(
 
 def _answers(
     tool: Tool,
-    batch_size: int,
     folder: Path,
     questions: dict[tuple[str, str], tuple[str, int]],
     failures: dict[int, str],
@@ -143,7 +128,7 @@ def _answers(
     asked, answered = folder / "questions.csv", folder / "answers.csv"
     write_table(asked, HEADER, list(questions))
     arguments = ["--input_csv", str(asked), "--output_csv", str(answered), "--checkpoint", str(tool.checkpoint)]
-    tool.run(INFERENCE, [*arguments, "--batch_size", str(batch_size)], folder)
+    tool.run(INFERENCE, [*arguments, "--batch_size", str(BATCH_SIZE)], folder)
     seen = set()
     for row in tool.read_table(answered, INFERENCE, folder):
         question = tuple(row[:2])

@@ -22,14 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.judges.external_tool import (
-    Tool,
-    ToolConfig,
-    ToolError,
-    find_tool,
-    write_clips,
-    write_table,
-)
+from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, write_clips, write_table
 from eval.judges.scores import Judge, Scores, Unjudged, check_clips, refuse_caption
 
 NAME = "videophy2"
@@ -46,18 +39,13 @@ RATINGS = range(1, 6)
 
 
 @dataclass
-class VideoPhy2Config(ToolConfig):
-    pass
-
-
-@dataclass
 class VideoPhy2Scores(Scores):
     semantic_rating: Tensor  # (N,) int64, 1 to 5
     physical_rating: Tensor  # (N,) int64, 1 to 5
 
 
-def build(config: VideoPhy2Config, device: torch.device | str) -> Judge:
-    """The judge: score(clips (N, T, H, W, 3) uint8, prompts) -> VideoPhy2Scores.
+def build(config: InstallationConfig, fps: float, device: torch.device | str) -> Judge:
+    """The judge of clips of `fps` frames a second: score(clips (N, T, H, W, 3) uint8, prompts) -> VideoPhy2Scores.
 
     Raises ValueError, before any work, for an installation that is not there. `score` raises ValueError for clips of
     another shape or type, `Unjudged` for clips with a caption that the tool cannot take or without a rating from 1 to
@@ -73,7 +61,7 @@ def build(config: VideoPhy2Config, device: torch.device | str) -> Judge:
         if chosen:
             with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
                 folder = Path(temporary)
-                found, unrated = rate_files(tool, write_clips(folder, clips, chosen, config.fps), prompts, folder)
+                found, unrated = rate_files(tool, write_clips(folder, clips, chosen, fps), prompts, folder)
                 failures |= unrated
         judged = [clip for clip in chosen if clip not in failures]
         semantic, physical = (

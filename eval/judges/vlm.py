@@ -9,7 +9,6 @@ The physical question leaves the prompt out: a description of something impossib
 
 import asyncio
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,13 +29,8 @@ PHYSICAL = (
 )
 
 
-@dataclass
-class VlmJudgeConfig(VlmConfig):
-    fps: float = 16.0  # frames a second of the clips; `eval.judges.build_judge` sets it
-
-
-def build(config: VlmJudgeConfig, device: torch.device | str) -> Judge:
-    """The judge: score(clips (N, T, H, W, 3) uint8, prompts) -> Scores.
+def build(config: VlmConfig, fps: float, device: torch.device | str) -> Judge:
+    """The judge of clips of `fps` frames a second: score(clips (N, T, H, W, 3) uint8, prompts) -> Scores.
 
     A model of this process goes to `device` unless `config.device` names another; a server has its own. Raises
     ValueError for settings that cannot work. `score` raises ValueError for clips of another shape or type, `Unjudged`
@@ -50,7 +44,7 @@ def build(config: VlmJudgeConfig, device: torch.device | str) -> Judge:
 
         async def judge(clip: int) -> tuple[float, float]:
             frames = await asyncio.to_thread(jpeg_frames, clips[clip].cpu(), config.frames, config.frame_height)
-            facts = {"count": len(frames), "seconds": clips.shape[1] / config.fps}
+            facts = {"count": len(frames), "seconds": clips.shape[1] / fps}
             semantic = await vlm.yes_probability(frames, SEMANTIC.format(caption=quoted(prompts[clip]), **facts))
             return semantic, await vlm.yes_probability(frames, PHYSICAL.format(**facts))
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from eval.prompt_refinement import questions
 from eval.prompts import Prompt, slug
 from eval.search.searcher import batches
-from eval.vlm.backend import Backend, VlmConfig
+from eval.vlm.backend import SEED, TEMPERATURE, Backend, VlmConfig
 from eval.vlm.client import NoAnswer, Vlm, jpeg_frames
 from train.clips import VideoConfig, read_clip, write_clip
 from train.files import digest, sha256, write_text
@@ -255,7 +255,7 @@ class PromptRefiner:
     def _digest(self, one: Refinement, number: int) -> str:
         """Of all that a round depends on: the settings, apart from when rounds end, and the round before."""
         config, vlm, prompt = self.config, self.vlm.config, one.prompt
-        models = [[vlm.model, vlm.frames, vlm.frame_height, vlm.temperature, vlm.seed], ["", 8, 360, 0.0, 0]]
+        models = [[vlm.model, vlm.frames, vlm.frame_height, TEMPERATURE, SEED], ["", 8, 360, 0.0, 0]]
         image = sha256(prompt.image) if prompt.image else ""
         rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
         settings = [prompt.text, image, models, config.encoder, questions.PROMPT_CHARS, rules]

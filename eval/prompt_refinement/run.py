@@ -24,7 +24,8 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 import recipes
-from eval.judges import JudgeConfig
+from eval.judges import JudgeConfig, Judging
+from eval.judges.external_tool import RatersConfig
 from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, make_key, read_prompts
@@ -69,6 +70,7 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
     vlm: VlmConfig = field(default_factory=VlmConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
@@ -121,7 +123,7 @@ class Generator:
         fingerprint = load_backbone(config.backbone, "cpu", parts=()).fingerprint
         path, strategy = config.refine_prompts.lora, strategy_of(config.refine_prompts)
         self.lora: Lora | None = read_lora(path, fingerprint, key="refine_prompts.lora") if path else None
-        self.model = searcher.searching(Model(TUNED), strategy, config.search, config.judge)
+        self.model = searcher.searching(Model(TUNED), strategy, config.search, Judging.of(config))
         backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
         weights = self.lora.sha256 if self.lora else ""
         self.digest = digest([backbone, asdict(config.sampler), weights, self.model.settings])
@@ -153,7 +155,7 @@ class Generator:
         """The scorer `chosen_by`, of clips as they lie on disk."""
         config = self.config
         build = SCORERS[config.refine_prompts.chosen_by]
-        score = build(config.search, self.backbone, config.video.fps, config.judge)
+        score = build(config.search, self.backbone, config.video.fps, Judging.of(config))
 
         @torch.no_grad()
         def values(description: str, clips: Tensor) -> Tensor:

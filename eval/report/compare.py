@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark
-from eval.report import tables as report
+from eval.report import html, tables
 from eval.report.results import TRUE, Score, differences
 from train import entry
 from train.clips import VideoConfig
@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--html", metavar="FILE", help="also write a page")
     arguments = parser.parse_args(argv)
     compared = compare([Run(path) for path in dict.fromkeys(arguments.runs)])
-    print(report.comparison_markdown(compared), end="")
+    print(tables.comparison_markdown(compared), end="")
     if arguments.html:
-        write_text(Path(arguments.html), report.comparison_html(compared))
+        write_text(Path(arguments.html), html.comparison_html(compared))
     return compared
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.judges import JudgeConfig
+from eval.judges import Judging, judge_settings
 from eval.maker import Model, Request
 from eval.search.candidates import Candidates, Cost, Scorer, choose
 from eval.search.config import SearchConfig
@@ -92,15 +92,15 @@ def check_batches(config: SearchConfig) -> None:
             raise ValueError(f"search.{key}batch_size={size.batch_size}: use 1 or more")
 
 
-def scorer_settings(name: str, config: SearchConfig, judge: JudgeConfig | None = None) -> dict[str, Any]:
+def scorer_settings(name: str, config: SearchConfig, judging: Judging | None = None) -> dict[str, Any]:
     """All that a scorer's values depend on beside clips and network, as plain JSON values."""
     every = asdict(config) | {"mixing": MIXING, "judge_aspect": "physical"}
     every["residuals"].pop("batch_size")
-    every["judge"] = asdict(judge or JudgeConfig())
+    every["judge"] = judge_settings(judging or Judging())
     return {key: every[key] for key in SETTINGS.get(name, ())}
 
 
-def settings(method: Method, config: SearchConfig, judge: JudgeConfig | None = None) -> dict[str, Any]:
+def settings(method: Method, config: SearchConfig, judging: Judging | None = None) -> dict[str, Any]:
     """All that a method's clip depends on beside prompt, seed, network and sampler, as plain JSON values."""
     found: dict[str, Any] = asdict(method)
     names = [config.chosen_by] if method.search or config.refine.best > 1 and method.refine == "proprio" else []
@@ -115,7 +115,7 @@ def settings(method: Method, config: SearchConfig, judge: JudgeConfig | None = N
         found["refined"] = config.refine.settings()
     if method.refine == "guidance":
         found |= {"refined": config.guidance.settings(), "surprise": asdict(config.surprise)}
-    return found | {"scorers": {name: scorer_settings(name, config, judge) for name in names}}
+    return found | {"scorers": {name: scorer_settings(name, config, judging) for name in names}}
 
 
 def describe(method: Method, config: SearchConfig) -> str:
@@ -134,20 +134,20 @@ def describe(method: Method, config: SearchConfig) -> str:
     return "; ".join(parts)
 
 
-def searching(model: Model, method: Method, config: SearchConfig, judge: JudgeConfig | None = None) -> Model:
+def searching(model: Model, method: Method, config: SearchConfig, judging: Judging | None = None) -> Model:
     """The model with a search behind it, under a name of its own; as it is where there is none."""
     if not method:
         return model
-    found = settings(method, config, judge)
-    searched = Searching(method, config, judge)
+    found = settings(method, config, judging)
+    searched = Searching(method, config, judging)
     return replace(model, name=model.name + method.suffix, strategy=searched, settings=found)
 
 
 class Searching:
     """The search as a Strategy of `eval.maker`: one clip per request, one after the other."""
 
-    def __init__(self, method: Method, config: SearchConfig, judge: JudgeConfig | None):
-        self.method, self.config, self.judge, self._searcher = method, config, judge, None
+    def __init__(self, method: Method, config: SearchConfig, judging: Judging | None):
+        self.method, self.config, self.judging, self._searcher = method, config, judging, None
 
     def __call__(
         self,
@@ -159,7 +159,7 @@ class Searching:
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         video = requests[0].video
         if self._searcher is None or self._searcher.video != video:
-            self._searcher = Searcher(self.config, backbone, video, sampler, negative, self.judge)
+            self._searcher = Searcher(self.config, backbone, video, sampler, negative, self.judging)
         latents, facts = [], []
         for number, request in enumerate(requests):
             one, prompt = conditioning[number : number + 1], request.prompt
@@ -179,9 +179,9 @@ class Searcher:
         video: VideoConfig,
         sampler: SamplerConfig,
         negative: Conditioning | None = None,
-        judge: JudgeConfig | None = None,  # of the scorer "judge"
+        judging: Judging | None = None,  # of the scorer "judge"
     ):
-        self.config, self.backbone, self.judge = config, backbone, judge or JudgeConfig()
+        self.config, self.backbone, self.judging = config, backbone, judging or Judging()
         self.video, self.sampler, self.negative = video, sampler, negative
         self.refinement = Refinement(config.refine, backbone, video, sampler, negative)
         self._scorers: dict[tuple[str, bool], Scorer] = {}
@@ -199,7 +199,7 @@ class Searcher:
             config = self.config
             if early:
                 config = replace(config, residuals=replace(config.residuals, draws=config.prune.draws))
-            self._scorers[name, early] = SCORERS[name](config, self.backbone, self.video.fps, self.judge)
+            self._scorers[name, early] = SCORERS[name](config, self.backbone, self.video.fps, self.judging)
         return self._scorers[name, early]
 
     def candidates(self, key: str, prompt: str, conditioning: Conditioning, latents: Tensor) -> Candidates:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from recipes import redacted
@@ -19,6 +19,7 @@ from recipes import redacted
 TOP_LOGPROBS = 20  # alternatives of the first token; as many as OpenAI and vLLM give at most
 BACKENDS = ("openai", "transformers")
 SENDS = ("images", "video")
+TEMPERATURE, SEED = 0.0, 0  # of a question's first try
 
 
 @dataclass
@@ -32,16 +33,18 @@ class VlmConfig:
     concurrency: int = 64  # questions in flight, per process
     timeout_s: float = 120.0  # seconds for one request
     retries: int = 5  # further tries of a question
-    backoff: float = 1.0  # seconds before the first retry after a failure of the server, then twice as long each time
     give_up: int = 32  # questions in a row without an answer after which the server or the model counts as unfit
     max_tokens: int = 1024  # of an answer
-    temperature: float = 0.0
-    seed: int = 0
     cache: str = ""  # folder of the answers, for all runs; empty: none kept
     frames: int = 8  # of a clip that the model sees, evenly spaced
     frame_height: int = 360  # pixels; higher frames are made smaller
     send: str = "images"  # images: a picture each | video: all in one video_url, data:video/jpeg, which vLLM reads
     device: str = ""  # transformers: cuda, cpu, auto (over all GPUs); empty: cuda where there is one
+
+
+def recorded(config: VlmConfig) -> dict[str, Any]:
+    """The settings as digests of finished work hold them: three that are constants now had keys of their own."""
+    return asdict(config) | {"backoff": 1.0, "temperature": TEMPERATURE, "seed": SEED}
 
 
 def check_config(config: VlmConfig) -> None:
@@ -62,15 +65,11 @@ def check_config(config: VlmConfig) -> None:
         raise ValueError("vlm.api_key_env is no name of an environment variable; put the key into one and name that")
     if key and not os.environ.get(key):
         raise ValueError(f"vlm.api_key_env={key}, but the environment has no such variable: export {key}=...")
-    for name in ("concurrency", "give_up", "max_tokens"):
+    for name in ("concurrency", "give_up", "max_tokens", "frames", "frame_height"):
         if getattr(config, name) < 1:
             raise ValueError(f"vlm.{name}={getattr(config, name)} must be 1 or more")
-    for name in ("retries", "backoff", "temperature"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"vlm.{name}={getattr(config, name)} must be 0 or more")
-    for name in ("frames", "frame_height"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"vlm.{name}={getattr(config, name)} must be 1 or more")
+    if config.retries < 0:
+        raise ValueError(f"vlm.retries={config.retries} must be 0 or more")
     if not 0 < config.timeout_s < math.inf:
         raise ValueError(f"vlm.timeout_s={config.timeout_s} must be a number of seconds above 0")
 
@@ -88,7 +87,7 @@ class Question:
 
     def digest(self, config: VlmConfig) -> str:
         """Hexadecimal SHA-256 of the question, the model and how it is asked; the server's address plays no part."""
-        asked = [config.backend, config.model, config.send, config.max_tokens, config.temperature, config.seed]
+        asked = [config.backend, config.model, config.send, config.max_tokens, TEMPERATURE, SEED]
         said = [self.text, self.rules, self.video_url, self.schema, self.first_token]
         frames = [hashlib.sha256(frame).hexdigest() for frame in self.frames]
         return hashlib.sha256(json.dumps([asked, said, frames]).encode("ascii")).hexdigest()

@@ -34,6 +34,8 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from eval.vlm.backend import (
+    SEED,
+    TEMPERATURE,
     Backend,
     Malformed,
     Question,
@@ -47,6 +49,7 @@ from eval.vlm.backend import (
 from eval.vlm.cache import Cache
 from train.files import parse_json
 
+BACKOFF = 1.0  # seconds before the first retry after a failure of the server, then twice as long each time
 MAX_WAIT = 60.0  # seconds between two tries
 RETRY_TEMPERATURE = 0.7  # of a try after a malformed answer: at 0 the same would come again
 LEAST_MASS = 0.01  # probability that Yes and No must have together: below, the model is saying something else
@@ -194,19 +197,19 @@ class Vlm:
         return await self.ask(asked, yes_share)
 
     async def _ask(self, question: Question, digest: str, check: Callable[[Reply], Any]) -> Reply | NoAnswer:
-        jitter = random.Random(f"{self.config.seed} {digest}")
-        temperature, failures = self.config.temperature, 0
+        jitter = random.Random(f"{SEED} {digest}")
+        temperature, failures = TEMPERATURE, 0
         for attempt in range(self.config.retries + 1):
             wait, raw = 0.0, ""
             try:
-                reply = await self._request(question, temperature, self.config.seed + attempt)
+                reply = await self._request(question, temperature, SEED + attempt)
                 check(reply)
             except Malformed as error:
                 reason, detail, raw = "malformed", str(error), error.raw
                 temperature = max(temperature, RETRY_TEMPERATURE)
             except Retry as error:
                 reason, detail = error.reason, str(error)
-                wait = max(min(self.config.backoff * 2**failures, MAX_WAIT) * jitter.uniform(0.5, 1.0), error.wait)
+                wait = max(min(BACKOFF * 2**failures, MAX_WAIT) * jitter.uniform(0.5, 1.0), error.wait)
                 failures += 1
             except Rejected as error:
                 reason, detail = "rejected", str(error)

@@ -448,7 +448,7 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
     }
     monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
     monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a clip was encoded again"))
-    build.main(simulated(model, output, "pipeline.judge.name=sandbox"))
+    build.main(simulated(model, output, "judge.name=sandbox"))
     judged = by_key(output)
     backbone = load_backbone(BackboneConfig(path=str(model), dtype="float32", text_length=32), "cpu")
     judge = sandbox_judge(SandboxJudgeConfig(fps=4), "cpu")
@@ -460,7 +460,7 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
         assert (found[:, 1] < 0.2).all()  # a random network's clips are noise
     first = next(iter(judged))
     (tmp_path / "scores.csv").write_text(f"key,loser,semantic,physical\n{first},1,0.25,0.75\n", encoding="utf-8")
-    build.main(simulated(model, output, "pipeline.judge.name=sandbox", f"pipeline.scores={tmp_path / 'scores.csv'}"))
+    build.main(simulated(model, output, "judge.name=sandbox", f"pipeline.scores={tmp_path / 'scores.csv'}"))
     mixed = by_key(output)
     assert mixed[first].losers_info[0].physical == pytest.approx(judged[first].losers_info[0].physical, abs=1e-4)
     assert (mixed[first].losers_info[1].semantic, mixed[first].losers_info[1].physical) == (0.25, 0.75)
@@ -594,7 +594,7 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
         ("pipeline.manifest=none.csv", "pipeline.manifest=none.csv: no such file"),
         ("pipeline.scores=none.csv", "pipeline.scores=none.csv: no such file"),
         ("pipeline.num_loosers=3", "did you mean 'num_losers'"),
-        ("pipeline.judge.name=wizard", "judge.name='wizard' is no judge"),
+        ("judge.name=wizard", "judge.name='wizard' is no judge"),
         ("pipeline.stage=jugde", "'jugde' is no stage; use all, one of pool, filter"),
         ("pipeline.stage=judge..filter", "filter comes before judge"),
         ("pipeline.array_index=2", "pipeline.array_index=2: use 0 ... array_count - 1 = 0"),
@@ -668,11 +668,10 @@ def times(output: Path) -> dict[str, set[int]]:
     ("change", "changed"),
     [
         pytest.param("sampler.steps=3", ["generate", "encode"], marks=pytest.mark.slow),  # nobody judges here
-        pytest.param("pipeline.judge.name=sandbox", ["judge", "targets", "encode"], marks=pytest.mark.slow),
+        pytest.param("judge.name=sandbox", ["judge", "targets", "encode"], marks=pytest.mark.slow),
         pytest.param(
             "pipeline.table_rows=3", ["pool", "filter", "cluster", "difficulty", "resample"], marks=pytest.mark.slow
         ),
-        pytest.param("pipeline.judge.sandbox.batch_size=3", [], marks=pytest.mark.slow),
         ("pipeline.batch_size=2", []),
     ],
 )
@@ -740,7 +739,7 @@ def test_a_clip_that_the_judge_refuses_is_left_out(model, built, tmp_path, monke
         return scores
 
     monkeypatch.setattr(stages, "build_judge", lambda *_: judge)
-    build.main(arguments(model, built / "clips.csv", tmp_path / "out", "pipeline.judge.name=sandbox"))
+    build.main(arguments(model, built / "clips.csv", tmp_path / "out", "judge.name=sandbox"))
     groups = by_key(tmp_path / "out")
     assert list(groups) == ["red", "blue", "grey", "pink"]
     assert {(j.semantic, j.physical) for group in groups.values() for j in group.losers_info} == {(0.25, 0.75)}

@@ -30,8 +30,8 @@ FRAMES = jpeg_frames(np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), d
 
 
 def cot_filter(server, *, threshold=0.6, max_prompt_chars=4000, **changes) -> CotFilter:
-    vlm = VlmConfig(**({"base_url": server.url, "model": "stub", "backoff": 0.01, "retries": 2} | changes))
-    return CotFilter(FilterConfig(vlm, threshold, max_prompt_chars))
+    vlm = VlmConfig(**({"base_url": server.url, "model": "stub", "retries": 2} | changes))
+    return CotFilter(FilterConfig(threshold=threshold, max_prompt_chars=max_prompt_chars), vlm)
 
 
 def items(*prompts: str) -> list[Item]:
@@ -321,7 +321,7 @@ import sys
 from data_pipeline.cot_filter import CotFilter, FilterConfig, Item
 from eval.vlm.client import VlmConfig
 vlm = VlmConfig(base_url=sys.argv[1], model="stub", cache=sys.argv[2], concurrency=8)
-CotFilter(FilterConfig(vlm)).run([Item(str(number), str(number), lambda: [b"frame"]) for number in range(200)])
+CotFilter(FilterConfig(), vlm).run([Item(str(number), str(number), lambda: [b"frame"]) for number in range(200)])
 """
 
 

@@ -65,7 +65,7 @@ def manifest(tmp_path):
 def run(model, manifest, output, *more):
     fixed = ("backbone.architecture=tiny", "backbone.dtype=float32", "backbone.text_length=32", "video.height=32")
     fixed += ("video.width=32", "video.num_frames=9", "video.fps=4", "sampler.steps=1", "sampler.guidance=1")
-    sizes = ("pipeline.num_losers=1", "pipeline.unit_size=4", "pipeline.table_rows=8", "pipeline.judge.name=sandbox")
+    sizes = ("pipeline.num_losers=1", "pipeline.unit_size=4", "pipeline.table_rows=8", "judge.name=sandbox")
     chosen = ("pipeline.resample.budget=12", "pipeline.resample.representatives=2", "pipeline.stage=pool..resample")
     places = (f"output={output}", f"backbone.path={model}", f"pipeline.manifest={manifest}")
     build.main([*places, *fixed, *sizes, *chosen, *more])
@@ -176,7 +176,7 @@ def test_clips_that_cannot_be_judged_or_read_do_not_count(model, manifest, judge
 def test_settings_that_cannot_work_stop_before_any_work(model, manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "generate_losers", lambda *_, **__: pytest.fail("work was begun"))
     for more, message in (
-        (["pipeline.judge.name=''"], "resample.tau=3 needs a judge"),
+        (["judge.name=''"], "resample.tau=3 needs a judge"),
         (["pipeline.resample.budget=-1"], "resample.budget=-1"),
         (["pipeline.resample.representatives=0"], "resample.representatives=0"),
     ):

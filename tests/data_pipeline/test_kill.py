@@ -62,7 +62,7 @@ def arguments(inputs: Path, output: Path) -> list[str]:
         "pipeline.unit_size": 5,
         "pipeline.batch_size": 4,  # two rows together: their last bits depend on each other
         "pipeline.encode_batch": 2,
-        "pipeline.judge.name": "sandbox",
+        "judge.name": "sandbox",
         "pipeline.resample.budget": 11,
         "pipeline.resample.representatives": 2,
         "pipeline.save_losers": "true",

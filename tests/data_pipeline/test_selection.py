@@ -46,8 +46,8 @@ def run(stage, before):
 class FakeFilter:
     """Finds physics in what falls; is not asked about what is refused."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, config, vlm):
+        self.vlm = vlm
 
     def run(self, items, advance):
         answers = []
@@ -58,7 +58,7 @@ class FakeFilter:
             except (ValueError, OSError) as error:
                 answers.append(Refused(item.key, "frames", str(error), ""))
                 continue
-            assert len(frames) == self.config.vlm.frames and frames[0].startswith(b"\xff\xd8")
+            assert len(frames) == self.vlm.frames and frames[0].startswith(b"\xff\xd8")
             if "busy" in item.prompt:
                 answers.append(Refused(item.key, "server", "timeout", ""))
             else:
@@ -71,8 +71,8 @@ def test_the_filter_keeps_rich_rows_with_what_was_said_of_them(tmp_path, monkeyp
     monkeypatch.setattr(selection, "CotFilter", FakeFilter)
     write_clip(tmp_path / "a.mp4", torch.zeros(9, 32, 32, 3, dtype=torch.uint8), 8)
     before = pool(tmp_path / "pool", ["balls fall", "a face", "busy", "a fall"], path=str(tmp_path / "a.mp4"))
-    config = FilterConfig(vlm=VlmConfig(model="m", frames=2, frame_height=16))
-    stage = Filter(tmp_path / "filter", config, {"model": "m"}, FrameReader(VIDEO, "cpu"))
+    vlm = VlmConfig(model="m", frames=2, frame_height=16)
+    stage = Filter(tmp_path / "filter", FilterConfig(), vlm, {"model": "m"}, FrameReader(VIDEO, "cpu"))
     table, dropped = run(stage, before)
     rows = table.rows(0, 9).to_pylist()
     assert [(row["key"], row["physics_richness"], row["physics_label"]) for row in rows] == [
@@ -91,7 +91,7 @@ def test_the_filter_keeps_rich_rows_with_what_was_said_of_them(tmp_path, monkeyp
 
 def test_a_clip_without_frames_is_refused_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "CotFilter", FakeFilter)
-    stage = Filter(tmp_path / "filter", FilterConfig(), {}, FrameReader(VIDEO, "cpu"))
+    stage = Filter(tmp_path / "filter", FilterConfig(), VlmConfig(), {}, FrameReader(VIDEO, "cpu"))
     table, dropped = run(stage, pool(tmp_path / "pool", ["balls fall"]))
     assert len(table) == 0 and dropped[0]["reason"] == "frames" and "no such file" in dropped[0]["detail"]
 
@@ -100,7 +100,7 @@ def test_the_filter_depends_on_rows_and_settings(tmp_path):
     before = pool(tmp_path / "pool", ["a", "b", "c", "d"])
 
     def digests(settings):
-        stage = Filter(tmp_path / "filter", FilterConfig(), settings, FrameReader(VIDEO, "cpu"))
+        stage = Filter(tmp_path / "filter", FilterConfig(), VlmConfig(), settings, FrameReader(VIDEO, "cpu"))
         return [unit.digest for unit in stage.plan(before)]
 
     assert digests({"model": "m"}) == digests({"model": "m"})

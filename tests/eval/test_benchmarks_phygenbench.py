@@ -125,8 +125,8 @@ def test_worked_examples(clone, tmp_path):
     Light bends. Its second question gets no answer: no row.
     """
     with StubServer(answer) as server:
-        config = VlmConfig(base_url=server.url, model="stub", retries=0, concurrency=2, frame_height=8)
-        benchmark = PhyGenBench(PhyGenBenchConfig(folder=str(clone), judge=config), VIDEO)
+        config = VlmConfig(base_url=server.url, model="stub", retries=0, concurrency=2)
+        benchmark = PhyGenBench(PhyGenBenchConfig(folder=str(clone)), VIDEO, config)
         tasks = benchmark.prompts()
         assert [task.category for task in tasks] == ["mechanics", "material", "optics"]
         rows = list(benchmark.score(make_samples(tasks, tmp_path / "clips"), tmp_path / "scores"))

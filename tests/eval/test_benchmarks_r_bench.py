@@ -109,7 +109,7 @@ def settings(tmp_path):
 
 
 def judge(server, **changes) -> VlmConfig:
-    return VlmConfig(base_url=server.url, model="stub", retries=1, backoff=0.0, **changes)
+    return VlmConfig(base_url=server.url, model="stub", retries=1, **changes)
 
 
 def make_samples(tasks, folder) -> list[Sample]:
@@ -134,7 +134,7 @@ def test_worked_example_of_all_dimensions(settings, tmp_path):
     quality 1.
     """
     with StubServer(answer) as server:
-        benchmark = RBench(RBenchConfig(**settings, judge=judge(server)), VIDEO)
+        benchmark = RBench(RBenchConfig(**settings), VIDEO, judge(server))
         tasks = benchmark.prompts()
         assert len(tasks) == 14 and tasks[0].key == "common-manipulation-0001" and tasks[-1].category == "humanoid"
         rows = list(benchmark.score(make_samples(tasks, tmp_path), tmp_path / "scores"))
@@ -170,9 +170,9 @@ def test_motion_results_enter_visual_quality(settings, tmp_path):
     ]
     results.write_text(json.dumps(records), encoding="utf-8")
     with StubServer(answer) as server:
-        config = RBenchConfig(**settings, judge=judge(server), dimensions=["dual_arm", "humanoid"])
+        config = RBenchConfig(**settings, dimensions=["dual_arm", "humanoid"])
         config.motion = str(tmp_path / "motion")
-        benchmark = RBench(config, VIDEO)
+        benchmark = RBench(config, VIDEO, judge(server))
         samples = make_samples(benchmark.prompts(), tmp_path)
         rows = {row.key: row for row in benchmark.score(samples, tmp_path / "scores")}
     expected = 0.8 * 10 / 14 + 0.2 * 0.9 - 0.16 - 0.3
@@ -187,9 +187,9 @@ def test_an_answer_without_marks_is_an_error_that_names_the_question(settings, t
     records[0]["prompt"] = "Nobody knows"
     path.write_text(json.dumps(records), encoding="utf-8")
     with StubServer(answer) as server:
-        config = RBenchConfig(**settings, judge=judge(server), dimensions=["common_manipulation"])
-        samples = make_samples(RBench(config, VIDEO).prompts(), tmp_path)
-        rows = list(RBench(config, VIDEO).score(samples, tmp_path / "scores"))
+        config = RBenchConfig(**settings, dimensions=["common_manipulation"])
+        samples = make_samples(RBench(config, VIDEO, judge(server)).prompts(), tmp_path)
+        rows = list(RBench(config, VIDEO, judge(server)).score(samples, tmp_path / "scores"))
     assert rows[0].error.startswith(f"{samples[0].path}: malformed: common_manipulation: the answer is no JSON")
     assert not rows[0].values and rows[1].values == {"common_manipulation": pytest.approx(0.875)}
 

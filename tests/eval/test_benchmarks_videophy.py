@@ -2,17 +2,19 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from eval.benchmarks.base import Sample
-from eval.benchmarks.videophy import VideoPhy, VideoPhyConfig
+from eval.benchmarks.videophy import RatedConfig, VideoPhy
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
 from eval.judges import videocon_physics, videophy2
-from eval.judges.external_tool import ToolError
+from eval.judges.external_tool import InstallationConfig, RatersConfig, ToolError
 from train.clips import VideoConfig, write_clip
 
 VIDEO = VideoConfig(height=16, width=16, num_frames=3, fps=8.0)
@@ -58,6 +60,11 @@ with open(arguments.output_csv, "a", newline="") as file:
 """
 
 
+class Installed(NamedTuple):
+    folder: str
+    raters: RatersConfig
+
+
 @pytest.fixture
 def installed(tmp_path):
     """Settings of an installation whose judges answer what is given to `answer`, and the folder of the data."""
@@ -68,21 +75,21 @@ def installed(tmp_path):
         path.write_text(READ + text, encoding="utf-8")
     for name in ("weights", "data"):
         (tmp_path / name).mkdir()
-    return {
-        "checkout": str(tmp_path / "checkout"),
-        "python": sys.executable,
-        "checkpoint": str(tmp_path / "weights"),
-        "timeout": 300.0,
-        "folder": str(tmp_path / "data"),
-    }
+    rater = InstallationConfig(sys.executable, 300.0, str(tmp_path / "checkout"), str(tmp_path / "weights"))
+    return Installed(str(tmp_path / "data"), RatersConfig(rater, rater))
+
+
+def build(kind, installed, **settings):
+    config = (VideoPhy2Config if kind is VideoPhy2 else RatedConfig)(folder=installed.folder, **settings)
+    return kind(config, VIDEO, None, installed.raters)
 
 
 def answer(installed, answers) -> None:
-    (Path(installed["checkpoint"]) / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
+    (Path(installed.raters.videophy2.checkpoint) / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
 
 
 def calls(installed) -> int:
-    return len((Path(installed["checkpoint"]) / "calls.txt").read_text(encoding="utf-8").splitlines())
+    return len((Path(installed.raters.videophy2.checkpoint) / "calls.txt").read_text(encoding="utf-8").splitlines())
 
 
 def write_rows(path: Path, header: list[str], rows: list[list]) -> None:
@@ -119,7 +126,7 @@ HEADER2 = ["caption", "video_url", "is_hard", "category", "upsampled_caption"]
 
 @pytest.fixture
 def table2(installed):
-    write_rows(Path(installed["folder"]) / "videophy2_test.csv", HEADER2, TABLE2)
+    write_rows(Path(installed.folder) / "videophy2_test.csv", HEADER2, TABLE2)
     return installed
 
 
@@ -127,7 +134,8 @@ def test_videophy2_counts_ratings_of_4_and_5_on_all_and_on_hard_prompts(table2, 
     # By hand: SA >= 4 for captions 0, 1, 2; PC >= 4 for 0, 2, 4; both for 0 and 2; hard are 2 and 4.
     ratings = [[4, 5], [5, 3], [4, 4], [3, 1], [1, 4]]
     answer(table2, dict(zip(CAPTIONS, ratings, strict=True)))
-    benchmark = VideoPhy2(VideoPhy2Config(**table2, clips_a_call=2), VIDEO)
+    benchmark = build(VideoPhy2, table2)
+    benchmark.clips_a_call = 2
     tasks = benchmark.prompts()
     assert [task.text for task in tasks] == CAPTIONS and [task.facts["hard"] for task in tasks] == [0, 0, 1, 0, 1]
     assert [task.category for task in tasks] == ["Object", "Object", "Activity", "Object", "Object"]
@@ -143,10 +151,10 @@ def test_videophy2_counts_ratings_of_4_and_5_on_all_and_on_hard_prompts(table2, 
 
 
 def test_videophy2_prompts_by_split_and_length(table2):
-    hard = VideoPhy2(VideoPhy2Config(**table2, split="hard", upsampled=True), VIDEO).prompts()
+    hard = build(VideoPhy2, table2, split="hard", upsampled=True).prompts()
     assert [task.text for task in hard] == ["A man dives into a pool.", "A top spins."]
     assert [task.facts["caption"] for task in hard] == [CAPTIONS[2], CAPTIONS[4]]
-    everything = VideoPhy2(VideoPhy2Config(**table2), VIDEO).prompts()
+    everything = build(VideoPhy2, table2).prompts()
     assert {task.key for task in hard} < {task.key for task in everything}
 
 
@@ -159,11 +167,11 @@ def test_rules_of_the_table_are_judged_one_by_one(installed, tmp_path):
         [CAPTIONS[1], 0, "[]", "['It drips.']", ""],
         [CAPTIONS[2], 1, "['He gets wet.']", "", ""],
     ]
-    path = Path(installed["folder"]) / "videophy2_test.csv"
+    path = Path(installed.folder) / "videophy2_test.csv"
     write_rows(path, [*header, "physics_rules_cannot_be_determined"], rows)
     verdicts = {"It falls.": 1, "It doesn't stop.": 0, "It is round.": 1, "It casts a shadow.": 2, "It drips.": 2}
     answer(installed, dict.fromkeys(CAPTIONS[:3], [4, 3]) | verdicts | {"He gets wet.": 5})
-    benchmark = VideoPhy2(VideoPhy2Config(**installed, rules=True), VIDEO)
+    benchmark = build(VideoPhy2, installed, rules=True)
     tasks = benchmark.prompts()
     assert tasks[0].facts["rules"] == ["It falls.", "It doesn't stop.", "It is round.", "It casts a shadow."]
     found = list(benchmark.score(make_samples(tasks, tmp_path / "clips"), tmp_path / "scores"))
@@ -182,7 +190,7 @@ def test_rules_of_the_table_are_judged_one_by_one(installed, tmp_path):
 
 def test_clips_without_a_rating_are_named_and_never_zero(table2, tmp_path):
     answer(table2, dict(zip(CAPTIONS, [[4, 5], [0, 5], [4, 4], [5, 5], [5, 5]], strict=True)))
-    benchmark = VideoPhy2(VideoPhy2Config(**table2), VIDEO)
+    benchmark = build(VideoPhy2, table2)
     samples = make_samples(benchmark.prompts(), tmp_path / "clips")
     samples[2].path.unlink()
     samples[3].path.write_bytes(samples[3].path.read_bytes()[:200])
@@ -209,10 +217,10 @@ def test_videophy_counts_scores_of_a_half_and_above(installed, tmp_path):
         ["https://x/4.mp4", CAPTIONS[3], "solid_solid", "pika"],
     ]
     header = ["video_url", "caption", "states_of_matter", "source"]
-    write_rows(Path(installed["folder"]) / "videophy_test_public.csv", header, rows)
+    write_rows(Path(installed.folder) / "videophy_test_public.csv", header, rows)
     # By hand: SA for 0 and 1, PC for 0 and 3 (0.5 counts), both for 0.
     answer(installed, {CAPTIONS[0]: [0.953125, 0.5], CAPTIONS[1]: [0.5, 0.4999], CAPTIONS[3]: [5.4e-06, 0.94140625]})
-    benchmark = VideoPhy(VideoPhyConfig(**installed), VIDEO)
+    benchmark = build(VideoPhy, installed)
     tasks = benchmark.prompts()
     assert [task.category for task in tasks] == ["solid_solid", "solid_fluid", "solid_solid"]
     found = list(benchmark.score(make_samples(tasks, tmp_path / "clips"), tmp_path / "scores"))
@@ -223,18 +231,18 @@ def test_videophy_counts_scores_of_a_half_and_above(installed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "settings", "table", "header", "end"),
+    ("benchmark", "table", "header", "end"),
     [
-        (VideoPhy, VideoPhyConfig, "example.csv", ["videopath", "caption"], "._7.mp4"),
-        (VideoPhy2, VideoPhy2Config, "sa_pc.csv", ["caption", "videopath"], "_7.mp4"),
+        (VideoPhy, "example.csv", ["videopath", "caption"], "._7.mp4"),
+        (VideoPhy2, "sa_pc.csv", ["caption", "videopath"], "_7.mp4"),
     ],
 )
-def test_the_layout_is_the_one_of_the_authors_examples(table2, tmp_path, benchmark, settings, table, header, end):
-    tasks = VideoPhy2(VideoPhy2Config(**table2), VIDEO).prompts()
+def test_the_layout_is_the_one_of_the_authors_examples(table2, tmp_path, benchmark, table, header, end):
+    tasks = build(VideoPhy2, table2).prompts()
     samples = make_samples(tasks[:3], tmp_path / "clips")
     samples[2].path.unlink()
     for _ in range(2):  # again over what is there
-        folder = benchmark(settings(**table2), VIDEO).layout(samples, tmp_path / "laid")
+        folder = build(benchmark, table2).layout(samples, tmp_path / "laid")
     with (folder / table).open(encoding="utf-8", newline="") as file:
         found = list(csv.reader(file))
     assert found[0] == header and len(found) == 3
@@ -248,16 +256,18 @@ def test_the_layout_is_the_one_of_the_authors_examples(table2, tmp_path, benchma
 def test_what_is_missing_is_said_with_where_to_get_it(table2):
     bare = VideoPhy2(VideoPhy2Config(), VIDEO)
     assert [one.found for one in bare.requirements()] == [False] * 3
-    assert all("run.videophy2." in one.where and one.remedy and one.licence for one in bare.requirements())
-    assert all(one.found for one in VideoPhy2(VideoPhy2Config(**table2), VIDEO).requirements())
+    assert all(
+        re.match(r"(run|raters)\.videophy2\.", one.where) and one.remedy and one.licence for one in bare.requirements()
+    )
+    assert all(one.found for one in build(VideoPhy2, table2).requirements())
     with pytest.raises(ValueError, match="run.videophy2.folder is empty: name the folder of videophy2_test.csv"):
         bare.prompts()
-    with pytest.raises(ValueError, match="run.videophy2.checkout is empty"):
-        list(bare.score([], Path(table2["folder"]) / "scores"))
+    with pytest.raises(ValueError, match="raters.videophy2.checkout is empty"):
+        list(bare.score([], Path(table2.folder) / "scores"))
     with pytest.raises(ValueError, match="videophy_test_public.csv cannot be read as a table"):
-        VideoPhy(VideoPhyConfig(folder=table2["folder"]), VIDEO).prompts()
+        build(VideoPhy, table2).prompts()
     with pytest.raises(ValueError, match="run.videophy2.split='easy' is no split"):
-        VideoPhy2(VideoPhy2Config(**table2, split="easy"), VIDEO).prompts()
+        build(VideoPhy2, table2, split="easy").prompts()
 
 
 @pytest.mark.parametrize(
@@ -272,9 +282,9 @@ def test_what_is_missing_is_said_with_where_to_get_it(table2):
     ],
 )
 def test_a_bad_table_is_refused(installed, text, message):
-    (Path(installed["folder"]) / "videophy2_test.csv").write_text(text, encoding="utf-8")
+    (Path(installed.folder) / "videophy2_test.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        VideoPhy2(VideoPhy2Config(**installed), VIDEO).prompts()
+        build(VideoPhy2, installed).prompts()
 
 
 def test_published_figures_are_shares_of_figures_that_are_printed():

@@ -44,7 +44,7 @@ def ask(number: int, expected: str) -> dict:
 
 
 def judge(server, **settings) -> VlmConfig:
-    return VlmConfig(base_url=server.url, model="stub", retries=1, backoff=0.0, **settings)
+    return VlmConfig(base_url=server.url, model="stub", retries=1, **settings)
 
 
 def make_samples(tasks, folder, levels) -> list[Sample]:
@@ -73,7 +73,7 @@ def pai(tmp_path):
 
 def test_the_domain_score_is_the_share_of_right_answers(pai, tmp_path):
     with StubServer(answer) as server:
-        benchmark = PaiBench(PaiBenchConfig(folder=str(pai), judge=judge(server, frame_height=8)), VIDEO)
+        benchmark = PaiBench(PaiBenchConfig(folder=str(pai)), VIDEO, judge(server))
         tasks = benchmark.prompts()
         assert [task.key for task in tasks] == ["robot-a", "robot-b"] and tasks[0].category == "robot"
         assert tasks[0].text == "The clip robot_a." and tasks[1].image == pai / "condition_image" / "robot_b.jpg"
@@ -94,7 +94,7 @@ def test_a_question_without_an_answer_is_an_error_that_names_it(pai, tmp_path):
     records = [ask(5, "no"), {**ask(6, "yes"), "uid": "bright", "question": BRIGHT}]
     (pai / "vqa" / "robot_b.json").write_text(json.dumps(records), encoding="utf-8")
     with StubServer(answer) as server:
-        benchmark = PaiBench(PaiBenchConfig(folder=str(pai), judge=judge(server)), VIDEO)
+        benchmark = PaiBench(PaiBenchConfig(folder=str(pai)), VIDEO, judge(server))
         samples = make_samples(benchmark.prompts(), tmp_path / "clips", [40, 100, 150, 250])
         samples[0].path.unlink()
         rows = list(benchmark.score(samples, tmp_path / "scores"))
@@ -118,7 +118,7 @@ def test_ezs_bench_reads_its_lines_and_finds_its_pictures(tmp_path):
     text = "\n".join(json.dumps(line) for line in lines) + "\n\n"
     (folder / "data.jsonl").write_text(text, encoding="utf-8")
     with StubServer(answer) as server:
-        benchmark = EzsBench(EzsBenchConfig(folder=str(folder), judge=judge(server)), VIDEO)
+        benchmark = EzsBench(EzsBenchConfig(folder=str(folder)), VIDEO, judge(server))
         tasks = benchmark.prompts()
         assert [task.image for task in tasks] == [folder / "images" / "scene_001.jpg", folder / "scene_002.png"]
         samples = make_samples(tasks, tmp_path / "clips", [40, 100, 100, 200])
@@ -150,7 +150,10 @@ def test_frames_are_as_many_as_the_official_sampling_takes():
 def test_what_is_missing_or_wrong_is_said(pai, tmp_path):
     for benchmark in (PaiBench(PaiBenchConfig(), VIDEO), EzsBench(EzsBenchConfig(), VIDEO)):
         assert [one.found for one in benchmark.requirements()] == [False, False]
-        assert all(one.licence and one.remedy and "run." in one.where for one in benchmark.requirements())
+        assert all(
+            one.licence and one.remedy and ("run." in one.where or "vlm." in one.where)
+            for one in benchmark.requirements()
+        )
         with pytest.raises(ValueError, match=f"run.{benchmark.name}.folder is empty: get it with"):
             benchmark.prompts()
     benchmark = PaiBench(PaiBenchConfig(folder=str(pai)), VIDEO)

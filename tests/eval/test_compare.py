@@ -153,8 +153,3 @@ def test_without_motion_there_are_no_strata():
 )
 def test_numbers_are_shown_alike_everywhere(value, sign, shown):
     assert report.show(value, sign=sign) == shown
-
-
-def test_ticks_are_round_and_cover_the_range():
-    assert report.nice_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert report.nice_ticks(-0.03, 0.31)[0] <= -0.03 and report.nice_ticks(-0.03, 0.31)[-1] >= 0.31

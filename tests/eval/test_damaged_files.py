@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eval.benchmarks.base import Row
-from eval.maker import Clip
+from eval.clips import Clip
 from eval.report import compare
 from eval.report.rows import RowFile
 from eval.vlm.backend import Reply

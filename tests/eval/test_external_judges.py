@@ -19,11 +19,10 @@ import pytest
 import torch
 
 import recipes
-from eval.judges import JudgeConfig, build_judge, external_tool, videocon_physics, videophy2
-from eval.judges.external_tool import ToolError, tool_environment
+from eval.judges import JudgeConfig, Judging, build_judge, external_tool, videocon_physics, videophy2
+from eval.judges.external_tool import InstallationConfig, RatersConfig, ToolError, tool_environment
 from eval.judges.scores import Unjudged
-from eval.judges.videocon_physics import VideoConPhysicsConfig
-from eval.judges.videophy2 import VideoPhy2Config
+from eval.vlm.backend import VlmConfig
 
 # Both start like the real programs; what they answer and how they misbehave stands in the folder of "weights".
 OPENING = """
@@ -184,10 +183,8 @@ class Installation:
         return [json.loads(line) for line in (self.weights / "calls.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def build(self, judge, **settings):
-        config_class = VideoConPhysicsConfig if judge is videocon_physics else VideoPhy2Config
-        settings = {"timeout": 300.0, **settings}
-        config = config_class(str(self.checkout), sys.executable, str(self.weights), fps=8.0, **settings)
-        return judge.build(config, "cpu")
+        paths = {"checkout": str(self.checkout), "checkpoint": str(self.weights), "python": sys.executable}
+        return judge.build(InstallationConfig(**{"timeout": 300.0, **paths, **settings}), 8.0, "cpu")
 
 
 @pytest.fixture
@@ -210,12 +207,12 @@ PUBLISHED_PHYSICAL = ["0.94140625", "0.5", "0.22265625", "0.1064453125"]
 
 def test_videocon_physics_keeps_the_tools_scores_to_the_last_bit(installation, capfd):
     installation.behave(semantic=PUBLISHED_SEMANTIC, physical=PUBLISHED_PHYSICAL)
-    scores = installation.build(videocon_physics, batch_size=3)(make_clips(4), prompts_for(4))
+    scores = installation.build(videocon_physics)(make_clips(4), prompts_for(4))
     assert scores.semantic.dtype == scores.physical.dtype == torch.float32
     assert scores.semantic.tolist() == [float(value) for value in PUBLISHED_SEMANTIC]
     assert scores.physical.tolist() == [float(value) for value in PUBLISHED_PHYSICAL]
     (call,) = installation.calls()  # the weights are loaded once
-    assert call["argv"][-4:] == ["--checkpoint", str(installation.weights), "--batch_size", "3"]
+    assert call["argv"][-4:] == ["--checkpoint", str(installation.weights), "--batch_size", "16"]
     assert call["cwd"] == str(installation.checkout)
     asked = list(csv.DictReader(call["input"].splitlines(keepends=True)))
     assert len(asked) == 8 and {tuple(row) for row in asked} == {("videopath", "caption")}
@@ -447,7 +444,7 @@ def test_a_tool_that_falls_silent_is_stopped_with_all_it_started(installation, m
     installation.behave(mode="hang")
     passed = itertools.count(0, 1000)  # from the tool's last word on, 1000 s between two looks at it
     set_clock(monkeypatch, lambda: next(passed) if (installation.weights / "said-0").exists() else 0)
-    with pytest.raises(ToolError, match=r"printed nothing for 300 s and was stopped.*judge.videophy2.timeout") as error:
+    with pytest.raises(ToolError, match=r"nothing for 300 s and was stopped.*raters.videophy2.timeout") as error:
         installation.build(videophy2)(make_clips(1), prompts_for(1))
     child = int(str(error.value).split("child ")[1].split()[0])
     wait_for(lambda: not is_running(child))
@@ -520,12 +517,12 @@ def test_the_tool_sees_the_judges_gpu_and_none_of_our_python_settings():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkout": ""}, "judge.videophy2.checkout is empty"),
-        ({"checkout": "/nowhere"}, "judge.videophy2.checkout=/nowhere has no VIDEOPHY2/inference.py"),
-        ({"python": "no-such-python"}, "judge.videophy2.python=no-such-python is no executable"),
-        ({"checkpoint": "/nowhere"}, "judge.videophy2.checkpoint=/nowhere is no folder"),
-        ({"timeout": 0.0}, "judge.videophy2.timeout=0.0 must be"),
-        ({"timeout": float("nan")}, "judge.videophy2.timeout=nan must be"),
+        ({"checkout": ""}, "raters.videophy2.checkout is empty"),
+        ({"checkout": "/nowhere"}, "raters.videophy2.checkout=/nowhere has no VIDEOPHY2/inference.py"),
+        ({"python": "no-such-python"}, "raters.videophy2.python=no-such-python is no executable"),
+        ({"checkpoint": "/nowhere"}, "raters.videophy2.checkpoint=/nowhere is no folder"),
+        ({"timeout": 0.0}, "raters.videophy2.timeout=0.0 must be"),
+        ({"timeout": float("nan")}, "raters.videophy2.timeout=nan must be"),
     ],
 )
 def test_an_installation_that_is_not_there_is_named_before_any_work(installation, changes, message):
@@ -535,19 +532,21 @@ def test_an_installation_that_is_not_there_is_named_before_any_work(installation
         "checkpoint": str(installation.weights),
     }
     with pytest.raises(ValueError, match=message):
-        videophy2.build(VideoPhy2Config(**{name: str(path) for name, path in settings.items()} | changes), "cpu")
+        videophy2.build(InstallationConfig(**settings | changes), 8.0, "cpu")
 
 
 def test_the_settings_of_a_judge_come_from_a_recipe(installation):
     @dataclass
     class Config:
-        video: JudgeConfig = field(default_factory=JudgeConfig)  # any section that there is
+        judge: JudgeConfig = field(default_factory=JudgeConfig)
+        vlm: VlmConfig = field(default_factory=VlmConfig)
+        raters: RatersConfig = field(default_factory=RatersConfig)
 
     installation.behave(semantic=["5.0"], physical=["2.0"])
     settings = {"checkout": installation.checkout, "checkpoint": installation.weights, "python": sys.executable}
-    arguments = [f"video.videophy2.{key}={value}" for key, value in settings.items()]
-    config = recipes.load(Config, ["video.name=videophy2", *arguments]).video
-    scores = build_judge(config, 24, "cpu")(make_clips(1), prompts_for(1))
+    arguments = [f"raters.videophy2.{key}={value}" for key, value in settings.items()]
+    config = recipes.load(Config, ["judge.name=videophy2", *arguments])
+    scores = build_judge(Judging.of(config), 24, "cpu")(make_clips(1), prompts_for(1))
     assert scores.physical.tolist() == [0.25]
-    with pytest.raises(ValueError, match="unknown key video.videophy2.chekout; did you mean 'checkout'"):
-        recipes.load(Config, ["video.videophy2.chekout=x"])
+    with pytest.raises(ValueError, match="unknown key raters.videophy2.chekout; did you mean 'checkout'"):
+        recipes.load(Config, ["raters.videophy2.chekout=x"])

@@ -16,7 +16,7 @@ from accelerate import DistributedType
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval import generate
+from eval import clips, generate
 from eval import maker as making
 from eval.prompts import make_key, slug
 from train import checkpoint
@@ -234,7 +234,7 @@ def test_a_run_killed_between_clip_and_sidecar_leaves_no_lie(copied, model, monk
 
     before = contents(copied)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(making, "write_text", killed)
+        patch.setattr(clips, "write_text", killed)
         generate.main(arguments(model, copied, "sampler.steps=3"))
     first = f"base/{FILES[0]}.mp4"
     assert contents(copied)[first] != before[first]

@@ -1,14 +1,14 @@
 """What all judges share: names and settings, what they give back, what they raise for a clip they cannot judge."""
 
-import dataclasses
-
 import pytest
 import torch
 
-from eval.judges import JUDGES, JudgeConfig, build_judge
+from eval.judges import JUDGES, JudgeConfig, Judging, build_judge, judge_settings
+from eval.judges.external_tool import RatersConfig
 from eval.judges.sandbox import judge as sandbox
 from eval.judges.scores import Scores, Unjudged, check_clips
 from eval.sandbox.clips import simulate
+from eval.vlm.backend import VlmConfig
 
 
 @pytest.mark.parametrize(
@@ -17,22 +17,23 @@ from eval.sandbox.clips import simulate
 )
 def test_an_unknown_judge_gets_a_suggestion(name, hint):
     with pytest.raises(ValueError, match=f"judge.name='{name}' is no judge; {hint}"):
-        build_judge(JudgeConfig(name=name), 16, "cpu")
+        build_judge(Judging(JudgeConfig(name)), 16, "cpu")
 
 
-def test_every_judge_has_a_name_and_settings_of_its_own():
-    names = [field.name for field in dataclasses.fields(JudgeConfig)]
-    assert names == ["name", *JUDGES]
+def test_what_scores_depend_on_has_the_form_of_finished_works_digests():
+    settings = judge_settings(Judging(JudgeConfig("vlm"), VlmConfig(model="m"), RatersConfig()))
+    assert set(settings) == {"name", *JUDGES} and settings["name"] == "vlm"
+    assert settings["sandbox"] == {"fps": 8.0, "batch_size": 16}
+    assert settings["vlm"]["model"] == "m" and settings["vlm"]["seed"] == 0 and len(settings["vlm"]) == 18
+    tool = {"checkout": "", "python": "", "checkpoint": "", "timeout": 1800.0, "fps": 16.0}
+    assert settings["videophy2"] == tool and settings["videocon_physics"] == tool | {"batch_size": 16}
 
 
-def test_clips_have_one_frame_rate():
+def test_a_judge_takes_the_frame_rate_of_the_clips():
     clips = simulate("projectile", 2, torch.Generator().manual_seed(1), fps=16.0)
-    scores = build_judge(JudgeConfig(name="sandbox"), 16, "cpu")(clips.frames, clips.prompts)
+    scores = build_judge(Judging(JudgeConfig("sandbox")), 16, "cpu")(clips.frames, clips.prompts)
     expected = sandbox.build(sandbox.SandboxJudgeConfig(fps=16.0), "cpu")(clips.frames, clips.prompts)
     assert scores.physical.tolist() == expected.physical.tolist() and scores.physical.min() > 0.9
-    config = JudgeConfig(name="sandbox", sandbox=sandbox.SandboxJudgeConfig(fps=12.0))
-    with pytest.raises(ValueError, match=r"judge.sandbox.fps=12, but the clips have 16 frames a second"):
-        build_judge(config, 16, "cpu")
 
 
 def test_the_sandbox_judge_names_clips_whose_prompt_is_none_of_its_world():

@@ -25,6 +25,7 @@ from eval.benchmarks.physics_iq_frames import (  # noqa: E402
     MotionMask,
     read_frames,
     read_header,
+    real_frames,  # noqa: E402
     resampled,
     write_lossless,
 )
@@ -36,7 +37,6 @@ from eval.benchmarks.physics_iq_metrics import (  # noqa: E402
     physics_iq,
     row_values,
 )
-from eval.benchmarks.physics_iq_view import real_frames  # noqa: E402
 
 FPS, HEIGHT, WIDTH = 8, 96, 160
 SCENARIOS = ("trimmed-ball-fall", "trimmed-Ramp-roll")
@@ -103,8 +103,10 @@ def copy(data, tmp_path) -> Path:
     return Path(shutil.copytree(data, tmp_path / "data"))
 
 
-def build(folder: Path, video: VideoConfig = VIDEO, **settings) -> PhysicsIQ:
-    return PhysicsIQ(PhysicsIQConfig(folder=str(folder), **{"workers": 1, **settings}), video)
+def build(folder: Path, video: VideoConfig = VIDEO, *, workers: int = 1, **settings) -> PhysicsIQ:
+    benchmark = PhysicsIQ(PhysicsIQConfig(folder=str(folder), **settings), video)
+    benchmark.workers = workers
+    return benchmark
 
 
 def made(benchmark: PhysicsIQ, folder: Path) -> list[Sample]:
@@ -252,7 +254,7 @@ def test_resampling_blends_neighbours():
 def test_real_videos_of_another_rate_are_resampled(tmp_path):
     frames = film(0, 0, 160)
     save(tmp_path / "30.mp4", frames, 30)
-    got = list(real_frames(tmp_path / "30.mp4", 16, 5))
+    got = list(real_frames(tmp_path / "30.mp4", 16))
     assert len(got) == 80
     np.testing.assert_array_equal(got[0], frames[0])
     np.testing.assert_array_equal(got[-1], frames[149])
@@ -299,7 +301,7 @@ def test_the_whole_benchmark_equals_the_official_code(data, tmp_path):
 def test_identical_clips_and_the_other_take_score_100(data, tmp_path):
     benchmark = build(data)
     tasks = benchmark.prompts()
-    same = [Sample(task, 0, benchmark._video("testing", task.facts, 1)) for task in tasks]
+    same = [Sample(task, 0, benchmark._video(task.facts, 1)) for task in tasks]
     found = figures(benchmark, benchmark.score(same, tmp_path))
     assert found["physics_iq"] == 100 and found["physics_iq_verified"] == pytest.approx(100, abs=1e-5)
     assert (found["spatial_iou"], found["spatiotemporal_iou"], found["mse"]) == (1, 1, 0)
@@ -343,23 +345,6 @@ def test_the_three_views_of_a_scenario_are_one_observation(data):
 def test_five_seconds_of_frames(fps, given, expected):
     video = VideoConfig(num_frames=given, fps=fps)
     assert build(Path("none"), video).video(video).num_frames == expected
-
-
-def test_a_multiframe_clip_has_its_context_first(data, tmp_path):
-    benchmark = build(data, input="multiframe", context_frames=5)
-    assert benchmark.video(VIDEO).num_frames == 45 and build(data, input="multiframe").video(VIDEO).num_frames == 65
-    task = benchmark.prompts()[1]
-    shown = benchmark.shown(task)
-    assert shown.shape == (5, HEIGHT, WIDTH, 3)
-    np.testing.assert_array_equal(shown, film(1, 7, 24)[-5:, ..., ::-1])
-    save(tmp_path / "with.mp4", np.concatenate([film(1, 7, 24)[-5:], film(1, 3, 40)]))
-    save(tmp_path / "without.mp4", film(1, 3, 40))
-    (long,) = benchmark.score([Sample(task, 0, tmp_path / "with.mp4")], tmp_path)
-    plain = build(data)
-    (short,) = plain.score([Sample(plain.prompts()[1], 0, tmp_path / "without.mp4")], tmp_path)
-    assert long.values == short.values and not long.error
-    (reference, *_) = benchmark.score(benchmark.references(tmp_path)[:1], tmp_path)
-    assert not reference.error
 
 
 def test_the_switch_frame_is_stretched_not_cut(copy):
@@ -409,7 +394,7 @@ def test_real_videos_are_looked_at_once(data, tmp_path, monkeypatch):
     samples = made(benchmark, data)[:1]
     (first,) = benchmark.score(samples, tmp_path)
     opened = []
-    import eval.benchmarks.physics_iq_view as view
+    import eval.benchmarks.physics_iq_frames as view
 
     monkeypatch.setattr(view, "compare", lambda *pair: opened.append(pair) or compare(*pair))
     (again,) = benchmark.score(samples, tmp_path)
@@ -464,7 +449,7 @@ def test_a_clip_that_cannot_be_scored_is_a_row_that_says_why(data, tmp_path):
 
 def test_real_videos_that_are_missing_or_differ(copy, tmp_path):
     benchmark, clip = build(copy), copy / "made/0001.mp4"
-    second = benchmark._video("testing", benchmark.prompts()[0].facts, 2)
+    second = benchmark._video(benchmark.prompts()[0].facts, 2)
     save(second, film(0, 1, 40, 80, 160))
     assert "160x80 pixels, take 1 has 160x96" in one_row(benchmark, clip, tmp_path)
     save(second, film(0, 1, 30))
@@ -477,7 +462,7 @@ def test_descriptions_that_do_not_fit(copy):
     path = copy / "descriptions.csv"
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[:-1]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"run.physics_iq.descriptions=.*perspective-right has take 1 alone"):
+    with pytest.raises(ValueError, match=r"descriptions.csv: .*perspective-right has take 1 alone"):
         build(copy).prompts()
     path.write_text("\n".join([*lines, lines[1]]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 14: 0001_\S+ comes twice"):
@@ -504,21 +489,12 @@ def test_requirements(data, tmp_path):
         list(build(tmp_path / "nowhere").score(made(build(data), data), tmp_path))
 
 
-def test_several_frames_before_the_switch_are_said_to_be_unavailable(data):
-    for settings, found in (({}, False), ({"context_frames": 1}, True)):
-        benchmark = build(data, input="multiframe", **settings)
-        assert all(need.found for need in benchmark.requirements()) == found
-    (missing,) = [need for need in build(data, input="multiframe").requirements() if not need.found]
-    assert "24 frames" in missing.where and "input=image" in missing.remedy
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"input": "video"}, "run.physics_iq.input=video: use one of image"),
         ({"masks": "disk"}, "run.physics_iq.masks=disk"),
-        ({"workers": -1}, "run.physics_iq.workers=-1"),
-        ({"input": "multiframe", "context_frames": 25}, "context_frames=25: .* 24 frames"),
+        ({"input": "multiframe"}, "run.physics_iq.input=multiframe: use one of image, text"),
     ],
 )
 def test_settings_that_cannot_be(data, settings, message):

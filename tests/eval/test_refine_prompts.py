@@ -66,7 +66,7 @@ def distinct(texts):
 
 
 def refiner(server, folder, generate, encoder=distinct, **settings):
-    vlm = {"retries": 1, "backoff": 0.0} | settings.pop("vlm", {})
+    vlm = {"retries": 1} | settings.pop("vlm", {})
     vlm = VlmConfig(base_url=server.url, model="eyes", frames=3, **vlm)
     config = PromptRefineConfig(**settings)
     return PromptRefiner(config, vlm, VIDEO, folder, generate, made_with="stub", encoder=encoder)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
+from eval.report import html
 from eval.report import tables as report
 from eval.report.results import summarise
 from train.clips import VideoConfig
@@ -44,7 +45,12 @@ def test_every_benchmark_has_a_report(name):
     results = {"recipe": name, "date": "", "backbone": "", "lora": None, "seeds": [0], "benchmarks": {name: found}}
     results["compute"] = {"device": "CPU", "ranks": 1, "made_now": 0, "seconds": 1.0}
     results["settings"] = {"sampler": {"steps": 1, "guidance": 1.0, "shift": 3.0}}
-    page, text = report.html(results, {}), report.markdown(results)
+    page, text = html.html(results, {}), report.markdown(results)
+    assert (
+        page == html.html(results, {})
+        and page.count("<svg") == 2
+        and "http" not in page.partition("<svg")[2].partition("</svg>")[0]
+    )
     assert all(found["models"][model]["figures"][benchmark.figures[0]] for model in ("base", "tuned"))
     shown = [one for one in benchmark.published if set(one.values) & set(benchmark.figures)]
     assert page.count('<tr class="published">') == len(shown)

@@ -1,5 +1,6 @@
 """`eval/run.py`: base and tuned on the sandbox benchmark with a tiny random pipeline; its page; what a kill leaves."""
 
+import html
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,9 @@ from eval import benchmarks, run
 from eval import maker as making
 from eval.benchmarks import sandbox
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Task
-from eval.benchmarks.vlm_rows import judge_requirement, judge_rows
+from eval.benchmarks.vlm_rows import AskedBenchmark, judge_requirement, judge_rows
 from eval.report import tables as report
 from eval.report.rows import RowFile, identity, scoring_settings
-from eval.vlm.backend import VlmConfig
 from eval.vlm.client import jpeg_frames
 from tests.eval.vlm_stub import StubServer
 from train import checkpoint
@@ -170,46 +169,18 @@ def test_clips_are_kept_without_loss(tuned):
     assert torch.equal(clip, expected)
 
 
-class Numbers(HTMLParser):
-    """Cells of a page with the pointer to their number."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self._pointer = [], None
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "td":
-            self._pointer = dict(attributes).get("data-pointer")
-
-    def handle_endtag(self, tag):
-        self._pointer = None
-
-    def handle_data(self, data):
-        if self._pointer and data.strip():
-            self.found.append((self._pointer, data.strip()))
-
-
 def test_the_pages_numbers_are_those_of_the_results(tuned):
-    page, results = Numbers(), json.loads((tuned.eval / "results.json").read_text(encoding="utf-8"))
-    page.feed((tuned.eval / "report.html").read_text(encoding="utf-8"))
-    pointers = {pointer for pointer, _ in page.found}
-    for model in ("true", "base", "tuned"):
-        assert f"/benchmarks/sandbox/models/{model}/figures/physical" in pointers
-    assert "/benchmarks/sandbox/gains/tuned/figures/physical" in pointers and len(page.found) > 60
-    for pointer, text in page.found:
-        value = results
-        for part in pointer.split("/")[1:]:
-            value = value[part]
-        values = [value[name] for name in ("mean", "low", "high")] if isinstance(value, dict) else [value]
-        shown = [
-            float(number)
-            for number in text.replace("[", "").replace("]", "").replace(",", "").split()
-            if number not in "p<"
-        ]
-        if "<" in text:
-            assert value < 0.001
-        else:
-            assert shown == pytest.approx(values, abs=0.051 if abs(values[0]) >= 10 else 0.00051), (pointer, text)
+    page = html.unescape((tuned.eval / "report.html").read_text(encoding="utf-8"))
+    found = json.loads((tuned.eval / "results.json").read_text(encoding="utf-8"))["benchmarks"]["sandbox"]
+    for figure in found["figures"]:
+        shown = [report.show(found["models"][model]["figures"][figure]) for model in ("true", "base", "tuned")]
+        gain = found["gains"]["tuned"]
+        shown += [report.show(gain["figures"][figure], sign=True), f"p {report.show_p(gain['figures'][figure]['p'])}"]
+        for third in gain["motion"]["strata"].values():
+            shown += [report.show(third["base"][figure]), report.show(third["gain"][figure], sign=True)]
+        shown += [report.show(one.get(figure)) for one in found["models"]["base"]["categories"].values()]
+        assert [text for text in shown if f">{text}</td>" not in page] == []
+    assert all(f">{report.show(value)}</td>" in page for value in found["compute"]["tuned"].values())
 
 
 def test_the_page_needs_no_network_and_the_markdown_has_the_same_numbers(tuned):
@@ -347,9 +318,6 @@ class Nothing:
 class Absent(Benchmark):
     name, columns, figures = "absent", ("score",), ("score",)
 
-    def __init__(self, settings, video):
-        self.settings = settings
-
     def requirements(self):
         there = bool(self.settings.folder)
         return [
@@ -378,16 +346,13 @@ class Asked(Absent):
         yield from (Row(f"k{number}", 0, {"score": moved + number + 0 * weight}) for number in range(2))
 
 
-class Judged(Benchmark):
+class Judged(AskedBenchmark):
     """The probability of a yes, by a vision-language model."""
 
     name, columns, figures = "judged", ("score",), ("score",)
 
-    def __init__(self, settings, video):
-        self.settings, self._video = settings, video
-
     def requirements(self):
-        return [judge_requirement("run.judged", self.settings, "none")]
+        return [judge_requirement(self.vlm, "none")]
 
     def prompts(self):
         return [Task("k0", "a red ball falls")]
@@ -397,7 +362,7 @@ class Judged(Benchmark):
             return {"score": await vlm.yes_probability(frames, "Does it fall?")}
 
         yield from judge_rows(
-            self.settings, samples, self._video, folder, lambda task, clip: jpeg_frames(clip, 2, 32), judge
+            self.vlm, samples, self.model_video, folder, lambda task, clip: jpeg_frames(clip, 2, 32), judge
         )
 
 
@@ -409,7 +374,7 @@ def more(monkeypatch):
     class More(run.RunConfig):
         absent: Nothing = run.field(default_factory=Nothing)
         asked: Nothing = run.field(default_factory=Nothing)
-        judged: VlmConfig = run.field(default_factory=lambda: VlmConfig(retries=0))
+        judged: Nothing = run.field(default_factory=Nothing)
 
     @dataclass
     class Config(run.Config):
@@ -461,7 +426,7 @@ def test_the_list_needs_no_model(more, capsys):
     assert run.main(["--list"]) is None
     printed = capsys.readouterr().out
     assert "sandbox: needs nothing" in printed
-    assert "[cannot run] run.physics_iq.input=multiframe" in printed
+    assert "[cannot run] what came before the switch" in printed
     assert "absent\n  [missing] the data (MIT)\n      run.absent.folder=\n      get it from a shop" in printed
 
 
@@ -491,10 +456,9 @@ def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, c
         address = server.url.replace("http://", "http://ann:SECRET@")
         found = copied.run(
             "benchmarks=[sandbox,judged,physics_iq,pai_bench]",
-            f"run.judged.base_url={address}",
-            "run.judged.model=stub",
-            f"run.pai_bench.judge.base_url={address}",
-            "judge.vlm.base_url=https://host/v1?token=SECRET",
+            f"vlm.base_url={address}?token=SECRET",
+            "vlm.model=stub",
+            "vlm.retries=0",
         )
         assert found["benchmarks"]["judged"]["models"]["base"]["figures"]["score"]["mean"] > 0
         assert all("authorization: basic" in head.lower() for head in server.headers)
@@ -502,8 +466,8 @@ def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, c
     assert {"results.json", "report.html", "report.md", "recipe.yaml", "scores.jsonl"} <= set(files)
     assert not [name for name, data in files.items() if b"SECRET" in data or b"ann:" in data]
     saved = files["recipe.yaml"].decode()
-    assert f"base_url: {server.url.replace('http://', 'http://***@')}" in saved and "https://host/v1?***" in saved
-    dead = copied.run("benchmarks=[sandbox,judged]", f"run.judged.base_url={address}", "run.judged.model=other")
+    assert f"base_url: {server.url.replace('http://', 'http://***@')}?***" in saved
+    dead = copied.run("benchmarks=[sandbox,judged]", f"vlm.base_url={address}", "vlm.model=other")
     assert "no connection" in dead["benchmarks"]["judged"]["problem"]
     out, error = capsys.readouterr()
     assert "SECRET" not in out + error + "".join(data.decode("latin1") for data in written(copied.eval).values())

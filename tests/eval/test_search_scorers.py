@@ -10,7 +10,7 @@ import torch
 
 import recipes
 from eval import generate
-from eval.judges import JudgeConfig
+from eval.judges import JudgeConfig, Judging
 from eval.judges.scores import Scores, Unjudged
 from eval.search import searcher
 from eval.search.candidates import Candidates, choose
@@ -331,7 +331,7 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
 
 def test_every_scorer_is_built_and_says_what_it_depends_on(backbone):
     config = recipes.load(generate.Config, []).search
-    config.surprise.path, judge = "somewhere", JudgeConfig(name="sandbox")
+    config.surprise.path, judge = "somewhere", Judging(JudgeConfig("sandbox"))
     assert set(SETTINGS) <= set(SCORERS) and len(PROPRIO) == 14
     assert {name for name in SCORERS if not scorer_settings(name, config, judge)} == {"random", "most_motion"}
     built = {name: build(config, backbone, 8.0, judge) for name, build in SCORERS.items()}

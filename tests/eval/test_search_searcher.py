@@ -184,7 +184,7 @@ def test_generate_searches_refines_and_resumes(model, tmp_path, monkeypatch, cap
     record = json.loads(sidecar.read_text(encoding="utf-8"))
     assert len(record["search"]["values"]) == 3 and record["search"]["seeds"][0] == 3
     assert record["strategy"]["num_candidates"] == 3 and record["search"]["passes"] == 3 * 2 + 2 * 2 + 2
-    monkeypatch.setattr(generate, "Maker", None)  # nothing is loaded again
+    monkeypatch.setattr("eval.maker.Maker", None)  # nothing is loaded again
     generate.main(arguments(model, tmp_path, *wanted))
     generate.main(arguments(model, tmp_path))
 

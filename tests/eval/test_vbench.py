@@ -11,7 +11,7 @@ import torch
 from eval.benchmarks import vbench
 from eval.benchmarks.base import Sample, Task
 from eval.benchmarks.vbench import DIMENSIONS, VBench, VBenchConfig, read_results
-from eval.judges.external_tool import ToolError
+from eval.judges.external_tool import EnvironmentConfig, RatersConfig, ToolError
 from train.clips import VideoConfig, write_clip
 
 VIDEO = VideoConfig(16, 16, 5, 8.0)
@@ -66,10 +66,11 @@ def package(tmp_path):
     return python, folder
 
 
-def build(tmp_path, package, **settings):
+def build(tmp_path, package):
     file = tmp_path / "prompts.txt"
     file.write_text("a ball falls\nwater, poured; $(touch pwned)\na third\n", encoding="utf-8")
-    return VBench(VBenchConfig(prompts_file=str(file), python=str(package[0]), **settings), VIDEO)
+    raters = RatersConfig(vbench=EnvironmentConfig(str(package[0])))
+    return VBench(VBenchConfig(prompts_file=str(file)), VIDEO, None, raters)
 
 
 def samples_of(benchmark, tmp_path, seeds=(0, 1)):
@@ -89,7 +90,8 @@ def calls(package):
 def test_a_row_a_clip(tmp_path, package, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):  # as of `accelerate launch`
         monkeypatch.setenv(name, "8")
-    benchmark = build(tmp_path, package, clips_a_call=4, device="cuda:1")
+    benchmark = build(tmp_path, package)
+    benchmark.clips_a_call = 4
     assert all(needed.found for needed in benchmark.requirements())
     samples = samples_of(benchmark, tmp_path)
     samples[1].path.write_bytes(b"no clip")
@@ -107,7 +109,6 @@ def test_a_row_a_clip(tmp_path, package, monkeypatch):
     assert "water, poured; $(touch pwned)" in first["prompts"].values() and "pwned" not in str(first["argv"])
     environment = first["environment"]
     assert "RANK" not in environment and "WORLD_SIZE" not in environment and environment["MASTER_PORT"] != "8"
-    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
     assert [path.name for path in (tmp_path / "work").iterdir()] == []
     assert not (Path.cwd() / "pwned").exists()
 
@@ -142,13 +143,13 @@ def test_requirements_name_what_is_missing(tmp_path, package):
     assert not program.found and "pip install vbench" in program.remedy and "Apache" in program.licence
     with pytest.raises(ValueError, match="run.vbench.prompts_file"):
         VBench(VBenchConfig(), VIDEO).prompts()
-    without = VBench(VBenchConfig(python=sys.executable), VIDEO)
+    without = VBench(VBenchConfig(), VIDEO, None, RatersConfig(vbench=EnvironmentConfig(sys.executable)))
     assert not without.requirements()[1].found
     task = Task("a", "a ball")
     with pytest.raises(ValueError, match="no package vbench"):
         list(without.score([Sample(task, 0, tmp_path / "a-0.mp4")], tmp_path))
-    with pytest.raises(ValueError, match="clips_a_call"):
-        VBench(VBenchConfig(clips_a_call=0), VIDEO)
+    with pytest.raises(ValueError, match="raters.vbench.timeout=0"):
+        VBench(VBenchConfig(), VIDEO, None, RatersConfig(vbench=EnvironmentConfig(timeout=0)))
 
 
 def test_published_figures_are_of_five_dimensions():

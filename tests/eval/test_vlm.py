@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 
 def configured(server: StubServer | str, **changes) -> VlmConfig:
     url = server if isinstance(server, str) else server.url
-    return VlmConfig(**({"base_url": url, "model": "stub", "backoff": 0.01} | changes))
+    return VlmConfig(**({"base_url": url, "model": "stub"} | changes))
 
 
 def as_json(reply: Reply):
@@ -99,7 +99,7 @@ def test_one_process_keeps_64_in_flight():
 def test_the_request_holds_rules_frames_schema_and_settings():
     frames = (b"\xff\xd8first", b"\xff\xd8second")
     with StubServer(echo) as server:
-        vlm = Vlm(configured(server, seed=3, max_tokens=99))
+        vlm = Vlm(configured(server, max_tokens=99))
         ask_all(vlm, ["what happens?"], rules="be brief", frames=frames, schema={"type": "object"})
         ask_all(Vlm(configured(server, send="video")), ["what?"], frames=frames)
         ask_all(Vlm(configured(server)), ["what?"], video_url="https://example.org/clip.mp4")
@@ -110,7 +110,7 @@ def test_the_request_holds_rules_frames_schema_and_settings():
     assert media_of(images)[0].startswith("data:image/jpeg;base64,")
     assert images["response_format"]["json_schema"]["schema"] == {"type": "object"}
     settings = [images[name] for name in ("model", "temperature", "seed", "max_tokens")]
-    assert settings == ["stub", 0.0, 3, 99] and "logprobs" not in images
+    assert settings == ["stub", 0.0, 0, 99] and "logprobs" not in images
     (video_url,) = media_of(video)
     head, *pictures = video_url.split(",")
     assert head == "data:video/jpeg;base64" and [base64.b64decode(one) for one in pictures] == list(frames)
@@ -174,14 +174,16 @@ def test_what_never_heals_is_named_and_the_others_are_answered():
     assert vlm.counts.requests == 2 + 3 * (len(always) - 1) + 1  # the rejected one is not asked again
 
 
-def test_a_malformed_answer_is_asked_for_in_another_way():
+def test_a_malformed_answer_is_asked_for_in_another_way(monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.BACKOFF", 50)  # the server is well: no waiting
     with StubServer(lambda request: "{" if request["temperature"] == 0 else echo(request)) as server:
-        vlm = Vlm(configured(server, seed=5, backoff=50))  # the server is well: no waiting
+        vlm = Vlm(configured(server))
         assert ask_all(vlm, ["a"]) == [{"text": "a"}]
-    assert [(one["temperature"], one["seed"]) for one in server.requests] == [(0.0, 5), (0.7, 6)]
+    assert [(one["temperature"], one["seed"]) for one in server.requests] == [(0.0, 0), (0.7, 1)]
 
 
-def test_waits_grow_follow_the_seed_and_the_servers_wish(monkeypatch):
+def test_waits_grow_differ_by_question_and_follow_the_servers_wish(monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.BACKOFF", 1.0)
     waits, sleep = [], asyncio.sleep
 
     async def note(seconds):
@@ -191,13 +193,13 @@ def test_waits_grow_follow_the_seed_and_the_servers_wish(monkeypatch):
 
     monkeypatch.setattr(asyncio, "sleep", note)
     with StubServer(lambda request: Response(status=500)) as server:
-        ask_all(Vlm(configured(server, backoff=1.0, retries=8)), ["a"])
+        ask_all(Vlm(configured(server, retries=8)), ["a"])
         first = list(waits)
         waits.clear()
-        ask_all(Vlm(configured(server, backoff=1.0, retries=8)), ["a"])
+        ask_all(Vlm(configured(server, retries=8)), ["a"])
         assert waits == first and len(first) == 8
         waits.clear()
-        ask_all(Vlm(configured(server, backoff=1.0, retries=8, seed=1)), ["a"])
+        ask_all(Vlm(configured(server, retries=8)), ["b"])
         assert waits != first
     assert all(min(2.0**n, 60) / 2 <= wait <= min(2.0**n, 60) for n, wait in enumerate(first))
     waits.clear()
@@ -240,10 +242,11 @@ def test_what_no_retry_heals_stops_at_once(status, message, monkeypatch):
         assert server.number <= 2 and "secret-words" not in str(caught.value)
 
 
-def test_a_server_that_starts_again_loses_nothing():
+def test_a_server_that_starts_again_loses_nothing(monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.BACKOFF", 0.2)
     texts = [f"number {number}" for number in range(40)]
     with StubServer(echo, latency=0.05) as server:
-        vlm = Vlm(configured(server, concurrency=4, backoff=0.2))
+        vlm = Vlm(configured(server, concurrency=4))
         results = []
         asking = threading.Thread(target=lambda: results.extend(ask_all(vlm, texts)))
         asking.start()
@@ -323,9 +326,9 @@ def test_whatever_decides_an_answer_decides_its_digest():
         Question("text", "rules", video_url="one", schema={"type": "object"}),
     ]
     digests = {other.digest(config) for other in others} | {question.digest(config)}
-    for change in ({"model": "b"}, {"temperature": 0.5}, {"max_tokens": 9}, {"seed": 1}, {"send": "video"}):
+    for change in ({"model": "b"}, {"max_tokens": 9}, {"send": "video"}):
         digests.add(question.digest(VlmConfig(**({"model": "a"} | change))))
-    assert len(digests) == len(others) + 1 + 5
+    assert len(digests) == len(others) + 1 + 3
     assert question.digest(VlmConfig(model="a", base_url="http://there/v1")) == question.digest(config)
 
 
@@ -494,7 +497,6 @@ def test_yes_probabilities_are_cached(tmp_path):
         ({"api_key_env": "NO_SUCH_VARIABLE"}, "export NO_SUCH_VARIABLE="),
         ({"concurrency": 0}, "vlm.concurrency=0"),
         ({"retries": -1}, "vlm.retries=-1"),
-        ({"temperature": math.nan}, "vlm.temperature=nan"),
         ({"timeout_s": 0}, "vlm.timeout_s=0"),
         ({"frames": 0}, "vlm.frames=0"),
     ],
@@ -623,9 +625,12 @@ def test_a_model_of_this_process_sees_the_frames_and_repeats_itself(tiny_vlm, pi
         for frames in (tuple(pictures), tuple(pictures[::-1]), tuple(pictures))
     ]
     assert len(first[0]) == 20 and first == again != turned
-    sampled = [
-        ask_all(local(tiny_vlm, retries=0, temperature=1.0, seed=seed), texts[:1], **read)[0].raw for seed in (1, 1, 2)
-    ]
+    model = LocalModel(vlm.config, *tiny_vlm)
+    sampled = []
+    for seed in (1, 1, 2):
+        with pytest.raises(Malformed) as refusal:
+            asyncio.run(model.ask(Question(texts[0], "be brief"), temperature=1.0, seed=seed))
+        sampled.append(refusal.value.raw)
     assert sampled[0] == sampled[1] != sampled[2]
 
 

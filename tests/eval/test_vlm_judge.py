@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageStat
 
-from eval.judges import JudgeConfig, build_judge, vlm
+from eval.judges import JudgeConfig, Judging, build_judge, vlm
 from eval.judges.scores import Unjudged
-from eval.judges.vlm import VlmJudgeConfig
-from eval.vlm.client import VlmUnavailable
+from eval.vlm.backend import VlmConfig, VlmUnavailable
 from tests.eval.vlm_stub import Response, StubServer, media_of, question_of
 
 
@@ -40,8 +39,8 @@ def grey_clips(*first_levels: int, num_frames: int = 9) -> torch.Tensor:
 
 
 def build(server, **settings):
-    config = VlmJudgeConfig(base_url=server.url, model="stub", retries=1, backoff=0.0, **settings)
-    return build_judge(JudgeConfig(name="vlm", vlm=config), 8.0, "cpu")
+    config = VlmConfig(base_url=server.url, model="stub", retries=1, **settings)
+    return build_judge(Judging(JudgeConfig(name="vlm"), config), 8.0, "cpu")
 
 
 def test_scores_are_the_probabilities_of_yes():
@@ -118,16 +117,14 @@ def test_a_server_that_is_not_there_is_an_error_of_the_whole_call():
 
 def test_settings_are_checked_before_any_work():
     with pytest.raises(ValueError, match="vlm.model is empty"):
-        build_judge(JudgeConfig(name="vlm"), 8.0, "cpu")
-    with pytest.raises(ValueError, match="judge.vlm.fps=12, but the clips have 8 frames"):
-        build_judge(JudgeConfig(name="vlm", vlm=VlmJudgeConfig(fps=12.0)), 8.0, "cpu")
+        build_judge(Judging(JudgeConfig(name="vlm")), 8.0, "cpu")
 
 
 @pytest.mark.parametrize(("named", "expected"), [("", "cuda:1"), ("cpu", "cpu")])
 def test_a_model_of_this_process_goes_to_the_judges_device(monkeypatch, named, expected):
     seen = []
     monkeypatch.setattr(vlm, "Vlm", lambda config: seen.append(config.device))
-    vlm.build(VlmJudgeConfig(backend="transformers", model="folder", device=named), torch.device("cuda:1"))
+    vlm.build(VlmConfig(backend="transformers", model="folder", device=named), 8.0, torch.device("cuda:1"))
     assert seen == [expected]
 
 

@@ -30,10 +30,12 @@ import recipes
 from eval.experiments.search import page, report, strategy_report
 from eval.experiments.search.work import Job, Work
 from eval.judges import JudgeConfig
+from eval.judges.external_tool import RatersConfig
 from eval.prompts import make_key
 from eval.sandbox.splits import list_clips
 from eval.search.config import SearchConfig
 from eval.search.searcher import check_batches, check_scorers
+from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
@@ -68,7 +70,10 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     search_experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
+    # Of the scorer "judge":
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.experiments.search.store import read_record, read_tensors, write_record, write_tensors
+from eval.judges import Judging
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as build_judge
 from eval.search.candidates import Candidates, choose
@@ -96,7 +97,7 @@ class Work:
 
     def __init__(self, config: Any, device: torch.device):
         self.config, self.search, self.experiment = config, config.search, config.search_experiment
-        self.folder = Path(self.experiment.folder)
+        self.folder, self.judging = Path(self.experiment.folder), Judging.of(config)
         self.backbone: Backbone = load_backbone(config.backbone, device)
         self.lora = ""
         if self.experiment.lora:
@@ -105,7 +106,7 @@ class Work:
         negative = None
         if sampling_passes(self.backbone, config.sampler) > config.sampler.steps:  # some step is guided
             negative = Conditioning(self.backbone.encode_text([config.sampler.negative_prompt]))
-        self.searcher = Searcher(self.search, self.backbone, config.video, config.sampler, negative, config.judge)
+        self.searcher = Searcher(self.search, self.backbone, config.video, config.sampler, negative, self.judging)
         for name in self.experiment.scorers:
             self.searcher.scorer(name)  # refuses what cannot work
         self.judge = build_judge(SandboxJudgeConfig(fps=config.video.fps), "cpu")
@@ -130,7 +131,7 @@ class Work:
 
     def settings(self, name: str) -> dict[str, Any]:
         """What a scorer's values depend on, beside the candidates."""
-        return {"scorer": name} | scorer_settings(name, self.search, self.config.judge)
+        return {"scorer": name} | scorer_settings(name, self.search, self.judging)
 
     def path(self, job: Job) -> Path:
         return self.folder / "prompts" / f"{job.key}.json"

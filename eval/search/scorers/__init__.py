@@ -1,4 +1,4 @@
-"""Scorers by name: build(SearchConfig, Backbone, fps, JudgeConfig) -> Scorer, lower is better; see
+"""Scorers by name: build(SearchConfig, Backbone, fps, Judging) -> Scorer, lower is better; see
 `eval.search.candidates`.
 
 Proprio's are named proprio_<variant>[-<mask>][-uniform]; left out, the paper's: the motion mask, inverse variance.
@@ -26,13 +26,13 @@ PROPRIO = {
     if variant != "global" or not mask
 }
 SCORERS = {
-    "random": lambda config, backbone, fps, judge: random_choice,
-    "most_motion": lambda config, backbone, fps, judge: most_motion,
+    "random": lambda config, backbone, fps, judging: random_choice,
+    "most_motion": lambda config, backbone, fps, judging: most_motion,
     **PROPRIO,
     "residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_global-uniform"](*given)),
     "masked_residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_motion-uniform"](*given)),
-    "surprise": lambda config, backbone, fps, judge: Surprise(config.surprise, backbone.device),
-    "judge": lambda config, backbone, fps, judge: JudgeScore(build_judge(judge, fps, backbone.device)),
+    "surprise": lambda config, backbone, fps, judging: Surprise(config.surprise, backbone.device),
+    "judge": lambda config, backbone, fps, judging: JudgeScore(build_judge(judging, fps, backbone.device)),
 }
 SETTINGS = {
     **{name: ("residuals", "mixing") for name in PROPRIO},

@@ -305,22 +305,19 @@ def test_rows_differ_in_training_alone():
         assert row.groups in GROUPS
 
 
-TRAINED = [row for row in (*ROWS.values(), *PHYSICS.values()) if row.trainer]
-
-
-@pytest.mark.parametrize("row", TRAINED, ids=lambda row: f"{row.groups}-{row.name}")
-def test_every_trainer_accepts_its_arguments(row, capsys):
-    arguments = planned().train_arguments(row, 3)
-    assert arguments == planned(on_gpu=True).train_arguments(row, 3)
-    config = recipes.load(CONFIGS[row.trainer], arguments)
-    gdpo.check(config)
-    assert config.train.folder == f"runs/ablation/{row.name}-3/train" and config.optim.steps == 5
-    assert config.train.groups == f"runs/ablation/{row.groups}-3" and config.seed == 3
-    assert config.optim.lr_end <= config.optim.lr
-    if row.sweep:
-        section = config.objective if row.name in ROWS else config.physics
-        assert getattr(section, row.sweep[0]) == pytest.approx(row.sweep[1], rel=1e-4)
-    assert capsys.readouterr().err == ""  # no key that a command ignores
+def test_every_trainer_accepts_its_arguments(capsys):
+    for row in [row for row in (*ROWS.values(), *PHYSICS.values()) if row.trainer]:
+        arguments = planned().train_arguments(row, 3)
+        assert arguments == planned(on_gpu=True).train_arguments(row, 3), row
+        config = recipes.load(CONFIGS[row.trainer], arguments)
+        gdpo.check(config)
+        assert config.train.folder == f"runs/ablation/{row.name}-3/train" and config.optim.steps == 5, row
+        assert config.train.groups == f"runs/ablation/{row.groups}-3" and config.seed == 3, row
+        assert config.optim.lr_end <= config.optim.lr, row
+        if row.sweep:
+            section = config.objective if row.name in ROWS else config.physics
+            assert getattr(section, row.sweep[0]) == pytest.approx(row.sweep[1], rel=1e-4), row
+        assert capsys.readouterr().err == "", row  # no key that a command ignores
 
 
 def test_sweeps_stand_around_the_recipes_values():

@@ -200,6 +200,11 @@ def test_settings_that_cannot_work_are_refused(argument):
         run.main([*COMMON, argument, "--dry-run"])
 
 
+def test_the_experiments_keys_have_left_the_section_search():
+    with pytest.raises(ValueError, match="unknown key search.scorers; it is search_experiment.scorers now"):
+        run.main([*COMMON, "search.scorers=[random]"])
+
+
 # The report
 
 

@@ -68,10 +68,10 @@ SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
 
 @dataclass
 class GenerateConfig:
-    prompts: list[str] = field(default_factory=list)  # one or more clips each, see `seeds`
-    prompts_file: str = ""  # instead of prompts: .txt, a prompt a line; .csv or .jsonl, columns prompt [image] [key]
-    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture a prompt, first frame is used
-    seeds: list[int] = field(default_factory=list)  # of the initial noise, one clip a prompt each; none: `seed` alone
+    prompts: list[str] = field(default_factory=list)  # one clip for each of `seeds`
+    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
+    images: list[str] = field(default_factory=list)  # image-to-video: a file for each prompt, its first frame is used
+    seeds: list[int] = field(default_factory=list)  # of the noise, one clip per prompt and seed; none: `seed` alone
     lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: base clips only
     name: str = TUNED  # of the LoRA's clips: their folder and label
     base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips
@@ -273,11 +273,11 @@ def plan(config: Config, work: Work, *, world: int) -> str:
         "backbone": "not here yet" if _is_placeholder(config) else work.fingerprint,
         "LoRA": f"{lora.path} ({rank}, for {lora.expert})" if lora else "none: base clips only",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
-        "tokens": f"{shell.num_tokens(*size)} a network pass",
+        "tokens": f"{shell.num_tokens(*size)} per network pass",
         "jobs": f"{len(jobs)} = {len({job.prompt.key for job in jobs})} prompts x"
         f" {len({job.seed for job in jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
-        "network passes": f"{at_most}{todo * passes}, {passes} a clip ({sampler.steps} steps)",
+        "network passes": f"{at_most}{todo * passes}, {passes} per clip ({sampler.steps} steps)",
         "search": searcher.describe(chosen_strategy(config.generate), config.search),
         "folder": config.generate.folder,
     }
@@ -317,7 +317,7 @@ def conclude(config: Config, work: Work, *, made: int) -> None:
     write_text(manifest, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     seconds = sum(record["seconds"] for record in records) / len(records)
     example = (work.comparisons or [work.pairs[0][0].clip])[0]
-    print(f"clips     {len(records)}, of which {made} made now; {seconds:.1f} s a clip")
+    print(f"clips     {len(records)}, of which {made} made now; {seconds:.1f} s per clip")
     print(f"sheet     {sheet}\nmanifest  {manifest}")
     print(f"{'compare' if work.comparisons else 'clip':<10}{example.path}")
 

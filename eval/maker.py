@@ -208,7 +208,7 @@ def make_clips(
             maker.make(known[batch[0].clip.which], batch)
             bar.update(len(batch))
     del maker
-    release_memory(device)  # a judge may want it
+    release_memory(device)  # a judge may need it
 
 
 def release_memory(device: torch.device) -> None:

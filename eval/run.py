@@ -5,7 +5,7 @@
     python -m eval.run recipe=sandbox run.lora=… --dry-run     # what would be made
 
     <folder>/<benchmark>/clips/<model>/<key>-<seed>.mp4   a clip, its sidecar (.json) says what it was made from
-    <folder>/<benchmark>/rows-<model>.jsonl               a row a clip, written as it is scored
+    <folder>/<benchmark>/rows-<model>.jsonl               one row per clip, written as it is scored
     <folder>/<benchmark>/comparison.mp4, sheet.png        true | base | tuned, for the first prompts
     <folder>/<benchmark>/official/<model>                 with run.layout: clips as the official code reads them
     <folder>/scores.jsonl                                 every clip of every model: what the results were made from
@@ -57,7 +57,7 @@ from eval.maker import (
     warn_of_cut_prompts,
 )
 from eval.prompts import Prompt
-from eval.report import html, tables
+from eval.report import page, tables
 from eval.report.results import TRUE, summarise
 from eval.report.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, probe, score, unprobed
@@ -81,7 +81,7 @@ SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed
 class RunConfig(BenchmarkSettings):
     lora: str = ""  # LoRA file, checkpoint folder or training folder (of full weights too); empty: the base model alone
     folder: str = "${output}/eval"  # everything goes here
-    seeds: list[int] = field(default_factory=lambda: [0])  # clips a prompt, one each; the noise is a prompt's own
+    seeds: list[int] = field(default_factory=lambda: [0])  # one clip per prompt and seed, from noise of its own
     batch_size: int = 16  # clips sampled together, per GPU
     search: str = ""  # best_of_n | race | prune: both models' clips searched as well; see eval.search.searcher
     refine: str = ""  # proprio | guidance, likewise
@@ -92,7 +92,6 @@ class RunConfig(BenchmarkSettings):
 class Config:
     recipe: str = ""  # name or path of a recipe
     output: str = "runs/default"  # everything goes below this folder
-    seed: int = 0  # unused: the seeds are run.seeds
     dry_run: bool = False  # print what would be made and stop
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -357,7 +356,7 @@ def conclude(
     for plan in plans:
         if not plan.problem and plan.samples:
             comparisons[plan.benchmark.name] = compare_clips(plan, plan.benchmark.video(config.video))
-    write_text(folder / "report.html", html.html(found, comparisons))
+    write_text(folder / "report.html", page.html(found, comparisons))
     write_text(folder / "report.md", tables.markdown(found))
     print(tables.text(found))
     print(f"seconds     {compute['seconds']:.0f}\nresults     {folder / 'results.json'}")

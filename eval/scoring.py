@@ -167,7 +167,7 @@ def _score_missing(
     with tqdm(total=len(left), desc=f"{plan.benchmark.name} {model}", unit="clip", smoothing=0) as bar:
         try:
             for row in plan.benchmark.score(list(left.values()), work):
-                left.pop((row.key, row.seed))  # KeyError for a row that nobody asked for
+                left.pop((row.key, row.seed))  # KeyError for a row of another clip
                 keep(row, time.perf_counter() - started)
                 started = time.perf_counter()
                 bar.update()

@@ -69,6 +69,9 @@ MOVED: dict[str, str] = {
     "run.pai_bench.judge": "vlm",
     "run.ezs_bench.judge": "vlm",
     "run.r_bench.judge": "vlm",
+    "run.likephys.residuals": "run.likephys.batch_size for residuals.batch_size, the others are constants,",
+    "run.likephys.source": "run.likephys.folder (empty: simulated scenes)",
+    "run.physics_iq.descriptions": "descriptions.csv in run.physics_iq.folder",
     "run.vbench.python": "raters.vbench.python",
     "run.vbench.timeout": "raters.vbench.timeout",
     **{

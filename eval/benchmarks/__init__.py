@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 
 from eval.benchmarks.base import Benchmark
-from eval.benchmarks.ezs_bench import EzsBench, EzsBenchConfig
 from eval.benchmarks.likephys import LikePhys, LikePhysConfig
-from eval.benchmarks.pai_bench import PaiBench, PaiBenchConfig
 from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
 from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
 from eval.benchmarks.r_bench import RBench, RBenchConfig
@@ -13,11 +11,12 @@ from eval.benchmarks.sandbox import Sandbox, SandboxConfig
 from eval.benchmarks.vbench import VBench, VBenchConfig
 from eval.benchmarks.videophy import RatedConfig, VideoPhy
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
+from eval.benchmarks.vqa import EzsBench, EzsBenchConfig, PaiBench, PaiBenchConfig
 
 
 @dataclass
 class BenchmarkSettings:
-    """One field a benchmark, of its name."""
+    """One field per benchmark, of its name."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     physics_iq: PhysicsIQConfig = field(default_factory=PhysicsIQConfig)

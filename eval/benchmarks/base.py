@@ -1,9 +1,9 @@
-"""What a benchmark is: prompts, files as its official code expects them, a row a clip, and what to print of the rows.
+"""What a benchmark is: prompts, files as its official code expects them, one row per clip, and its figures.
 
     benchmark.requirements()                    what it needs that a package cannot bring, and whether it is there
     benchmark.prompts()                         Task: one prompt, with the picture that it starts from
     benchmark.layout(samples, folder)           the clips under the names and in the form of the official code
-    benchmark.score(samples, folder)            one Row a clip, as soon as it is known
+    benchmark.score(samples, folder)            one Row per clip, as soon as it is known
     benchmark.derive(means)                     the figures to print, from the columns' means
 
 A new benchmark is a file with a settings dataclass and a subclass of `Benchmark`, and a line in
@@ -142,5 +142,5 @@ class Benchmark(ABC):
         raise NotImplementedError
 
     def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`figures` from the columns' means, (R,) each: one a replicate. By default the columns themselves."""
+        """`figures` from the columns' means, (R,) each: one per replicate. By default the columns themselves."""
         return {name: means[name] for name in self.figures}

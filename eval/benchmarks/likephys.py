@@ -29,7 +29,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,21 +77,19 @@ BLOCK = 8  # scenes simulated together
 DATASET = "huggingface.co/datasets/JianhaoDYDY/LikePhys-Benchmark"
 
 
-def _levels() -> ResidualConfig:
-    return ResidualConfig(levels=10, first=0.001, last=0.901, shift=1.0, draws=1)  # timesteps 999, 899, ... 99 of 1000
+NUM_FRAMES = 33  # of a published clip; what the release takes for Wan 2.1
+SEED = 0  # of the simulated scenes
+LEVELS = ResidualConfig(levels=10, first=0.001, last=0.901, shift=1.0, draws=1)  # timesteps 999, 899, ... 99 of 1000
 
 
 @dataclass
 class LikePhysConfig:
-    source: str = "sandbox"  # "sandbox": simulated scenes; "folder": the published clips
-    folder: str = ""  # of the published clips, with ball_drop_videos and so on
-    num_frames: int = 33  # of a published clip; what the release takes for Wan 2.1
+    folder: str = ""  # of the published clips, with ball_drop_videos and so on; empty: simulated scenes instead
     pairs: int = 64  # of each of the sandbox's kinds, from all scenes that know it
     # Of the planted violations, in (0, 1]. Gross ones are too easy to compare models by: the error of the shipped
     # sandbox model is 0.002 at severity 1, 0.087 at 0.3 and 0.266 at 0.1.
     severity: float = 0.1
-    seed: int = 0  # of the simulated scenes
-    residuals: ResidualConfig = field(default_factory=_levels)  # levels, draws, their seed, clips in a pass
+    batch_size: int = 1  # clips in a network pass
 
 
 @dataclass(frozen=True)
@@ -110,20 +108,26 @@ class LikePhys(Benchmark):
 
     def __init__(self, settings: LikePhysConfig, video: VideoConfig, *judges: Any):
         super().__init__(settings, video, *judges)
-        if settings.source not in ("sandbox", "folder"):
-            raise ValueError(f"run.likephys.source={settings.source!r} is unknown: use sandbox or folder")
         if settings.pairs < 1:
             raise ValueError(f"run.likephys.pairs={settings.pairs}: use 1 or more")
-        self._parts = tuple(VIOLATIONS) if settings.source == "sandbox" else tuple(SCENARIOS)
+        self.levels = replace(LEVELS, batch_size=settings.batch_size)
+        self._parts = tuple(SCENARIOS) if settings.folder else tuple(VIOLATIONS)
         # margin: by how much the violated clips' mean loss is above the true ones', as a share of the latter
         self.columns = ("error", "margin", *self._parts)
         self.figures = self.columns
         self.lower_is_better = ("error", *self._parts)
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """With what had keys of its own, and with the keys' names of then."""
+        source = "folder" if self.settings.folder else "sandbox"
+        kept = {"folder": self.settings.folder, "pairs": self.settings.pairs, "severity": self.settings.severity}
+        return kept | {"source": source, "num_frames": NUM_FRAMES, "seed": SEED, "residuals": asdict(self.levels)}
+
     def requirements(self) -> list[Requirement]:
-        if self.settings.source == "sandbox":
+        if not self.settings.folder:
             return []
-        remedy = f"download {DATASET} and name its folder in run.likephys.folder, or set run.likephys.source=sandbox"
+        remedy = f"download {DATASET} and name its folder in run.likephys.folder, or none for simulated scenes"
         where = f"run.likephys.folder={self.settings.folder!r}"
         licence = "none stated; see the dataset's page"
         return [Requirement("the LikePhys clips", licence, where, self._root() is not None, remedy)]
@@ -134,8 +138,8 @@ class LikePhys(Benchmark):
         if backbone.input_channels(backbone.architecture) > backbone.architecture["z_dim"]:
             name = type(backbone).__name__
             raise ValueError(f"likephys: {name} needs an image with each prompt: use a text-to-video backbone")
-        residuals = Residuals(backbone, self.settings.residuals)
-        kept = _Kept(folder / "losses.jsonl", [asdict(self.settings), asdict(self.model_video), backbone.fingerprint])
+        residuals = Residuals(backbone, self.levels)
+        kept = _Kept(folder / "losses.jsonl", [self.recorded, asdict(self.model_video), backbone.fingerprint])
         for group in self.groups():
             losses = kept.find(group.key)
             errors: dict[tuple[str, str], str] = {}
@@ -147,7 +151,7 @@ class LikePhys(Benchmark):
 
     def groups(self) -> Iterator[Group]:
         """All scenes, in a fixed order; clips are simulated or read when they are asked for."""
-        return self._simulated() if self.settings.source == "sandbox" else self._published()
+        return self._published() if self.settings.folder else self._simulated()
 
     def _simulated(self) -> Iterator[Group]:
         video = self.model_video
@@ -173,7 +177,7 @@ class LikePhys(Benchmark):
     def _block(self, scene: str, block: int, kind: str | None, video: VideoConfig) -> Clips:
         """BLOCK clips, the same scenes with every kind."""
         settings = self.settings
-        drawn = hashlib.sha256(f"likephys\0{scene}\0{settings.seed}\0{block}".encode()).digest()
+        drawn = hashlib.sha256(f"likephys\0{scene}\0{SEED}\0{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
         size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
         return simulate(scene, BLOCK, generator, **size, violation=kind, severity=settings.severity)
@@ -182,7 +186,7 @@ class LikePhys(Benchmark):
         root = self._root()
         if root is None:
             raise ValueError(f"likephys: {self.requirements()[0].where} lacks clips: {self.requirements()[0].remedy}")
-        video = replace(self.model_video, num_frames=self.settings.num_frames)
+        video = replace(self.model_video, num_frames=NUM_FRAMES)
         for scenario, (place, prompt) in SCENARIOS.items():
             for scene in sorted(path for path in (root / place).glob("*") if path.is_dir()):
                 clips = {}
@@ -222,23 +226,22 @@ class LikePhys(Benchmark):
     def _rows(
         self, group: Group, losses: Mapping[tuple[str, str], float], errors: Mapping[tuple[str, str], str]
     ) -> Iterator[Row]:
-        seed = self.settings.seed
         for kind in dict.fromkeys(kind for kind, _ in group.clips if kind != VALID):
             key = f"{group.key}-{kind}".lower().replace("_", "-")
             concerned = [name for name in group.clips if name[0] in (VALID, kind)]
             if wrong := [errors[name] for name in concerned if name in errors]:
-                yield Row(key, seed, error=wrong[0], cluster=group.key)
+                yield Row(key, SEED, error=wrong[0], cluster=group.key)
                 continue
             true = [losses[name] for name in concerned if name[0] == VALID]
             violated = [losses[name] for name in concerned if name[0] == kind]
             if not true:
                 error = f"{group.key} holds no valid_*.mp4: download the dataset again"
-                yield Row(key, seed, error=error, cluster=group.key)
+                yield Row(key, SEED, error=error, cluster=group.key)
                 continue
             share = preference_error(true, violated)
             margin = float(np.mean(violated) / np.mean(true) - 1)
             values = {"error": share, "margin": margin, group.figure or kind: share}
-            yield Row(key, seed, values, cluster=group.key)
+            yield Row(key, SEED, values, cluster=group.key)
 
 
 def share_pairs(pairs: int) -> dict[str, dict[str, int]]:

@@ -9,7 +9,7 @@ google-deepmind/physics-IQ-benchmark, which arXiv 2501.09038 describes. Its lead
 seconds before (multiframe), which no backbone here takes. A model that takes text alone is shown nothing of the scene:
 `input=text` is possible but comparable with no published figure.
 
-Length and rate: the official code wants exactly five seconds at a whole number of frames per second, which the real
+Length and rate: the official code takes exactly five seconds at a whole number of frames per second, which the real
 videos are resampled to. Wan's 4k + 1 frames (81 at 16, 121 at 24) are cut to 80 and 120.
 """
 
@@ -95,7 +95,7 @@ class PhysicsIQConfig:
 
 
 class PhysicsIQ(Benchmark):
-    """One row a view: its metrics, the variance between the takes, and its verified scores."""
+    """One row per view: its metrics, the variance between the takes, and its verified scores."""
 
     name: ClassVar[str] = "physics_iq"
     columns = COLUMNS
@@ -272,7 +272,7 @@ class PhysicsIQ(Benchmark):
     # What was made
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
-        """`run_01`, `run_02` … (a folder a seed) with 198 clips of five seconds each, for --input_folders.
+        """`run_01`, `run_02` … (one folder per seed) with 198 clips of five seconds each, for --input_folders.
 
         Cut without loss, so the official code sees the pixels that are scored here. Clips that cannot be read are left
         out; their rows say why.

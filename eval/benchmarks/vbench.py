@@ -77,7 +77,7 @@ _TABLE_6 = {
 
 @dataclass
 class VBenchConfig:
-    prompts_file: str = ""  # .txt, a prompt a line; .csv or .jsonl, columns prompt [image] [key]
+    prompts_file: str = ""  # .txt, one prompt per line; .csv or .jsonl, columns prompt [image] [key]
 
 
 class VBench(Benchmark):
@@ -122,13 +122,13 @@ class VBench(Benchmark):
         ]
 
     def prompts(self) -> list[Task]:
-        """A task a prompt, in the order of the file."""
+        """One task per prompt, in the order of the file."""
         if not self.settings.prompts_file:
             raise ValueError(f"run.vbench.prompts_file is empty: {self.requirements()[0].remedy}")
         return [Task(one.key, one.text, image=one.image) for one in read_prompts([], [], self.settings.prompts_file)]
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
-        """`videos/<key>-<seed>.mp4`, and prompts.json as VBench's --prompt_file wants it."""
+        """`videos/<key>-<seed>.mp4`, and prompts.json as VBench's --prompt_file reads it."""
         prompts = {}
         for sample in samples:
             if sample.path.is_file():

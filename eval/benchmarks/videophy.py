@@ -98,7 +98,7 @@ class Rated(Benchmark):
         ]
 
     def prompts(self) -> list[Task]:
-        """A task a caption, in the order of the table. Raises ValueError for a table that cannot be read."""
+        """One task per caption, in the order of the table. Raises ValueError for a table that cannot be read."""
         if not self.settings.folder:
             raise ValueError(f"run.{self.name}.folder is empty: name the folder of {self.table}, from {self.source}")
         remedy = f"give the {self.table} of {self.source} in run.{self.name}.folder"

@@ -78,7 +78,7 @@ _PERCENT = (*COUNTED, *(f"hard_{name}" for name in COUNTED))
 class VideoPhy2Config(RatedConfig):
     split: str = "all"  # all | hard: prompts to make clips of; the hard ones are among all
     upsampled: bool = False  # generate from the table's long captions; the judge sees the short ones
-    rules: bool = False  # ask about the table's physical rules too: a question a rule, and the weights loaded once more
+    rules: bool = False  # ask about the table's physical rules too: one question per rule, weights loaded once more
 
 
 class VideoPhy2(Rated):

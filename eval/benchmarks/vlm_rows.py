@@ -29,7 +29,7 @@ JudgeClip = Callable[[Vlm, Sample, Any], Awaitable[Mapping[str, float]]]  # of w
 def judge_rows(
     config: VlmConfig, samples: Sequence[Sample], video: VideoConfig, folder: Path, pick: Pick, judge: JudgeClip
 ) -> Iterator[Row]:
-    """A row a sample, in order. Answers are kept below `folder`, unless the settings name another cache.
+    """One row per sample, in order. Answers are kept below `folder`, unless the settings name another cache.
 
     Raises ValueError for settings that cannot work and VlmUnavailable, one too, when nothing can be answered.
     """

@@ -1,33 +1,56 @@
 """Yes-or-no questions about a clip, from the benchmark's own files: the Domain Score of PAI-Bench-G and of EZS-Bench.
 
+PAI-Bench-G (Zhou et al., 2025), its robot domain by default: image to video.
+
+    recipe key              run.pai_bench.<field>, see PaiBenchConfig
+    data                    the data set shi-labs/physical-ai-bench-predict (now also -generation):
+                            cosmos_predict2_bench_full_info.json, condition_image/, vqa/<video_id>.json
+
+A prompt is a record of the JSON (video_id, prompt_en, image_name); its domain is how the video_id begins, as in
+predict/pbench/vqa_evaluation.py of SHI-Labs/physical-ai-bench. PhysisForcing, Appendix B: 174 prompts of the domain
+robot, 5 or 6 questions each.
+
+EZS-Bench (ABot-PhysWorld, Chen et al., 2026, arXiv 2603.23376): robots that no training set shows, image to video.
+
+    recipe key              run.ezs_bench.<field>, see EzsBenchConfig
+    data                    the ModelScope data set amap_cvlab/EZS-Bench_data: data.jsonl and the first frames
+
+A line of data.jsonl holds `video` (the first frame; its stem is the video_id), `prompt` and `question`, a list
+(EZS-Bench/README.md of amap-cvlab/ABot-PhysWorld); 196 of them. A first frame is looked for at its path, in the data's
+folder, and below it by name. The Domain Score is what evaluate_ezsbench.py prints as Robot Score.
+
+Scoring of both:
+
 As SHI-Labs/physical-ai-bench, predict/pbench/vqa_evaluation.py, has it; EZS-Bench of amap-cvlab/ABot-PhysWorld bundles
 that file:
 - Every question is asked alone, about the whole clip, at temperature 0. Its answer is right if it has "yes" and not
   "no", or the other way round, as letters anywhere in it, and that is what the record's index2ans[answer] says.
 - A clip's score is the share of its questions answered right. Its mean over the seeds of a prompt, then over prompts,
-  is the category's score: with as many seeds a prompt, the mean over clips.
+  is the category's score: with equally many seeds for each prompt, the mean over clips.
 - The clip is sampled at 2 frames a second (EZS-Bench: 3), evenly, an even number and at least 4, as qwen_vl_utils does.
 
 Deviations: an answer that has both words or neither counts as wrong there and has no row here, after asking again; the
-question's wording is ours; frames come as pictures, unless `judge.send=video`, and at most 576 pixels high (there 768
+question's wording is ours; frames come as pictures, unless `vlm.send=video`, and at most 576 pixels high (there 768
 patches of 28x28, which is 480x832 and 576x1024 unscaled). The judge is whatever model serves, there Qwen2.5-VL-72B.
 PhysisForcing asks Qwen3-VL-235B-A22B for PAI-Bench and Qwen2.5-VL-72B for EZS-Bench: compare with figures of the same
 judge only.
 
 The Quality Score of both is the mean of eight dimensions of PAI-Bench's own VBench (aesthetic, imaging, motion
 smoothness, subject, background, overall consistency, i2v subject, i2v background). It is not computed here, and so
-neither is the average of the two: the laid-out clips are what the official evaluate.py wants.
+neither is the average of the two: the laid-out clips are what the official evaluate.py reads.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from eval.benchmarks.base import Row, Sample, Task
-from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_rows
+from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
+from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
 from eval.prompts import slug
 from eval.vlm.backend import Malformed, Question, Reply
 from eval.vlm.client import Vlm, jpeg_frames
@@ -39,12 +62,47 @@ TEXT = (
     "These are frames of one video, in order. Look at all of them to see what happens in it, then answer this question"
     " about the video.\nQuestion: {question}\nAnswer with YES or NO."
 )
+DOMAINS = ("av", "common_sense", "human", "industry", "misc", "physics", "robot")
+
+# PhysisForcing, Table 7: Domain, percent. The judge is Qwen3-VL-235B-A22B-Instruct.
+_TABLE_7 = {
+    "Wan2.5": 86.44,
+    "GigaWorld-0": 85.83,
+    "Veo 3.1": 83.50,
+    "WoW-Wan 14B": 83.01,
+    "Sora v2 Pro": 76.26,
+    "Abot-PhysWorld": 93.06,
+    "Wan2.2-I2V-A14B": 81.70,
+    "Wan2.2-I2V-A14B (ft)": 84.42,
+    "PF-Wan": 88.20,
+    "Cosmos3-Nano (ft)": 91.54,
+    "PF-Cosmos": 93.26,
+}
+# PhysisForcing, Table 8: Domain, percent. The judge is Qwen2.5-VL-72B-Instruct.
+_TABLE_8 = {
+    "WoW-Wan 14B": 79.51,
+    "GigaWorld-0": 78.26,
+    "Cosmos-Predict 2.5": 76.98,
+    "UnifoLM-WMA-0": 52.32,
+    "Kling 2.6 Pro": 80.72,
+    "Abot-PhysWorld": 83.66,
+    "Wan2.2-I2V-A14B": 77.42,
+    "Wan2.2-I2V-A14B (ft)": 81.95,
+    "PF-Wan": 84.49,
+    "Cosmos3-Nano (ft)": 83.16,
+    "PF-Cosmos": 85.20,
+}
 
 
 @dataclass
-class VqaConfig:
+class EzsBenchConfig:
     folder: str = ""  # of the benchmark's data
-    frame_rate: float = 2.0  # frames a second that the judge sees; judge.frames plays no part
+
+
+@dataclass
+class PaiBenchConfig:
+    folder: str = ""  # of the benchmark's data
+    domain: str = "robot"  # one of DOMAINS; empty: all
 
 
 class Vqa(AskedBenchmark):
@@ -52,16 +110,131 @@ class Vqa(AskedBenchmark):
 
     columns = ("domain",)
     figures = ("domain",)
+    frame_rate: ClassVar[float]  # frames a second that the judge sees; vlm.frames plays no part
+    title: ClassVar[str]
+    licence: ClassVar[str]  # of the data
+    file: ClassVar[str]  # with the prompts, in the folder of the data
+    remedy: ClassVar[str]  # where the data is got
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | {"frame_rate": self.frame_rate}
+
+    def requirements(self) -> list[Requirement]:
+        folder = self.settings.folder
+        what = f"the data of {self.title} (prompts, first frames, questions)"
+        where, found = f"run.{self.name}.folder={folder}", bool(folder) and self._file().is_file()
+        return [
+            Requirement(what, self.licence, where, found, self.remedy),
+            judge_requirement(self.vlm, "Qwen2.5-VL-72B-Instruct"),
+        ]
+
+    def _file(self) -> Path:
+        """ValueError where no folder is named."""
+        if not self.settings.folder:
+            raise ValueError(f"run.{self.name}.folder is empty: {self.remedy}")
+        return Path(self.settings.folder).expanduser() / self.file
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """`domain`, the share of a clip's questions that the judge answered as the benchmark expects."""
-        if not self.settings.frame_rate > 0:
-            raise ValueError(f"run.{self.name}.frame_rate={self.settings.frame_rate} must be above 0")
         return judge_rows(self.judge, samples, self.model_video, folder, self._pick, answer_questions)
 
     def _pick(self, task: Task, clip: Tensor) -> list[bytes]:
-        count = frame_count(len(clip), self.model_video.fps, self.settings.frame_rate)
+        count = frame_count(len(clip), self.model_video.fps, self.frame_rate)
         return jpeg_frames(clip, count, self.judge.frame_height)
+
+
+def from_table(table: dict[str, float], source: str) -> tuple[Published, ...]:
+    return tuple(Published(model, {"domain": value / 100}, source) for model, value in table.items())
+
+
+class PaiBench(Vqa):
+    name, title, licence, frame_rate = "pai_bench", "PAI-Bench-G", "CC BY-NC 4.0", 2.0
+    published = from_table(_TABLE_7, "PhysisForcing, Table 7 (robot domain, Qwen3-VL-235B as judge)")
+    file = "cosmos_predict2_bench_full_info.json"
+    remedy = (
+        "get it with 'hf download shi-labs/physical-ai-bench-predict --repo-type dataset' and name its folder in"
+        " run.pai_bench.folder"
+    )
+    settings: PaiBenchConfig
+
+    def prompts(self) -> list[Task]:
+        """Tasks of the domain, in the file's order. Raises ValueError for missing or bad files."""
+        domain = self.settings.domain
+        if domain not in (*DOMAINS, ""):
+            raise ValueError(f"run.pai_bench.domain={domain!r} is no domain: use one of {', '.join(DOMAINS)}, or none")
+        file = self._file()
+        records = read_records(file, ("video_id", "prompt_en", "image_name"), self.remedy)
+        chosen = [record for record in records if not domain or self._domain(record["video_id"], file) == domain]
+        if not chosen:
+            raise ValueError(f"{file} has no prompt of the domain {domain!r}: {self.remedy}")
+        keys = make_keys([record["video_id"] for record in chosen], str(file))
+        return [self._task(key, record) for key, record in zip(keys, chosen, strict=True)]
+
+    def _task(self, key: str, record: dict[str, str]) -> Task:
+        name = record["video_id"]
+        file = self._file().parent / "vqa" / f"{name}.json"
+        questions = read_questions(read_records(file, (), self.remedy), str(file))
+        image = file.parent.parent / "condition_image" / record["image_name"]
+        if not image.is_file():
+            raise ValueError(f"{image}, the first frame of {name}, is not there: {self.remedy}")
+        facts = {"video_id": name, "questions": questions}
+        return Task(key, record["prompt_en"].strip(), self._domain(name, file), image, facts)
+
+    def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
+        """<video_id>__<number>.mp4, a prompt's seeds numbered from 0: the official code looks for 0 to 4 only."""
+        seeds = defaultdict(set)
+        for sample in samples:
+            seeds[sample.task.key].add(sample.seed)
+        for sample in samples:
+            if sample.path.is_file():
+                number = sorted(seeds[sample.task.key]).index(sample.seed)
+                place(sample.path, folder / f"{sample.task.facts['video_id']}__{number}.mp4")
+        return folder
+
+    def _domain(self, video_id: str, file: Path) -> str:
+        for domain in DOMAINS:
+            if video_id.startswith(f"{domain}_"):
+                return domain
+        raise ValueError(f"{file}: {video_id!r} begins with no domain ({', '.join(DOMAINS)}): {self.remedy}")
+
+
+class EzsBench(Vqa):
+    name, title, frame_rate = "ezs_bench", "EZS-Bench", 3.0
+    licence = "MIT (the repository's; the data set's card may differ)"
+    published = from_table(_TABLE_8, "PhysisForcing, Table 8 (Qwen2.5-VL-72B as judge)")
+    file = "data.jsonl"
+    remedy = (
+        "get it with 'git clone https://www.modelscope.cn/datasets/amap_cvlab/EZS-Bench_data.git' (git lfs) and name"
+        " its folder in run.ezs_bench.folder"
+    )
+
+    def prompts(self) -> list[Task]:
+        """One task per line. Raises ValueError for missing or bad files."""
+        file = self._file()
+        records = read_records(file, ("video", "prompt", "question"), self.remedy)
+        names = [Path(record["video"]).stem for record in records]
+        tasks = []
+        for key, name, record in zip(make_keys(names, str(file)), names, records, strict=True):
+            facts = {"video_id": name, "questions": read_questions(record["question"], f"{file}, {name}")}
+            tasks.append(Task(key, record["prompt"].strip(), "robot", self._image(record["video"]), facts))
+        if not tasks:
+            raise ValueError(f"{file} holds no prompts: {self.remedy}")
+        return tasks
+
+    def _image(self, path: str) -> Path:
+        folder = self._file().parent
+        for candidate in (folder / path, *sorted(folder.rglob(Path(path).name))):
+            if candidate.is_file():
+                return candidate
+        raise ValueError(f"{folder} holds no {Path(path).name}, a first frame: {self.remedy}")
+
+    def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
+        """seed-<seed>/<video_id>.mp4: to the official code, which knows one clip per prompt, each seed is a method."""
+        for sample in samples:
+            if sample.path.is_file():
+                place(sample.path, folder / f"seed-{sample.seed}" / f"{sample.task.facts['video_id']}.mp4")
+        return folder
 
 
 async def answer_questions(vlm: Vlm, sample: Sample, frames: list[bytes]) -> dict[str, float]:

@@ -11,15 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eval.judges.scores import Scores, Unjudged, check_clips
 from train.clips import write_clip
 
 POLL_SECONDS = 0.5  # between two looks at the tool
@@ -172,6 +175,36 @@ def tool_environment(own: Mapping[str, str], device: torch.device) -> dict[str, 
         known = device.index < len(visible)
         environment["CUDA_VISIBLE_DEVICES"] = visible[device.index] if known else str(device.index)
     return environment
+
+
+def rate_clips(
+    clips: Tensor,
+    prompts: Sequence[str],
+    fps: float,
+    refuse: Callable[[str], str | None],
+    rate: Callable[..., tuple[dict[str, dict[int, Any]], dict[int, str]]],
+    make: Callable[[dict[str, list[Any]]], Scores],
+) -> Scores:
+    """The scores of clips (N, T, H, W, 3) uint8 by a program that reads files.
+
+    refuse: why a caption cannot be asked about, None where it can. rate: of paths by clip number, all prompts and a new
+    folder, ratings by name and clip number, and why clips have none. make: scores of the ratings by name. Raises
+    ValueError for clips of another form, and `Unjudged` where some have no score.
+    """
+    check_clips(clips, prompts)
+    failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse(prompt))}
+    chosen = [clip for clip in range(len(prompts)) if clip not in failures]
+    found: dict[str, dict[int, Any]] = {name: {} for name in ("semantic", "physical")}
+    if chosen:
+        with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
+            folder = Path(temporary)
+            found, unrated = rate(write_clips(folder, clips, chosen, fps), prompts, folder)
+            failures |= unrated
+    judged = [clip for clip in chosen if clip not in failures]
+    scores = make({name: [values[clip] for clip in judged] for name, values in found.items()})
+    if failures:
+        raise Unjudged(failures, prompts, scores)
+    return scores
 
 
 def write_clips(folder: Path, clips: Tensor, chosen: Sequence[int], fps: float) -> dict[int, str]:

@@ -58,7 +58,7 @@ def check_clips(clips: Tensor, prompts: Sequence[str]) -> None:
             f"clips are {clips.dtype} of shape {tuple(clips.shape)}; give uint8 (clips, frames, height, width, 3)"
         )
     if len(prompts) != len(clips):
-        raise ValueError(f"{len(clips)} clips but {len(prompts)} prompts; give one prompt a clip")
+        raise ValueError(f"{len(clips)} clips but {len(prompts)} prompts; give one prompt per clip")
 
 
 def refuse_caption(prompt: str, reserved: Sequence[str] = ()) -> str | None:

@@ -7,24 +7,24 @@ probabilities and are used as they are; the paper's own binary labels are SA, PC
 A call runs two programs of the checkout:
 
     utils/prepare_data.py                  captions -> the two questions, in the words that the weights were trained on
-    videocon/.../entailment_inference.py   questions -> videopath, question, score: no header, a row a question
+    videocon/.../entailment_inference.py   questions -> videopath, question, score: no header, one row per question
 
 The README runs the second one once for each question. Both questions stand in one table here, so that the weights
-are loaded once a call. That still takes a minute or more: give many clips a call.
+are loaded once per call. That still takes a minute or more: give many clips per call.
 
 The tool cuts a question at 256 tokens, 65 of them the video, and then reads its answer from the middle of the caption:
 a caption that may be too long is refused. Judge the short prompt, not one that was rewritten for the generator.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, write_clips, write_table
-from eval.judges.scores import Judge, Scores, Unjudged, check_clips, refuse_caption, unit_score
+from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, rate_clips, write_table
+from eval.judges.scores import Judge, Scores, refuse_caption, unit_score
 
 NAME = "videocon_physics"
 PREPARE = "utils/prepare_data.py"
@@ -45,26 +45,11 @@ def build(config: InstallationConfig, fps: float, device: torch.device | str) ->
     """
     tool = find_tool(NAME, config, device, (PREPARE, INFERENCE))
 
+    def make(found: dict[str, list[float]]) -> Scores:
+        return Scores(*(torch.tensor(found[name], dtype=torch.float32) for name in ("semantic", "physical")))
+
     def score(clips: Tensor, prompts: list[str]) -> Scores:
-        check_clips(clips, prompts)
-        failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse(prompt))}
-        chosen = [clip for clip in range(len(prompts)) if clip not in failures]
-        found: dict[str, dict[int, float]] = {name: {} for name in TABLES}
-        if chosen:
-            with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
-                folder = Path(temporary)
-                paths = write_clips(folder, clips, chosen, fps)
-                found, unscored = score_files(tool, paths, prompts, folder)
-                failures |= unscored
-        judged = [clip for clip in chosen if clip not in failures]
-        semantic, physical = (
-            torch.tensor([found[name][clip] for clip in judged], dtype=torch.float32)
-            for name in ("semantic", "physical")
-        )
-        scores = Scores(semantic, physical)
-        if failures:
-            raise Unjudged(failures, prompts, scores)
-        return scores
+        return rate_clips(clips, prompts, fps, refuse, partial(score_files, tool), make)
 
     return score
 

@@ -6,7 +6,7 @@ the ratings themselves are kept, as the benchmark counts clips with SA >= 4 and 
 
 A call runs VIDEOPHY2/inference.py of the checkout twice, with `--task sa` and `--task pc`, on one table of `caption`
 and `videopath`; it writes that table with an index in front and `score` behind. The weights are loaded both times, and
-clips are rated one by one: give many clips a call.
+clips are rated one by one: give many clips per call.
 
 The tool writes 0 when it finds no rating in the model's answer. That is no score, and the clip counts as not judged.
 
@@ -14,16 +14,16 @@ The tool writes 0 when it finds no rating in the model's answer. That is no scor
 told from that of a rule that is broken.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, write_clips, write_table
-from eval.judges.scores import Judge, Scores, Unjudged, check_clips, refuse_caption
+from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, rate_clips, write_table
+from eval.judges.scores import Judge, Scores, refuse_caption
 
 NAME = "videophy2"
 FOLDER = "VIDEOPHY2"  # of the checkout, where the tool runs
@@ -53,24 +53,13 @@ def build(config: InstallationConfig, fps: float, device: torch.device | str) ->
     """
     tool = find_tool(NAME, config, device, (INFERENCE,))
 
-    def score(clips: Tensor, prompts: list[str]) -> VideoPhy2Scores:
-        check_clips(clips, prompts)
-        failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse_caption(prompt, RESERVED))}
-        chosen = [clip for clip in range(len(prompts)) if clip not in failures]
-        found: dict[str, dict[int, int]] = {}
-        if chosen:
-            with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
-                folder = Path(temporary)
-                found, unrated = rate_files(tool, write_clips(folder, clips, chosen, fps), prompts, folder)
-                failures |= unrated
-        judged = [clip for clip in chosen if clip not in failures]
-        semantic, physical = (
-            torch.tensor([found[name][clip] for clip in judged], dtype=torch.int64) for name in ("semantic", "physical")
-        )
-        scores = VideoPhy2Scores((semantic.float() - 1) / 4, (physical.float() - 1) / 4, semantic, physical)
-        if failures:
-            raise Unjudged(failures, prompts, scores)
-        return scores
+    def make(ratings: dict[str, list[int]]) -> VideoPhy2Scores:
+        semantic, physical = (torch.tensor(ratings[name], dtype=torch.int64) for name in ("semantic", "physical"))
+        return VideoPhy2Scores((semantic.float() - 1) / 4, (physical.float() - 1) / 4, semantic, physical)
+
+    def score(clips: Tensor, prompts: list[str]) -> Scores:
+        refuse = partial(refuse_caption, reserved=RESERVED)
+        return rate_clips(clips, prompts, fps, refuse, partial(rate_files, tool), make)
 
     return score
 
@@ -99,7 +88,7 @@ def judge_rules(tool: Tool, pairs: Sequence[tuple[str, str]], folder: Path) -> l
     tool.run(INFERENCE, [*arguments, "--checkpoint", str(tool.checkpoint), "--task", "rule"], folder, where=FOLDER)
     header, *rows = tool.read_table(answered, INFERENCE, folder) or [[]]
     if header != RULE_ANSWER_HEADER or [row[1] for row in rows if len(row) == 4] != [path for path, _ in pairs]:
-        raise ToolError(f"{NAME}: {INFERENCE} wrote another table than one of {RULE_ANSWER_HEADER} with a row a rule")
+        raise ToolError(f"{NAME}: {INFERENCE} wrote no table of {RULE_ANSWER_HEADER} with one row per rule")
     return [_verdict(row, rule) for row, (_, rule) in zip(rows, pairs, strict=True)]
 
 

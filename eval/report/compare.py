@@ -9,6 +9,7 @@ one, or the base model. Runs whose benchmark settings differ are refused.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typing_extensions import TypedDict
 
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark
-from eval.report import html, tables
+from eval.report import page, tables
 from eval.report.results import TRUE, Score, differences
 from train import entry
 from train.clips import VideoConfig
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     compared = compare([Run(path) for path in dict.fromkeys(arguments.runs)])
     print(tables.comparison_markdown(compared), end="")
     if arguments.html:
-        write_text(Path(arguments.html), html.comparison_html(compared))
+        write_text(Path(arguments.html), page.comparison_html(compared))
     return compared
 
 
@@ -95,9 +96,11 @@ class Run:
         return [score for score in self.scores if (score["benchmark"], score["model"]) == (benchmark, model)]
 
     def benchmark(self, name: str) -> Benchmark:
-        """The benchmark as it was set."""
+        """The benchmark as it was set; keys that it no longer has do not count."""
+        known = {field.name for field in fields(getattr(BenchmarkSettings(), name))}
+        kept = {key: value for key, value in self.results["settings"]["run"].get(name, {}).items() if key in known}
         try:
-            given = OmegaConf.create({name: self.results["settings"]["run"].get(name)})
+            given = OmegaConf.create({name: kept})
             settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkSettings), given))
         except OmegaConfBaseException as error:
             problem = f"{error.full_key}: {str(error).splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""Results as tables, and those as Markdown and as text; `eval.report.html` makes a page of the same tables."""
+"""Results as tables, and those as Markdown and as text; `eval.report.page` makes a page of the same tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -29,7 +29,7 @@ class VlmConfig:
     )
     base_url: str = ""  # of the server, with its /v1; credentials in it are sent, and in no file that is written
     model: str = ""  # as the server names it; transformers: folder or hub id
-    api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the server wants none
+    api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the server needs none
     concurrency: int = 64  # questions in flight, per process
     timeout_s: float = 120.0  # seconds for one request
     retries: int = 5  # further tries of a question

@@ -1,11 +1,12 @@
 """Answers on disk, by the digest of the question: nothing is asked twice.
 
-    <folder>/answers-<random>.jsonl      {"digest": ..., "text": ..., "first_token": [...], "check": ...} a line
+    <folder>/answers-<random>.jsonl      {"digest": ..., "text": ..., "first_token": [...], "check": ...} per line
 
-Each process appends to a file of its own, an answer in one write. So writers do not meet, and one that is killed loses
-at most the line it was writing, which readers pass over. A process sees what was there when it started and what it adds
-itself. The files can be joined, moved and deleted by hand. `check` is the digest of the rest: an answer that has
-changed since counts as absent. Lines of earlier versions have none, and are taken as they are.
+Each process appends to a file of its own, an answer in one write. So writers do not meet, on one machine or on several
+that share a file system without locks; one that is killed loses at most the line it was writing, which readers pass
+over. A process sees what was there when it started and what it adds itself. The files can be joined, moved and deleted
+by hand. `check` is the digest of the rest: an answer that has changed since counts as absent. Lines of earlier versions
+have none, and are taken as they are.
 """
 
 import json

@@ -3,7 +3,7 @@
     vlm = Vlm(config)                                          # VlmConfig; checks what can be checked without a request
     frames = jpeg_frames(clip, config.frames, config.frame_height)      # (T, H, W, 3) uint8 -> list of JPEG bytes
 
-    async def judge(item):                                     # any number of questions an item
+    async def judge(item):                                     # any number of questions per item
         frames, caption = item
         return await vlm.yes_probability(frames, f"Does the video show {quoted(caption)}?")        # in [0, 1]
 

@@ -105,7 +105,7 @@ class Server:
         if status in (401, 403):
             name = self._config.api_key_env
             remedy = f"put a valid key into {name}" if name else "name the variable that holds the key"
-            return VlmUnavailable(f"vlm.api_key_env={name!r}: the server wants another key ({status}); {remedy}")
+            return VlmUnavailable(f"vlm.api_key_env={name!r}: the server refuses this key ({status}); {remedy}")
         if status == 404:
             return VlmUnavailable(
                 f"vlm.model={self._config.model!r} at vlm.base_url={redacted(self._config.base_url)!r}: not found"

@@ -9,9 +9,7 @@ import torch
 from PIL import Image, ImageStat
 
 from eval.benchmarks.base import Sample
-from eval.benchmarks.ezs_bench import EzsBench, EzsBenchConfig
-from eval.benchmarks.pai_bench import PaiBench, PaiBenchConfig
-from eval.benchmarks.vqa import frame_count
+from eval.benchmarks.vqa import EzsBench, EzsBenchConfig, PaiBench, PaiBenchConfig, frame_count
 from eval.vlm.backend import VlmConfig
 from eval.vlm.client import VlmUnavailable
 from tests.eval.vlm_stub import StubServer, media_of, question_of

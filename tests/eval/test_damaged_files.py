@@ -136,7 +136,7 @@ def test_damaged_results_are_one_line(tmp_path):
             changed += list(replaced(found))[:: 1 if MUTATIONS > 1000 else 20]
         for data in changed:
             path.write_bytes(data + b"\n" + rest)
-            one_line(lambda: compare.report.comparison_markdown(compare.compare([compare.Run(folder)])))
+            one_line(lambda: compare.tables.comparison_markdown(compare.compare([compare.Run(folder)])))
         path.write_bytes(first + b"\n" + rest)
 
 

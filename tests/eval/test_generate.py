@@ -204,7 +204,7 @@ def test_a_second_run_makes_nothing(copied, model, lora, no_weights, capsys):
     assert files(copied) == before and manifest(copied) == records
     folder = copied / "clips"
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("clips     8, of which 0 made now; ") and printed[0].endswith(" s a clip")
+    assert printed[0].startswith("clips     8, of which 0 made now; ") and printed[0].endswith(" s per clip")
     assert printed[1:] == [
         f"sheet     {folder / 'sheet.png'}",
         f"manifest  {folder / 'manifest.jsonl'}",
@@ -279,16 +279,16 @@ def test_a_dry_run_counts_and_loads_nothing(copied, model, lora, no_weights, cap
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["jobs"] == "4 = 2 prompts x 2 seeds, on 1 rank"
     assert lines["clips"] == "8: 7 done, 1 to do"
-    assert lines["network"] == "passes  4, 4 a clip (2 steps)"
+    assert lines["network"] == "passes  4, 4 per clip (2 steps)"
     assert lines["LoRA"].endswith("(rank 3, alpha 6, for transformer)")
-    assert lines["tokens"] == "32 a network pass"  # 2 latent frames of 4 x 4 patches
+    assert lines["tokens"] == "32 per network pass"  # 2 latent frames of 4 x 4 patches
 
 
 def test_a_dry_run_without_the_model(tmp_path, capsys):
     """The recipe's model need not be here: shapes come from the family's table, and nothing is downloaded."""
     generate.main(["recipe=wan14b", f"output={tmp_path}", "--dry-run"])
     printed = capsys.readouterr().out
-    assert "8: 0 done, 8 to do" in printed and "32760 a network pass" in printed and "not here yet" in printed
+    assert "8: 0 done, 8 to do" in printed and "32760 per network pass" in printed and "not here yet" in printed
     assert not list(tmp_path.iterdir())
 
 

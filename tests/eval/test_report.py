@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
-from eval.report import html
+from eval.report import page as pages
 from eval.report import tables as report
 from eval.report.results import summarise
 from train.clips import VideoConfig
@@ -45,9 +45,9 @@ def test_every_benchmark_has_a_report(name):
     results = {"recipe": name, "date": "", "backbone": "", "lora": None, "seeds": [0], "benchmarks": {name: found}}
     results["compute"] = {"device": "CPU", "ranks": 1, "made_now": 0, "seconds": 1.0}
     results["settings"] = {"sampler": {"steps": 1, "guidance": 1.0, "shift": 3.0}}
-    page, text = html.html(results, {}), report.markdown(results)
+    page, text = pages.html(results, {}), report.markdown(results)
     assert (
-        page == html.html(results, {})
+        page == pages.html(results, {})
         and page.count("<svg") == 2
         and "http" not in page.partition("<svg")[2].partition("</svg>")[0]
     )

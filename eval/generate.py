@@ -93,7 +93,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # of the scorer "vlm"
+    vlm: VlmConfig = field(default_factory=VlmConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
     raters: RatersConfig = field(default_factory=RatersConfig)
 
@@ -204,8 +204,8 @@ def models(config: Config, lora: Lora | None) -> list[Model]:
     return [searcher.searching(model, strategy, config.search, Judging.of(config)) for model in found]
 
 
-def chosen_strategy(settings: GenerateConfig) -> searcher.Strategy:
-    return searcher.Strategy(settings.search, settings.refine)
+def chosen_strategy(settings: GenerateConfig) -> searcher.Method:
+    return searcher.Method(settings.search, settings.refine)
 
 
 def check(config: Config) -> None:

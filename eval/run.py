@@ -95,7 +95,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # that judges clips of benchmarks, and of the scorer "vlm"
+    vlm: VlmConfig = field(default_factory=VlmConfig)  # that judges clips of benchmarks
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
     raters: RatersConfig = field(default_factory=RatersConfig)
     benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
@@ -138,7 +138,7 @@ def check(config: Config) -> None:
     if config.backbone.random_weights and not config.dry_run:
         raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
     sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
-    if strategy := searcher.Strategy(settings.search, settings.refine):
+    if strategy := searcher.Method(settings.search, settings.refine):
         searcher.check(strategy, config.search, config.sampler, "run")
 
 
@@ -209,9 +209,9 @@ def models(lora: Lora | None) -> list[Model]:
 
 def makers(config: Config, lora: Lora | None) -> list[Model]:
     """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
-    strategy = searcher.Strategy(config.run.search, config.run.refine)
-    plain, judging = models(lora), Judging.of(config)
-    return plain + [searcher.searching(model, strategy, config.search, judging) for model in plain if strategy]
+    method, judging = searcher.Method(config.run.search, config.run.refine), Judging.of(config)
+    plain = models(lora)
+    return plain + [searcher.searching(model, method, config.search, judging) for model in plain if method]
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,32 @@ def test_imports_go_one_way():
         if module.split(".")[0] in (*PACKAGES, "tests")
     }
     assert not {(name, module) for name, module in ours if not within(module, MAY_IMPORT[name.split(".")[0]])}
+
+
+def circles():
+    """Nodes of every folder that import each other in a ring: a folder is one node, a loose file one of its own."""
+    edges: dict[str, dict[str, set[str]]] = {}  # folder -> node -> nodes that it imports
+    for name, tree in TREES.items():
+        own = name.split(".")
+        if FILES[name].name == "__init__.py":
+            own.append("__init__")
+        for module in imports(tree):
+            if module not in FILES:
+                continue
+            other = [*module.split("."), *(["__init__"] if FILES[module].name == "__init__.py" else [])]
+            common = next(depth for depth in range(len(own) + 1) if own[: depth + 1] != other[: depth + 1])
+            if 0 < common < min(len(own), len(other)):
+                nodes = edges.setdefault(".".join(own[:common]), {})
+                nodes.setdefault(own[common], set()).add(other[common])
+    for folder, nodes in edges.items():
+        try:
+            TopologicalSorter(nodes).prepare()
+        except CycleError as error:
+            yield folder, error.args[1]
+
+
+def test_no_folder_of_a_package_holds_a_circle_of_imports():
+    assert not list(circles())
 
 
 def test_entry_files_are_leaves():

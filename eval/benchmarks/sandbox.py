@@ -65,11 +65,6 @@ class Sandbox(Benchmark):
                 yield from (Row.of(sample, row) for sample, row in zip(read, scores.rows(), strict=True))
 
 
-def texts(config: SandboxConfig, video: VideoConfig) -> list[str]:
-    """Prompts that no training set holds, without simulating their clips."""
-    return [clip.prompt for clip in _listed(config, video)]
-
-
 def prompts(config: SandboxConfig, video: VideoConfig) -> tuple[list[str], Tensor]:
     """Prompts that no training set holds, and the true clips (N,T,H,W,3) uint8 that they describe."""
     listed = _listed(config, video)

@@ -1,9 +1,9 @@
 """VLM-guided refinement of prompts (Bootstrapping Physics-Grounded Video Generation through VLM-Guided Iterative
 Self-Refinement, section 2).
 
-    prediction = VLM(knowledge, description, first frame)      prompt_1 = LLM(prediction)
+    prediction = VLM(knowledge, description, first frame)      prompt_1 = VLM(prediction)
     round n:     clip_n = generate(prompt_n)                   critique_n = VLM(clip_n)
-                 prompt_n+1 = LLM(critique_n)                  until prompt_n+1 is close to prompt_n, or a limit
+                 prompt_n+1 = VLM(critique_n)                  until prompt_n+1 is close to prompt_n, or a limit
 
     <folder>/<key>/round-01.mp4     the clip
     <folder>/<key>/round-01.json    prompt, similarity to the one before, critique; round 1 also the prediction
@@ -15,7 +15,8 @@ that a server has many questions at once and the generator can batch. A model al
 file: a continued run asks the same question.
 
 Deviations. The paper continues a video of three seconds; here a clip begins with one frame at most, for no backbone
-here takes a longer prefix. Closeness is the cosine of two sentence embeddings (the text: "when the prompts converge").
+here takes a longer prefix. One model sees, criticises and writes prompts, where the paper has a language model for the
+last. Closeness is the cosine of two sentence embeddings (the text: "when the prompts converge").
 A critique without violations ends the rounds too. The result is the last clip, as in the text, or the scorer's choice
 among all rounds (section 3, "ensemble").
 
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from eval.prompt_refinement import questions
 from eval.prompts import Prompt, slug
+from eval.search.searcher import batches
 from eval.vlm.backend import SEED, TEMPERATURE, Backend, VlmConfig
 from eval.vlm.client import NoAnswer, Vlm, jpeg_frames
 from train.clips import VideoConfig, read_clip, write_clip
@@ -50,19 +52,15 @@ ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) u
 
 @dataclass
 class PromptRefineConfig:
-    llm: VlmConfig = field(default_factory=VlmConfig)  # rewrites; llm.model empty: the model of the section vlm does
-    rounds: int = 4  # clips a prompt, at most
+    rounds: int = 4  # clips per prompt, at most
     similarity: float = 0.95  # cosine from which a new prompt counts as the one before
     encoder: str = EXAMPLE  # sentence-transformers model that compares prompts: hub id or folder
-    max_prompt_chars: int = 800  # of a prompt that a model writes; a longer one is asked for again
     batch_size: int = 8  # clips asked of the generator together
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "max_prompt_chars", "batch_size"):
+        for name in ("rounds", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.max_prompt_chars > questions.TEXT_CHARS:
-            raise ValueError(f"max_prompt_chars={self.max_prompt_chars}: use at most {questions.TEXT_CHARS}")
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity={self.similarity} is a cosine: use -1 to 1, such as 0.95")
 
@@ -95,6 +93,9 @@ class Refinement:
     def clip(self, number: int) -> Path:
         return self.folder / f"round-{number:02d}.mp4"
 
+    def has_clip(self, number: int) -> bool:
+        return number <= len(self.rounds) and self.rounds[number - 1].clip_bytes > 0
+
     @property
     def clips(self) -> list[int]:
         """Numbers of the rounds with a clip."""
@@ -102,11 +103,11 @@ class Refinement:
 
 
 class PromptRefiner:
-    """Refines prompts into `folder`. backends: in place of those that the configuration names.
+    """Refines prompts into `folder`. backend: instead of the one that `vlm` names.
 
-    generate: makes one clip a prompt from the text that it is given, best with the same noise in every round; its image
-    is `Prompt.image`. made_with: whatever else the clips depend on (model, sampler, seed), in words; clips of other
-    settings are made anew. encoder: in place of config.encoder. Raises ValueError for settings that cannot work.
+    generate: makes one clip per prompt from the text that it is given, best with the same noise in every round; its
+    image is `Prompt.image`. made_with: whatever else the clips depend on (model, sampler, seed), in words; clips of
+    other settings are made anew. encoder: instead of config.encoder. ValueError for settings that cannot work.
     """
 
     def __init__(
@@ -119,14 +120,13 @@ class PromptRefiner:
         *,
         made_with: str,
         encoder: Encoder | None = None,
-        vlm_backend: Backend | None = None,
-        llm_backend: Backend | None = None,
+        backend: Backend | None = None,
     ):
         self.config, self.video, self.folder = config, video, Path(folder)
         self.generate, self.made_with = generate, made_with
-        self.vlm = Vlm(vlm, vlm_backend)
-        self.llm = Vlm(config.llm, llm_backend) if config.llm.model else self.vlm
+        self.vlm = Vlm(vlm, backend)
         self._encoder = encoder
+        self._all: list[Refinement] = []
 
     def run(self, prompts: Sequence[Prompt], scorer: ClipScorer | None = None) -> list[Refinement]:
         """All prompts, in order. scorer: chooses among a prompt's clips; None: the last clip.
@@ -134,7 +134,7 @@ class PromptRefiner:
         Raises VlmUnavailable, a ValueError, where a model as a whole does not answer; running again continues.
         """
         stages = {"predict": self._predict, "rewrite": self._rewrite, "clip": self._clip, "critique": self._critique}
-        found = [self._load(prompt) for prompt in prompts]
+        self._all = found = [self._load(prompt) for prompt in prompts]
         while waiting := [(one, stage) for one in found if (stage := self._stage(one)) in stages]:
             first = next(name for name in stages if any(name == stage for _, stage in waiting))
             stages[first]([one for one, stage in waiting if stage == first])
@@ -178,37 +178,39 @@ class PromptRefiner:
             self._record(one, answer, lambda last, text: setattr(last, "prediction", text))
 
     def _rewrite(self, waiting: list[Refinement]) -> None:
-        limit = self.config.max_prompt_chars
-
         async def ask(one: Refinement) -> str:
             last = one.rounds[-1]
             if last.number == 1:
-                question = questions.rewrite_question(one.prompt.text, last.prediction, limit)
+                question = questions.rewrite_question(one.prompt.text, last.prediction)
             else:
                 before = one.rounds[-2]
                 question = questions.rewrite_question(
-                    one.prompt.text, before.description, limit, last=before.prompt, violations=before.violations
+                    one.prompt.text, before.description, last=before.prompt, violations=before.violations
                 )
-            return await self.llm.ask(question, lambda reply: questions.read_prompt(reply, limit))
+            return await self.vlm.ask(question, questions.read_prompt)
 
-        answers = self.llm.run(ask, waiting)
+        answers = self.vlm.run(ask, waiting)
         for one, answer in zip(waiting, answers, strict=True):
             if isinstance(answer, str) and len(one.rounds) > 1:
                 one.rounds[-1].similarity = self.similarity(one.rounds[-2].prompt, answer)
             self._record(one, answer, lambda last, text: setattr(last, "prompt", text))
 
     def _clip(self, waiting: list[Refinement]) -> None:
-        for start in range(0, len(waiting), self.config.batch_size):
-            part = waiting[start : start + self.config.batch_size]
-            clips = self.generate([one.prompt for one in part], [one.rounds[-1].prompt for one in part])
-            if len(clips) != len(part):
-                raise ValueError(f"generate made {len(clips)} clips of {len(part)} prompts: it must make one each")
-            for one, frames in zip(part, clips, strict=True):
-                last = one.rounds[-1]
-                path = one.clip(last.number)
-                write_clip(path, frames, self.video.fps)
-                last.clip_bytes = path.stat().st_size
-                self._save(one)
+        """Clips that are made together change each other by rounding, so batches are formed by place among all prompts,
+        and those of a round are made as a whole: a run that was stopped makes the clips that it would have made."""
+        for everyone in batches(self._all, self.config.batch_size):
+            missing = [one for one in everyone if one in waiting]
+            for number in sorted({one.rounds[-1].number for one in missing}):
+                part = [one for one in everyone if one.has_clip(number) or one in missing and len(one.rounds) == number]
+                told = [one.rounds[number - 1] for one in part]
+                clips = self.generate([one.prompt for one in part], [now.prompt for now in told])
+                if len(clips) != len(part):
+                    raise ValueError(f"generate made {len(clips)} clips of {len(part)} prompts: it must make one each")
+                for one, now, frames in zip(part, told, clips, strict=True):
+                    if not now.clip_bytes:
+                        write_clip(one.clip(number), frames, self.video.fps)
+                        now.clip_bytes = one.clip(number).stat().st_size
+                        self._save(one)
 
     def _critique(self, waiting: list[Refinement]) -> None:
         async def ask(one: Refinement) -> dict[str, Any]:
@@ -252,11 +254,11 @@ class PromptRefiner:
 
     def _digest(self, one: Refinement, number: int) -> str:
         """Of all that a round depends on: the settings, apart from when rounds end, and the round before."""
-        config, prompt = self.config, one.prompt
-        models = [[one.model, one.frames, one.frame_height, TEMPERATURE, SEED] for one in (self.vlm.config, config.llm)]
+        config, vlm, prompt = self.config, self.vlm.config, one.prompt
+        models = [[vlm.model, vlm.frames, vlm.frame_height, TEMPERATURE, SEED], ["", 8, 360, 0.0, 0]]
         image = sha256(prompt.image) if prompt.image else ""
         rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
-        settings = [prompt.text, image, models, config.encoder, config.max_prompt_chars, rules]
+        settings = [prompt.text, image, models, config.encoder, questions.PROMPT_CHARS, rules]
         settings += [self.made_with, asdict(self.video), [asdict(before) for before in one.rounds[: number - 1][-1:]]]
         return digest(settings)
 

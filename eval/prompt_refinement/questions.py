@@ -1,7 +1,7 @@
 """The three questions of VLM-guided prompt refinement, and what counts as an answer (`eval.prompt_refinement.prompts`).
 
     predict    the vision-language model says what will happen, with the physical cues spelt out
-    rewrite    the language model turns that, or a critique, into a prompt that a video generator takes
+    rewrite    the model turns that, or a critique, into a prompt that a video generator takes
     critique   the vision-language model names what a clip gets wrong, and describes it as it should have been
 
 The paper does not print its physics knowledge nor its instructions; those below are ours.
@@ -10,14 +10,16 @@ Captions and answers are hostile data. They stand in questions as JSON strings; 
 types and lengths that were asked for, or it is Malformed, which `eval.vlm.client` asks for again.
 """
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field
 
 from eval.vlm.backend import Malformed, Question, Reply
-from eval.vlm.client import quoted
+from eval.vlm.client import quoted, read_answer, schema_of, sound
 
 TEXT_CHARS = 2000  # of any text but a prompt
+PROMPT_CHARS = 800  # of a prompt that a model writes; a longer one is asked for again
 MAX_VIOLATIONS = 20
 
 KNOWLEDGE = """\
@@ -63,87 +65,64 @@ visible motion, not as theory, and say what happens rather than what does not. K
 was wrong with it. Answer with one JSON object: {{"prompt": "..."}}."""
 
 
-def _object(**properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+Text = Annotated[str, Field(max_length=TEXT_CHARS), AfterValidator(sound)]
 
 
-_TEXT = {"type": "string"}
-# Types only: servers differ in the limits that they can hold a model to, and all limits are checked here again.
-PREDICTION = _object(prediction=_TEXT)
-CRITICISM = _object(violations={"type": "array", "items": _object(law=_TEXT, seen=_TEXT)}, description=_TEXT)
-PROMPT = _object(prompt=_TEXT)
+class Prediction(BaseModel, extra="forbid"):
+    prediction: Text
+
+
+class Violation(BaseModel, extra="forbid"):
+    law: Text
+    seen: Text
+
+
+class Criticism(BaseModel, extra="forbid"):
+    violations: Annotated[list[Violation], Field(max_length=MAX_VIOLATIONS)]
+    description: Text  # of the clip as it should have been
+
+
+class NewPrompt(BaseModel, extra="forbid"):
+    prompt: Text
 
 
 def predict_question(description: str, frames: Sequence[bytes]) -> Question:
     """frames: JPEG of how the video begins; none for text-to-video."""
-    return Question(f"Description: {quoted(description)}", PREDICT, tuple(frames), schema=PREDICTION)
+    return Question(f"Description: {quoted(description)}", PREDICT, tuple(frames), schema=schema_of(Prediction))
 
 
 def critique_question(description: str, prompt: str, frames: Sequence[bytes]) -> Question:
     """frames: JPEG of the generated clip, in order of time."""
     text = f"Description: {quoted(description)}\nPrompt: {quoted(prompt)}"
-    return Question(text, CRITIQUE, tuple(frames), schema=CRITICISM)
+    return Question(text, CRITIQUE, tuple(frames), schema=schema_of(Criticism))
 
 
 def rewrite_question(
-    description: str, notes: str, limit: int, *, last: str = "", violations: Sequence[dict[str, str]] = ()
+    description: str, notes: str, *, last: str = "", violations: Sequence[dict[str, str]] = ()
 ) -> Question:
-    """notes: a prediction or a critique's description. last: the prompt before. limit: characters of the new one."""
+    """notes: a prediction or a critique's description. last: the prompt before."""
     lines = [f"Description: {quoted(description)}", f"Notes: {quoted(notes)}"]
     if last:
         wrong = "; ".join(f"{one['law']}: {one['seen']}" for one in violations)
         lines += [f"Last prompt: {quoted(last)}", f"What its video got wrong: {quoted(wrong)}"]
-    return Question("\n".join(lines), REWRITE.format(limit=limit), schema=PROMPT)
+    return Question("\n".join(lines), REWRITE.format(limit=PROMPT_CHARS), schema=schema_of(NewPrompt))
 
 
 def read_prediction(reply: Reply) -> str:
     """Raises Malformed, as the two below do, with the answer, for anything but what was asked for."""
-    return _read(reply, PREDICTION)["prediction"].strip()
+    return read_answer(reply, Prediction).prediction.strip()
 
 
 def read_critique(reply: Reply) -> dict[str, Any]:
     """violations, a list of {law, seen}, and description."""
-    return _read(reply, CRITICISM)
+    return read_answer(reply, Criticism).model_dump()
 
 
-def read_prompt(reply: Reply, limit: int) -> str:
-    """One line of at most `limit` characters."""
-    prompt = " ".join(_read(reply, PROMPT)["prompt"].split())
-    if len(prompt) > limit:
-        raise Malformed(f"the prompt has {len(prompt)} characters; at most {limit}", reply.text)
+def read_prompt(reply: Reply) -> str:
+    """One line of at most PROMPT_CHARS characters."""
+    prompt = " ".join(read_answer(reply, NewPrompt).prompt.split())
+    if len(prompt) > PROMPT_CHARS:
+        raise Malformed(f"the prompt has {len(prompt)} characters; at most {PROMPT_CHARS}", reply.text)
     if not prompt.isprintable():
         raise Malformed("the prompt holds characters that are not printed", reply.text)
     return prompt
-
-
-def _read(reply: Reply, schema: dict[str, Any]) -> dict[str, Any]:
-    text = reply.text.strip()
-    if text.startswith("```") and text.endswith("```"):  # models without a schema to hold them like to fence their JSON
-        text = text[3:-3].removeprefix("json")
-    try:
-        answer = json.loads(text)
-        _check(answer, schema, "the answer")
-    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and nesting without end
-        raise Malformed(str(error), reply.text) from error
-    return answer
-
-
-def _check(value: Any, schema: dict[str, Any], where: str) -> None:
-    """ValueError where a value is not of the schema, or longer than allowed."""
-    if schema["type"] == "object":
-        names = schema["required"]
-        if not isinstance(value, dict) or set(value) != set(names):
-            found = f"the fields {', '.join(value)[:200]}" if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{where} has {found}; it must have {', '.join(names)}")
-        for name in names:
-            _check(value[name], schema["properties"][name], name)
-    elif schema["type"] == "array":
-        if not isinstance(value, list) or len(value) > MAX_VIOLATIONS:
-            raise ValueError(f"{where} is no list of at most {MAX_VIOLATIONS}")
-        for one in value:
-            _check(one, schema["items"], f"an entry of {where}")
-    else:
-        if not isinstance(value, str) or not value.strip() or len(value) > TEXT_CHARS:
-            raise ValueError(f"{where} is no text of 1 to {TEXT_CHARS} characters")
-        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{where} holds a NUL character or half a character (a lone surrogate)")

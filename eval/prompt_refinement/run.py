@@ -30,10 +30,10 @@ from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, make_key, read_prompts
 from eval.search import searcher
-from eval.search.best_of_n import decoder
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
+from eval.search.searcher import decoder
 from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
@@ -48,8 +48,8 @@ from train.sampling import SamplerConfig
 @dataclass
 class RunConfig(PromptRefineConfig):
     prompts: list[str] = field(default_factory=list)  # descriptions
-    prompts_file: str = ""  # instead of prompts: .txt, one a line; .csv or .jsonl, columns prompt [image] [key]
-    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture a prompt, first frame is used
+    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
+    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture per prompt; first frame is used
     lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: the base model
     folder: str = "${output}/refined_prompts"  # everything goes here
     chosen_by: str = ""  # scorer that chooses among a prompt's rounds; empty: the last round's clip
@@ -67,10 +67,10 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     refine_prompts: RunConfig = field(default_factory=RunConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
     vlm: VlmConfig = field(default_factory=VlmConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     raters: RatersConfig = field(default_factory=RatersConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
@@ -153,10 +153,9 @@ class Generator:
 
     def scorer(self) -> ClipScorer:
         """The scorer `chosen_by`, of clips as they lie on disk."""
-        search = self.config.search
-        score = SCORERS[self.config.refine_prompts.chosen_by](
-            search, self.backbone, self.config.video.fps, Judging.of(self.config)
-        )
+        config = self.config
+        build = SCORERS[config.refine_prompts.chosen_by]
+        score = build(config.search, self.backbone, config.video.fps, Judging.of(config))
 
         @torch.no_grad()
         def values(description: str, clips: Tensor) -> Tensor:
@@ -170,8 +169,8 @@ class Generator:
         return values
 
 
-def strategy_of(settings: RunConfig) -> searcher.Strategy:
-    return searcher.Strategy(settings.search, settings.refine)
+def strategy_of(settings: RunConfig) -> searcher.Method:
+    return searcher.Method(settings.search, settings.refine)
 
 
 if __name__ == "__main__":

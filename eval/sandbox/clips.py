@@ -224,7 +224,7 @@ def _draw_parameters(
             return {key: torch.cat([part[key] for part in kept])[:count] for key in kept[0]}
     raise ValueError(
         f"scene {name!r} does not fit a frame of aspect {world.aspect:.2f} within {world.duration:.2f} s "
-        f"({world.num_frames} frames at {world.fps} a second); use an aspect of 1 or more and about 2 seconds"
+        f"({world.num_frames} frames at {world.fps} per second); use an aspect of 1 or more and about 2 seconds"
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eval.sandbox.world import COLLISION_RESTITUTION, FLOOR, Motion, Planted, Scene, Setting, World, inside, uniform
 
-STEPS = 4  # exact steps a frame; a step may hold one contact
+STEPS = 4  # exact steps per frame; each may hold one contact
 
 
 def propose(count: int, generator: torch.Generator, world: World) -> dict[str, Tensor]:

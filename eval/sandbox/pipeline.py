@@ -63,7 +63,7 @@ def write_pipeline(
         transformer=transformer,
     )
     pipeline.save_pretrained(folder)
-    for config in Path(folder).glob("*/config.json"):  # where the parts came from is nobody's business
+    for config in Path(folder).glob("*/config.json"):  # the folders that the parts came from do not belong in the model
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from eval.sandbox.world import FLOOR, RESTITUTION, Motion, Planted, Scene, Setting, World, inside, uniform
 
-STEPS = 4  # exact steps a frame; a step may hold one impact
+STEPS = 4  # exact steps per frame; each may hold one impact
 
 
 def propose(count: int, generator: torch.Generator, world: World) -> dict[str, Tensor]:

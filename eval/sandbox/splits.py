@@ -66,7 +66,7 @@ def simulate_block(
     scene: str, split: str, seed: int, block: int, video: VideoConfig, *, device: torch.device | str = "cpu"
 ) -> Clips:
     """All BLOCK clips of a block, also those whose prompts the split does not show. In the pool the odd blocks have
-    planted violations, one kind and severity a block."""
+    planted violations, one kind and severity per block."""
     digest = hashlib.sha256(f"sandbox\0{scene}\0{split}\0{seed}\0{block}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}

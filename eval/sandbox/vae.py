@@ -5,8 +5,8 @@
     loss = |x' - x| + SQUARE_WEIGHT |x' - x|^2 + w KL       both distances weighted towards what moves
 
 A plain backdrop fills most of a clip, so the pixels of objects and rods, and a border around them, weigh OBJECT_WEIGHT
-times the others. w rises from 0 to KL_WEIGHT once objects are drawn: from the start it would win, and the latents say
-nothing. diffusers walks through a clip in chunks of four frames; `encode_whole` and `decode_whole` give the
+times the others. w rises from 0 to KL_WEIGHT once objects are drawn: with the full weight from the start the latents
+would carry nothing. diffusers walks through a clip in chunks of four frames; `encode_whole` and `decode_whole` give the
 same in one pass, which is several times faster where clips are small.
 
 Writes the VAE as a diffusers component in float16, its latents' statistics over held-out clips in the config,
@@ -67,7 +67,7 @@ ARCHITECTURE: dict[str, Any] = {
 @dataclass(frozen=True)
 class Settings:
     steps: int = 1600
-    batch: int = 64  # clips a step
+    batch: int = 64  # clips per step
     pool: int = 6000  # simulated clips, made before the first step
     learning_rate: float = 3e-4  # peak; linear warm-up, then cosine to 0; 5e-4 and more draw objects later
     seed: int = 0
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--batch", type=int, default=Settings.batch, help="clips a step")
+    parser.add_argument("--batch", type=int, default=Settings.batch, help="clips per step")
     parser.add_argument("--pool", type=int, default=Settings.pool, help="simulated clips to draw from")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--seed", type=int, default=0)

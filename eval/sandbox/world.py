@@ -2,8 +2,8 @@
 
 World coordinates do not depend on the resolution: the frame is 1 high and `aspect` = width / height wide, x grows to
 the right, y grows DOWN, the origin is the top left corner. Lengths are therefore "frame heights" (u), times are
-seconds, and a clip of H rows at f frames a second turns u/s^2 into pixels/frame^2 by H / f^2 (at 64 rows and 8 frames a
-second that factor is exactly 1).
+seconds, and a clip of H rows at f frames per second turns u/s^2 into pixels/frame^2 by H / f^2 (at 64 rows and 8 frames
+per second that factor is exactly 1).
 
 Everything that a judge may know without seeing a clip's hidden parameters is a constant of this file.
 """
@@ -41,7 +41,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 COLOUR_NAMES = tuple(COLOURS)  # index i has hue 60 i degrees
 
-# Layers of the label map and their distances from the camera (u). A 2-D world has one depth a layer.
+# Layers of the label map and their distances from the camera (u). A 2-D world has one depth per layer.
 BACKDROP, GROUND, ROD, PANEL, FIRST_OBJECT = 0, 1, 2, 3, 4
 LAYER_DEPTH = (4.0, 3.0, 2.5, 1.0, 2.0, 2.0)  # backdrop, ground, rod, panel, first object, second object
 
@@ -66,7 +66,7 @@ class World:
 
     aspect: float  # width / height of the frame
     num_frames: int
-    fps: float  # frames a second
+    fps: float  # frames per second
 
     @property
     def duration(self) -> float:

@@ -1,6 +1,6 @@
 """The candidates of one prompt, and the contract of a scorer.
 
-A scorer is a function of `Candidates` that returns one value a clip, (N,) float32 on the CPU, lower is better:
+A scorer is a function of `Candidates` that returns one value per clip, (N,) float32 on the CPU, lower is better:
 infinity where it cannot score a clip, which is then never chosen. What several scorers need (pixels, residuals, masks)
 is made once and kept with the candidates, with what it cost.
 """
@@ -8,11 +8,10 @@ is made once and kept with the candidates, with what it cost.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from train.backbones.base import Conditioning
@@ -87,14 +86,3 @@ Scorer = Callable[[Candidates], Tensor]
 def choose(values: Tensor) -> int:
     """Number of the best candidate by values (N,): the first of the lowest, so that equal ones never change places."""
     return int(values.argmin())
-
-
-def ranks(values: Sequence[float] | Tensor) -> Tensor:
-    """Ranks (N,) float64 from 1, lowest first; equal values share the mean of their ranks.
-
-    By hand: 3, 1, 3 -> 2.5, 1, 2.5.
-    """
-    values = torch.as_tensor(values, dtype=torch.float64)
-    below = (values[None, :] < values[:, None]).sum(dim=1)
-    equal = (values[None, :] == values[:, None]).sum(dim=1)
-    return below + (equal + 1) / 2

@@ -71,7 +71,7 @@ def sample_guided(
 
     conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. batch_size:
     clips that are decoded and rewarded at once. ValueError for noise that does not fit, a backbone without VAE, and a
-    reward that is not one finite number a clip.
+    reward that is not one finite number per clip.
     """
     check_noise(noise, conditioning)
     conditioning = conditioning.to(backbone.device)

@@ -28,7 +28,7 @@ EPSILON = 1e-8  # of the cosine's norms
 
 
 def mask_of(kind: str, candidates: Candidates, residuals: Residuals) -> Tensor:
-    """The mask of that kind for all candidates, (N, F, H, W) on the CPU; one network pass a clip for text and
+    """The mask of that kind for all candidates, (N, F, H, W) on the CPU; one network pass per clip for text and
     attention together, the first time. Raises ValueError for another kind."""
     if kind not in MASKS:
         raise ValueError(f"mask {kind!r} is unknown: use one of {', '.join(MASKS)}")

@@ -1,6 +1,6 @@
 """Refinement of the initial noise by the generator's own score (Proprio, section 3.3, appendix C, table 10).
 
-    zeta = mean + exp(log_scale) * noise,  one mean and scale a channel                              eq. 12
+    zeta = mean + exp(log_scale) * noise,  one mean and scale per channel                              eq. 12
     L    = S(z_0(zeta)) + kl_weight * 1/C sum_c (mean^2 + scale^2 - 1 - 2 log scale) / 2              eq. 13
 
 Adam moves mean and log_scale through a few-step sampler and the score; generator, score noise and motion mask stay as
@@ -49,7 +49,6 @@ class ProprioRefineConfig:
     clip: float = 3e-4  # largest gradient norm of a clip, over its 2 C parameters
     kl_weight: float = 5e-3
     score: str = "hybrid"  # global | motion | hybrid
-    mixing: float = 0.2  # share of the global score in the hybrid one
     levels: int = 4  # noise levels of the score, evenly spaced from first to last; appendix E
     first: float = 0.3  # share of the sampling steps before a level, see eval.search.residuals
     last: float = 0.6
@@ -68,8 +67,6 @@ class ProprioRefineConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
         if not self.kl_weight >= 0:
             raise ValueError(f"kl_weight={self.kl_weight} must be 0 or more")
-        if not 0 <= self.mixing <= 1:
-            raise ValueError(f"mixing={self.mixing} is a share: use 0 to 1")
         for name, known in (("score", VARIANTS), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
@@ -118,7 +115,7 @@ class SelfScore:
         stacked = torch.stack([torch.stack(draws, dim=-1) for draws in errors], dim=-2)  # (2,B,levels,draws)
         whole, motion = (aggregate(part, weighting=config.weighting) for part in stacked)
         if config.score == "hybrid":
-            return hybrid(whole, motion, mixing=config.mixing)
+            return hybrid(whole, motion)
         return whole if config.score == "global" else motion
 
     def errors(self, latents: Tensor, level: int, draw: int) -> Tensor:
@@ -147,14 +144,14 @@ def refine(
     score: Score | None = None,
     negative: Conditioning | None = None,
 ) -> Refined:
-    """Refine the initial noise (B,C,F,H,W) of B clips, each with its own mean and scale a channel.
+    """Refine the initial noise (B,C,F,H,W) of B clips, each with its own mean and scale per channel.
 
     Args: conditioning, of B clips, with an image for image-to-video. sampler: its steps are those that gradients pass
-    through (the paper's 4). score: in place of `SelfScore` with the motion mask of the first iterate. negative: the
+    through (the paper's 4). score: instead of `SelfScore` with the motion mask of the first iterate. negative: the
     encoded negative prompt, needed where sampler.guidance is not 1.
 
     Returns the iterate of lowest score for each clip; ValueError for noise or settings that do not fit, and for a score
-    that is not one finite number a clip.
+    that is not one finite number per clip.
     """
     check_noise(noise, conditioning)
     started = time.perf_counter()

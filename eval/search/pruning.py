@@ -44,7 +44,7 @@ def begin(
     stop: int,
     negative: Conditioning | None = None,
 ) -> Partial:
-    """The first `stop` steps of one clip a seed, sampled together. conditioning: of one clip, or one a seed."""
+    """The first `stop` steps of one clip per seed, sampled together. conditioning: of one clip, or one per seed."""
     if not 0 < stop <= sampler.steps:
         raise ValueError(f"stop={stop}: sampling has {sampler.steps} steps; stop after 1 to {sampler.steps} of them")
     shape = backbone.latent_shape(video.height, video.width, video.num_frames)

@@ -1,6 +1,6 @@
 """Racing (ours): the winner of full scoring for a fraction of its passes.
 
-A score that is a mean over rounds (one network pass a clip each: a noise level with a draw, shared by all candidates)
+A score that is a mean over rounds (one network pass per clip: a noise level with a draw, shared by all candidates)
 need not be finished for a clip that cannot win any more. After a few rounds every candidate is compared with the
 leader. Their full scores differ by
 
@@ -8,11 +8,11 @@ leader. Their full scores differ by
     standard error  s / sqrt(n) sqrt(1 - n / R)     (rounds are drawn without replacement: at n = R nothing is open)
 
 and a candidate whose d exceeds its error by the normal quantile of the stated confidence is dropped. The risk of losing
-the winner of full scoring is shared evenly (Bonferroni) between the rivals. The looks are not paid for: they see the
-same rounds again, what is open shrinks with each, and the rounds' levels add to s, so that the intervals are wide as
-it is. Simulated races of equally good candidates, the hardest there are, keep the winner as often as stated (the tests
-hold that). Shared noise makes the differences small and s with them. A variance of a few rounds is unreliable, so it is
-drawn towards the mean over the rivals, which counts for PRIOR rounds.
+the winner of full scoring is shared evenly (Bonferroni) between the rivals. There is no correction for looking after
+every round: each look sees the earlier rounds again, less is open at each, and the differences between noise levels
+count in s, which makes the intervals wide. Simulated races of equally good candidates, the hardest case, keep the
+winner as often as stated (see the tests). Shared noise makes the differences, and with them s, small. A variance of a
+few rounds is unreliable, so it is drawn towards the mean over the rivals, which counts as much as PRIOR rounds.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+FIRST = 3  # rounds before the first look; then there is one after every round
 PRIOR = 8.0  # rounds that the variance of all rivals together counts for
 
 
@@ -42,25 +43,21 @@ def race(
     num_rounds: int,
     *,
     confidence: float = 0.98,
-    first: int = 3,
-    every: int = 1,
 ) -> Race:
     """Find the candidate with the lowest mean over all rounds.
 
-    observe(round, candidates) -> (len(candidates),) values of that round for those candidates. The first look is after
-    `first` rounds, then one every `every`. Raises ValueError for settings that cannot work.
+    observe(round, candidates) -> (len(candidates),) values of that round for those candidates. Raises ValueError for a
+    confidence outside (0, 1).
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1")
-    if not (num_candidates > 0 and 2 <= first and every > 0 and num_rounds > 0):
-        raise ValueError(f"{num_candidates} candidates, {num_rounds} rounds, first={first}, every={every}: first >= 2")
-    looks = [n for n in range(first, num_rounds) if (n - first) % every == 0]
+    assert num_candidates > 0 and num_rounds > 0, (num_candidates, num_rounds)
     quantile = NormalDist().inv_cdf(1 - (1 - confidence) / max(1, num_candidates - 1))
     values = torch.full((num_candidates, num_rounds), torch.nan, dtype=torch.float64)
     alive = list(range(num_candidates))
     for number in range(num_rounds):
         values[alive, number] = observe(number, alive).double().cpu()
-        if number + 1 in looks and len(alive) > 1:
+        if FIRST <= number + 1 < num_rounds and len(alive) > 1:
             alive = survivors(values[:, : number + 1], alive, num_rounds, quantile)
         if len(alive) == 1:
             break

@@ -9,8 +9,10 @@ The first candidate has the seed itself: without a search it would be the clip.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,24 +20,29 @@ from torch import Tensor
 
 from eval.judges import Judging, judge_settings
 from eval.maker import Model, Request
-from eval.search.best_of_n import RACING, Choice, best_of_n, decoder
-from eval.search.candidates import Candidates, Cost, choose
+from eval.search.candidates import Candidates, Cost, Scorer, choose
 from eval.search.config import SearchConfig
-from eval.search.pruning import promising
+from eval.search.pruning import Partial, advance, begin, finish, promising, sampling_passes
+from eval.search.racing import Race, race
 from eval.search.scorers import SCORERS, SETTINGS
+from eval.search.scorers.proprio import MIXING
 from eval.search.strategies import Guidance, Refinement
 from eval.search.world_model import WorldModel
 from train.backbones.base import Backbone, Conditioning
-from train.clips import VideoConfig
+from train.clips import VideoConfig, to_pixels
 from train.sampling import SamplerConfig
 
 SEARCHES = ("", "best_of_n", "race", "prune")
 REFINEMENTS = ("", "proprio", "guidance")
+# Scorers that are means over network passes with equal weights, which can race.
+RACING = frozenset(name for name in SCORERS if name.endswith(("-uniform", "residual_per_motion")))
 STRIDE = 1_000_003  # from one candidate's seed to the next; a prime, so that small seeds share no candidates
 
 
 @dataclass(frozen=True)
-class Strategy:
+class Method:
+    """How a clip is found."""
+
     search: str = ""  # of SEARCHES
     refine: str = ""  # of REFINEMENTS
 
@@ -44,78 +51,103 @@ class Strategy:
 
     @property
     def suffix(self) -> str:
-        """Of names of folders and files: what a strategy makes lies beside what another one makes."""
+        """Of names of folders and files: what a method makes lies beside what another one makes."""
         return "".join(f"-{part}" for part in (self.search, self.refine) if part)
 
 
-def check(strategy: Strategy, config: SearchConfig, sampler: SamplerConfig, section: str) -> None:
+def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section: str) -> None:
     """ValueError, naming key, value and remedy, for what cannot work. section: of the keys search and refine."""
     for key, known in (("search", SEARCHES), ("refine", REFINEMENTS)):
-        if getattr(strategy, key) not in known:
-            value = getattr(strategy, key)
+        if getattr(method, key) not in known:
+            value = getattr(method, key)
             raise ValueError(f"{section}.{key}={value!r} is unknown: leave it empty or use {', '.join(known[1:])}")
-    early = config.prune.scorers[0] if config.prune.scorers else ""
-    for key, name in (("chosen_by", config.chosen_by), ("prune.scorers", early)):
-        if name not in SCORERS:
-            raise ValueError(f"search.{key} names {name!r}, which is no scorer: use one of {', '.join(SCORERS)}")
-    if strategy.search and config.num_candidates < 2:
+    check_scorers({"chosen_by": [config.chosen_by], "prune.scorers": config.prune.scorers[:1] or [""]})
+    if method.search and config.num_candidates < 2:
         raise ValueError(f"search.num_candidates={config.num_candidates}: a search needs 2 or more")
-    if strategy.search == "race" and config.chosen_by not in RACING:
+    if method.search == "race" and config.chosen_by not in RACING:
         raise ValueError(f"search.chosen_by={config.chosen_by} cannot race: use one of {', '.join(sorted(RACING))}")
-    if strategy.search == "prune":
+    if method.search == "prune":
         if not config.prune.steps or not 0 < config.prune.steps[0] < sampler.steps:
             raise ValueError(
                 f"search.prune.steps={config.prune.steps}: name a step from 1 to {sampler.steps - 1} first"
             )
-        if strategy.refine == "guidance":
+        if method.refine == "guidance":
             raise ValueError(f"{section}.search=prune looks at clips before they are guided: use best_of_n or race")
-    if strategy.refine == "guidance" and not config.surprise.path:
+    if method.refine == "guidance" and not config.surprise.path:
         raise ValueError(f"{section}.refine=guidance needs a world model: name it in search.surprise.path")
-    if config.batch_size < 1 or config.refine.batch_size < 1 or config.guidance.batch_size < 1:
-        raise ValueError("search.batch_size, search.refine.batch_size and search.guidance.batch_size must be 1 or more")
+    check_batches(config)
 
 
-def settings(strategy: Strategy, config: SearchConfig, judging: Judging) -> dict[str, Any]:
-    """All that a strategy's clip depends on beside prompt, seed, network and sampler, as plain JSON values."""
-    found: dict[str, Any] = asdict(strategy)
-    every = asdict(config) | {"judge": judge_settings(judging), "vlm": judge_settings(judging)["vlm"]}
-    for name in ("residuals", "refine", "guidance"):
-        every[name].pop("batch_size")
-    names = [config.chosen_by] if strategy.search or config.refine.best > 1 and strategy.refine == "proprio" else []
-    if strategy.search:
+def check_scorers(chosen: dict[str, Sequence[str]], section: str = "search") -> None:
+    """ValueError for a name that is no scorer, by the section's key that names it."""
+    for key, names in chosen.items():
+        for name in names:
+            if name not in SCORERS:
+                raise ValueError(f"{section}.{key} names {name!r}, which is no scorer: use {', '.join(SCORERS)}")
+
+
+def check_batches(config: SearchConfig) -> None:
+    for key, size in (("", config), ("refine.", config.refine), ("guidance.", config.guidance)):
+        if size.batch_size < 1:
+            raise ValueError(f"search.{key}batch_size={size.batch_size}: use 1 or more")
+
+
+def scorer_settings(name: str, config: SearchConfig, judging: Judging | None = None) -> dict[str, Any]:
+    """All that a scorer's values depend on beside clips and network, as plain JSON values."""
+    every = asdict(config) | {"mixing": MIXING, "judge_aspect": "physical"}
+    every["residuals"].pop("batch_size")
+    every["judge"] = judge_settings(judging or Judging())
+    return {key: every[key] for key in SETTINGS.get(name, ())}
+
+
+def settings(method: Method, config: SearchConfig, judging: Judging | None = None) -> dict[str, Any]:
+    """All that a method's clip depends on beside prompt, seed, network and sampler, as plain JSON values."""
+    found: dict[str, Any] = asdict(method)
+    names = [config.chosen_by] if method.search or config.refine.best > 1 and method.refine == "proprio" else []
+    if method.search:
         found["num_candidates"] = config.num_candidates
-    if strategy.search == "race":
-        found["race"] = every["race"]
-    if strategy.search == "prune":
+    if method.search == "race":
+        found["race"] = config.race.settings()
+    if method.search == "prune":
         names.append(config.prune.scorers[0])
-        found["prune"] = every["prune"]
-    if strategy.refine:
-        found["refined"] = every["refine" if strategy.refine == "proprio" else "guidance"]
-        found |= {"surprise": every["surprise"]} if strategy.refine == "guidance" else {}
-    return found | {"scorers": {name: {key: every[key] for key in SETTINGS.get(name, ())} for name in names}}
+        found["prune"] = asdict(config.prune)
+    if method.refine == "proprio":
+        found["refined"] = config.refine.settings()
+    if method.refine == "guidance":
+        found |= {"refined": config.guidance.settings(), "surprise": asdict(config.surprise)}
+    return found | {"scorers": {name: scorer_settings(name, config, judging) for name in names}}
 
 
-def describe(strategy: Strategy, config: SearchConfig) -> str:
+def describe(method: Method, config: SearchConfig) -> str:
     """The line of a dry run."""
-    if not strategy:
+    if not method:
         return "none"
     parts = []
-    if strategy.search:
-        parts.append(f"{strategy.search} of {config.num_candidates} by {config.chosen_by}: so many times these passes")
-    if strategy.refine == "proprio":
+    if method.search:
+        parts.append(f"{method.search} of {config.num_candidates} by {config.chosen_by}: so many times these passes")
+    if method.refine == "proprio":
         updates, steps, passes = config.refine.updates, config.refine.steps, config.refine.levels * config.refine.draws
-        count = max(1, config.refine.best) if strategy.search else 1
+        count = max(1, config.refine.best) if method.search else 1
         parts.append(f"{count} refined in {updates + 1} rounds of {steps} steps and {passes} passes")
-    if strategy.refine == "guidance":
+    if method.refine == "guidance":
         parts.append(f"guided every {config.guidance.every} steps")
     return "; ".join(parts)
 
 
-class Searching:
-    """The search as a strategy of `eval.maker`: a clip a request, one after the other."""
+def searching(model: Model, method: Method, config: SearchConfig, judging: Judging | None = None) -> Model:
+    """The model with a search behind it, under a name of its own; as it is where there is none."""
+    if not method:
+        return model
+    found = settings(method, config, judging)
+    searched = Searching(method, config, judging)
+    return replace(model, name=model.name + method.suffix, strategy=searched, settings=found)
 
-    def __init__(self, strategy: Strategy, config: SearchConfig, judging: Judging):
-        self.strategy, self.config, self.judging, self._searcher = strategy, config, judging, None
+
+class Searching:
+    """The search as a Strategy of `eval.maker`: one clip per request, one after the other."""
+
+    def __init__(self, method: Method, config: SearchConfig, judging: Judging | None):
+        self.method, self.config, self.judging, self._searcher = method, config, judging, None
 
     def __call__(
         self,
@@ -127,101 +159,159 @@ class Searching:
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         video = requests[0].video
         if self._searcher is None or self._searcher.video != video:
-            self._searcher = Searcher(
-                self.strategy, self.config, backbone, video, sampler, negative, judging=self.judging
-            )
+            self._searcher = Searcher(self.config, backbone, video, sampler, negative, self.judging)
         latents, facts = [], []
         for number, request in enumerate(requests):
             one, prompt = conditioning[number : number + 1], request.prompt
-            clip, found = self._searcher.find(prompt.key, prompt.text, one, request.seed)
+            clip, found = self._searcher.find(self.method, prompt.key, prompt.text, one, request.seed)
             latents.append(clip)
             facts.append({"search": found})
         return torch.cat(latents), facts
 
 
-def searching(model: Model, strategy: Strategy, config: SearchConfig, judging: Judging) -> Model:
-    """The model with a search behind it, under a name of its own; as it is where there is none."""
-    if not strategy:
-        return model
-    found, name = settings(strategy, config, judging), model.name + strategy.suffix
-    return replace(model, name=name, strategy=Searching(strategy, config, judging), settings=found)
-
-
 class Searcher:
-    """One strategy with one network."""
+    """Candidates of one network, their scores, and what is made of them."""
 
     def __init__(
         self,
-        strategy: Strategy,
         config: SearchConfig,
         backbone: Backbone,
         video: VideoConfig,
         sampler: SamplerConfig,
         negative: Conditioning | None = None,
-        *,
-        judging: Judging,
+        judging: Judging | None = None,  # of the scorer "judge"
     ):
-        self.judging = judging
-        self.strategy, self.config, self.backbone = strategy, config, backbone
+        self.config, self.backbone, self.judging = config, backbone, judging or Judging()
         self.video, self.sampler, self.negative = video, sampler, negative
-        self.scorer = SCORERS[config.chosen_by](config, backbone, video.fps, judging)
-        shared = (backbone, video, sampler, negative)
-        self.refinement = self.guidance = None
-        if strategy.refine == "proprio":
-            self.refinement = Refinement(config.refine, *shared)
-        elif strategy.refine == "guidance":
-            model = WorldModel(config.surprise.path, backbone.device)
-            self.guidance = Guidance(config.guidance, config.surprise, model, *shared)
+        self.refinement = Refinement(config.refine, backbone, video, sampler, negative)
+        self._scorers: dict[tuple[str, bool], Scorer] = {}
 
-    def find(self, key: str, prompt: str, conditioning: Conditioning, seed: int) -> tuple[Tensor, dict[str, Any]]:
+    @cached_property
+    def guidance(self) -> Guidance:
+        config = self.config
+        model = WorldModel(config.surprise.path, self.backbone.device)
+        shared = (self.backbone, self.video, self.sampler, self.negative)
+        return Guidance(config.guidance, config.surprise, model, *shared)
+
+    def scorer(self, name: str, *, early: bool = False) -> Scorer:
+        """A scorer by name. early: with as few draws as a look before the last step takes."""
+        if (name, early) not in self._scorers:
+            config = self.config
+            if early:
+                config = replace(config, residuals=replace(config.residuals, draws=config.prune.draws))
+            self._scorers[name, early] = SCORERS[name](config, self.backbone, self.video.fps, self.judging)
+        return self._scorers[name, early]
+
+    def candidates(self, key: str, prompt: str, conditioning: Conditioning, latents: Tensor) -> Candidates:
+        """Clips of one prompt from latents (N, C, F, H, W); conditioning of one clip, key names its noise draws."""
+        decode = decoder(self.backbone, self.config.batch_size)
+        return Candidates(key, prompt, latents.cpu(), conditioning, decode, self.video.fps)
+
+    def sample(self, conditioning: Conditioning, seeds: Sequence[int], stops: Sequence[int]) -> dict[int, Partial]:
+        """The clips of these seeds as they are after each of the sampling steps `stops`, ascending."""
+        found: dict[int, list[Partial]] = {stop: [] for stop in stops}
+        for some in batches(seeds, self.config.batch_size):
+            part = None
+            for stop in stops:
+                given = {"stop": stop, "negative": self.negative}
+                if part is None:
+                    part = begin(self.backbone, conditioning, some, self.video, self.sampler, **given)
+                else:
+                    part = advance(self.backbone, conditioning, part, self.sampler, **given)
+                found[stop].append(part)
+        return {
+            stop: Partial(stop, torch.cat([p.latents for p in parts]), torch.cat([p.clean for p in parts]).cpu())
+            for stop, parts in found.items()
+        }
+
+    def race(self, candidates: Candidates) -> tuple[Race, Cost]:
+        """Race the candidates under `chosen_by`, which is to be one of RACING."""
+        scorer, started = self.scorer(self.config.chosen_by), time.perf_counter()
+        found = race(
+            lambda number, chosen: scorer.round_values(candidates, number, chosen),
+            len(candidates),
+            scorer.residuals.num_rounds,
+            confidence=self.config.race.confidence,
+        )
+        return found, Cost(found.passes, time.perf_counter() - started)
+
+    def find(
+        self, method: Method, key: str, prompt: str, conditioning: Conditioning, seed: int
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The clip, latents (1, C, F, H, W), and facts: candidates' seeds and scores, the chosen one, the cost.
 
         conditioning, of one clip. key names the prompt's noise draws.
         """
-        count = self.config.num_candidates if self.strategy.search else 1
+        config, named = self.config, partial(self.candidates, key, prompt, conditioning)
+        count = config.num_candidates if method.search else 1
         seeds = [seed + number * STRIDE for number in range(count)]
-        choice = self._choice(key, prompt, conditioning, seeds)
-        latents, spent = choice.latents, choice.generation + choice.scoring
-        facts: dict[str, Any] = asdict(self.strategy) | {"seeds": seeds, "chosen": choice.index}
-        if self.strategy.search:
-            values = [value if math.isfinite(value) else None for value in choice.values.tolist()]
-            facts |= {"chosen_by": self.config.chosen_by, "values": values}
-        if self.refinement is not None:
-            latents, refined, cost = self._refined(key, prompt, conditioning, seeds, choice)
-            facts |= {"refined": refined}
-            spent = spent + cost if self.strategy.search else cost
+        facts: dict[str, Any] = asdict(method) | {"seeds": seeds, "chosen": 0}
+        few, spent = [0], Cost()
+        if method.search:
+            facts["chosen"], latents, values, spent = self._best(method, named, conditioning, seeds)
+            shown = [value if math.isfinite(value) else None for value in values.tolist()]
+            facts |= {"chosen_by": config.chosen_by, "values": shown}
+            few = promising(values, max(1, config.refine.best))
+        elif method.refine == "guidance":
+            latents, spent = self.guidance.clips(conditioning, seeds)
+        if method.refine == "proprio":
+            some = [seeds[index] for index in few]
+            latents, traces, cost = self.refinement.clips(conditioning.expand(len(few)), some)
+            facts["refined"] = {"of": few, "score_before": traces[:, 0].tolist(), "score": traces[:, 1].tolist()}
+            if len(few) > 1:  # the best of them by the same scorer
+                values, scoring = named(latents).measure(self.scorer(config.chosen_by))
+                best, cost = choose(values), cost + scoring
+                latents = latents[best : best + 1]
+                facts["refined"] |= {"values": values.tolist(), "chosen": best}
+            spent = spent + cost
         return latents, facts | asdict(spent)
 
-    def _choice(self, key: str, prompt: str, conditioning: Conditioning, seeds: list[int]) -> Choice:
-        config, strategy = self.config, self.strategy
-        sample = self.guidance.clips if self.guidance is not None else None
-        if not strategy.search and self.refinement is not None:
-            return Choice(0, torch.empty(0), torch.zeros(1), Cost(), Cost())  # its noise is all that is needed
-        if not strategy.search:
-            latents, cost = sample(conditioning, seeds)
-            return Choice(0, latents, torch.zeros(1), cost, Cost())
-        more: dict[str, Any] = {}
-        if strategy.search == "prune":
-            looking = replace(config, residuals=replace(config.residuals, draws=config.prune.draws))
-            early = SCORERS[config.prune.scorers[0]](looking, self.backbone, self.video.fps, self.judging)
-            more = {"prune_step": config.prune.steps[0], "keep": config.prune.keep, "early_scorer": early}
-        if strategy.search == "race":
-            more = {"race_config": config.race}
-        return best_of_n(
-            self.backbone, prompt, conditioning, seeds, self.video, self.sampler, self.scorer, key=key,
-            batch_size=config.batch_size, negative=self.negative, sample=sample, **more,
-        )  # fmt: skip
+    def _best(
+        self, method: Method, named: partial, conditioning: Conditioning, seeds: Sequence[int]
+    ) -> tuple[int, Tensor, Tensor, Cost]:
+        """Number of the best candidate, its latents (1, C, F, H, W), all values (N,), infinity where a clip was not
+        finished, and the cost."""
+        kept = list(range(len(seeds)))
+        if method.refine == "guidance":
+            latents, spent = self.guidance.clips(conditioning.expand(len(seeds)), seeds)
+        else:
+            started, early = time.perf_counter(), Cost()
+            stop = self.config.prune.steps[0] if method.search == "prune" else self.sampler.steps
+            part = self.sample(conditioning, seeds, [stop])[stop]
+            latents, passes = part.latents, len(seeds) * sampling_passes(self.backbone, self.sampler, 0, stop)
+            if method.search == "prune":
+                looking = self.scorer(self.config.prune.scorers[0], early=True)
+                values, early = named(part.clean).measure(looking)
+                kept = promising(values, max(1, math.ceil(self.config.prune.keep * len(seeds))))
+                rest = [
+                    finish(self.backbone, conditioning, part.select(some), self.sampler, negative=self.negative)
+                    for some in batches(kept, self.config.batch_size)
+                ]
+                latents = torch.cat(rest)
+                passes += len(kept) * sampling_passes(self.backbone, self.sampler, stop)
+            spent = Cost(passes, time.perf_counter() - started - early.seconds) + early
+        candidates = named(latents)
+        if method.search == "race":
+            raced, cost = self.race(candidates)
+            winner, found = raced.winner, raced.scores
+        else:
+            found, cost = candidates.measure(self.scorer(self.config.chosen_by))
+            winner = choose(found)
+        values = torch.full((len(seeds),), torch.inf)
+        values[kept] = found
+        return kept[winner], candidates.latents[winner : winner + 1], values, spent + cost
 
-    def _refined(
-        self, key: str, prompt: str, conditioning: Conditioning, seeds: list[int], choice: Choice
-    ) -> tuple[Tensor, dict[str, Any], Cost]:
-        """The best few from refined noise, and the best of these by the same scorer."""
-        few = promising(choice.values, max(1, self.config.refine.best))
-        latents, traces, cost = self.refinement.clips(conditioning.expand(len(few)), [seeds[index] for index in few])
-        facts: dict[str, Any] = {"of": few, "score_before": traces[:, 0].tolist(), "score": traces[:, 1].tolist()}
-        if len(few) == 1:
-            return latents, facts, cost
-        decode = decoder(self.backbone, self.config.batch_size)
-        values, scoring = Candidates(key, prompt, latents, conditioning, decode, self.video.fps).measure(self.scorer)
-        best = choose(values)
-        return latents[best : best + 1], facts | {"values": values.tolist(), "chosen": best}, cost + scoring
+
+def decoder(backbone: Backbone, batch_size: int):
+    """Latents (N, C, F, H, W) -> pixels (N, T, H, W, 3) uint8 on the CPU, `batch_size` clips at a time."""
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        parts = [to_pixels(backbone.decode_latents(part, batch_size=batch_size)) for part in latents.split(batch_size)]
+        return torch.cat([part.cpu() for part in parts])
+
+    return decode
+
+
+def batches(items: Sequence, size: int) -> list[Sequence]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

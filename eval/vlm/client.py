@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import TypeAdapter
 
 from eval.vlm.backend import (
     SEED,
@@ -46,6 +47,7 @@ from eval.vlm.backend import (
     check_config,
 )
 from eval.vlm.cache import Cache
+from train.files import parse_json
 
 BACKOFF = 1.0  # seconds before the first retry after a failure of the server, then twice as long each time
 MAX_WAIT = 60.0  # seconds between two tries
@@ -274,6 +276,47 @@ def yes_share(reply: Reply) -> float:
         said = ", ".join(repr(token[:20]) for token, _ in reply.first_token[:5])
         raise Malformed(f"the model says neither Yes nor No ({said or 'no log-probabilities'})", reply.text)
     return mass["yes"] / total
+
+
+# JSON answers
+
+
+def sound(text: str) -> str:
+    """A text that is not empty and can be stored, for pydantic's AfterValidator; ValueError for another."""
+    if "\0" in text:
+        raise ValueError("it holds a NUL character")
+    if text != storable(text):
+        raise ValueError("it holds half a character (a lone surrogate)")
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+def schema_of(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a pydantic type without limits and titles: servers differ in the limits that they can hold a
+    model to, and `read_answer` checks them again."""
+    whole = TypeAdapter(kind).json_schema()
+
+    def types(schema: dict[str, Any]) -> dict[str, Any]:
+        schema = whole["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        kept = {key: schema[key] for key in ("type", "enum") if key in schema}
+        if "properties" in schema:
+            kept["properties"] = {name: types(inner) for name, inner in schema["properties"].items()}
+            kept |= {"required": schema["required"], "additionalProperties": False}
+        return kept | ({"items": types(schema["items"])} if "items" in schema else {})
+
+    return types(whole)
+
+
+def read_answer(reply: Reply, kind: type[T]) -> T:
+    """The JSON object of an answer as a `kind`, a pydantic type. Raises Malformed, with the text, for anything else."""
+    text = reply.text.strip()
+    if text.startswith("```") and text.endswith("```"):  # models without a schema to hold them like to fence their JSON
+        text = text[3:-3].removeprefix("json")
+    try:
+        return parse_json(text, kind, name="the answer", remedy="it is asked for again")
+    except ValueError as error:
+        raise Malformed(storable(str(error)[:400]), reply.text) from error
 
 
 def storable(text: str) -> str:

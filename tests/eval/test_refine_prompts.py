@@ -68,9 +68,8 @@ def distinct(texts):
 def refiner(server, folder, generate, encoder=distinct, **settings):
     vlm = {"retries": 1} | settings.pop("vlm", {})
     vlm = VlmConfig(base_url=server.url, model="eyes", frames=3, **vlm)
-    return PromptRefiner(
-        PromptRefineConfig(**settings), vlm, VIDEO, folder, generate, made_with="stub", encoder=encoder
-    )
+    config = PromptRefineConfig(**settings)
+    return PromptRefiner(config, vlm, VIDEO, folder, generate, made_with="stub", encoder=encoder)
 
 
 def record(folder, number, key="ball"):
@@ -128,13 +127,6 @@ def test_the_limit_and_a_clean_critique_end_the_rounds(tmp_path):
     assert good.ended == "no violations" and good.clips == [1]
 
 
-def test_a_language_model_of_its_own_rewrites(tmp_path):
-    with StubServer(Models()) as eyes, StubServer(Models()) as writer:
-        llm = VlmConfig(base_url=writer.url, model="writer")
-        refiner(eyes, tmp_path, Generator(), rounds=1, llm=llm).run([BALL])
-    assert [request["model"] for request in eyes.requests + writer.requests] == ["eyes", "eyes", "writer"]
-
-
 def test_a_scorer_chooses_among_the_rounds(tmp_path):
     seen = []
 
@@ -156,6 +148,19 @@ def test_many_prompts_go_through_a_stage_together(tmp_path):
         found = refiner(server, tmp_path, generate, rounds=1, batch_size=3).run(prompts)
     assert [one.prompt.key for one in found] == [prompt.key for prompt in prompts]
     assert [len(call) for call in generate.calls] == [3, 2] and server.most_in_flight == 5
+
+
+def test_a_stopped_batch_is_made_again_as_a_whole_and_what_is_there_stays(tmp_path):
+    """Clips that are made together change each other by rounding."""
+    prompts = [Prompt(f"p{number}", f"Scene {number}.", None) for number in range(5)]
+    generate = Generator()
+    with StubServer(Models()) as server:
+        refiner(server, tmp_path, generate, rounds=1, batch_size=3).run(prompts)
+        kept = (tmp_path / "p0/round-01.mp4").read_bytes()
+        (tmp_path / "p1/round-01.mp4").unlink()
+        refiner(server, tmp_path, generate, rounds=1, batch_size=3).run(prompts)
+    assert generate.calls[2:] == generate.calls[:1]
+    assert (tmp_path / "p0/round-01.mp4").read_bytes() == kept != (tmp_path / "p1/round-01.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("stop_after", range(1, 7))
@@ -308,7 +313,7 @@ def test_what_a_user_can_get_wrong_is_named(tmp_path):
             refiner(server, tmp_path / "two", lambda prompts, texts: empty).run([BALL])
         with pytest.raises(ValueError, match="the scorer gave"):
             refiner(server, tmp_path / "three", Generator(), rounds=1).run([BALL], lambda text, clips: torch.zeros(7))
-    for bad in ({"rounds": 0}, {"similarity": 1.5}, {"max_prompt_chars": 10_000}):
+    for bad in ({"rounds": 0}, {"similarity": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             PromptRefineConfig(**bad)
 

@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_named(backbone):
         refine(
             backbone, conditioning, noise, FEW, ProprioRefineConfig(), score=lambda z: z.sum((1, 2, 3, 4)) * torch.nan
         )
-    for bad in ({"updates": -1}, {"clip": 0}, {"kl_weight": -1}, {"score": "x"}, {"mixing": 2}):
+    for bad in ({"updates": -1}, {"clip": 0}, {"kl_weight": -1}, {"score": "x"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ProprioRefineConfig(**bad)
     with pytest.raises(ValueError, match="last=1.0"):

@@ -12,8 +12,9 @@ from data_pipeline import build
 from eval import run as eval_run
 from eval.experiments.ablation import rows as ablation_rows
 from eval.experiments.ablation import run as ablation
+from eval.experiments.ablation.plan import READS, Plan, read_recipe
 from eval.experiments.ablation.rows import DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
-from eval.experiments.ablation.run import READS, Plan, Processes, StepFailed
+from eval.experiments.ablation.runner import Processes, StepFailed, read_scores
 from train import gdpo, sft
 
 CONFIGS = {
@@ -127,12 +128,12 @@ def test_scores_of_another_number_of_clips_are_refused(tmp_path):
     path = tmp_path / "scores.jsonl"
     row = {"model": "base", "clip": 0, "values": {"physical": 1.0, "semantic": 1.0}, "error": ""}
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert ablation.read_scores(path, 1) == {"base": {"physical": [1.0], "semantic": [1.0]}}
+    assert read_scores(path, 1) == {"base": {"physical": [1.0], "semantic": [1.0]}}
     with pytest.raises(ValueError, match="does not hold 2 clips"):
-        ablation.read_scores(path, 2)
+        read_scores(path, 2)
     path.write_text(json.dumps({**row, "clip": 1}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="out of order"):
-        ablation.read_scores(path, 1)
+        read_scores(path, 1)
 
 
 # ---- running, continuing, failing ------------------------------------------------------------------------------------
@@ -274,7 +275,8 @@ def test_processes_report_the_tail_of_the_log_and_can_be_stopped(tmp_path):
 def test_the_table_of_sections_is_that_of_the_commands():
     for module, sections in READS.items():
         names = {field.name for field in dataclasses.fields(CONFIGS[module])}
-        assert names - {"recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list", "search"} == set(sections)
+        others = {"recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list"}
+        assert names - others - {"search", "judge", "vlm", "raters"} == set(sections)  # which measure nothing here
 
 
 def planned(**changes):
@@ -303,22 +305,19 @@ def test_rows_differ_in_training_alone():
         assert row.groups in GROUPS
 
 
-TRAINED = [row for row in (*ROWS.values(), *PHYSICS.values()) if row.trainer]
-
-
-@pytest.mark.parametrize("row", TRAINED, ids=lambda row: f"{row.groups}-{row.name}")
-def test_every_trainer_accepts_its_arguments(row, capsys):
-    arguments = planned().train_arguments(row, 3)
-    assert arguments == planned(on_gpu=True).train_arguments(row, 3)
-    config = recipes.load(CONFIGS[row.trainer], arguments)
-    gdpo.check(config)
-    assert config.train.folder == f"runs/ablation/{row.name}-3/train" and config.optim.steps == 5
-    assert config.train.groups == f"runs/ablation/{row.groups}-3" and config.seed == 3
-    assert config.optim.lr_end <= config.optim.lr
-    if row.sweep:
-        section = config.objective if row.name in ROWS else config.physics
-        assert getattr(section, row.sweep[0]) == pytest.approx(row.sweep[1], rel=1e-4)
-    assert capsys.readouterr().err == ""  # no key that a command ignores
+def test_every_trainer_accepts_its_arguments(capsys):
+    for row in [row for row in (*ROWS.values(), *PHYSICS.values()) if row.trainer]:
+        arguments = planned().train_arguments(row, 3)
+        assert arguments == planned(on_gpu=True).train_arguments(row, 3), row
+        config = recipes.load(CONFIGS[row.trainer], arguments)
+        gdpo.check(config)
+        assert config.train.folder == f"runs/ablation/{row.name}-3/train" and config.optim.steps == 5, row
+        assert config.train.groups == f"runs/ablation/{row.groups}-3" and config.seed == 3, row
+        assert config.optim.lr_end <= config.optim.lr, row
+        if row.sweep:
+            section = config.objective if row.name in ROWS else config.physics
+            assert getattr(section, row.sweep[0]) == pytest.approx(row.sweep[1], rel=1e-4), row
+        assert capsys.readouterr().err == "", row  # no key that a command ignores
 
 
 def test_sweeps_stand_around_the_recipes_values():
@@ -346,7 +345,7 @@ def test_the_precision_rows_differ_in_precision_alone():
 
 
 def test_the_timestep_rows_differ_in_where_t_is_drawn_and_one_is_the_recipe():
-    suite, objective = ablation_rows.timesteps({}), ablation.read_recipe(())["objective"]
+    suite, objective = ablation_rows.timesteps({}), read_recipe(())["objective"]
     drawn = {name: dict(pair.split("=") for pair in row.overrides) for name, row in suite.rows.items() if row.trainer}
     assert {tuple(pairs) for pairs in drawn.values()} == {("objective.timesteps", "objective.timestep_shift")}
     kind, shift = drawn[suite.middle].values()

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from eval.experiments.search import report, run, strategy_report
+from eval.experiments.search import report, run, strategy_report, work
 from eval.experiments.search.store import read_tensors
 from eval.search.pruning import promising
-from eval.search.strategies import Guidance, Refinement
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, read_clip
 
@@ -22,13 +21,13 @@ COMMON = [
     "recipe=tiny",
     "sampler.steps=3",
     "sampler.guidance=1.0",
-    "search.sandbox.clips=3",
+    "search_experiment.clips=3",
     "search.num_candidates=3",
     "search.batch_size=2",
     "search.residuals.draws=2",
     "search.residuals.levels=2",
     "search.prune.steps=[1,2]",
-    "search.shown=2",
+    "search_experiment.shown=2",
 ]
 
 
@@ -36,7 +35,7 @@ COMMON = [
 def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
     write_tiny_pipeline("wan21", folder / "model")
-    return folder, run.main([*COMMON, f"output={folder}", f"search.scorers=[{','.join(SCORERS)}]"])
+    return folder, run.main([*COMMON, f"output={folder}", f"search_experiment.scorers=[{','.join(SCORERS)}]"])
 
 
 def records(folder):
@@ -81,13 +80,13 @@ def test_the_page_shows_the_clips_and_marks_the_chosen_one(searched):
 def test_running_again_computes_nothing_and_another_scorer_is_all_that_is_added(searched, monkeypatch):
     folder, results = searched
     before = {path: path.stat().st_mtime_ns for path in (folder / "search").rglob("*.*") if path.is_file()}
-    monkeypatch.setattr(run.Work, "candidates", None)  # nothing of any prompt may be touched
+    monkeypatch.setattr(work.Work, "candidates", None)  # nothing of any prompt may be touched
     arguments = [*COMMON, f"output={folder}"]
-    assert run.main([*arguments, f"search.scorers=[{','.join(SCORERS)}]"]) == results
+    assert run.main([*arguments, f"search_experiment.scorers=[{','.join(SCORERS)}]"]) == results
     monkeypatch.undo()
-    monkeypatch.setattr(run.Work, "generate", None)  # candidates are there
-    monkeypatch.setattr(run.Work, "truth", None)
-    more = run.main([*arguments, f"search.scorers=[{','.join([*SCORERS, 'proprio_global'])}]"])
+    monkeypatch.setattr(work.Work, "generate", None)  # candidates are there
+    monkeypatch.setattr(work.Work, "truth", None)
+    more = run.main([*arguments, f"search_experiment.scorers=[{','.join([*SCORERS, 'proprio_global'])}]"])
     assert more["scorers"]["proprio_global"]["passes"] == 4
     for name in SCORERS:
         assert more["scorers"][name] == results["scorers"][name]
@@ -99,11 +98,11 @@ STRATEGIES = [
     "recipe=tiny",
     "sampler.steps=2",
     "sampler.guidance=1.0",
-    "search.sandbox.clips=2",
+    "search_experiment.clips=2",
     "search.num_candidates=2",
     "search.batch_size=2",
-    "search.shown=0",
-    "search.scorers=[most_motion]",
+    "search_experiment.shown=0",
+    "search_experiment.scorers=[most_motion]",
     "search.chosen_by=most_motion",
     "search.refine.best=1",
     "search.refine.steps=1",
@@ -123,10 +122,9 @@ STRATEGIES = [
 @pytest.mark.slow
 def test_strategies_are_judged_resumed_and_shared_between_processes(searched, tmp_path, monkeypatch, capsys):
     arguments = [*STRATEGIES, f"backbone.path={searched[0] / 'model'}", f"output={tmp_path}"]
-    assert run.main([*arguments, "search.share=2/2"]) is None and len(records(tmp_path)) == 1
-    assert run.main([*arguments, "search.share=1/2"]) is None and "strategies" not in capsys.readouterr().out
-    for strategy in (Refinement, Guidance):  # all is there but a record's part: no clip is made again
-        monkeypatch.setattr(strategy, "make", None)
+    assert run.main([*arguments, "search_experiment.share=2/2"]) is None and len(records(tmp_path)) == 1
+    assert run.main([*arguments, "search_experiment.share=1/2"]) is None and "strategies" not in capsys.readouterr().out
+    monkeypatch.setattr(work.Several, "make", None)  # all is there but a record's part: no clip is made again
     record_file = sorted((tmp_path / "search" / "prompts").glob("*.json"))[0]
     record = json.loads(record_file.read_text(encoding="utf-8"))
     del record["parts"]["refined"]
@@ -165,8 +163,8 @@ def test_a_refined_clip_is_the_same_in_any_batch(searched, tmp_path):
 @pytest.mark.slow
 def test_other_settings_make_other_candidates(searched, tmp_path):
     folder, _ = searched
-    arguments = [*COMMON, f"backbone.path={folder / 'model'}", "search.scorers=[most_motion]"]
-    arguments += ["search.chosen_by=most_motion", "search.prune.steps=[]", "search.sandbox.clips=1"]
+    arguments = [*COMMON, f"backbone.path={folder / 'model'}", "search_experiment.scorers=[most_motion]"]
+    arguments += ["search.chosen_by=most_motion", "search.prune.steps=[]", "search_experiment.clips=1"]
     first = run.main([*arguments, f"output={tmp_path}"])
     assert first["race"] is None and first["prune"] == []
     latents = records(tmp_path)[0]["motion"]
@@ -184,15 +182,14 @@ def test_dry_run_says_what_would_be_made(searched, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argument",
     [
-        "search.scorers=[proprio]",
+        "search_experiment.scorers=[proprio]",
         "search.chosen_by=judge",
         "search.chosen_by=nobody",
-        "search.combined=[rank_sum]",
         "search.num_candidates=1",
         "search.batch_size=0",
         "search.prune.steps=[3]",
         "search.prune.keep=0",
-        "search.share=3/2",
+        "search_experiment.share=3/2",
         "search.refine.best=4",
         "search.refine.batch_size=0",
         "search.guidance.candidates=2",
@@ -201,6 +198,11 @@ def test_dry_run_says_what_would_be_made(searched, tmp_path, capsys):
 def test_settings_that_cannot_work_are_refused(argument):
     with pytest.raises(ValueError, match=argument.split("=")[0]):
         run.main([*COMMON, argument, "--dry-run"])
+
+
+def test_the_experiments_keys_have_left_the_section_search():
+    with pytest.raises(ValueError, match="unknown key search.scorers; it is search_experiment.scorers now"):
+        run.main([*COMMON, "search.scorers=[random]"])
 
 
 # The report

@@ -13,7 +13,7 @@ from eval import generate
 from eval.judges import JudgeConfig, Judging
 from eval.judges.scores import Scores, Unjudged
 from eval.search import searcher
-from eval.search.candidates import Candidates, choose, ranks
+from eval.search.candidates import Candidates, choose
 from eval.search.masks import attention_masks, mask_of
 from eval.search.residuals import ResidualConfig, Residuals, noise_levels
 from eval.search.scorers import PROPRIO, SCORERS, SETTINGS
@@ -23,8 +23,8 @@ from eval.search.scorers.most_motion import most_motion, motion_energy
 from eval.search.scorers.per_motion import PerMotion
 from eval.search.scorers.proprio import Proprio
 from eval.search.scorers.random_choice import random_choice
-from eval.search.scorers.rank_sum import RankSum
 from eval.search.scorers.surprise import Surprise, SurpriseConfig
+from eval.search.searcher import scorer_settings
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
 from train.backbones.tiny import write_tiny_pipeline
@@ -86,7 +86,7 @@ def reference_weighting(errors, weighting):
     mean, variance = errors.mean(2), errors.var(2)
     if weighting == "uniform":
         return mean.mean(1)
-    weight = 1 / ((variance.mean(0, keepdims=True) if weighting == "pooled" else variance) + 1e-8)
+    weight = 1 / (variance + 1e-8)
     return (mean * weight).sum(1) / (weight * np.ones_like(mean)).sum(1)
 
 
@@ -102,7 +102,7 @@ def reference_motion_mask(latents):
 # Proprio
 
 
-@pytest.mark.parametrize("weighting", ["inverse_variance", "pooled", "uniform"])
+@pytest.mark.parametrize("weighting", ["inverse_variance", "uniform"])
 def test_global_motion_and_hybrid_are_the_reference(backbone, weighting):
     found = candidates()
     everything = reference_weighting(reference_errors(backbone, found, None), weighting)
@@ -171,7 +171,7 @@ def test_levels_are_shares_of_the_steps_on_the_samplers_grid():
 def test_a_recipes_levels_follow_its_sampler_and_stand_in_what_a_clip_depends_on():
     config = recipes.load(generate.Config, ["sampler.shift=5", "generate.prompts=[x]"])
     assert config.search.residuals.shift == config.search.refine.shift == 5
-    kept = searcher.settings(searcher.Strategy("best_of_n", "proprio"), config.search, Judging())
+    kept = searcher.settings(searcher.Method("best_of_n", "proprio"), config.search)
     levels = {"levels": 4, "first": 0.3, "last": 0.6, "shift": 5.0}
     assert levels.items() <= kept["scorers"]["residual_per_motion"]["residuals"].items()
     assert levels.items() <= kept["refined"].items()
@@ -300,13 +300,6 @@ def test_random_choice_is_the_prompts_alone():
     assert not torch.equal(random_choice(first), random_choice(other))
 
 
-def test_ranks_and_their_sum():
-    assert ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [2.5, 1.0, 2.5]
-    constant = {"a": torch.tensor([0.1, 0.2, 9.0]), "b": torch.tensor([5.0, 4.0, 6.0])}
-    scorer = RankSum([lambda found, name=name: constant[name] for name in constant])
-    assert scorer(candidates()).tolist() == [1.5, 1.5, 3.0]
-
-
 def test_a_judge_turned_round_never_chooses_what_it_cannot_judge():
     scores = Scores(semantic=torch.tensor([0.5, 1.0]), physical=torch.tensor([0.9, 0.4]))
 
@@ -315,7 +308,6 @@ def test_a_judge_turned_round_never_chooses_what_it_cannot_judge():
         raise Unjudged({1: "blank"}, prompts, scores)
 
     torch.testing.assert_close(JudgeScore(judge)(candidates()), torch.tensor([0.1, torch.inf, 0.6]))
-    torch.testing.assert_close(JudgeScore(judge, "both")(candidates()), torch.tensor([0.55, torch.inf, 0.6]))
 
 
 def test_surprise_hands_clips_and_windows_on(monkeypatch):
@@ -338,12 +330,11 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
 
 
 def test_every_scorer_is_built_and_says_what_it_depends_on(backbone):
-    config, judging = recipes.load(generate.Config, []).search, Judging(JudgeConfig("sandbox"))
-    config.surprise.path = "somewhere"
-    fields = set(vars(config)) | {"judge", "vlm"}
-    assert set(SETTINGS) <= set(SCORERS) and all(set(names) <= fields for names in SETTINGS.values())
-    assert set(SCORERS) - set(SETTINGS) == {"random", "most_motion"} and len(PROPRIO) == 21
-    built = {name: build(config, backbone, 8.0, judging) for name, build in SCORERS.items() if name != "vlm"}
+    config = recipes.load(generate.Config, []).search
+    config.surprise.path, judge = "somewhere", Judging(JudgeConfig("sandbox"))
+    assert set(SETTINGS) <= set(SCORERS) and len(PROPRIO) == 14
+    assert {name for name in SCORERS if not scorer_settings(name, config, judge)} == {"random", "most_motion"}
+    built = {name: build(config, backbone, 8.0, judge) for name, build in SCORERS.items()}
     found = candidates()
     values = {name: found.measure(built[name])[0] for name in built if name not in ("surprise", "judge")}
     assert all(torch.isfinite(value).all() for value in values.values())

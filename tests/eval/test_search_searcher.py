@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from eval import generate
-from eval.judges import Judging
 from eval.search import searcher
 from eval.search.config import GuideConfig, PruneConfig, RefineConfig, SearchConfig
 from eval.search.residuals import ResidualConfig
 from eval.search.scorers.surprise import SurpriseConfig
-from eval.search.searcher import STRIDE, Searcher, Strategy
+from eval.search.searcher import STRIDE, Method, Searcher
 from train import checkpoint
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
@@ -55,9 +54,9 @@ def settings(**more):
 
 def find(backbone, strategy, conditioning=None, sampler=SAMPLER, **more):
     conditioning = conditioning or text(backbone)
-    one = Searcher(Strategy(*strategy), settings(**more), backbone, VIDEO, sampler, judging=Judging())
+    one = Searcher(settings(**more), backbone, VIDEO, sampler)
     with torch.no_grad():  # as generation calls it
-        return one.find("a", "a ball", conditioning, 7)
+        return one.find(Method(*strategy), "a", "a ball", conditioning, 7)
 
 
 def plain(backbone, seeds, conditioning=None):
@@ -114,8 +113,8 @@ def test_the_image_of_a_clip_stays(tmp_path):
     video = VideoConfig(64, 64, 9, 8.0)
     shape = backbone.latent_shape(64, 64, 9)
     image = torch.randn((1, shape[0], 1, *shape[2:]), generator=torch.Generator().manual_seed(2))
-    one = Searcher(Strategy("race", "proprio"), settings(num_candidates=2), backbone, video, SAMPLER, judging=Judging())
-    latents, facts = one.find("a", "a ball", text(backbone, image), 7)
+    one = Searcher(settings(num_candidates=2), backbone, video, SAMPLER)
+    latents, facts = one.find(Method("race", "proprio"), "a", "a ball", text(backbone, image), 7)
     assert torch.equal(latents[:, :, :1], image) and facts["refined"]["of"] == [facts["chosen"]]
 
 
@@ -135,12 +134,12 @@ def test_the_image_of_a_clip_stays(tmp_path):
 )
 def test_strategies_that_cannot_work_are_refused(strategy, more, message):
     with pytest.raises(ValueError, match=message):
-        searcher.check(Strategy(*strategy), settings(**more), SAMPLER, "generate")
+        searcher.check(Method(*strategy), settings(**more), SAMPLER, "generate")
 
 
 def test_settings_are_those_that_the_clip_depends_on():
     def found(*strategy, **more):
-        return searcher.settings(Strategy(*strategy), settings(**more), Judging())
+        return searcher.settings(Method(*strategy), settings(**more))
 
     assert found("best_of_n") == found("best_of_n", batch_size=1, refine=RefineConfig(updates=9))
     assert found("best_of_n") != found("best_of_n", num_candidates=3)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FULL_COPY_RATE = 1e-4  # all weights want smaller steps than adapters
+FULL_COPY_RATE = 1e-4  # all weights need smaller steps than adapters
 
 # ---- the paper's figures (arXiv 2512.24551): "Overall" on VideoPhy2, the share of clips that an automatic rater gives
 # ---- 4 or 5 of 5 for both semantics and physics. Another scale and another test than the sandbox's.

@@ -1,19 +1,17 @@
 """What search costs at full size: seconds and memory to generate a clip, to score it, and for one refinement step.
 
     python -m eval.experiments.search.benchmark recipe=wan14b   # random weights of the recipe's architecture, one GPU
-    python -m eval.experiments.search.benchmark recipe=wan22_5b benchmark.parts=[generate,score] benchmark.fused=false
+    python -m eval.experiments.search.benchmark recipe=wan22_5b search_benchmark.parts=[generate,score]
 
-    generate      `benchmark.steps` steps with classifier-free guidance, two network passes each, timed and multiplied
-                  by sampler.steps
-    score         one candidate by `search.chosen_by` with the recipe's levels and draws; its share of `generate`, and
-                  that of a race, which takes `benchmark.race_share` of the passes (measured on the sandbox)
-    refine_block  one update of Proprio's refinement through a few-step sampler without guidance, as distilled
-                  generators run: activations of one block are held at a time
-    refine_step   the same with those of one sampling step; often more than a GPU has, which is said
-    (refinement is timed with one sampling step and one pass of the score, and multiplied by network passes)
+    generate   one step with classifier-free guidance, two network passes, timed and multiplied by sampler.steps
+    score      one candidate by `search.chosen_by` with the recipe's levels and draws; its share of `generate`, and
+               that of a race, which takes RACE_SHARE of the passes
+    refine     one update of Proprio's refinement through a few-step sampler without guidance, as distilled generators
+               run; activations of one block are held at a time. Timed with one sampling step and one pass of the score,
+               and multiplied by network passes
 
 Latents are scored, so neither VAE nor text encoder is needed; text is random. Seconds are medians over
-`benchmark.repeats` after a first that compiles; memory is the peak allocated on the device. Results go to
+`search_benchmark.repeats` after a first that compiles; memory is the peak allocated on the device. Results go to
 `<output>/search_benchmark.json`.
 """
 
@@ -31,32 +29,29 @@ import torch
 from torch import Tensor
 
 import recipes
-from eval.judges import JudgeConfig, Judging
-from eval.judges.external_tool import RatersConfig
+from eval.experiments.search.report import line
 from eval.search.candidates import Candidates
 from eval.search.config import SearchConfig
 from eval.search.noise_refinement import refine
-from eval.search.scorers import SCORERS
-from eval.vlm.backend import VlmConfig
+from eval.search.searcher import Searcher
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
+from train.backbones.base import BackboneConfig, Conditioning
 from train.clips import VideoConfig
 from train.files import write_text
 from train.fused.inference import fuse
 from train.parallel import build_accelerator
 from train.sampling import SamplerConfig
 
-PARTS = ("generate", "score", "refine_block", "refine_step")
+PARTS = ("generate", "score", "refine")
+RACE_SHARE = 0.61  # of full scoring's passes that a race took on the sandbox: 2 levels; 0.46 with 4
 
 
 @dataclass
 class BenchmarkConfig:
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # of PARTS
     repeats: int = 2  # timed runs, after one that compiles and allocates
-    steps: int = 1  # guided sampling steps in a timed run of `generate`
     fused: bool = True  # training's fused blocks, where they fit
-    race_share: float = 0.61  # of full scoring's passes that a race took on the sandbox: 2 levels; 0.46 with 4
 
 
 @dataclass
@@ -68,40 +63,32 @@ class Config:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    vlm: VlmConfig = field(default_factory=VlmConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    raters: RatersConfig = field(default_factory=RatersConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    search_benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config = recipes.load(Config, argv)
-    if unknown := set(config.benchmark.parts) - set(PARTS):
-        raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; use some of {', '.join(PARTS)}")
-    if config.benchmark.repeats < 1 or config.benchmark.steps < 1:
-        raise ValueError(f"benchmark.repeats={config.benchmark.repeats}, benchmark.steps: use 1 or more")
+    settings, video = config.search_benchmark, config.video
+    if unknown := set(settings.parts) - set(PARTS):
+        raise ValueError(
+            f"search_benchmark.parts: unknown {', '.join(sorted(unknown))}; use some of {', '.join(PARTS)}"
+        )
+    if settings.repeats < 1:
+        raise ValueError(f"search_benchmark.repeats={settings.repeats}: use 1 or more")
     config = replace(config, backbone=replace(config.backbone, path="", random_weights=True))
     if config.dry_run:
-        shell = load_backbone(config.backbone, "cpu", parts=())
-        size = (config.video.height, config.video.width, config.video.num_frames)
-        tokens = shell.num_tokens(*size)
-        print(f"latents {shell.latent_shape(*size)}, {tokens} tokens; {', '.join(config.benchmark.parts)}")
+        shell, size = load_backbone(config.backbone, "cpu", parts=()), (video.height, video.width, video.num_frames)
+        print(f"latents {shell.latent_shape(*size)}, {shell.num_tokens(*size)} tokens; {', '.join(settings.parts)}")
         return None
     bench = Bench(config, build_accelerator().device)
-    makers = {
-        "generate": bench.generate,
-        "score": bench.score,
-        "refine_block": partial(bench.refine, per_block=True),
-        "refine_step": partial(bench.refine, per_block=False),
-    }
     results = bench.facts | {"settings": recipes.redacted(asdict(config))}
     path = Path(config.output) / "search_benchmark.json"
-    for part in [part for part in PARTS if part in config.benchmark.parts]:
-        results[part] = attempt(makers[part])
-        share(results, config.benchmark.race_share)
+    for part in [part for part in PARTS if part in settings.parts]:
+        results[part] = attempt(getattr(bench, part))
+        share(results)
         write_text(path, json.dumps(results, indent=1) + "\n")  # what was measured outlives a time limit
-        print(line(part, results[part]), flush=True)
+        print(row(part, results[part]), flush=True)
     print(table(results) + f"\nresults  {path}")
     return results
 
@@ -111,12 +98,11 @@ class Bench:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        self.backbone: Backbone = load_backbone(config.backbone, device, parts=("expert",))
-        self.network = self.backbone.transformer
-        reason = fuse(self.backbone) if config.benchmark.fused else "benchmark.fused=false"
-        self.backbone.experts = {name: self.network for name in self.backbone.expert_folders}  # the other is no dearer
-        generator = torch.Generator().manual_seed(config.seed)
-        shape = self.backbone.latent_shape(config.video.height, config.video.width, config.video.num_frames)
+        self.backbone = load_backbone(config.backbone, device, parts=("expert",))
+        reason = fuse(self.backbone) if config.search_benchmark.fused else "search_benchmark.fused=false"
+        network, size = self.backbone.transformer, (config.video.height, config.video.width, config.video.num_frames)
+        self.backbone.experts = {name: network for name in self.backbone.expert_folders}  # the other is no dearer
+        generator, shape = torch.Generator().manual_seed(config.seed), self.backbone.latent_shape(*size)
         self.latents = torch.randn((1, *shape), generator=generator)
         width = self.backbone.architecture["transformer"]["text_dim"]
         text = torch.randn(2, config.backbone.text_length, width, generator=generator)
@@ -124,80 +110,65 @@ class Bench:
         image = torch.randn((1, *shape), generator=generator) if stacked else None
         self.conditioning, self.negative = (Conditioning(part, image).to(device) for part in text.split(1))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        size = (config.video.height, config.video.width, config.video.num_frames)
         self.facts = {"device": name, "torch": torch.__version__, "tokens": self.backbone.num_tokens(*size)}
         self.facts |= {"fused": not reason, "not_fused": reason}
 
     def generate(self) -> dict[str, Any]:
-        sampler, steps = self.config.sampler, self.config.benchmark.steps
+        sampler = self.config.sampler
         guidance = sampler.guidance if sampler.guidance != 1 else 5.0
-        sigmas = sigma_grid(sampler.steps, sampler.shift)
-        latents = self.latents.to(self.device)
+        scales = {"negative": self.negative, "guidance": guidance, "guidance_low": sampler.guidance_low}
+        latents, time_of_noise = self.latents.to(self.device), torch.tensor(1.0, dtype=torch.float64)
 
         @torch.no_grad()
         def run() -> None:
-            moved = self.backbone.start(latents, self.conditioning)
-            for t in sigmas[:steps]:
-                scales = {"negative": self.negative, "guidance": guidance, "guidance_low": sampler.guidance_low}
-                moved = moved - 0.01 * self.backbone.velocity_at(moved, t, self.conditioning, **scales)
+            start = self.backbone.start(latents, self.conditioning)
+            self.backbone.velocity_at(start, time_of_noise, self.conditioning, **scales)
 
         found = self.measure(run)
-        each = found["seconds"] / steps
-        passes = 2 * sampler.steps
-        return found | {"seconds": each * sampler.steps, "step_seconds": each, "steps": sampler.steps, "passes": passes}
+        steps = {"step_seconds": found["seconds"], "steps": sampler.steps, "passes": 2 * sampler.steps}
+        return found | {"seconds": found["seconds"] * sampler.steps} | steps
 
     def score(self) -> dict[str, Any]:
-        search = self.config.search
-        scorer = SCORERS[search.chosen_by](search, self.backbone, self.config.video.fps, Judging.of(self.config))
-        passes: list[float] = []
+        config, passes = self.config.search, []
+        scorer = Searcher(config, self.backbone, self.config.video, self.config.sampler).scorer(config.chosen_by)
 
         def run() -> None:
             candidates = Candidates("one", "a clip", self.latents, self.conditioning, refuse, self.config.video.fps)
             passes.append(candidates.measure(scorer)[1].passes)
 
-        found = self.measure(run)
-        settings = {"scorer": search.chosen_by, "levels": search.residuals.levels, "draws": search.residuals.draws}
-        return found | settings | {"passes": passes[-1]}
+        settings = {"levels": config.residuals.levels, "draws": config.residuals.draws}
+        return self.measure(run) | {"scorer": config.chosen_by} | settings | {"passes": passes[-1]}
 
-    def refine(self, *, per_block: bool) -> dict[str, Any]:
+    def refine(self) -> dict[str, Any]:
         """One update: the iterate of `updates=1` that has a gradient; the other one is `updates=0`."""
-        settings = self.config.search.refine
+        settings, found = self.config.search.refine, []
         few = SamplerConfig(steps=1, guidance=1.0, shift=self.config.sampler.shift)
-        fused = self.facts["fused"]
-        if fused and not per_block:
-            return {"refused": "fused blocks hold one block's activations at a time: see refine_block"}
-        if per_block and not fused:
-            self.network.enable_gradient_checkpointing()
-        found = []
+        if not self.facts["fused"]:  # fused blocks hold the activations of one block anyway
+            self.backbone.transformer.enable_gradient_checkpointing()
         for updates in (0, 1):
             config = replace(settings, updates=updates, levels=1, draws=1)
-            run = partial(refine, self.backbone, self.conditioning, self.latents, few, config)
-            found.append(self.measure(run))
-        if per_block and not fused:
-            self.network.disable_gradient_checkpointing()
+            found.append(self.measure(partial(refine, self.backbone, self.conditioning, self.latents, few, config)))
+        if not self.facts["fused"]:
+            self.backbone.transformer.disable_gradient_checkpointing()
         passes = settings.steps + settings.levels * settings.draws  # of an update; timed: one of each
         seconds = (found[1]["seconds"] - found[0]["seconds"]) * passes / 2
         return {"seconds": seconds, "memory_gib": found[1]["memory_gib"], "passes": passes, "backward": passes}
 
     def measure(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Median seconds and peak memory of `run`, the first one left out."""
-        times = []
-        for _ in range(self.config.benchmark.repeats + 1):
-            if self.device.type == "cuda":
+        """Median seconds of `run`, the first one left out, and the peak GiB allocated on the device, or resident."""
+        times, on_gpu = [], self.device.type == "cuda"
+        for _ in range(self.config.search_benchmark.repeats + 1):
+            if on_gpu:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
             started = time.perf_counter()
             run()
-            if self.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - started)
-        return {"seconds": statistics.median(times[1:]), "memory_gib": self.memory()}
-
-    def memory(self) -> float:
-        """Peak GiB allocated on the device, or resident on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else resident
+        return {"seconds": statistics.median(times[1:]), "memory_gib": memory}
 
 
 def refuse(latents: Tensor) -> Tensor:
@@ -213,28 +184,26 @@ def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"refused": "does not fit the device's memory"}
 
 
-def share(results: dict[str, Any], race_share: float) -> None:
-    """Add what scoring takes of generating; by hand: 16 s and 100 s are 0.16, in a race of share 0.45 0.072."""
+def share(results: dict[str, Any]) -> None:
+    """Add what scoring takes of generating; by hand: 16 s and 100 s are 0.16, in a race 0.61 of that."""
     if "seconds" in results.get("generate", {}) and "seconds" in results.get("score", {}):
-        score = results["score"]
-        score["share"] = score["seconds"] / results["generate"]["seconds"]
-        score["race_share"] = race_share * score["share"]
+        results["score"]["share"] = results["score"]["seconds"] / results["generate"]["seconds"]
+        results["score"]["race_share"] = RACE_SHARE * results["score"]["share"]
 
 
-def line(part: str, found: dict[str, Any]) -> str:
+def row(part: str, found: dict[str, Any]) -> str:
     """One part's line of the table."""
     if "refused" in found:
         return f"{part:<14}{found['refused']}"
-    numbers = f"{found['seconds']:>10.3f}{found['memory_gib']:>14.1f}"
-    return f"{part:<14}{numbers}{found['passes']:>10}{found.get('backward', 0):>10}"
+    numbers = (f"{found['seconds']:.3f}", f"{found['memory_gib']:.1f}", str(found["passes"]))
+    return line(part, 14, [*numbers, str(found.get("backward", 0))], (12, 14, 10, 10))
 
 
 def table(results: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [f"{results['device']}, {results['tokens']} tokens, blocks " + ("fused" if results["fused"] else "plain")]
-    lines.append(f"{'':<14}{'seconds':>10}{'memory, GiB':>14}{'forward':>10}{'backward':>10}")
-    for part in [part for part in PARTS if part in results]:
-        lines.append(line(part, results[part]))
+    lines.append(line("", 14, ("seconds", "memory, GiB", "forward", "backward"), (12, 14, 10, 10)))
+    lines += [row(part, results[part]) for part in PARTS if part in results]
     if "share" in results.get("score", {}):
         score = results["score"]
         lines.append(f"scoring one candidate by {score['scorer']}: {score['share']:.1%} of generating it,")

@@ -10,42 +10,48 @@ choosing more or less motion; "most motion" keeps what it gains within a third. 
 in a third do not count there.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from eval.report.intervals import Estimate, bootstrap_mean
-from eval.search.candidates import ranks
-from train.files import write_text
 
 STRATA = ("low", "medium", "high")
 BASELINE = "most_motion"
 ASPECTS = ("physical", "semantic")
+SIGNED = {  # columns of differences and correlations, and their keys
+    "over random": "over_random",
+    "over most motion": "over_most_motion",
+    "within motion strata": "strata",
+    "rank correlation": "correlation",
+}
 
 
 def results(records: Sequence[dict[str, Any]], scorers: Sequence[str], chosen_by: str) -> dict[str, Any]:
     """All figures, as plain JSON values, of the records of all prompts."""
     truth = {name: np.array([record["truth"][name] for record in records]) for name in ASPECTS}  # (P, N)
     physical, count = truth["physical"], truth["physical"].shape[1]
-    bins = strata(np.array([record["motion"] for record in records]))
     values = {name: np.array([record["scorers"][name]["values"] for record in records]) for name in scorers}
     picked = {name: found.argmin(axis=1) for name, found in values.items()}
+    bins = strata(np.array([record["motion"] for record in records]))
     random = physical.mean(axis=1)
     baseline = _take(physical, picked[BASELINE]) if BASELINE in picked else None
+
+    def cost(made: Iterable[dict[str, Any]]) -> dict[str, float]:  # per candidate
+        made = list(made)
+        return {key: float(np.mean([one[key] for one in made])) / count for key in ("passes", "seconds")}
+
     rows: dict[str, dict[str, Any]] = {}
     for name in ["oracle", "random", *[name for name in scorers if name != "random"]]:
-        rows[name] = row = {}
         if name == "random":
             best = {aspect: found.mean(axis=1) for aspect, found in truth.items()}
         else:
             index = physical.argmax(axis=1) if name == "oracle" else picked[name]
             best = {aspect: _take(found, index) for aspect, found in truth.items()}
-        row |= {aspect: estimate(found) for aspect, found in best.items()}
+        rows[name] = row = {aspect: estimate(found) for aspect, found in best.items()}
         if name != "random":
             row["over_random"] = estimate(best["physical"] - random)
             if baseline is not None and name != BASELINE:
@@ -54,36 +60,31 @@ def results(records: Sequence[dict[str, Any]], scorers: Sequence[str], chosen_by
             row["strata"] = stratified(values[name], physical, bins)
             row["correlation"] = estimate([-rho for rho in map(spearman, values[name], physical) if rho is not None])
         if name in values:
-            row["passes"] = float(np.mean([record["scorers"][name]["passes"] for record in records])) / count
-            row["seconds"] = float(np.mean([record["scorers"][name]["seconds"] for record in records])) / count
-    generation = {
-        key: float(np.mean([record["generation"][key] for record in records])) / count for key in ("passes", "seconds")
-    }
-    found = {"prompts": len(records), "candidates": count, "chosen_by": chosen_by, "generation": generation}
-    found |= {"scorers": rows, "race": None, "prune": []}
+            row |= cost(record["scorers"][name] for record in records)
+    found = {"prompts": len(records), "candidates": count, "chosen_by": chosen_by}
+    found |= {"generation": cost(record["generation"] for record in records), "scorers": rows, "race": None}
     full = [record["scorers"][chosen_by] for record in records]
     if all("race" in record for record in records):
-        found["race"] = {
-            "same_winner": estimate([r["race"]["chosen"] == f["chosen"] for r, f in zip(records, full, strict=True)]),
-            "passes_share": estimate([r["race"]["passes"] / f["passes"] for r, f in zip(records, full, strict=True)]),
-            "physical": estimate(_take(physical, np.array([record["race"]["chosen"] for record in records]))),
-        }
+        raced = [record["race"] for record in records]
+        found["race"] = _early(raced, full, [one["passes"] for one in full], physical)
+    whole = [record["generation"]["passes"] + one["passes"] for record, one in zip(records, full, strict=True)]
+    found["prune"] = []
     for looks in zip(*[record.get("prune", []) for record in records], strict=True):
-        whole = [r["generation"]["passes"] + f["passes"] for r, f in zip(records, full, strict=True)]
+        row = {"step": looks[0]["step"], "scorer": looks[0]["scorer"], "kept": len(looks[0]["kept"])}
+        row |= _early(looks, full, whole, physical)
         chosen = np.array([look["chosen"] for look in looks])
-        same = [look["chosen"] == f["chosen"] for look, f in zip(looks, full, strict=True)]
-        found["prune"].append(
-            {
-                "step": looks[0]["step"],
-                "scorer": looks[0]["scorer"],
-                "kept": len(looks[0]["kept"]),
-                "same_winner": estimate(same),
-                "passes_share": estimate([look["passes"] / all_of for look, all_of in zip(looks, whole, strict=True)]),
-                "physical": estimate(_take(physical, chosen)),
-                "loss": estimate(_take(physical, chosen) - _take(physical, picked[chosen_by])),
-            }
-        )
+        row["loss"] = estimate(_take(physical, chosen) - _take(physical, picked[chosen_by]))
+        found["prune"].append(row)
     return found
+
+
+def _early(found: Sequence[dict], full: Sequence[dict], passes: Sequence[int], physical: NDArray) -> dict[str, Any]:
+    """Choices for fewer passes beside those of full scoring: how often the same, passes over `passes`, the truth."""
+    return {
+        "same_winner": estimate([one["chosen"] == other["chosen"] for one, other in zip(found, full, strict=True)]),
+        "passes_share": estimate([one["passes"] / whole for one, whole in zip(found, passes, strict=True)]),
+        "physical": estimate(_take(physical, np.array([one["chosen"] for one in found]))),
+    }
 
 
 def estimate(values: Sequence[float] | NDArray) -> dict[str, float] | None:
@@ -118,10 +119,9 @@ def stratified(values: NDArray, truth: NDArray, bins: NDArray) -> dict[str, Any]
 
 def spearman(first: NDArray, second: NDArray) -> float | None:
     """Rank correlation of two lists (N,), ties sharing ranks; None where one of them is constant."""
-    a, b = (ranks(torch.from_numpy(np.asarray(values, dtype=np.float64))).numpy() for values in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a**2).sum() * (b**2).sum())
-    return float((a * b).sum() / scale) if scale > 0 else None
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)
 
 
 def _take(values: NDArray, index: NDArray) -> NDArray:
@@ -134,40 +134,43 @@ def _take(values: NDArray, index: NDArray) -> NDArray:
 
 def table(found: dict[str, Any]) -> str:
     """The results as text: means with 95% intervals."""
-    columns: list[tuple[str, int, Callable[[dict], str]]] = [
-        ("physical", 22, lambda row: show(row["physical"])),
-        ("semantic", 22, lambda row: show(row["semantic"])),
-        ("over random", 24, lambda row: show(row.get("over_random"), sign=True)),
-        ("over most motion", 24, lambda row: show(row.get("over_most_motion"), sign=True)),
-        ("within motion strata", 24, lambda row: show(row.get("strata", {}).get("all"), sign=True)),
-        ("rank correlation", 24, lambda row: show(row.get("correlation"), sign=True)),
-        ("passes", 8, lambda row: f"{row['passes']:.0f}" if "passes" in row else ""),
-        ("seconds", 8, lambda row: f"{row['seconds']:.3f}" if "seconds" in row else ""),
-    ]
+    names = ("physical", "semantic", *SIGNED, "passes", "seconds")
+    sizes = (22, 22, 24, 24, 24, 24, 8, 8)
     width = max(len(name) for name in found["scorers"]) + 4
     cost = found["generation"]
     lines = [
         f"{found['prompts']} prompts, best of {found['candidates']}; a candidate takes {cost['passes']:.0f} network"
         f" passes and {cost['seconds']:.3f} s to generate, to score what stands at the end of its line",
-        f"{'chosen by':<{width}}" + "".join(f"{name:<{size}}" for name, size, _ in columns),
+        line("chosen by", width, names, sizes),
     ]
     for name, row in found["scorers"].items():
-        mark = "* " if name == found["chosen_by"] else "  "
-        lines.append(f"{mark + name:<{width}}" + "".join(f"{cell(row):<{size}}" for _, size, cell in columns))
-    lines += ["", "gain within a third of equal motion"]
-    lines.append(f"{'':<{width}}" + "".join(f"{name:<24}" for name in STRATA))
+        cells = [show(row["physical"]), show(row["semantic"]), *signed(row)]
+        cells += [f"{row['passes']:.0f}", f"{row['seconds']:.3f}"] if "passes" in row else []
+        lines.append(line(("* " if name == found["chosen_by"] else "  ") + name, width, cells, sizes))
+    lines += ["", "gain within a third of equal motion", line("", width, STRATA, sizes[2:])]
     for name, row in found["scorers"].items():
         if "strata" in row:
-            cells = "".join(f"{show(row['strata'][third], sign=True):<24}" for third in STRATA)
-            lines.append(f"{'  ' + name:<{width}}{cells}")
+            cells = [show(row["strata"][third], sign=True) for third in STRATA]
+            lines.append(line("  " + name, width, cells, sizes[2:]))
     if race := found["race"]:
         lines += ["", f"racing {found['chosen_by']}: the winner of full scoring in {show(race['same_winner'])} of"]
         lines[-1] += f" prompts, for {show(race['passes_share'])} of its passes, physical {show(race['physical'])}"
     for look in found["prune"]:
-        line = f"pruning after step {look['step']} by {look['scorer']} to {look['kept']}: the winner of full search in"
-        line += f" {show(look['same_winner'])}, {show(look['passes_share'])} of all passes, physical"
-        lines.append(f"{line} {show(look['physical'])} ({show(look['loss'], sign=True)})")
-    return "\n".join(line.rstrip() for line in lines)
+        text = f"pruning after step {look['step']} by {look['scorer']} to {look['kept']}: the winner of full search in"
+        text += f" {show(look['same_winner'])}, {show(look['passes_share'])} of all passes, physical"
+        lines.append(f"{text} {show(look['physical'])} ({show(look['loss'], sign=True)})")
+    return "\n".join(lines)
+
+
+def signed(row: dict[str, Any]) -> list[str]:
+    """The row's cells of the columns SIGNED."""
+    found = row | {"strata": row.get("strata", {}).get("all")}
+    return [show(found.get(key), sign=True) for key in SIGNED.values()]
+
+
+def line(name: str, width: int, cells: Sequence[str], sizes: Sequence[int]) -> str:
+    """One line of a table: a name and cells, each left-aligned in its column's size."""
+    return (f"{name:<{width}}" + "".join(f"{cell:<{size}}" for cell, size in zip(cells, sizes, strict=False))).rstrip()
 
 
 def show(value: dict[str, float] | None, *, sign: bool = False) -> str:
@@ -176,8 +179,3 @@ def show(value: dict[str, float] | None, *, sign: bool = False) -> str:
     if sign:
         return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
     return str(Estimate(**value))
-
-
-def write(folder: Path, found: dict[str, Any], text: str) -> None:
-    write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
-    write_text(folder / "table.txt", text + "\n")

@@ -3,7 +3,7 @@
     <folder>/candidates/<key>.safetensors   latents (N,C,F,H,W), text (1,L,D) and clean-<step> (N,C,F,H,W) of each
                                             pruning step; metadata: digest of what they depend on, and seconds
     <folder>/candidates/<key>-<strategy>.safetensors   latents of the clips that a strategy made for the prompt
-    <folder>/prompts/<key>.json             one record a prompt: seeds, truth, each scorer's values and cost
+    <folder>/prompts/<key>.json             one record per prompt: seeds, truth, each scorer's values and cost
 
 Both appear whole or not at all. A file of other settings is made again; a record of other candidates is begun anew.
 """

@@ -3,11 +3,11 @@
 Every row is a mean over prompts with a 95% bootstrap interval. "adds" is paired with the same prompts' clips without
 the last part of the strategy, from the same noise: a refined clip with the clip of its own noise, guided clips with the
 candidates of the same seeds, the best of them with the best of these by the same scorer. A row's motion is that of its
-clips over that of all candidates: a strategy that stills clips, or stirs them, is seen there. Within strata of equal
-motion (`report.py`) there is only a choice among guided clips to look at: one refined clip leaves none.
+clips over that of all candidates, which shows a strategy that makes clips stiller or livelier. Strata of equal motion
+(`report.py`) apply to a choice among guided clips only: there is no choice where one clip is refined.
 
-A cost is a prompt's, from noise to the chosen clip: network passes forward (without what activation checkpointing
-computes anew) and backward, and seconds, those of a batch shared by its clips.
+A cost is that of one prompt, from noise to the chosen clip: network passes forward (without what activation
+checkpointing computes anew) and backward, and seconds, those of a batch shared by its clips.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.experiments.search.report import BASELINE, estimate, show, strata, stratified
+from eval.experiments.search.report import BASELINE, estimate, line, show, strata, stratified
 
-Picks = list[
-    tuple[dict[str, Any], list[int]]
-]  # a prompt each: clips with truth, motion, scores; numbers of those taken
-Costs = list[tuple[dict[str, Any], float]]  # a prompt each: what was spent, and the share of it that counts
+# Per prompt: clips with truth, motion and scores, and the numbers of those taken.
+Picks = list[tuple[dict[str, Any], list[int]]]
+Costs = list[tuple[dict[str, Any], float]]  # per prompt: what was spent, and the share of it that counts
 
 
 def rows(records: Sequence[dict[str, Any]], chosen_by: str) -> dict[str, dict[str, Any]]:
@@ -120,16 +119,14 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     if not found:
         return ""
     width = max(map(len, found)) + 4
-    signed = [("over random", "over_random"), ("over most motion", "over_most_motion"), ("adds", "adds")]
-    names = ["physical", "semantic", *[title for title, _ in signed], "adds, semantic", "within motion strata"]
-    lines = [
-        "strategies; passes and seconds are a prompt's",
-        f"{'':<{width}}" + "".join(f"{name:<24}" for name in names) + "motion  forward  backward  seconds",
-    ]
+    signed = {"over random": "over_random", "over most motion": "over_most_motion", "adds": "adds"}
+    signed |= {"adds, semantic": "adds_semantic"}
+    sizes = (24,) * 7 + (8, 9, 10, 8)
+    heads = ["physical", "semantic", *signed, "within motion strata", "motion", "forward", "backward", "seconds"]
+    lines = ["strategies; passes and seconds are a prompt's", line("", width, heads, sizes)]
     for name, row in found.items():
         cells = [show(row["physical"]), show(row["semantic"])]
-        cells += [show(row.get(key), sign=True) for _, key in signed]
-        cells += [show(row.get("adds_semantic"), sign=True), show(row.get("strata", {}).get("all"), sign=True)]
-        numbers = f"{row['motion']:<8.2f}{row['passes']:<9.0f}{row['backward']:<10.0f}{row['seconds']:.2f}"
-        lines.append(f"{'  ' + name:<{width}}" + "".join(f"{cell:<24}" for cell in cells) + numbers)
+        cells += [show(row.get(key), sign=True) for key in signed.values()]
+        cells += [show(row.get("strata", {}).get("all"), sign=True), f"{row['motion']:.2f}", f"{row['passes']:.0f}"]
+        lines.append(line("  " + name, width, [*cells, f"{row['backward']:.0f}", f"{row['seconds']:.2f}"], sizes))
     return "\n".join(lines)

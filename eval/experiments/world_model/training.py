@@ -72,7 +72,7 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 @dataclass(frozen=True)
 class Settings:
     steps: int = 12_000
-    batch: int = 64  # windows a step
+    batch: int = 64  # windows per step
     pool: int = 10_000  # simulated clips, made before the first step
     learning_rate: float = 1.5e-3  # peak; linear warm-up, then cosine to 0
     seed: int = 0
@@ -261,7 +261,7 @@ def encode(encoder: nn.Module, patches: Tensor, ids: Tensor) -> Tensor:
 def predict(predictor: nn.Module, context: Tensor, seen: Tensor, hidden: Tensor) -> Tensor:
     """The tokens `hidden` (K,) from the context (B,N,D) at the tokens `seen` (N,): (B,K,D).
 
-    Equals the predictor's own forward, which wants the tokens of the whole window and masks for each clip.
+    Equals the predictor's own forward, which takes the tokens of the whole window and masks for each clip.
     """
     embeddings = predictor.embeddings
     query = embeddings.mask_tokens[1 % embeddings.num_mask_tokens]  # (1,1,D); its forward always takes this one

@@ -1,19 +1,19 @@
 """Scorers by name: build(SearchConfig, Backbone, fps, Judging) -> Scorer, lower is better; see
 `eval.search.candidates`.
 
-Proprio's are named proprio_<variant>[-<mask>][-<weighting>]; left out, the paper's: the motion mask, inverse variance.
-A new scorer is a file, a line in SCORERS, and a line in SETTINGS: the fields of SearchConfig that its values depend on.
+Proprio's are named proprio_<variant>[-<mask>][-uniform]; left out, the paper's: the motion mask, inverse variance.
+A new scorer is a file, a line in SCORERS, and a line in SETTINGS: the settings that its values depend on
+(`eval.search.searcher.scorer_settings`).
 """
 
 from functools import partial
 
-from eval.judges import build_judge, vlm
+from eval.judges import build_judge
 from eval.search.scorers import proprio
 from eval.search.scorers.judge import JudgeScore
 from eval.search.scorers.most_motion import most_motion
 from eval.search.scorers.per_motion import PerMotion
 from eval.search.scorers.random_choice import random_choice
-from eval.search.scorers.rank_sum import RankSum
 from eval.search.scorers.surprise import Surprise
 
 PROPRIO = {
@@ -22,29 +22,17 @@ PROPRIO = {
     )
     for variant in proprio.VARIANTS
     for mask in ("", "-text", "-attention")
-    for weighting in ("", "-pooled", "-uniform")
+    for weighting in ("", "-uniform")
     if variant != "global" or not mask
 }
 SCORERS = {
     "random": lambda config, backbone, fps, judging: random_choice,
     "most_motion": lambda config, backbone, fps, judging: most_motion,
     **PROPRIO,
-    "residual_per_motion": lambda config, backbone, fps, judging: PerMotion(
-        proprio.build(config, backbone, fps, variant="global", mask="motion", weighting="uniform")
-    ),
-    "masked_residual_per_motion": lambda config, backbone, fps, judging: PerMotion(
-        proprio.build(config, backbone, fps, variant="motion", mask="motion", weighting="uniform")
-    ),
+    "residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_global-uniform"](*given)),
+    "masked_residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_motion-uniform"](*given)),
     "surprise": lambda config, backbone, fps, judging: Surprise(config.surprise, backbone.device),
-    "judge": lambda config, backbone, fps, judging: JudgeScore(
-        build_judge(judging, fps, backbone.device), config.judge_aspect
-    ),
-    "vlm": lambda config, backbone, fps, judging: JudgeScore(
-        vlm.build(judging.vlm, fps, backbone.device), config.judge_aspect
-    ),
-    "rank_sum": lambda config, backbone, fps, judging: RankSum(
-        [SCORERS[name](config, backbone, fps, judging) for name in config.combined]
-    ),
+    "judge": lambda config, backbone, fps, judging: JudgeScore(build_judge(judging, fps, backbone.device)),
 }
 SETTINGS = {
     **{name: ("residuals", "mixing") for name in PROPRIO},
@@ -52,6 +40,4 @@ SETTINGS = {
     "masked_residual_per_motion": ("residuals",),
     "surprise": ("surprise",),
     "judge": ("judge", "judge_aspect"),
-    "vlm": ("vlm", "judge_aspect"),
-    "rank_sum": ("combined", "residuals", "mixing", "surprise", "judge", "judge_aspect", "vlm"),
 }

@@ -2,11 +2,9 @@
 
     global   eq. 5 over all cells     motion   eq. 6 in a mask     hybrid   mixing global + (1 - mixing) motion, eq. 11
 
-with one of the masks of `eval.search.masks` and one of three weightings of the noise levels:
+with one of the masks of `eval.search.masks` and one of two weightings of the noise levels:
 
     inverse_variance   eq. 9, each clip by the variance of its own draws
-    pooled             ours: eq. 9 with the variance averaged over the prompt's candidates, so that all are compared
-                       with the same weights; with four draws a clip's own variance is little more than chance
     uniform            for distilled generators (table 8)
 
 An empty or frozen clip is easy to explain, so read these scores beside the motion baseline.
@@ -24,9 +22,8 @@ from eval.search.residuals import Residuals
 from losses.self_score import DELTA, aggregate, hybrid
 from train.backbones.base import Backbone
 
-WEIGHTINGS = ("inverse_variance", "pooled", "uniform")
 VARIANTS = ("global", "motion", "hybrid")
-EPS = 1e-8  # of eq. 9
+MIXING = 0.2  # share of the global score in the hybrid one
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,12 @@ class Proprio:
     residuals: Residuals
     variant: str = "hybrid"  # global | motion | hybrid
     mask: str = "motion"  # motion | text | attention
-    weighting: str = "inverse_variance"  # inverse_variance | pooled | uniform
-    mixing: float = 0.2  # share of the global score in the hybrid one
+    weighting: str = "inverse_variance"  # inverse_variance | uniform
 
     def __call__(self, candidates: Candidates) -> Tensor:
         maps = self.residuals.maps(candidates)  # (N, levels, draws, F, H, W)
         errors = {name: masked_mean(maps, weight) for name, weight in self._weights(candidates).items()}
-        return self._mix({name: weighted(values, self.weighting) for name, values in errors.items()})
+        return self._mix({name: aggregate(values, weighting=self.weighting) for name, values in errors.items()})
 
     def round_values(self, candidates: Candidates, number: int, chosen: list[int]) -> Tensor:
         """The score from one round of `Residuals` alone, (len(chosen),): with uniform weighting their mean over all
@@ -64,7 +60,7 @@ class Proprio:
 
     def _mix(self, scores: dict[str, Tensor]) -> Tensor:
         if self.variant == "hybrid":
-            return hybrid(scores["global"], scores["motion"], mixing=self.mixing)
+            return hybrid(scores["global"], scores["motion"], mixing=MIXING)
         return scores[self.variant]
 
 
@@ -83,17 +79,6 @@ def free_cells(candidates: Candidates) -> Tensor:
     return cells
 
 
-def weighted(errors: Tensor, weighting: str) -> Tensor:
-    """One score a clip from errors (N, levels, draws), eqs. 7-10: (N,) float32."""
-    if weighting != "pooled":
-        return aggregate(errors, weighting=weighting, eps=EPS)
-    errors = errors.float()
-    weight = 1 / (errors.var(dim=2, correction=0).mean(dim=0) + EPS)  # (levels,)
-    return errors.mean(dim=2) @ (weight / weight.sum())
-
-
-def build(
-    config: Any, backbone: Backbone, fps: float, judging: Any = None, *, variant: str, mask: str, weighting: str
-) -> Proprio:
+def build(config: Any, backbone: Backbone, *_: Any, variant: str, mask: str, weighting: str) -> Proprio:
     """The scorer of a SearchConfig; scorers built from equal settings share their passes."""
-    return Proprio(Residuals(backbone, config.residuals), variant, mask, weighting, config.mixing)
+    return Proprio(Residuals(backbone, config.residuals), variant, mask, weighting)

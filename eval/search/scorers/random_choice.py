@@ -1,4 +1,4 @@
-"""The other baseline: a choice by lot, the same in every run."""
+"""The other baseline: a random choice, the same in every run."""
 
 import hashlib
 

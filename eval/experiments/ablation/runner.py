@@ -1,0 +1,167 @@
+"""Runs the ablation's commands, several at a time: each row with each seed from where it stands."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval.experiments.ablation.plan import SCORES, Plan, read_result
+from eval.experiments.ablation.rows import METHODS, Row
+from train.files import digest, write_text
+
+
+class StepFailed(RuntimeError):
+    """A command failed; the message ends with the tail of its log."""
+
+
+Run = Callable[[str, list[str], Path], None]  # module, arguments, log file; raises StepFailed
+
+
+class Processes:
+    """Runs the commands, with the processor's cores shared between `jobs` of them. `stop` ends all that are running."""
+
+    def __init__(self, jobs: int):
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        self.environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}
+        self._running: set[subprocess.Popen] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def run(self, module: str, arguments: list[str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"\n$ python -m {module} {shlex.join(arguments)}\n")
+            file.flush()
+            with self._lock:
+                if self._stopped:
+                    raise StepFailed("stopped")
+                command = [sys.executable, "-m", module, *arguments]
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.environment)
+                self._running.add(process)
+            status = process.wait()
+            self._running.discard(process)
+        if status:
+            tail = log.read_bytes()[-8000:].decode("utf-8", errors="replace").splitlines()[-12:]
+            raise StepFailed(f"{module} ended with status {status}, see {log}:\n  " + "\n  ".join(tail))
+
+    def stop(self) -> None:
+        """SIGTERM: a trainer saves a checkpoint and ends."""
+        with self._lock:
+            self._stopped = True
+            for process in list(self._running):
+                process.terminate()
+
+
+def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None], jobs: int) -> dict[str, str]:
+    """Run what is not finished, `jobs` at a time; returns what failed, by name, and why."""
+    runs = [(row, seed) for seed in plan.seeds for row in rows]
+    todo = [pair for pair in runs if plan.result(*pair) is None]
+    failed: dict[str, str] = {}
+    progress = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="ablation")
+    with progress, ThreadPoolExecutor(jobs) as pool:
+        names, builds = {}, {}
+        for name, seed in dict.fromkeys((row.groups, seed) for row, seed in todo if row.trainer):
+            log = plan.groups(name, seed) / "log.txt"
+            builds[name, seed] = pool.submit(run, "data_pipeline.build", plan.build_arguments(name, seed), log)
+            names[builds[name, seed]] = log.parent.name
+        # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them.
+        for row, seed in sorted(todo, key=lambda pair: pair[0].trainer != ""):
+            build = builds[row.groups, seed] if row.trainer else None
+            names[pool.submit(run_row, plan, row, seed, run, build)] = plan.place(row, seed).name
+        try:
+            for future in as_completed(names):
+                if error := future.exception():
+                    failed[names[future]] = f"{error}" if isinstance(error, StepFailed) else repr(error)
+                    progress.write(f"{names[future]} failed: {failed[names[future]]}")
+                if future not in builds.values():
+                    progress.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop()
+            raise
+    return failed
+
+
+def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) -> None:
+    """Train and evaluate one row with one seed, from where it stands. Raises StepFailed."""
+    if groups is not None and groups.exception() is not None:  # waits for the build
+        raise StepFailed(f"its groups failed: {plan.groups(row.groups, seed)}")
+    place = plan.place(row, seed)
+    digests = plan.digests(row, seed)
+    started = read_result(place / "started.json") or {}
+    if place.exists() and any(started.get(key) != digests[key] for key in ("training", "groups")):
+        target = plan.folder / "replaced" / f"{place.name}-{digest(started)[:8]}"
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place.rename(target)
+        started = {}
+    started = {**digests, "seconds": started.get("seconds", {})}
+
+    def timed(name: str, module: str, arguments: list[str]) -> None:
+        begin, before = time.perf_counter(), started["seconds"].get(name, 0.0)
+        try:
+            run(module, arguments, place / "log.txt")
+        finally:  # a stopped run's time counts as well
+            started["seconds"][name] = round(before + time.perf_counter() - begin, 1)
+            _write(place / "started.json", started)
+
+    def is_trained() -> bool:
+        exported = place / "train" / "lora" / "pytorch_lora_weights.safetensors"
+        return exported.exists() or (place / "train" / "transformer").is_dir()
+
+    _write(place / "started.json", started)
+    if row.trainer and not is_trained():
+        timed("train", row.trainer, plan.train_arguments(row, seed))
+        if not is_trained():  # a trainer that was asked to stop ends without an error
+            raise StepFailed(f"{row.trainer} stopped before its last step: run the same command to continue")
+    _share_base_clips(plan.place(METHODS[0], seed), place)
+    timed("evaluate", "eval.run", plan.eval_arguments(row, seed))
+    scores = read_scores(place / "eval" / "scores.jsonl", plan.clips)
+    own = {"row": row.name, "seed": seed, "overrides": [*plan.overrides, *row.overrides]}
+    _write(place / "result.json", {**own, **started, "torch": plan.torch, "device": plan.device, "scores": scores})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content) + "\n")
+
+
+def _share_base_clips(base: Path, place: Path) -> None:
+    """Give the run the base row's clips of its seed, so that eval.run, which checks what they were made with, samples
+    the base model once per seed."""
+    source, target = (folder / "eval" / "sandbox" / "clips" / "base" for folder in (base, place))
+    if source.exists() and source != target:
+        with suppress(OSError):  # where there are no links they are sampled again
+            shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link instead of what is there: eval.run replaces such a file and never writes into it."""
+    Path(target).unlink(missing_ok=True)
+    os.link(source, target)
+
+
+def read_scores(path: Path, clips: int) -> dict[str, dict[str, list[float]]]:
+    """Scores of base and tuned, by clip, from eval.run's rows. ValueError where a model has another number of clips."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if row["model"] != "true":
+            columns = scores.setdefault(row["model"], {name: [] for name in SCORES})
+            if row["error"]:
+                raise ValueError(f"{path}: clip {row['clip']} of {row['model']} has no score: {row['error']}")
+            if row["clip"] != len(columns[SCORES[0]]):
+                raise ValueError(f"{path}: clip {row['clip']} of {row['model']} is out of order: evaluate again")
+            for name in SCORES:
+                columns[name].append(row["values"][name])
+    if any(len(columns[SCORES[0]]) != clips for columns in scores.values()) or "base" not in scores:
+        raise ValueError(f"{path} does not hold {clips} clips of each model: delete its folder and evaluate again")
+    return scores

@@ -5,7 +5,6 @@ get another size, the table is written anew, but no clip is generated twice. Row
 here, before anything is generated for them.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -23,7 +22,7 @@ from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Marker, Stage, Table, Unit, add_columns, drop, read_rows
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
-from train.files import digest
+from train.files import digest, seed_of
 from train.sampling import SamplerConfig, sample_clips
 
 OPEN_FILES = 16  # clips looked at together: over a network each takes milliseconds
@@ -153,8 +152,7 @@ def losers_of(folder: Path) -> Store:
 
 def loser_seed(seed: int, key: str, loser: int) -> int:
     """63-bit noise seed of a group's loser: a function of the recipe's seed and the group, not of order or ranks."""
-    digest = hashlib.sha256(f"{seed}\0{key}\0{loser}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return seed_of(seed, key, loser)
 
 
 def generate_losers(

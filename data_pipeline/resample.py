@@ -18,7 +18,6 @@ Shapes: A actions, R rows.
 """
 
 import csv
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.files import atomic
+from train.files import atomic, seed_of
 
 SHOWN = 40  # actions in the picture
 
@@ -103,8 +102,7 @@ def choose(index: np.ndarray, keys: Sequence[str], counts: np.ndarray, *, seed: 
     Those with the smallest hash of (seed, key): an action's choice grows and shrinks with its count, and does not
     change with the other rows.
     """
-    digests = (hashlib.sha256(f"{seed}\0{key}".encode()).digest() for key in keys)
-    lots = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(keys))
+    lots = np.fromiter((seed_of(seed, key) for key in keys), np.uint64, len(keys))
     return _first_of_each(index, np.lexsort((lots, index)), counts)
 
 

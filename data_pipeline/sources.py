@@ -411,7 +411,7 @@ def _file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
         file.seek(offset)
         begin = file.read(min(IDENTITY_BYTES, size))
         file.seek(offset + max(0, size - IDENTITY_BYTES))
-        return hashlib.sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size)))).hexdigest()
+        return sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size))))
 
 
 class FrameReader:

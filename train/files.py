@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks on output folders, digests, and JSON of a known shape.
+"""Files that appear whole or not at all, locks on output folders, digests, seeds, and JSON of a known shape.
 
 Every file that a run leaves behind is written here: into a temporary file of its own beside the target, synced, then
 renamed. A process killed at any moment leaves the earlier file as it was. Two processes that write the same path do
@@ -187,15 +187,23 @@ def _described(holder: bytes) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
+def seed_of(*parts: Any) -> int:
+    """A 63-bit seed from a hash of `parts`' texts: the same on every machine, whatever was drawn before."""
+    name = "\0".join(map(str, parts)).encode("utf-8")
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
+
+
+def sha256(content: str | Path | bytes | memoryview) -> str:
+    """In hexadecimal, of the file at a path, or of bytes in hand."""
+    if not isinstance(content, str | Path):
+        return hashlib.sha256(content).hexdigest()
+    with Path(content).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: Any) -> str:
     """SHA-256 of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+    return sha256(json.dumps(content, sort_keys=True).encode("utf-8"))
 
 
 def read_json(path: str | Path, kind: type[T], *, remedy: str) -> T:

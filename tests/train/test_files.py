@@ -242,3 +242,8 @@ def test_digests_are_of_content():
 def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_seed_is_the_hash_of_its_parts_and_fits_a_generator():
+    # printf 'losers\0007' | sha256sum | cut -c1-16
+    assert files.seed_of("losers", 7) == 0x8e48a76bddb32f7f >> 1 < 2**63

@@ -56,11 +56,11 @@ from eval.search import searcher
 from eval.search.config import SearchConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig, sigma_grid
+from train.backbones.base import Backbone, BackboneConfig
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
 from train.parallel import any_rank, build_accelerator
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, sigma_grid
 
 COMPARISON = "side_by_side"
 SHEET_COLUMNS = 6  # frames of a clip on the contact sheet

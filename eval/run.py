@@ -65,12 +65,12 @@ from eval.search import searcher
 from eval.search.config import SearchConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig, sigma_grid
+from train.backbones.base import Backbone, BackboneConfig
 from train.checkpoint import attach_trained
 from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
 from train.files import atomic, lock, write_text
 from train.parallel import any_rank, build_accelerator
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, sigma_grid
 
 SHOWN = 6  # prompts in the comparison and the sheet
 SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's

@@ -26,7 +26,7 @@ from eval.search.scorers.surprise import SurpriseConfig
 from eval.search.world_model import WorldModel
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, initial_noise, sample
 
 Made = tuple[dict[str, Tensor], dict[str, Any]]  # a prompt's tensors, "latents" (n, C, F, H, W) among them, and facts
 
@@ -80,7 +80,7 @@ class Refinement:
         latents, traces, spent = [], [], Cost()
         for start in range(0, len(seeds), self.config.batch_size):
             part, started = slice(start, start + self.config.batch_size), time.perf_counter()
-            noise = noise_of(self.backbone, self.video, seeds[part])
+            noise = initial_noise(self.backbone, self.video, seeds[part])
             found = refine(self.backbone, conditioning[part], noise, few, self.config, negative=self.negative)
             latents.append(self.sampled(found.noise, conditioning[part], found.latents).cpu())
             traces.append(torch.stack([found.trace[0], found.score], dim=1).cpu())
@@ -89,17 +89,11 @@ class Refinement:
             spent += Cost(passes, time.perf_counter() - started, backward)
         return torch.cat(latents), torch.cat(traces), spent
 
-    @torch.no_grad()
     def sampled(self, noise: Tensor, conditioning: Conditioning, latents: Tensor) -> Tensor:
         """The clips of refined noise, all (B, C, F, H, W): those of the few steps, where these are the sampler's."""
         if self.config.steps == self.sampler.steps:
             return latents
-        sampler = self.sampler
-        return self.backbone.sample(
-            conditioning, None, height=self.video.height, width=self.video.width, num_frames=self.video.num_frames,
-            steps=sampler.steps, guidance=sampler.guidance, guidance_low=sampler.guidance_low, shift=sampler.shift,
-            negative=self.negative or "", latents=noise, progress=False,
-        )  # fmt: skip
+        return sample(self.backbone, conditioning, noise, self.sampler, negative=self.negative, progress=False)
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,7 @@ class Guidance:
         for start in range(0, len(seeds), size):
             part, started = slice(start, start + size), time.perf_counter()
             found = sample_guided(
-                self.backbone, conditioning[part], noise_of(self.backbone, self.video, seeds[part]), self.sampler,
+                self.backbone, conditioning[part], initial_noise(self.backbone, self.video, seeds[part]), self.sampler,
                 self.reward, self.config, negative=self.negative, batch_size=size,
             )  # fmt: skip
             latents.append(found.latents.cpu())
@@ -154,12 +148,6 @@ class Guidance:
 def joined(items: Sequence[Item], counts: Sequence[int]) -> Conditioning:
     """The conditionings, each as often as its count."""
     return Conditioning.cat([item.conditioning.expand(count) for item, count in zip(items, counts, strict=True)])
-
-
-def noise_of(backbone: Backbone, video: VideoConfig, seeds: Sequence[int]) -> Tensor:
-    """The initial noise of these seeds, (B, C, F, H, W): the same that `eval.search.pruning.begin` starts from."""
-    shape = backbone.latent_shape(video.height, video.width, video.num_frames)
-    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
 def part_of(spent: Cost, share: float) -> dict[str, float]:

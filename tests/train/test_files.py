@@ -246,4 +246,4 @@ def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
 
 def test_a_seed_is_the_hash_of_its_parts_and_fits_a_generator():
     # printf 'losers\0007' | sha256sum | cut -c1-16
-    assert files.seed_of("losers", 7) == 0x8e48a76bddb32f7f >> 1 < 2**63
+    assert files.seed_of("losers", 7) == 0x8E48A76BDDB32F7F >> 1 < 2**63

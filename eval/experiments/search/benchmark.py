@@ -37,12 +37,12 @@ from eval.search.noise_refinement import refine
 from eval.search.scorers import SCORERS
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig, Conditioning, sigma_grid
+from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.clips import VideoConfig
 from train.files import write_text
 from train.fused.inference import fuse
 from train.parallel import build_accelerator
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, sigma_grid
 
 PARTS = ("generate", "score", "refine_block", "refine_step")
 

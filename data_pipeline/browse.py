@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -41,6 +40,7 @@ from train import entry
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import to_pixels, write_clip
+from train.files import render as render_page
 from train.files import write_bytes
 from train.groups import INDEX, Group, GroupSet, verify
 from train.teachers.points import unpack
@@ -401,10 +401,9 @@ def _card(group: Group, clips: Mapping[str, str]) -> dict[str, Any]:
 
 
 def render(groups: GroupSet, cards: Sequence[Mapping[str, Any]]) -> str:
-    """The page. Every value is escaped: jinja2's autoescape, attributes always quoted, no value inside a script."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    """The page. Every value is escaped, attributes are always quoted, no value stands inside a script."""
+    return render_page(
+        TEMPLATE,
         name="/".join(groups.folder.resolve().parts[-2:]),
         fingerprint=groups.fingerprint,
         video=groups.video,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import recipes
 from data_pipeline import resample
 from data_pipeline.cluster import ActionMatcher, ClusterConfig, match_settings
 from data_pipeline.cot_filter import CotFilter, FilterConfig
@@ -275,11 +276,4 @@ def sources_of(config: Config) -> list[Source]:
 
 def outcome_settings(settings: Any) -> dict[str, Any]:
     """A section of settings without those that say how fast, not what: their change makes nothing outdated."""
-    plain = asdict(settings)
-
-    def without(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {key: without(value) for key, value in tree.items() if key not in OPERATIONAL}
-
-    return without(plain)
+    return recipes.without(asdict(settings), OPERATIONAL)

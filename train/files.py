@@ -86,6 +86,16 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def render(template: str | Path, **values: Any) -> str:
+    """A page of HTML from a jinja2 template's file. Every value is escaped; one that is missing is an error."""
+    import jinja2  # here, for most that write files write no page
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(Path(template).read_text(encoding="utf-8")).render(**values)
+
+
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
     """Say of a full disk which file could not be written and what is free; other errors pass."""

@@ -8,7 +8,6 @@ A new judge is a file with a config dataclass and `build(config, device)`, a fie
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from eval.judges.scores import Judge
 from eval.judges.videocon_physics import VideoConPhysicsConfig
 from eval.judges.videophy2 import VideoPhy2Config
 from eval.judges.vlm import VlmJudgeConfig
+from recipes import suggest
 
 
 @dataclass
@@ -48,9 +48,7 @@ def build_judge(config: JudgeConfig, fps: float, device: torch.device | str) -> 
     unknown name, for a judge's own settings that cannot work, and for a frame rate of theirs that is not the clips'.
     """
     if config.name not in JUDGES:
-        near = difflib.get_close_matches(config.name, JUDGES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(JUDGES)}"
-        raise ValueError(f"judge.name={config.name!r} is no judge; {hint}")
+        raise ValueError(f"judge.name={config.name!r} is no judge; {suggest(config.name, JUDGES)}")
     settings = getattr(config, config.name)
     if settings.fps not in (fps, type(settings)().fps):
         raise ValueError(

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from eval.report.results import STRATA, TRUE
 from train.clips import write_clip
+from train.files import render
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_WIDTH = 720  # pixels of a clip side by side in the page
@@ -343,7 +343,7 @@ def html(results: Mapping[str, Any], clips: Mapping[str, Sequence[tuple[str, Ten
         sections.append(section | {"left_out": left_out})
     settings = OmegaConf.to_yaml(OmegaConf.create(dict(results["settings"])))
     title = f"Evaluation: {results['recipe']}" if results["recipe"] else "Evaluation"
-    return _page(title, facts(results), sections, settings)
+    return render(TEMPLATE, title=title, facts=facts(results), sections=sections, settings=settings)
 
 
 def encode(frames: Tensor, fps: float) -> str:
@@ -444,15 +444,9 @@ def comparison_html(compared: Mapping[str, Any]) -> str:
         table.plot = interval_plot([row for row in shown if row[1]], zero=False, label=first)
         empty = {"problem": "", "requirements": []}
         sections.append({"name": name, "found": empty, "tables": [table], "clips": [], "left_out": 0})
-    return _page("Runs compared", [("Runs", ", ".join(compared["runs"]))], sections, "")
-
-
-def _page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Mapping[str, Any]], settings: str) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    return render(
+        TEMPLATE, title="Runs compared", facts=[("Runs", ", ".join(compared["runs"]))], sections=sections, settings=""
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(title=title, facts=facts, sections=sections, settings=settings)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from tqdm import tqdm
 
 import recipes
@@ -59,7 +59,7 @@ from train.backbones import load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
-from train.parallel import any_rank, build_accelerator
+from train.parallel import any_rank
 from train.sampling import SamplerConfig, sigma_grid
 
 COMPARISON = "side_by_side"
@@ -136,15 +136,11 @@ class Work:
 
 def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
-    accelerator = build_accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("generation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
-    if config.dry_run:
-        if accelerator.is_main_process:
+    with entry.launched("generation") as accelerator:
+        if not config.dry_run:
+            generate(config, accelerator)
+        elif accelerator.is_main_process:
             print(plan(config, prepare(config), world=accelerator.num_processes))
-    else:
-        generate(config, accelerator)
-    accelerator.end_training()  # closes the process group
 
 
 def generate(config: Config, accelerator: Accelerator) -> None:

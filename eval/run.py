@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -69,7 +69,7 @@ from train.backbones.base import Backbone, BackboneConfig
 from train.checkpoint import attach_trained
 from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
 from train.files import atomic, lock, write_text
-from train.parallel import any_rank, build_accelerator
+from train.parallel import any_rank
 from train.sampling import SamplerConfig, sigma_grid
 
 SHOWN = 6  # prompts in the comparison and the sheet
@@ -108,17 +108,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         print(listing(config))
         return None
     check(config)
-    accelerator = build_accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("evaluation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
     results = None
-    if not config.dry_run:
-        with lock(config.run.folder) if accelerator.is_main_process else nullcontext():
-            results = run(config, accelerator)
-    elif accelerator.is_main_process:
-        lora, plans = prepare(config)
-        print(overview(config, lora, plans))
-    accelerator.end_training()  # closes the process group
+    with entry.launched("evaluation") as accelerator:
+        if not config.dry_run:
+            with lock(config.run.folder) if accelerator.is_main_process else nullcontext():
+                results = run(config, accelerator)
+        elif accelerator.is_main_process:
+            lora, plans = prepare(config)
+            print(overview(config, lora, plans))
     return results
 
 

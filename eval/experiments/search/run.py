@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained, weights_path
 from train.clips import VideoConfig, write_clip
 from train.files import digest, lock, sha256
-from train.parallel import any_rank, build_accelerator
+from train.parallel import any_rank
 from train.sampling import SamplerConfig
 
 SEEDS_A_PROMPT = 10_000  # so that more candidates add to fewer
@@ -79,23 +79,18 @@ class Job:
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config = recipes.load(Config, argv)
     check(config)
-    accelerator = build_accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("search gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
-    jobs = list_jobs(config)
-    results = None
-    if config.dry_run:
-        if accelerator.is_main_process:
+    with entry.launched("search") as accelerator:
+        jobs, results = list_jobs(config), None
+        if not config.dry_run:
+            task = config.search.share.replace("/", "-of-")  # shares of the prompts share the folder
+            with lock(config.search.folder, task=task) if accelerator.is_main_process else nullcontext():
+                results = search(config, jobs, accelerator)
+        elif accelerator.is_main_process:
             clips = len(jobs) * config.search.num_candidates
             print(f"{clips} candidates of {len(jobs)} prompts, {config.sampler.steps} steps each")
             print(f"scorers: {', '.join(config.search.scorers)}")
             refined = (config.search.refine.best + 1) * (config.search.refine.best > 0)
             print(f"refined: at most {refined} clips a prompt, guided: {config.search.guidance.candidates}")
-    else:
-        task = config.search.share.replace("/", "-of-")  # shares of the prompts share the folder
-        with lock(config.search.folder, task=task) if accelerator.is_main_process else nullcontext():
-            results = search(config, jobs, accelerator)
-    accelerator.end_training()  # closes the process group
     return results
 
 

@@ -28,8 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
+from train.entry import first_line
 from train.files import atomic, digest, write_text
-from train.teachers.weights import check_path, first_line
+from train.teachers.weights import check_path
 
 SHIPPED = Path(__file__).with_name("actions.yaml")
 OTHER = "other"  # action and category of what matches nothing

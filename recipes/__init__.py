@@ -47,11 +47,12 @@ SECTIONS = {
     "run": "what eval.run generates and scores",
     "search": "candidates, scorers and what becomes of them",
     "refine_prompts": "prompts that a vision-language model refines round by round",
-    "benchmark": "what train.tools.benchmark and eval.experiments.search.benchmark measure",
+    "benchmark": "what train.tools.benchmark measures",
+    "search_benchmark": "what eval.experiments.search.benchmark measures",
     "inspect": "what train.tools.inspect_targets draws",
 }
 # Keys that moved, with the place where they are now; a key below a moved one moved with it.
-MOVED: dict[str, str] = {}
+MOVED = {"benchmark": "search_benchmark"}  # of eval.experiments.search.benchmark alone
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")
 
@@ -92,6 +93,8 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
                 kept[key] = value
             elif key not in SECTIONS and key not in KEYS:
                 raise ValueError(f"{source}: unknown section {key!r}; {suggest(key, [*SECTIONS, *fields])}")
+            elif source == "the command line" and MOVED.get(key) in fields:
+                raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
             elif source == "the command line" and key != "recipe":
                 print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
         try:

@@ -71,3 +71,8 @@ def is_worded(error: Exception) -> bool:
     file = Path(last.filename)
     ours = file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in PACKAGES
     return isinstance(error, ValueError) and ours and (last.line or "").startswith("raise")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another package's error, for a message; its type's name where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,11 +7,12 @@ import torch
 
 from eval.experiments.search import benchmark
 
-QUICK = ["recipe=tiny", "benchmark.repeats=1", "sampler.steps=4", "search.refine.levels=2", "search.refine.draws=2"]
+QUICK = ["recipe=tiny", "search_benchmark.repeats=1", "sampler.steps=4"]
+QUICK += ["search.refine.levels=2", "search.refine.draws=2"]
 
 
 def test_all_parts_run_and_are_written(tmp_path, capsys):
-    quick = [*QUICK, f"output={tmp_path}", "benchmark.fused=false", "search.refine.steps=2"]
+    quick = [*QUICK, f"output={tmp_path}", "search_benchmark.fused=false", "search.refine.steps=2"]
     results = benchmark.main([*quick, "search.residuals.levels=2", "search.residuals.draws=2"])
     assert json.loads((tmp_path / "search_benchmark.json").read_text(encoding="utf-8")) == results
     assert {part: results[part]["passes"] for part in benchmark.PARTS} == {
@@ -46,7 +47,9 @@ def test_what_does_not_fit_is_said():
 def test_dry_run_and_what_is_refused(tmp_path, capsys):
     assert benchmark.main(["recipe=wan14b", f"output={tmp_path}", "--dry-run"]) is None
     assert "32760 tokens" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="benchmark.parts: unknown theirs"):
-        benchmark.main(["recipe=tiny", "benchmark.parts=[theirs]"])
-    with pytest.raises(ValueError, match="benchmark.repeats=0"):
-        benchmark.main(["recipe=tiny", "benchmark.repeats=0"])
+    with pytest.raises(ValueError, match="search_benchmark.parts: unknown theirs"):
+        benchmark.main(["recipe=tiny", "search_benchmark.parts=[theirs]"])
+    with pytest.raises(ValueError, match="search_benchmark.repeats=0"):
+        benchmark.main(["recipe=tiny", "search_benchmark.repeats=0"])
+    with pytest.raises(ValueError, match="benchmark is not read by this command; it is search_benchmark now"):
+        benchmark.main(["recipe=tiny", "benchmark.repeats=1"])

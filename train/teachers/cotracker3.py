@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.teachers.weights import first_line
+from train.entry import first_line
 
 Tracker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

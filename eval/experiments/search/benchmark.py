@@ -1,19 +1,18 @@
 """What search costs at full size: seconds and memory to generate a clip, to score it, and for one refinement step.
 
     python -m eval.experiments.search.benchmark recipe=wan14b   # random weights of the recipe's architecture, one GPU
-    python -m eval.experiments.search.benchmark recipe=wan22_5b benchmark.parts=[generate,score] benchmark.fused=false
+    python -m eval.experiments.search.benchmark recipe=wan22_5b search_benchmark.parts=[generate,score]
 
-    generate      `benchmark.steps` steps with classifier-free guidance, two network passes each, timed and multiplied
-                  by sampler.steps
+    generate      one step with classifier-free guidance, two network passes, timed and multiplied by sampler.steps
     score         one candidate by `search.chosen_by` with the recipe's levels and draws; its share of `generate`, and
-                  that of a race, which takes `benchmark.race_share` of the passes (measured on the sandbox)
+                  that of a race, which takes RACE_SHARE of the passes (measured on the sandbox)
     refine_block  one update of Proprio's refinement through a few-step sampler without guidance, as distilled
                   generators run: activations of one block are held at a time
     refine_step   the same with those of one sampling step; often more than a GPU has, which is said
     (refinement is timed with one sampling step and one pass of the score, and multiplied by network passes)
 
 Latents are scored, so neither VAE nor text encoder is needed; text is random. Seconds are medians over
-`benchmark.repeats` after a first that compiles; memory is the peak allocated on the device. Results go to
+`search_benchmark.repeats` after a first that compiles; memory is the peak allocated on the device. Results go to
 `<output>/search_benchmark.json`.
 """
 
@@ -42,18 +41,17 @@ from train.clips import VideoConfig
 from train.files import write_text
 from train.fused.inference import fuse
 from train.parallel import build_accelerator
-from train.sampling import SamplerConfig, sigma_grid
+from train.sampling import SamplerConfig, Stepper
 
 PARTS = ("generate", "score", "refine_block", "refine_step")
+RACE_SHARE = 0.61  # of full scoring's passes that a race took on the sandbox: 2 levels; 0.46 with 4
 
 
 @dataclass
 class BenchmarkConfig:
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # of PARTS
     repeats: int = 2  # timed runs, after one that compiles and allocates
-    steps: int = 1  # guided sampling steps in a timed run of `generate`
     fused: bool = True  # training's fused blocks, where they fit
-    race_share: float = 0.61  # of full scoring's passes that a race took on the sandbox: 2 levels; 0.46 with 4
 
 
 @dataclass
@@ -66,21 +64,24 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    search_benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config = recipes.load(Config, argv)
-    if unknown := set(config.benchmark.parts) - set(PARTS):
-        raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; use some of {', '.join(PARTS)}")
-    if config.benchmark.repeats < 1 or config.benchmark.steps < 1:
-        raise ValueError(f"benchmark.repeats={config.benchmark.repeats}, benchmark.steps: use 1 or more")
+    settings = config.search_benchmark
+    if unknown := set(settings.parts) - set(PARTS):
+        raise ValueError(
+            f"search_benchmark.parts: unknown {', '.join(sorted(unknown))}; use some of {', '.join(PARTS)}"
+        )
+    if settings.repeats < 1:
+        raise ValueError(f"search_benchmark.repeats={settings.repeats}: use 1 or more")
     config = replace(config, backbone=replace(config.backbone, path="", random_weights=True))
     if config.dry_run:
         shell = load_backbone(config.backbone, "cpu", parts=())
         size = (config.video.height, config.video.width, config.video.num_frames)
         tokens = shell.num_tokens(*size)
-        print(f"latents {shell.latent_shape(*size)}, {tokens} tokens; {', '.join(config.benchmark.parts)}")
+        print(f"latents {shell.latent_shape(*size)}, {tokens} tokens; {', '.join(settings.parts)}")
         return None
     bench = Bench(config, build_accelerator().device)
     makers = {
@@ -91,9 +92,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     }
     results = bench.facts | {"settings": recipes.redacted(asdict(config))}
     path = Path(config.output) / "search_benchmark.json"
-    for part in [part for part in PARTS if part in config.benchmark.parts]:
+    for part in [part for part in PARTS if part in settings.parts]:
         results[part] = attempt(makers[part])
-        share(results, config.benchmark.race_share)
+        share(results, RACE_SHARE)
         write_text(path, json.dumps(results, indent=1) + "\n")  # what was measured outlives a time limit
         print(line(part, results[part]), flush=True)
     print(table(results) + f"\nresults  {path}")
@@ -107,7 +108,7 @@ class Bench:
         self.config, self.device = config, device
         self.backbone: Backbone = load_backbone(config.backbone, device, parts=("expert",))
         self.network = self.backbone.transformer
-        reason = fuse(self.backbone) if config.benchmark.fused else "benchmark.fused=false"
+        reason = fuse(self.backbone) if config.search_benchmark.fused else "search_benchmark.fused=false"
         self.backbone.experts = {name: self.network for name in self.backbone.expert_folders}  # the other is no dearer
         generator = torch.Generator().manual_seed(config.seed)
         shape = self.backbone.latent_shape(config.video.height, config.video.width, config.video.num_frames)
@@ -123,22 +124,17 @@ class Bench:
         self.facts |= {"fused": not reason, "not_fused": reason}
 
     def generate(self) -> dict[str, Any]:
-        sampler, steps = self.config.sampler, self.config.benchmark.steps
-        guidance = sampler.guidance if sampler.guidance != 1 else 5.0
-        sigmas = sigma_grid(sampler.steps, sampler.shift)
-        latents = self.latents.to(self.device)
+        sampler, latents = self.config.sampler, self.latents.to(self.device)
+        guided = replace(sampler, guidance=sampler.guidance if sampler.guidance != 1 else 5.0)
 
         @torch.no_grad()
         def run() -> None:
-            moved = self.backbone.start(latents, self.conditioning)
-            for t in sigmas[:steps]:
-                scales = {"negative": self.negative, "guidance": guidance, "guidance_low": sampler.guidance_low}
-                moved = moved - 0.01 * self.backbone.velocity_at(moved, t, self.conditioning, **scales)
+            stepper = Stepper(self.backbone, self.conditioning, guided, self.negative)
+            stepper.velocity(stepper.start(latents), 0)
 
         found = self.measure(run)
-        each = found["seconds"] / steps
-        passes = 2 * sampler.steps
-        return found | {"seconds": each * sampler.steps, "step_seconds": each, "steps": sampler.steps, "passes": passes}
+        facts = {"step_seconds": found["seconds"], "steps": sampler.steps, "passes": 2 * sampler.steps}
+        return found | facts | {"seconds": found["seconds"] * sampler.steps}
 
     def score(self) -> dict[str, Any]:
         search = self.config.search
@@ -175,7 +171,7 @@ class Bench:
     def measure(self, run: Callable[[], Any]) -> dict[str, float]:
         """Median seconds and peak memory of `run`, the first one left out."""
         times = []
-        for _ in range(self.config.benchmark.repeats + 1):
+        for _ in range(self.config.search_benchmark.repeats + 1):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)

@@ -77,7 +77,7 @@ def build(config: CoTrackerConfig, device: torch.device | str) -> Tracker:
 
 
 def _own_chance() -> AbstractContextManager:
-    """The package seeds the global generators when it is imported, and draws weights: nobody else shall notice."""
+    """Give the global generators their state back: the package seeds them when it is imported, and draws weights."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 

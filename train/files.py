@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -28,7 +29,9 @@ from typing_extensions import TypedDict
 LOCK = ".lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # names that `temporary` gives
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SETTLED = 2.0  # seconds since a file's last change; file systems' clocks tick less often than processors'
 _held: set[Path] = set()  # folders that this process has locked
+_digests: dict[tuple[int, ...], str] = {}  # of files, by device, inode, size and times
 
 T = TypeVar("T")
 
@@ -204,11 +207,22 @@ def seed_of(*parts: Any) -> int:
 
 
 def sha256(content: str | Path | bytes | memoryview) -> str:
-    """In hexadecimal, of the file at a path, or of bytes in hand."""
+    """In hexadecimal, of the file at a path, or of bytes in hand.
+
+    A process reads a file once: its digest is remembered until size, inode or times change, unless these are so young
+    that another change might not show in them.
+    """
     if not isinstance(content, str | Path):
         return hashlib.sha256(content).hexdigest()
     with Path(content).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        state = os.fstat(file.fileno())
+        name = state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        if name in _digests:
+            return _digests[name]
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - state.st_ctime > SETTLED:
+        _digests[name] = found
+    return found
 
 
 def digest(content: Any) -> str:

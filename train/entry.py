@@ -74,5 +74,5 @@ def is_worded(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another package's error, for a message; its type's name where it has no text."""
+    """The first line of another package's error, to be part of a message; its type's name where it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -243,7 +243,7 @@ class Backbone:
         if first_frame is None:
             return Conditioning(text)
         if len(first_frame) != len(prompts):
-            raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one a prompt")
+            raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one per prompt")
         if num_frames is None:
             raise ValueError("a first frame needs num_frames, the length of the video that it begins")
         image = self.encode_first_frame(first_frame, num_frames)

@@ -1,6 +1,6 @@
 """The settings of a build, and what its stages are made from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import recipes
 from data_pipeline.conditioning import takes_first_frame
 from data_pipeline.scores import Scores, read_scores
 from data_pipeline.sources import Source, open_sources
@@ -190,8 +191,6 @@ class Setup:
         return Store(self.folder / "targets" / "tensors")
 
 
-def outcome_settings(settings: Any) -> Any:
+def outcome_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A section of settings without those that say how fast, not what: their change makes nothing outdated."""
-    if not isinstance(settings, dict):
-        return settings
-    return {key: outcome_settings(value) for key, value in settings.items() if key not in OPERATIONAL}
+    return recipes.without(settings, OPERATIONAL)

@@ -6,7 +6,6 @@ needs its first frame decodes that alone, and one that needs none only looks whe
 """
 
 import errno
-import hashlib
 import json
 import os
 import tempfile
@@ -23,7 +22,7 @@ from data_pipeline.tables import Advance
 from eval.sandbox.clips import Clips
 from eval.sandbox.splits import simulate_block
 from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frame
-from train.files import digest, explain_full_disk
+from train.files import digest, explain_full_disk, sha256
 
 IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
 COPY_BYTES = 1 << 22  # of a shard's member at a time
@@ -61,7 +60,7 @@ def file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
         file.seek(offset)
         begin = file.read(min(IDENTITY_BYTES, size))
         file.seek(offset + max(0, size - IDENTITY_BYTES))
-        return hashlib.sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size)))).hexdigest()
+        return sha256(b"%d %b %b" % (size, begin, file.read(min(IDENTITY_BYTES, size))))
 
 
 class FrameReader:

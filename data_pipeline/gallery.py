@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import to_pixels, write_clip
-from train.files import write_bytes
+from train.files import render, write_bytes
 from train.groups import INDEX, Group, GroupSet
 from train.teachers.points import unpack
 
@@ -164,9 +163,8 @@ def _card(group: Group, clips: Mapping[str, str]) -> dict[str, Any]:
 
 def write_page(page: Path, groups: GroupSet, cards: Sequence[Mapping[str, Any]]) -> Path:
     """Every value on the page is escaped: jinja2's autoescape, attributes always quoted, no value in a script."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(
+    text = render(
+        TEMPLATE,
         name="/".join(groups.folder.resolve().parts[-2:]),
         fingerprint=groups.fingerprint,
         video=groups.video,

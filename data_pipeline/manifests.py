@@ -9,7 +9,6 @@ A bad column stops everything before any work, with a ValueError. A bad row stop
 at its place, with its reason. Nothing here opens a clip.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -26,6 +25,7 @@ from data_pipeline.tables import Dropped, Row
 from eval import records
 from eval.records import BadRow, Record, not_local, printable, read_text
 from recipes import redacted
+from train.files import sha256
 
 REQUIRED = ("clip", "prompt")
 OPTIONAL = ("key", "start", "action", "physics_richness", "semantic", "physical", "scores")
@@ -77,7 +77,7 @@ def safe_key(text: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_-]+", "-", text)
     if safe == text and 0 < len(text) <= MAX_KEY:
         return text
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    digest = sha256(text.encode("utf-8"))[:12]
     stem = safe[: MAX_KEY - 13].strip("-")
     return f"{stem}-{digest}" if stem else digest
 
@@ -119,7 +119,7 @@ def _parse_row(record: Record, folder: Path, num_losers: int, source: str, place
         raise BadRow("bad number", f"start={start} lies before the clip; use seconds, 0 or more")
     identity = json.dumps([texts["clip"], texts["prompt"], start], ensure_ascii=False)
     return Row(
-        key=safe_key(texts["key"]) if texts["key"] else hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16],
+        key=safe_key(texts["key"]) if texts["key"] else sha256(identity.encode("utf-8"))[:16],
         clip=texts["clip"],
         path=str(folder / path),
         prompt=texts["prompt"],

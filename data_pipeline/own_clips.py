@@ -5,7 +5,6 @@ get another size, tables are written anew, but no clip is generated twice. A row
 first frame where the model's clips begin with it; what its container shows to be unusable is dropped first.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -19,6 +18,7 @@ from data_pipeline.store import Store
 from data_pipeline.tables import Advance
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
+from train.files import seed_of
 from train.sampling import SamplerConfig, sample_clips
 
 PARTS = ("text", "vae", "transformer")
@@ -73,8 +73,7 @@ class ClipMaker:
 
 def loser_seed(seed: int, key: str, loser: int) -> int:
     """63-bit noise seed of a group's loser: a function of the recipe's seed and the group, not of order or ranks."""
-    digest = hashlib.sha256(f"{seed}\0{key}\0{loser}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return seed_of(seed, key, loser)
 
 
 def generate_losers(

@@ -11,7 +11,6 @@ pandas, Polars and DuckDB read it. A unit without a valid marker does not exist.
 that is built again with the same result changes nothing downstream: what follows depends on the content alone.
 """
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter
@@ -237,7 +236,7 @@ def _write_parquet(path: Path, rows: pa.Table) -> str:
     pq.write_table(rows.combine_chunks(), sink, compression="zstd")
     data = sink.getvalue()
     write_bytes(path, data)
-    return hashlib.sha256(data).hexdigest()
+    return sha256(data)
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from data_pipeline.tables import (
     write_summary,
     write_unit,
 )
+from train import entry
 from train.files import digest
 from train.parallel import build_accelerator
 
@@ -29,8 +29,7 @@ class Team:
 
     def __init__(self, array_index: int, array_count: int):
         self.accelerator = build_accelerator()
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError("a build gives each GPU a whole model: launch without DeepSpeed, as with launch/ddp.yaml")
+        entry.refuse_sharding(self.accelerator, "a build")
         self.array_index, self.array_count = array_index, array_count
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process  # of its launch: each task of an array has one

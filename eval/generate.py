@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 import recipes
 from eval.clips import Clip, outdated
@@ -56,11 +56,11 @@ from eval.search.config import SearchConfig
 from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig, sigma_grid
+from train.backbones.base import Backbone, BackboneConfig
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
-from train.parallel import any_rank, build_accelerator
-from train.sampling import SamplerConfig
+from train.parallel import any_rank
+from train.sampling import SamplerConfig, sigma_grid
 
 COMPARISON = "side_by_side"
 SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
@@ -118,15 +118,11 @@ class Work:
 
 def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
-    accelerator = build_accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("generation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
-    if config.dry_run:
-        if accelerator.is_main_process:
+    with entry.launched("generation") as accelerator:
+        if not config.dry_run:
+            generate(config, accelerator)
+        elif accelerator.is_main_process:
             print(plan(config, prepare(config), world=accelerator.num_processes))
-    else:
-        generate(config, accelerator)
-    accelerator.end_training()  # closes the process group
 
 
 def generate(config: Config, accelerator: Accelerator) -> None:

@@ -5,13 +5,14 @@ to list or to raise. Column names are taken in any case, and with blanks around 
 """
 
 import csv
-import difflib
 import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from recipes import nearest
 
 SEPARATORS = {";": "semicolons", "\t": "tabs"}  # what spreadsheets write instead of commas
 ALIASES = {  # column -> what other tools call it
@@ -143,8 +144,8 @@ def require(path: Path, required: Sequence[str], columns: Mapping[str, None]) ->
         alias = next((found for found in columns if found.lower() in ALIASES.get(name, ())), None)
         if alias is not None:
             hints.append(f"rename the column {alias!r} to {name!r}")
-        elif near := difflib.get_close_matches(name, columns, n=1):
-            hints.append(f"did you mean {name!r} by {near[0]!r}?")
+        elif near := nearest(name, columns):
+            hints.append(f"did you mean {name!r} by {near!r}?")
     raise ValueError(
         f"{path} has no column {' and no column '.join(map(repr, missing))}; found: {', '.join(columns) or 'none'};"
         f" required: {', '.join(required)}{'; ' if hints else ''}{', '.join(hints)}"

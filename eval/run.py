@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from PIL import Image
 
 import recipes
@@ -64,12 +64,12 @@ from eval.search.config import SearchConfig
 from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig, sigma_grid
+from train.backbones.base import Backbone, BackboneConfig
 from train.checkpoint import attach_trained
 from train.clips import VideoConfig
 from train.files import atomic, lock, write_text
-from train.parallel import any_rank, build_accelerator
-from train.sampling import SamplerConfig
+from train.parallel import any_rank
+from train.sampling import SamplerConfig, sigma_grid
 
 SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's
 
@@ -108,17 +108,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         print(listing(config))
         return None
     check(config)
-    accelerator = build_accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("evaluation gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
     results = None
-    if not config.dry_run:
-        with lock(config.run.folder) if accelerator.is_main_process else nullcontext():
-            results = run(config, accelerator)
-    elif accelerator.is_main_process:
-        lora, plans = prepare(config)
-        print(overview(config, lora, plans))
-    accelerator.end_training()  # closes the process group
+    with entry.launched("evaluation") as accelerator:
+        if not config.dry_run:
+            with lock(config.run.folder) if accelerator.is_main_process else nullcontext():
+                results = run(config, accelerator)
+        elif accelerator.is_main_process:
+            lora, plans = prepare(config)
+            print(overview(config, lora, plans))
     return results
 
 

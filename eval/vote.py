@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired
 
 import av
-import jinja2
 import numpy as np
 import torch
 from typing_extensions import TypedDict
@@ -38,7 +37,7 @@ from typing_extensions import TypedDict
 from eval.report.intervals import Estimate, bootstrap_mean
 from train import entry
 from train.clips import ClipError, write_clip
-from train.files import digest, lock, read_json, sha256, write_text
+from train.files import digest, lock, read_json, render, sha256, write_text
 
 TEMPLATE = Path(__file__).with_name("vote.html")
 SWAPPED = {"left": "right", "right": "left", "tie": "tie"}
@@ -172,9 +171,7 @@ def write_page(
         copy_clip(path, page / "clips" / name)
     write_text(place, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
     shown = [{name: trial[name] for name in ("prompt", "left", "right")} for trial in key["trials"]]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=key["page"], trials=shown)
-    write_text(page / "index.html", text)
+    write_text(page / "index.html", render(TEMPLATE, page=key["page"], trials=shown))
     return page / "index.html"
 
 

@@ -25,7 +25,7 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
 
 
 def flow_error(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Squared velocity error l of eq. 12, one value a sample: (B,) float32, in squared latent units.
+    """Squared velocity error l of eq. 12, one value per sample: (B,) float32, in squared latent units.
 
     Deviation: the paper writes the squared norm, a SUM over the latent; this is the MEAN, so that one `beta` serves
     every resolution and clip length (a sum is this value times C F H W).

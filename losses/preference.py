@@ -8,7 +8,7 @@ loser of a group,
 
 is negative where the policy improved on the winner more than on the loser.
 
-Shapes: B groups, M losers a group. Everything is per sample and float32; callers average.
+Shapes: B groups, M losers per group. Everything is per sample and float32; callers average.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Semantic-level relational alignment (PhysisForcing, section 3.3, eqs. 9-12).
 
-The network's tokens need not equal a video encoder's; they shall only be related to each other as the encoder's are:
+The network's tokens need not equal a video encoder's. Only their cosines to each other are compared with the encoder's:
 
     G_ij = cos(y_i, y_j)                                    of the student and of the teacher      eq. 11
     loss = mean over pairs (i, j) of |G_ij student - G_ij teacher|                                 eq. 12

@@ -55,7 +55,7 @@ def masked_error(residual: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def aggregate(errors: Tensor, *, weighting: str = "inverse_variance", eps: float = 1e-8) -> Tensor:
-    """One score a clip from errors (B, levels, draws): (B,) float32.
+    """One score per clip from errors (B, levels, draws): (B,) float32.
 
     weighting: "inverse_variance" trusts the noise levels whose draws agree (biased variance, as in eq. 8); "uniform"
     is for distilled generators. With one draw a level all variances are 0, and both are the same. ValueError for

@@ -15,6 +15,7 @@ import functools
 import re
 import sys
 import typing
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +54,7 @@ SECTIONS = {
 }
 # Keys that moved, with the place where they are now; a key below a moved one moved with it.
 MOVED: dict[str, str] = {
+    "benchmark": "search_benchmark",  # of eval.experiments.search.benchmark alone
     "pipeline.filter.vlm": "vlm (and pipeline.filter.enabled=true)",
     "pipeline.judge": "judge, and for its settings vlm and raters,",
     "pipeline.targets": "targets",
@@ -111,7 +113,7 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         path = PRESETS / f"{preset}.yaml"
         if not path.exists():
             known = [DEFAULT_PRESET, *sorted(p.stem for p in PRESETS.glob("*.yaml"))]
-            raise ValueError(f"objective.preset={preset!r} is not known{_suggest(preset, known)}")
+            raise ValueError(f"objective.preset={preset!r} is not known; {suggest(preset, known)}")
         layers.insert(len(layers) - 1, (str(path), _read(path)))
 
     fields = _fields(config_class)
@@ -123,7 +125,9 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
                 _check_keys(fields[key], key, value, source)
                 kept[key] = value
             elif key not in SECTIONS and key not in KEYS:
-                raise ValueError(f"{source}: unknown section {key!r}{_suggest(key, [*SECTIONS, *fields])}")
+                raise ValueError(f"{source}: unknown section {key!r}; {suggest(key, [*SECTIONS, *fields])}")
+            elif source == "the command line" and MOVED.get(key) in fields:
+                raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
             elif source == "the command line" and key != "recipe":
                 print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
         try:
@@ -162,6 +166,26 @@ def redacted(value: Any) -> Any:
     return value
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that seems to be meant by `name`, if any does."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a refusal of `name`: what seems to be meant, else all that is known."""
+    near = nearest(name, known)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+
+
+def without(settings: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """`settings` without these keys, at any depth."""
+    return {
+        key: without(value, keys) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if key not in keys
+    }
+
+
 def available() -> list[str]:
     """Names of the recipes that come with the project."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -195,7 +219,7 @@ def _find(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) and Path(name).exists():
         return Path(name)
     raise ValueError(
-        f"recipe={name!r} is neither a recipe ({', '.join(available())}) nor a YAML file{_suggest(name, available())}"
+        f"recipe={name!r} is neither a recipe ({', '.join(available())}) nor a YAML file; {suggest(name, available())}"
     )
 
 
@@ -228,13 +252,8 @@ def _check_keys(section_class: Any, section: str, value: Any, source: str) -> No
     for key, inner in value.items():
         if key not in known:
             path = f"{section}.{key}"
-            moved = f"; it is {MOVED[path]} now" if path in MOVED else _suggest(key, list(known))
-            raise ValueError(f"{source}: unknown key {path}{moved}")
+            remedy = f"it is {MOVED[path]} now" if path in MOVED else suggest(key, known)
+            raise ValueError(f"{source}: unknown key {path}; {remedy}")
         if typing.get_origin(known[key]) is list and not isinstance(inner, list) and not str(inner).startswith("${"):
             raise ValueError(f"{source}: {section}.{key}={inner!r} must be a list: {section}.{key}=[{inner}]")
         _check_keys(known[key], f"{section}.{key}", inner, source)
-
-
-def _suggest(name: Any, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

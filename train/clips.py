@@ -56,7 +56,7 @@ BT709 = int(av.video.reformatter.ColorPrimaries.BT709)
 class VideoConfig:
     height: int = 480  # pixels
     width: int = 832  # pixels
-    num_frames: int = 81  # frames a clip; 4k + 1 for Wan's VAE
+    num_frames: int = 81  # frames per clip; 4k + 1 for Wan's VAE
     fps: float = 16.0  # frames per second the model was trained at: 16 for Wan 2.1 and A14B, 24 for TI2V-5B
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ def read_clip(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> Te
 
     Raises ClipError, a ValueError with the file, a reason and the remedy: "missing", "unreadable" (no video, or cut
     before its index), "no video stream", "unknown codec", "HDR" (Dolby Vision that needs its own decoder), "no time
-    stamps" (raw streams), "too large" (declares more than 8192 pixels a side), "truncated" (or damaged where it is
+    stamps" (raw streams), "too large" (declares more than 8192 pixels per side), "truncated" (or damaged where it is
     read), "too short" (ends before the last frame's time).
     """
     path = Path(path)
@@ -374,7 +374,7 @@ def side_by_side(clips: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
 
 
 def contact_sheet(path: str | Path, rows: Sequence[tuple[str, Tensor]], *, columns: int = 6) -> None:
-    """Write a PNG with one labelled row a clip (T, H, W, 3): `columns` frames evenly spaced from first to last."""
+    """Write a PNG with one labelled row per clip (T, H, W, 3): `columns` frames evenly spaced from first to last."""
     thumbnails = []
     for label, clip in rows:
         chosen = torch.linspace(0, len(clip) - 1, columns).round().long()

@@ -1,4 +1,9 @@
-"""How a command ends: a user's mistake is one line and exit status 1, not a traceback.
+"""How a command is launched, and how it ends: a user's mistake is one line and exit status 1, not a traceback.
+
+    def main(argv=None):
+        config = recipes.load(Config, argv)
+        with entry.launched("generation") as accelerator:
+            ...
 
     if __name__ == "__main__":
         entry.run(main)
@@ -10,9 +15,13 @@ it keeps its traceback.
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("losses", "recipes", "train", "eval", "data_pipeline")
@@ -33,6 +42,26 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(130)  # as shells count an interrupt
 
 
+@contextmanager
+def launched(work: str) -> "Iterator[Accelerator]":
+    """The accelerator of a command whose processes hold a whole model each; its process group is closed at the end.
+
+    Raises ValueError for a launch with DeepSpeed. work: what the message calls the command.
+    """
+    from train.parallel import build_accelerator  # here: commands without a network start faster
+
+    accelerator = build_accelerator()
+    refuse_sharding(accelerator, work)
+    yield accelerator
+    accelerator.end_training()
+
+
+def refuse_sharding(accelerator: "Accelerator", work: str) -> None:
+    """ValueError for a launch with DeepSpeed, which would shard the network of `work`."""
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        raise ValueError(f"{work} gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
+
+
 def is_worded(error: Exception) -> bool:
     """Whether the message is for users: a ValueError that a `raise` of this project made, or an OSError, which names
     its file."""
@@ -42,3 +71,8 @@ def is_worded(error: Exception) -> bool:
     file = Path(last.filename)
     ours = file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in PACKAGES
     return isinstance(error, ValueError) and ours and (last.line or "").startswith("raise")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another package's error, to be part of a message; its type's name where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks on output folders, digests, and JSON of a known shape.
+"""Files that appear whole or not at all, locks on output folders, digests, seeds, and JSON of a known shape.
 
 Every file that a run leaves behind is written here: into a temporary file of its own beside the target, synced, then
 renamed. A process killed at any moment leaves the earlier file as it was. Two processes that write the same path do
@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -28,7 +29,9 @@ from typing_extensions import TypedDict
 LOCK = ".lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # names that `temporary` gives
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SETTLED = 2.0  # seconds since a file's last change; file systems' clocks tick less often than processors'
 _held: set[Path] = set()  # folders that this process has locked
+_digests: dict[tuple[int, ...], str] = {}  # of files, by device, inode, size and times
 
 T = TypeVar("T")
 
@@ -84,6 +87,16 @@ def write_bytes(path: str | Path, data: Any) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically, line ends as they are."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def render(template: str | Path, **values: Any) -> str:
+    """A page of HTML from a jinja2 template's file. Every value is escaped; one that is missing is an error."""
+    import jinja2  # here, for most that write files write no page
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(Path(template).read_text(encoding="utf-8")).render(**values)
 
 
 @contextmanager
@@ -187,15 +200,34 @@ def _described(holder: bytes) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def seed_of(*parts: Any) -> int:
+    """A 63-bit seed from a hash of `parts`' texts: the same on every machine, whatever was drawn before."""
+    name = "\0".join(map(str, parts)).encode("utf-8")
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
+
+
+def sha256(content: str | Path | bytes | memoryview) -> str:
+    """In hexadecimal, of the file at a path, or of bytes in hand.
+
+    A process reads a file once: its digest is remembered until size, inode or times change, unless these are so young
+    that another change might not show in them.
+    """
+    if not isinstance(content, str | Path):
+        return hashlib.sha256(content).hexdigest()
+    with Path(content).open("rb") as file:
+        state = os.fstat(file.fileno())
+        name = state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        if name in _digests:
+            return _digests[name]
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - state.st_ctime > SETTLED:
+        _digests[name] = found
+    return found
 
 
 def digest(content: Any) -> str:
     """SHA-256 of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+    return sha256(json.dumps(content, sort_keys=True).encode("utf-8"))
 
 
 def read_json(path: str | Path, kind: type[T], *, remedy: str) -> T:

@@ -32,7 +32,6 @@ VideoDPO-style; train/sft.py is LoRA-SFT. Deviations: `losses.flow_matching` (a 
 shared noise of winner and losers, which the paper leaves open (objective.noise=independent draws them apart).
 """
 
-import hashlib
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -48,6 +47,7 @@ from losses.preference import pairwise_bound, physics_guided_weights, plackett_l
 from train import entry, winner
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
+from train.files import seed_of
 from train.groups import GroupSet, Sample, pad_text
 from train.loop import Policy, TrainConfig, fit
 from train.lora_switch import LoraConfig
@@ -143,7 +143,7 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
 
 def draw_seed(seed: int, position: int) -> int:
     """Generator seed of the draws at one global stream position."""
-    return int.from_bytes(hashlib.sha256(f"draws {seed} {position}".encode()).digest()[:7], "big")
+    return seed_of(f"draws {seed} {position}") >> 7  # 56 bits: the draws of runs begun before stay as they are
 
 
 def draw_time(objective: ObjectiveConfig, generator: torch.Generator) -> Tensor:

@@ -183,7 +183,7 @@ class ShardWriter:
             "key": group.key,
             "offset": self._num_bytes,
             "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": files.sha256(data),
             "num_losers": len(group.losers),
         }
         self._append(data)
@@ -396,7 +396,7 @@ def _epoch_order(num_groups: int, seed: int, epoch: int) -> np.ndarray:
 def _permutation(length: int, name: str) -> np.ndarray:
     """A permutation of range(length) that `name` alone decides. It sorts raw PCG64 output, which numpy promises to
     keep, unlike `Generator.permutation`: a run resumed under another numpy continues the same stream."""
-    seed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest(), "big")
+    seed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest(), "big")  # 256 bits, `seed_of` has 63
     return np.argsort(np.random.PCG64(seed).random_raw(length), kind="stable")
 
 
@@ -517,7 +517,7 @@ def _checked_group(path: Path, index: Index, sample: SampleRecord, data: bytes) 
     """The group in `data`, which shard `path` holds at `sample`. ValueError, with shard, group and remedy, if the
     checksum differs, `check_group` refuses it, or the index describes another one."""
     where = f"group {sample['key']!r} at offset {sample['offset']}"
-    if hashlib.sha256(data).hexdigest() != sample["sha256"]:
+    if files.sha256(data) != sample["sha256"]:
         raise ValueError(f"{path} is damaged: {where} does not match its checksum; {_rebuild(path)}")
     group = _parse_sample(data, name=f"{where} of {path}", remedy=_rebuild(path))
     try:
@@ -591,7 +591,7 @@ def _read_index(folder: Path) -> tuple[Index, str]:
         raise ValueError(f"no {INDEX} in {folder}: the groups are not built or the build did not finish; run the build")
     data = _read(path, remedy)
     index = parse_json(data, CheckedIndex, name=str(path), remedy=remedy)
-    return index, hashlib.sha256(data).hexdigest()
+    return index, files.sha256(data)
 
 
 def _read(path: Path, remedy: str) -> bytes:

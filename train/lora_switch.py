@@ -20,7 +20,6 @@ Deviation from eq. 14: none. A starts Kaiming-uniform and B zero, so that an unt
 for bit.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from recipes import suggest
 
 
 @dataclass
@@ -217,9 +218,7 @@ def targeted_layers(network: nn.Module, targets: list[str]) -> list[tuple[str, n
     for target in targets:
         if not any(_matches(name, target) for name in linears):
             suffixes = sorted({".".join(name.split(".")[2:]) for name in linears if name.startswith("blocks.")})
-            near = difflib.get_close_matches(target, suffixes, n=1)
-            hint = f" Did you mean {near[0]}?" if near else f" Layers of a block: {', '.join(suffixes)}."
-            raise ValueError(f"lora.targets: {target!r} matches no linear layer.{hint}")
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer; {suggest(target, suffixes)}")
     return [(name, layer) for name, layer in linears.items() if any(_matches(name, target) for target in targets)]
 
 

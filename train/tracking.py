@@ -4,7 +4,6 @@
 so that a step stands in it once.
 """
 
-import difflib
 import json
 import math
 import resource
@@ -37,9 +36,7 @@ def check_trackers(names: list[str]) -> None:
     installed = {str(tracker) for tracker in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(LOGGER_TYPE_TO_CLASS)}"
-            raise ValueError(f"train.trackers: {name!r} is no tracker; {hint}")
+            raise ValueError(f"train.trackers: {name!r} is no tracker; {recipes.suggest(name, LOGGER_TYPE_TO_CLASS)}")
         if name not in installed:
             raise ValueError(
                 f"train.trackers: {name} is not installed: run pip install -e '.[logging]' (tensorboard, wandb,"

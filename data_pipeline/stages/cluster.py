@@ -31,8 +31,9 @@ from data_pipeline.config import ClusterConfig, Setup
 from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.histogram import write_histogram
 from data_pipeline.tables import Advance, Made, Table, Unit, add_columns, dropped_table
+from train.entry import first_line
 from train.files import digest
-from train.teachers.weights import check_path, first_line
+from train.teachers.weights import check_path
 
 SHIPPED = Path(__file__).parents[1] / "actions.yaml"
 OTHER = "other"  # action and category of what matches nothing

@@ -17,7 +17,6 @@ depend on the order of the rows.
 Shapes: A actions, R rows.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -29,7 +28,7 @@ from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.histogram import write_histogram
 from data_pipeline.stages.difficulty import check_actions, first_of_each, number_actions
 from data_pipeline.tables import Made, Table, Unit, add_columns, drop, dropped_table
-from train.files import digest
+from train.files import digest, seed_of
 
 NOT_CHOSEN = "not chosen"  # the reason of rows that are left out
 
@@ -130,8 +129,7 @@ def choose(index: np.ndarray, keys: Sequence[str], counts: np.ndarray, *, seed: 
     Those with the smallest hash of (seed, key): an action's choice grows and shrinks with its count, and does not
     change with the other rows.
     """
-    digests = (hashlib.sha256(f"{seed}\0{key}".encode()).digest() for key in keys)
-    lots = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(keys))
+    lots = np.fromiter((seed_of(seed, key) for key in keys), np.uint64, len(keys))
     return first_of_each(index, np.lexsort((lots, index)), counts)
 
 

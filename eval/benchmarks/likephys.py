@@ -23,7 +23,6 @@ The losses of finished scenes are kept in `<folder>/losses.jsonl`. Nothing in a 
 first scene is always asked again, and the others are taken over only if it gives the very same losses.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -49,7 +48,7 @@ from eval.search.candidates import Candidates
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones.base import Backbone
 from train.clips import ClipError, VideoConfig, from_pixels
-from train.files import digest, write_text
+from train.files import digest, seed_of, write_text
 
 VALID = "valid"
 # Scenario: folder of the published dataset, and the prompt that the release gives to all of its clips.
@@ -177,8 +176,7 @@ class LikePhys(Benchmark):
     def _block(self, scene: str, block: int, kind: str | None, video: VideoConfig) -> Clips:
         """BLOCK clips, the same scenes with every kind."""
         settings = self.settings
-        drawn = hashlib.sha256(f"likephys\0{scene}\0{SEED}\0{block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(seed_of("likephys", scene, SEED, block))
         size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
         return simulate(scene, BLOCK, generator, **size, violation=kind, severity=settings.severity)
 

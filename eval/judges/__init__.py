@@ -7,7 +7,6 @@ A new judge is a file with `build`, and a line in JUDGES and in `judge_settings`
 gives back, and what it raises for a clip that it cannot judge.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from eval.judges.sandbox import judge as sandbox
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.scores import Judge
 from eval.vlm.backend import VlmConfig, recorded
+from recipes import suggest
 
 
 @dataclass
@@ -59,9 +59,7 @@ def build_judge(judging: Judging, fps: float, device: torch.device | str) -> Jud
     """
     name = judging.judge.name
     if name not in JUDGES:
-        near = difflib.get_close_matches(name, JUDGES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(JUDGES)}"
-        raise ValueError(f"judge.name={name!r} is no judge; {hint}")
+        raise ValueError(f"judge.name={name!r} is no judge; {suggest(name, JUDGES)}")
     return JUDGES[name](judging, fps, device)
 
 

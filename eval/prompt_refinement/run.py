@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor
 
 import recipes
@@ -41,7 +41,7 @@ from train.backbones.base import Backbone, BackboneConfig, Conditioning
 from train.checkpoint import attach_trained
 from train.clips import VideoConfig, from_pixels
 from train.files import digest, lock, write_text
-from train.parallel import any_rank, build_accelerator
+from train.parallel import any_rank
 from train.sampling import SamplerConfig
 
 
@@ -80,17 +80,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
         raise ValueError(f"refine_prompts.chosen_by={settings.chosen_by!r} is no scorer: use {', '.join(SCORERS)}")
     searcher.check(strategy_of(settings), config.search, config.sampler, "refine_prompts")
     prompts = read_prompts(settings.prompts, settings.images, settings.prompts_file, section="refine_prompts")
-    accelerator = build_accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("refinement gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
     results = None
-    if not config.dry_run:
-        with lock(settings.folder) if accelerator.is_main_process else nullcontext():
-            results = refine(config, prompts, accelerator)
-    elif accelerator.is_main_process:
-        print(f"{len(prompts)} prompts, at most {settings.rounds} clips each, {config.sampler.steps} steps a clip")
-        print(f"search: {searcher.describe(strategy_of(settings), config.search)}")
-    accelerator.end_training()  # closes the process group
+    with entry.launched("refinement") as accelerator:
+        if not config.dry_run:
+            with lock(settings.folder) if accelerator.is_main_process else nullcontext():
+                results = refine(config, prompts, accelerator)
+        elif accelerator.is_main_process:
+            print(f"{len(prompts)} prompts, at most {settings.rounds} clips each, {config.sampler.steps} steps a clip")
+            print(f"search: {searcher.describe(strategy_of(settings), config.search)}")
     return results
 
 

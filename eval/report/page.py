@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from eval.report.tables import Table, comparison_table, facts, tables
 from train.clips import write_clip
+from train.files import render
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_WIDTH = 720  # pixels of a clip side by side in the page
@@ -50,11 +50,7 @@ def comparison_html(compared: Mapping[str, Any]) -> str:
 
 
 def _page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Mapping[str, Any]], settings: str) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(title=title, facts=facts, sections=sections, settings=settings, plot=plot)
+    return render(TEMPLATE, title=title, facts=facts, sections=sections, settings=settings, plot=plot)
 
 
 def encode(frames: Tensor, fps: float) -> str:

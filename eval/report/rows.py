@@ -16,6 +16,7 @@ from typing import Any, NotRequired
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
+import recipes
 from eval.benchmarks.base import Row
 from train.files import digest, parse_json, write_text
 
@@ -26,11 +27,7 @@ SYNC_EVERY = 1.0  # seconds; a killed process loses nothing, a machine that lose
 
 def scoring_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings`, at any depth, without those that cannot change a score."""
-    return {
-        key: scoring_settings(value) if isinstance(value, Mapping) else value
-        for key, value in settings.items()
-        if key not in PLACE_AND_SPEED
-    }
+    return recipes.without(settings, PLACE_AND_SPEED)
 
 
 def identity(clip: Any, settings: Mapping[str, Any]) -> str:

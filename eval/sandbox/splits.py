@@ -17,6 +17,7 @@ import torch
 from eval.sandbox.clips import SCENES, Clips, simulate
 from eval.sandbox.world import VIOLATIONS
 from train.clips import VideoConfig
+from train.files import seed_of
 
 SPLITS = ("train", "heldout", "pool")
 BLOCK = 250  # clips
@@ -40,7 +41,7 @@ class Simulated:
 def is_held_out(prompt: str) -> bool:
     """Whether a prompt is for evaluation only; capitals and outer blanks do not count."""
     digest = hashlib.sha256(prompt.strip().lower().encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0  # `seed_of` lacks the last bit
 
 
 def list_clips(scene: str, split: str, seed: int, count: int, video: VideoConfig) -> list[Simulated]:
@@ -67,8 +68,7 @@ def simulate_block(
 ) -> Clips:
     """All BLOCK clips of a block, also those whose prompts the split does not show. In the pool the odd blocks have
     planted violations, one kind and severity per block."""
-    digest = hashlib.sha256(f"sandbox\0{scene}\0{split}\0{seed}\0{block}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(seed_of("sandbox", scene, split, seed, block))
     size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
     if split == "pool" and block % 2:
         known = [kind for kind in VIOLATIONS if scene == "mixed" or kind in SCENES[scene].violations]

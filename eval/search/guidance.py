@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.search.flow import check_noise, sampling_velocity
 from eval.search.pruning import sampling_passes
-from train.backbones.base import Backbone, Conditioning, sigma_grid
-from train.sampling import SamplerConfig
+from train.backbones.base import Backbone, Conditioning
+from train.sampling import SamplerConfig, Stepper
 
 Reward = Callable[[Tensor], Tensor]  # frames (B,3,T,height,width) float in [-1, 1] -> (B,), higher is better
 
@@ -67,37 +66,33 @@ def sample_guided(
     negative: Conditioning | None = None,
     batch_size: int = 1,
 ) -> Guided:
-    """Sample from initial noise (B,C,F,H,W) with guidance; with scale 0 the clip of `Backbone.sample`, bit for bit.
+    """Sample from initial noise (B,C,F,H,W) with guidance; with scale 0 the clip of plain sampling, bit for bit.
 
     conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. batch_size:
     clips that are decoded and rewarded at once. ValueError for noise that does not fit, a backbone without VAE, and a
     reward that is not one finite number per clip.
     """
-    check_noise(noise, conditioning)
-    conditioning = conditioning.to(backbone.device)
-    velocity = sampling_velocity(backbone, conditioning, sampler, negative)
-    sigmas = sigma_grid(sampler.steps, sampler.shift)
-    guided = guided_steps(sigmas, config)
+    stepper = Stepper(backbone, conditioning, sampler, negative)
+    guided = guided_steps(stepper.times, config)
     held = conditioning.held_frames(noise.shape[2])
     rewards: list[Tensor] = []
     with torch.no_grad():
-        latents = backbone.start(noise.to(backbone.device, torch.float32), conditioning)
+        latents = stepper.start(noise)
     for step in range(sampler.steps):
-        t, stride = sigmas[step], (sigmas[step + 1] - sigmas[step]).to(backbone.device)
         if step not in guided:
             with torch.no_grad():
-                latents = latents + stride * velocity(latents, t)
+                latents = stepper.after(latents, stepper.velocity(latents, step), step)
             continue
         with torch.set_grad_enabled(config.through_network):
             latents = latents.detach().requires_grad_(config.through_network)  # not the caller's own tensor
-            flow = velocity(latents, t)
-            clean = latents - t.to(backbone.device) * flow
+            velocity = stepper.velocity(latents, step)
+            clean = stepper.clean(latents, velocity, step)
         values, gradient = reward_gradient(backbone, clean.detach(), reward, batch_size)
         if config.through_network:
             (gradient,) = torch.autograd.grad(clean, latents, gradient)
-        latents, flow = latents.detach(), flow.detach()
+        latents, velocity = latents.detach(), velocity.detach()
         move = config.scale * normalised_move(latents, gradient, held)
-        latents = latents + stride * flow + move
+        latents = stepper.after(latents, velocity, step) + move
         rewards.append(values)
     through = guided if config.through_network else []
     backward = sum(sampling_passes(backbone, sampler, step, step + 1) for step in through)

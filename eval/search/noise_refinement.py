@@ -22,19 +22,17 @@ Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eval.search.flow import check_noise, sampling_velocity
 from eval.search.pruning import sampling_passes
 from eval.search.residuals import noise_levels
 from losses.flow_matching import interpolate, velocity_target
 from losses.self_score import WEIGHTINGS, aggregate, hybrid, masked_error, motion_mask
-from train.backbones.base import Backbone, Conditioning, sigma_grid
-from train.sampling import SamplerConfig
+from train.backbones.base import Backbone, Conditioning
+from train.sampling import SamplerConfig, Stepper
 
 VARIANTS = ("global", "motion", "hybrid")
 ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws nothing, so there is no state to keep
@@ -153,19 +151,18 @@ def refine(
     Returns the iterate of lowest score for each clip; ValueError for noise or settings that do not fit, and for a score
     that is not one finite number per clip.
     """
-    check_noise(noise, conditioning)
     started = time.perf_counter()
-    conditioning, noise = conditioning.to(backbone.device), noise.to(backbone.device, torch.float32)
-    velocity = sampling_velocity(backbone, conditioning, sampler, negative)
-    sigmas = sigma_grid(sampler.steps, sampler.shift)
+    stepper = Stepper(backbone, conditioning, sampler, negative)
+    stepper.start(noise)  # raises ValueError
+    conditioning, noise = stepper.conditioning, noise.to(backbone.device, torch.float32)
 
-    def step(latents: Tensor, t: Tensor, next_t: Tensor) -> Tensor:
-        return latents + (next_t - t).to(latents.device) * velocity(latents, t)
+    def take(latents: Tensor, step: int) -> Tensor:
+        return stepper.after(latents, stepper.velocity(latents, step), step)
 
     def sample(noise: Tensor) -> Tensor:
-        latents = backbone.start(noise, conditioning)
-        for t, next_t in pairwise(sigmas):
-            latents = checkpoint(step, latents, t, next_t, **ANEW)
+        latents = stepper.start(noise)
+        for step in range(sampler.steps):
+            latents = checkpoint(take, latents, step, **ANEW)
         return latents
 
     mean, log_scale = (torch.zeros(noise.shape[:2], device=noise.device, requires_grad=True) for _ in range(2))

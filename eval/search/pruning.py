@@ -1,6 +1,6 @@
 """Early pruning (ours): look at the predicted clean latents part-way through sampling and finish the promising ones.
 
-After step k of an Euler sampler over times s_0 .. s_K the line of the last velocity points at z_0 = x_k - s_k v, for no
+After step k of a sampler the line of the last velocity points at clean latents (`train.sampling.Stepper.clean`), for no
 further pass. A scorer ranks these predictions, the best `keep` go on, the others stop.
 
     partial = begin(backbone, conditioning, seeds, video, sampler, stop=4)
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.backbones.base import Backbone, Conditioning, sigma_grid
+from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, Stepper, initial_noise, sigma_grid
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ def begin(
     """The first `stop` steps of one clip per seed, sampled together. conditioning: of one clip, or one per seed."""
     if not 0 < stop <= sampler.steps:
         raise ValueError(f"stop={stop}: sampling has {sampler.steps} steps; stop after 1 to {sampler.steps} of them")
-    shape = backbone.latent_shape(video.height, video.width, video.num_frames)
-    noise = [torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-    conditioning = conditioning.to(backbone.device).expand(len(seeds))
-    start = backbone.start(torch.cat(noise).to(backbone.device), conditioning)
+    conditioning = conditioning.expand(len(seeds))
+    start = Stepper(backbone, conditioning, sampler, negative).start(initial_noise(backbone, video, seeds))
     return advance(backbone, conditioning, Partial(0, start, start), sampler, stop=stop, negative=negative)
 
 
@@ -78,14 +76,12 @@ def advance(
     negative: Conditioning | None = None,
 ) -> Partial:
     """From wherever the clips are to the end of step `stop`."""
-    conditioning = conditioning.to(backbone.device).expand(len(partial.latents))
-    sigmas = sigma_grid(sampler.steps, sampler.shift)
+    stepper = Stepper(backbone, conditioning.expand(len(partial.latents)), sampler, negative)
     latents, clean = partial.latents, partial.clean
-    guidance = {"negative": negative, "guidance": sampler.guidance, "guidance_low": sampler.guidance_low}
     for step in range(partial.step, stop):
-        velocity = backbone.velocity_at(latents, sigmas[step], conditioning, **guidance)
-        clean = latents - sigmas[step].to(backbone.device) * velocity
-        latents = latents + (sigmas[step + 1] - sigmas[step]).to(backbone.device) * velocity
+        velocity = stepper.velocity(latents, step)
+        clean = stepper.clean(latents, velocity, step)
+        latents = stepper.after(latents, velocity, step)
     return Partial(stop, latents, clean)
 
 

@@ -16,7 +16,6 @@ and 0.620 against 0.624 (hybrid); at equal motion they are above chance by 0.167
 0.107 (hybrid) and 0.170 against 0.153 (global). Their semantic score is lower (hybrid 0.754 against 0.843).
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from eval.search.candidates import Candidates
 from losses.flow_matching import interpolate, velocity_target
 from train.backbones.base import Backbone, Conditioning
+from train.files import seed_of
 
 
 @dataclass
@@ -114,6 +114,5 @@ class Residuals:
     def noise(self, candidates: Candidates, level: int, draw: int) -> Tensor:
         """(C, F, H, W) float32, from a CPU generator of its own."""
         name = f"{self.config.seed}/{candidates.key}/{self.times[level]:.9g}/{draw}"
-        seed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big") >> 1
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed_of(name))
         return torch.randn(candidates.latents.shape[1:], generator=generator)

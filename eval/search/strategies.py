@@ -20,7 +20,7 @@ from eval.search.scorers.surprise import SurpriseConfig
 from eval.search.world_model import WorldModel
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, initial_noise, sample
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Refinement:
         latents, traces, spent = [], [], Cost()
         for start in range(0, len(seeds), self.config.batch_size):
             part, started = slice(start, start + self.config.batch_size), time.perf_counter()
-            noise = noise_of(self.backbone, self.video, seeds[part])
+            noise = initial_noise(self.backbone, self.video, seeds[part])
             found = refine(self.backbone, conditioning[part], noise, few, self.config, negative=self.negative)
             latents.append(self.sampled(found.noise, conditioning[part], found.latents).cpu())
             traces.append(torch.stack([found.trace[0], found.score], dim=1).cpu())
@@ -46,17 +46,11 @@ class Refinement:
             spent += Cost(passes, time.perf_counter() - started, backward)
         return torch.cat(latents), torch.cat(traces), spent
 
-    @torch.no_grad()
     def sampled(self, noise: Tensor, conditioning: Conditioning, latents: Tensor) -> Tensor:
         """The clips of refined noise, all (B, C, F, H, W): those of the few steps, where these are the sampler's."""
         if self.config.steps == self.sampler.steps:
             return latents
-        sampler = self.sampler
-        return self.backbone.sample(
-            conditioning, None, height=self.video.height, width=self.video.width, num_frames=self.video.num_frames,
-            steps=sampler.steps, guidance=sampler.guidance, guidance_low=sampler.guidance_low, shift=sampler.shift,
-            negative=self.negative or "", latents=noise, progress=False,
-        )  # fmt: skip
+        return sample(self.backbone, conditioning, noise, self.sampler, negative=self.negative, progress=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class Guidance:
         for start in range(0, len(seeds), size):
             part, started = slice(start, start + size), time.perf_counter()
             found = sample_guided(
-                self.backbone, conditioning[part], noise_of(self.backbone, self.video, seeds[part]), self.sampler,
+                self.backbone, conditioning[part], initial_noise(self.backbone, self.video, seeds[part]), self.sampler,
                 self.reward, self.config, negative=self.negative, batch_size=size,
             )  # fmt: skip
             latents.append(found.latents.cpu())
@@ -89,9 +83,3 @@ class Guidance:
             frames, frames=settings.frames, window=settings.window, context=settings.context,
             stride=settings.stride, axis=settings.axis,
         )  # fmt: skip
-
-
-def noise_of(backbone: Backbone, video: VideoConfig, seeds: Sequence[int]) -> Tensor:
-    """The initial noise of these seeds, (B, C, F, H, W): the same that `eval.search.pruning.begin` starts from."""
-    shape = backbone.latent_shape(video.height, video.width, video.num_frames)
-    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])

@@ -7,7 +7,6 @@ A failure says what is to be done about it: Malformed and Retry ask again, Rejec
 VlmUnavailable gives up all of them.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from recipes import redacted
+from train.files import sha256
 
 TOP_LOGPROBS = 20  # alternatives of the first token; as many as OpenAI and vLLM give at most
 BACKENDS = ("openai", "transformers")
@@ -89,8 +89,8 @@ class Question:
         """Hexadecimal SHA-256 of the question, the model and how it is asked; the server's address plays no part."""
         asked = [config.backend, config.model, config.send, config.max_tokens, TEMPERATURE, SEED]
         said = [self.text, self.rules, self.video_url, self.schema, self.first_token]
-        frames = [hashlib.sha256(frame).hexdigest() for frame in self.frames]
-        return hashlib.sha256(json.dumps([asked, said, frames]).encode("ascii")).hexdigest()
+        frames = [sha256(frame) for frame in self.frames]
+        return sha256(json.dumps([asked, said, frames]).encode("ascii"))  # keys of a schema in their order: no `digest`
 
 
 @dataclass(frozen=True)

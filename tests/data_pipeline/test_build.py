@@ -33,6 +33,7 @@ from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip
 from train.files import lock
 from train.groups import GroupSet, verify
+from train.sampling import SamplerConfig, sample_clips
 
 ROOT = Path(__file__).parents[2]
 GOOD = ("red", "green", "blue", "grey", "pink")
@@ -165,9 +166,9 @@ def test_winner_and_losers_are_what_the_backbone_makes(built, model, clips):
     assert group.fingerprint == backbone.fingerprint == GroupSet(built / "out" / "groups").fingerprint
     frames = read_clip(clips / "green.mp4", VideoConfig(64, 64, 9, 8.0))
     torch.testing.assert_close(group.winner, backbone.encode_video(from_pixels(frames)[None])[0].bfloat16())
-    generator = torch.Generator().manual_seed(group.losers_info[1].seed)
-    size = {"height": 64, "width": 64, "num_frames": 9}
-    loser = backbone.sample(["a green ball falls"], generator, **size, steps=2, guidance=2.0, progress=False)
+    text, seeds = backbone.condition(["a green ball falls"]), [group.losers_info[1].seed]
+    sampler = SamplerConfig(steps=2, guidance=2.0)
+    loser = sample_clips(backbone, text, seeds, VideoConfig(64, 64, 9, 8.0), sampler, progress=False)
     torch.testing.assert_close(group.losers[1], loser[0].bfloat16())
 
 

@@ -297,7 +297,7 @@ def test_description_counts_the_bytes(encoder, full):
     *lines, last = making.describe().splitlines()
     assert [line.split()[0] for line in lines] == list(made)
     total = sum(value.nbytes for value in made.values())
-    assert last == f"targets: at most {total} bytes a group"
+    assert last == f"targets: at most {total} bytes per group"
     assert sum(int(line.split()[-2]) for line in lines) == total
 
 

@@ -25,6 +25,7 @@ from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, read_clip, to_pixels, write_clip
 from train.lora_switch import LoraConfig, LoraSwitch
+from train.sampling import SamplerConfig, sample_clips
 
 ROOT = Path(__file__).parents[2]
 VIDEO = VideoConfig(64, 64, 5, 8.0)
@@ -171,9 +172,8 @@ def test_the_manifest_says_how_each_clip_was_made(made, model, lora):
 
 def test_a_clip_is_what_the_backbone_samples_from_its_seed(made, model):
     backbone = load_backbone(backbone_config(model), "cpu")
-    size = {"height": 64, "width": 64, "num_frames": 5}
-    noise = torch.Generator().manual_seed(7)
-    latents = backbone.sample([PROMPTS[1]], noise, **size, steps=2, guidance=2.0, progress=False)
+    video, sampler = VideoConfig(64, 64, 5, 8.0), SamplerConfig(steps=2, guidance=2.0)
+    latents = sample_clips(backbone, backbone.condition([PROMPTS[1]]), [7], video, sampler, progress=False)
     write_clip(made.parent / "expected.mp4", to_pixels(backbone.decode_latents(latents))[0], 8)
     assert (made.parent / "expected.mp4").read_bytes() == contents(made)[f"base/{FILES[3]}.mp4"]
 

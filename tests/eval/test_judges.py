@@ -13,7 +13,7 @@ from eval.vlm.backend import VlmConfig
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("sandbx", "did you mean 'sandbox'"), ("videophy_2", "did you mean 'videophy2'"), ("", "use one of sandbox, ")],
+    [("sandbx", "did you mean 'sandbox'"), ("videophy_2", "did you mean 'videophy2'"), ("", "known: sandbox, ")],
 )
 def test_an_unknown_judge_gets_a_suggestion(name, hint):
     with pytest.raises(ValueError, match=f"judge.name='{name}' is no judge; {hint}"):

@@ -5,9 +5,8 @@ import torch
 
 from eval.search.guidance import GuidanceConfig, guided_steps, normalised_move, reward_gradient, sample_guided
 from tests.tiny_backbones import load
-from train.backbones.base import sigma_grid
 from train.backbones.tiny import write_tiny_pipeline
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, sample, sigma_grid
 
 SAMPLER = SamplerConfig(steps=4, guidance=1.0)
 
@@ -33,8 +32,7 @@ def conditioning_of(backbone, image=False):
 
 
 def plain(backbone, conditioning, noise, sampler=SAMPLER, **more):
-    settings = {"steps": sampler.steps, "guidance": sampler.guidance, "shift": sampler.shift, "progress": False}
-    return backbone.sample(conditioning, None, height=32, width=32, num_frames=5, latents=noise, **settings, **more)
+    return sample(backbone, conditioning, noise, sampler, progress=False, **more)
 
 
 def darkness(frames):

@@ -11,9 +11,9 @@ from eval.search import noise_refinement as proprio
 from eval.search.noise_refinement import ProprioRefineConfig, SelfScore, kl_to_standard_normal, refine
 from losses.self_score import motion_mask
 from tests.tiny_backbones import load
-from train.backbones.base import Conditioning, sigma_grid
+from train.backbones.base import Conditioning
 from train.backbones.tiny import write_tiny_pipeline
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, sample, sigma_grid
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 FEW = SamplerConfig(steps=2, guidance=1.0)
@@ -35,17 +35,7 @@ def noise_for(backbone):
 
 
 def plain(backbone, conditioning, noise, sampler=FEW, **more):
-    return backbone.sample(
-        conditioning,
-        None,
-        **SIZE,
-        latents=noise,
-        steps=sampler.steps,
-        guidance=sampler.guidance,
-        shift=sampler.shift,
-        progress=False,
-        **more,
-    )
+    return sample(backbone, conditioning, noise, sampler, progress=False, **more)
 
 
 def conditioning_of(backbone, image=False):

@@ -34,6 +34,7 @@ from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, read_clip
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch
+from train.sampling import SamplerConfig, sample_clips
 
 ROOT = Path(__file__).parents[2]
 VIDEO = VideoConfig(32, 32, 17, 8.0)
@@ -162,8 +163,8 @@ def test_clips_are_kept_without_loss(tuned):
     backbone = load_backbone(BackboneConfig(path=str(tuned.model), dtype="float32", text_length=64), "cpu")
     score = json.loads((tuned.eval / "scores.jsonl").read_text(encoding="utf-8").splitlines()[6])
     assert (score["model"], score["clip"]) == ("base", 1)
-    size = {"height": 32, "width": 32, "num_frames": 17, "steps": 2, "guidance": 1.0, "shift": 3.0, "progress": False}
-    latents = backbone.sample([score["prompt"]], torch.Generator().manual_seed(1), **size)
+    sampler = SamplerConfig(steps=2, guidance=1.0, shift=3.0)
+    latents = sample_clips(backbone, backbone.condition([score["prompt"]]), [1], VIDEO, sampler, progress=False)
     expected = making.to_pixels(backbone.decode_latents(latents))[0]
     clip = read_clip(tuned.eval / "sandbox" / "clips" / "base" / f"{score['key']}-0.mp4", VIDEO)
     assert torch.equal(clip, expected)

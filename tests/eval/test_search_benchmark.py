@@ -50,3 +50,5 @@ def test_dry_run_and_what_is_refused(tmp_path, capsys):
         benchmark.main(["recipe=tiny", "search_benchmark.parts=[theirs]"])
     with pytest.raises(ValueError, match="search_benchmark.repeats=0"):
         benchmark.main(["recipe=tiny", "search_benchmark.repeats=0"])
+    with pytest.raises(ValueError, match="benchmark is not read by this command; it is search_benchmark now"):
+        benchmark.main(["recipe=tiny", "benchmark.repeats=1"])

@@ -26,8 +26,9 @@ from eval.search.scorers.random_choice import random_choice
 from eval.search.scorers.surprise import Surprise, SurpriseConfig
 from eval.search.searcher import scorer_settings
 from train.backbones import load_backbone
-from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
+from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.tiny import write_tiny_pipeline
+from train.sampling import sigma_grid
 
 SHAPE = (16, 3, 4, 6)  # (C, F, H, W)
 CONFIG = ResidualConfig(levels=2, first=0.4, last=0.7, shift=1.0, draws=2, batch_size=2, seed=5)

@@ -8,12 +8,15 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanIma
 
 from train.backbones import ARCHITECTURES, BACKBONES, load_backbone
 from train.backbones.architecture import latent_shape, num_tokens
-from train.backbones.base import BackboneConfig, Conditioning, sigma_grid
+from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.tiny import write_tiny_pipeline
+from train.clips import VideoConfig
+from train.sampling import SamplerConfig, sample, sample_clips, sigma_grid
 
 LENGTH = 24  # text tokens
 PROMPTS = ["a red ball falls", "a cube &amp; a  ramp\n (fünf 球)"]
 SIZE = {"height": 64, "width": 96, "num_frames": 9}
+VIDEO = VideoConfig(**SIZE, fps=8.0)
 TWO_EXPERTS = ("wan22_t2v", "wan22_i2v")
 
 
@@ -69,19 +72,11 @@ def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_
     picture = torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=torch.Generator().manual_seed(4))
     low = 2.0 if family in TWO_EXPERTS else None
 
-    ours = backbone.sample(
-        PROMPTS,
-        None,
-        **SIZE,
-        steps=4,  # t = 1, .9, .75, .5: both experts, and with wan22_i2v the boundary itself
-        shift=3.0,
-        guidance=4.0,
-        guidance_low=low,
-        negative="blurry",
-        first_frame=picture.expand(2, -1, -1, -1) * 2 - 1 if with_image else None,
-        latents=noise,
-        progress=False,
-    )
+    first_frame = picture.expand(2, -1, -1, -1) * 2 - 1 if with_image else None
+    conditioning = backbone.condition(PROMPTS, first_frame, num_frames=SIZE["num_frames"])
+    # t = 1, .9, .75, .5: both experts, and with wan22_i2v the boundary itself
+    sampler = SamplerConfig(steps=4, shift=3.0, guidance=4.0, guidance_low=low, negative_prompt="blurry")
+    ours = sample(backbone, conditioning, noise, sampler, progress=False)
     call = functools.partial(
         pipeline,
         prompt=PROMPTS,
@@ -212,7 +207,7 @@ def test_ti2v_holds_the_first_frame(backbone_of):
         backbone.velocity(other, t, conditioning), velocity
     )  # the caller's first frame is ignored
 
-    clip = backbone.sample(conditioning, torch.Generator().manual_seed(0), **SIZE, steps=2, guidance=1, progress=False)
+    clip = sample_clips(backbone, conditioning, [0, 1], VIDEO, SamplerConfig(steps=2, guidance=1), progress=False)
     torch.testing.assert_close(clip[:, :, :1], conditioning.image)
 
 
@@ -284,8 +279,8 @@ def test_two_experts_switch_at_the_boundary(backbone_of, monkeypatch, family):
         return network(self, expert, latents, t, conditioning)
 
     monkeypatch.setattr(type(backbone), "_network", spy)
-    settings = {**SIZE, "steps": 4, "shift": 3.0, "negative": conditioning[:1], "progress": False}
-    backbone.sample(conditioning, torch.Generator().manual_seed(0), guidance=1.0, guidance_low=3.0, **settings)
+    sampler = SamplerConfig(steps=4, shift=3.0, guidance=1.0, guidance_low=3.0)
+    sample_clips(backbone, conditioning, [0, 1], VIDEO, sampler, negative=conditioning[:1], progress=False)
     names = [name for name, _ in calls]
     # t = .9 is the image family's boundary and belongs to high_noise; only low_noise has a negative pass here.
     assert names == ["high_noise"] * 2 + ["low_noise"] * 4
@@ -302,46 +297,44 @@ def test_one_expert_alone(folder_of):
     torch.testing.assert_close(backbone.velocity(latents, t, conditioning), both.velocity(latents, t, conditioning))
     assert not torch.equal(both.experts["high_noise"].proj_out.weight, both.experts["low_noise"].proj_out.weight)
     with pytest.raises(ValueError, match="t=1.000 needs the high_noise expert"):
-        backbone.sample(conditioning, torch.Generator(), **SIZE, steps=2, guidance=1.0, progress=False)
+        sample_clips(backbone, conditioning, [0, 1], VIDEO, SamplerConfig(steps=2, guidance=1.0), progress=False)
 
 
 def test_sample_noise_belongs_to_each_clip(backbone_of):
     backbone = backbone_of("wan21")
     _, _, conditioning = random_inputs(backbone)
-    settings = {**SIZE, "steps": 2, "guidance": 1.0, "progress": False}
+    sampler = SamplerConfig(steps=2, guidance=1.0)
 
-    def generators(*seeds):
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+    def clips_of(conditioning, seeds):
+        return sample_clips(backbone, conditioning, seeds, VIDEO, sampler, progress=False)
 
-    clips = backbone.sample(conditioning, generators(5, 6), **settings)
-    alone = backbone.sample(conditioning[1:], generators(6), **settings)
+    clips, alone = clips_of(conditioning, [5, 6]), clips_of(conditioning[1:], [6])
     torch.testing.assert_close(clips[1:], alone, atol=1e-5, rtol=1e-4)
-    again = backbone.sample(conditioning[1:], generators(6)[0], **settings)
-    assert torch.equal(alone, again)
-    assert not torch.equal(alone, backbone.sample(conditioning[1:], generators(7), **settings))
-    with pytest.raises(ValueError, match="2 clips need"):
-        backbone.sample(conditioning, generators(5), **settings)
-    with pytest.raises(ValueError, match="the initial latents have shape"):
-        backbone.sample(conditioning, None, **settings, latents=clips[:1])
-    with pytest.raises(ValueError, match="first_frame goes with prompts"):
-        backbone.sample(conditioning, generators(5, 6), **settings, first_frame=torch.zeros(2, 3, 64, 96))
+    noise = torch.randn((1, *backbone.latent_shape(**SIZE)), generator=torch.Generator().manual_seed(6))
+    assert torch.equal(alone, sample(backbone, conditioning[1:], noise, sampler, progress=False))
+    assert not torch.equal(alone, clips_of(conditioning[1:], [7]))
+    with pytest.raises(ValueError, match="a conditioning of 2 clips cannot serve 1"):
+        clips_of(conditioning, [5])
+    with pytest.raises(ValueError, match=r"noise of shape \(1, .* with 2 conditionings"):
+        sample(backbone, conditioning, noise, sampler)
 
 
 def test_sample_needs_no_text_encoder_for_conditionings(folder_of):
     config = BackboneConfig(path=str(folder_of("wan21")), dtype="float32", text_length=LENGTH)
     backbone = load_backbone(config, "cpu", parts=("transformer",))
     _, _, conditioning = random_inputs(backbone)
-    settings = {**SIZE, "steps": 2, "guidance": 3.0, "progress": False}
-    clips = backbone.sample(
-        conditioning, torch.Generator(), negative=Conditioning(torch.zeros(1, LENGTH, 64)), **settings
-    )
+
+    def clips_of(guidance=3.0, **more):
+        sampler = SamplerConfig(steps=2, guidance=guidance, guidance_low=3.0)  # one expert has no use for guidance_low
+        return sample_clips(backbone, conditioning, [0, 1], VIDEO, sampler, progress=False, **more)
+
+    clips = clips_of(negative=Conditioning(torch.zeros(1, LENGTH, 64)))
     assert clips.isfinite().all()
     with pytest.raises(ValueError, match="text encoder is not loaded"):
-        backbone.sample(conditioning, torch.Generator(), **settings)
-    # Without guidance no negative is needed, and one expert has no use for guidance_low.
-    backbone.sample(conditioning, torch.Generator(), **{**settings, "guidance": 1.0}, guidance_low=3.0)
+        clips_of()
+    clips_of(guidance=1.0)
     with pytest.raises(ValueError, match="a conditioning of 3 clips cannot serve 2"):
-        backbone.sample(conditioning, torch.Generator(), negative=Conditioning(torch.zeros(3, LENGTH, 64)), **settings)
+        clips_of(negative=Conditioning(torch.zeros(3, LENGTH, 64)))
     with pytest.raises(ValueError, match="the VAE is not loaded"):
         backbone.decode_latents(clips)
 

@@ -2,8 +2,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from accelerate import DistributedType
 
 from train import entry, gdpo
 
@@ -56,3 +58,10 @@ def test_every_command_ends_through_the_launcher():
         for path in (ROOT / package).rglob("*.py"):
             tail = path.read_text(encoding="utf-8").partition('\nif __name__ == "__main__":')[2]
             assert not tail or "    entry.run(" in tail, path
+
+
+def test_a_command_that_holds_whole_models_refuses_deepspeed():
+    sharded = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="a build gives each GPU a whole model: launch it with launch/ddp.yaml"):
+        entry.refuse_sharding(sharded, "a build")
+    entry.refuse_sharding(SimpleNamespace(distributed_type=DistributedType.NO), "a build")

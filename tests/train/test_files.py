@@ -239,6 +239,23 @@ def test_digests_are_of_content():
     assert files.digest("abc") != "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_a_settled_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED", -1.0)
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    first = files.sha256(path)
+    with monkeypatch.context() as unread:
+        unread.delattr("hashlib.file_digest")
+        assert files.sha256(path) == first
+    path.write_bytes(b"abcd")
+    assert files.sha256(path) == files.sha256(b"abcd")
+
+
 def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_seed_is_the_hash_of_its_parts_and_fits_a_generator():
+    # printf 'losers\0007' | sha256sum | cut -c1-16
+    assert files.seed_of("losers", 7) == 0x8E48A76BDDB32F7F >> 1 < 2**63

@@ -273,7 +273,7 @@ def test_a_suffix_matches_whole_names_only():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("attn1.to_qq", r"lora.targets: 'attn1.to_qq' matches no linear layer. Did you mean attn1.to_q\?"),
+        ("attn1.to_qq", r"lora.targets: 'attn1.to_qq' matches no linear layer; did you mean 'attn1.to_q'\?"),
         ("self_attn.o", r"lora.targets: 'self_attn.o' matches no linear layer.*attn1.to_out.0"),
         ("attn1.norm_q", "'attn1.norm_q' matches no linear layer"),  # there, but not linear
     ],

@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_values(batch, 
         ("video.height=470", "height=470 is no multiple of 16.*use 464"),
         ("video.num_frames=80", "num_frames=80 is not 1 .* use 81"),
         ("backbone.architecture=15B", "backbone.architecture='15B' is unknown: use one of"),
-        ("lora.targets=[attn1.to_qq]", "Did you mean attn1.to_q"),
+        ("lora.targets=[attn1.to_qq]", "did you mean 'attn1.to_q"),
     ],
 )
 def test_what_cannot_work_is_refused(argument, message):

@@ -197,7 +197,7 @@ def test_a_tracker_that_is_not_installed_stops_the_run_before_anything_is_loaded
     assert not (tmp_path / "train").exists()
 
 
-@pytest.mark.parametrize(("name", "said"), [("wanbd", "did you mean wandb"), ("xyz", "known: .*tensorboard")])
+@pytest.mark.parametrize(("name", "said"), [("wanbd", "did you mean 'wandb'"), ("xyz", "known: .*tensorboard")])
 def test_a_tracker_that_nobody_knows_is_refused_with_a_suggestion(name, said):
     with pytest.raises(ValueError, match=f"train.trackers: '{name}' is no tracker; {said}"):
         check_trackers([name])

@@ -1,7 +1,7 @@
 """What a checkpoint's configs say, without its weights: shapes, sequence lengths and sizes, for `--dry-run` too.
 
 An architecture is a plain dict: "transformer" (keyword arguments of WanTransformer3DModel), "z_dim" (latent channels),
-"vae_scale" (pixels a latent row or column) and "vae_scale_temporal" (frames a latent frame, after the first).
+"vae_scale" (pixels per latent row or column) and "vae_scale_temporal" (frames per latent frame, after the first).
 """
 
 from __future__ import annotations

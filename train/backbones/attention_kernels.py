@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.teachers.weights import first_line
+from train.entry import first_line
 
 
 class Kernel(NamedTuple):

@@ -17,9 +17,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from train.backbones.architecture import latent_shape, num_tokens
@@ -94,18 +92,6 @@ class Conditioning:
         if with_image and len(with_image) != len(items):
             raise ValueError(f"{len(with_image)} of {len(items)} conditionings have an image: give all one, or none")
         return Conditioning(torch.cat([item.text for item in items]), torch.cat(with_image) if with_image else None)
-
-
-def sigma_grid(steps: int, shift: float) -> Tensor:
-    """Times of the Euler steps, (steps + 1,) float32 from 1 to 0: s u / (1 + (s - 1) u) over u = linspace(1, 0).
-
-    The shift is applied once. diffusers' FlowMatchEuler applies it to an already shifted range, so its last step is
-    nearly empty (4 steps, shift 3: 1, .858, .602, .009, 0 instead of 1, .9, .75, .5, 0).
-    """
-    if steps < 1 or shift <= 0:
-        raise ValueError(f"steps={steps} and shift={shift} make no sigma grid: use steps >= 1 and shift > 0")
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return (shift * u / (1 + (shift - 1) * u)).float()
 
 
 class Backbone:
@@ -257,7 +243,7 @@ class Backbone:
         if first_frame is None:
             return Conditioning(text)
         if len(first_frame) != len(prompts):
-            raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one a prompt")
+            raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one per prompt")
         if num_frames is None:
             raise ValueError("a first frame needs num_frames, the length of the video that it begins")
         image = self.encode_first_frame(first_frame, num_frames)
@@ -346,61 +332,7 @@ class Backbone:
         """Latents, timestep (B,) in [0, 1000] -> the network's input (B, C', F, H, W), timestep (B,) or (B, tokens)."""
         return latents, timestep
 
-    # Generation
-
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: list[str] | Conditioning,
-        generator: torch.Generator | list[torch.Generator] | None,
-        *,
-        height: int,
-        width: int,
-        num_frames: int,
-        steps: int = 50,
-        guidance: float = 5.0,
-        guidance_low: float | None = None,
-        shift: float = 5.0,
-        negative: str | Conditioning = NEGATIVE_PROMPT,
-        first_frame: Tensor | None = None,
-        latents: Tensor | None = None,
-        progress: bool = True,
-    ) -> Tensor:
-        """Latents (B, C, F, H, W) float32 of generated clips: Euler steps over `sigma_grid`, classifier-free guidance.
-
-        v = v_negative + guidance (v - v_negative); the negative pass is left out where guidance is 1. Two experts:
-        high_noise where t >= boundary, and below it low_noise with `guidance_low` (None: the same guidance).
-        `generator` is one CPU generator or one a clip, so that the noise does not depend on the device; `latents` is
-        the initial noise, given instead. A `Conditioning` brings its own image; `first_frame` (B, 3, H, W) goes with
-        prompts only.
-        """
-        if isinstance(prompts, Conditioning):
-            if first_frame is not None:
-                raise ValueError(
-                    "first_frame goes with prompts: a Conditioning takes encode_first_frame's latents as image"
-                )
-            conditioning = prompts.to(self.device)
-        else:
-            conditioning = self.condition(prompts, first_frame, num_frames=num_frames)
-        batch = len(conditioning)
-        shape = (batch, *self.latent_shape(height, width, num_frames))
-        if latents is None:
-            if generator is None or isinstance(generator, list) and len(generator) != batch:
-                raise ValueError(f"{batch} clips need one generator, {batch} generators or initial latents")
-            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"the initial latents have shape {tuple(latents.shape)}, the video needs {shape}")
-        latents = self.start(latents.to(self.device, torch.float32), conditioning)
-
-        if isinstance(negative, str):
-            guided = any(self.guidance_at(t, guidance, guidance_low) != 1 for t in (0.0, 1.0))
-            negative = Conditioning(self.encode_text([negative])) if guided else None
-        scales = {"negative": negative, "guidance": guidance, "guidance_low": guidance_low}
-        sigmas = sigma_grid(steps, shift)
-        for step in tqdm(range(steps), desc="sampling", unit="step", disable=not progress):
-            velocity = self.velocity_at(latents, sigmas[step], conditioning, **scales)
-            latents = latents + (sigmas[step + 1] - sigmas[step]).to(self.device) * velocity
-        return latents
+    # A sampling step, see `train.sampling`
 
     def velocity_at(
         self,
@@ -414,8 +346,9 @@ class Backbone:
     ) -> Tensor:
         """Velocity (B, C, F, H, W) float32 of the expert that serves time t, a scalar in [0, 1]: one sampling step's.
 
-        With classifier-free guidance as in `sample`, `negative` being the encoded negative prompt of 1 or B clips.
-        Differentiable in the latents. ValueError where that expert is not loaded.
+        With classifier-free guidance: v = v_negative + guidance (v - v_negative), `negative` being the encoded negative
+        prompt of 1 or B clips; that pass is left out where guidance is 1. Differentiable in the latents. ValueError
+        where that expert is not loaded.
         """
         t = torch.as_tensor(t, dtype=torch.float32)
         expert, scale = self.expert_serving(t), self.guidance_at(t, guidance, guidance_low)

@@ -1,4 +1,4 @@
-"""Wan2.1 text to video, 1.3B and 14B: one transformer, one timestep a clip.
+"""Wan2.1 text to video, 1.3B and 14B: one transformer, one timestep per clip.
 
 Facts from the public configs of Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers. Wan2.1 I2V (CLIP image encoder) is left out.
 """

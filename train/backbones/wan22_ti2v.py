@@ -1,9 +1,9 @@
-"""Wan2.2 TI2V-5B: text, and optionally a first frame, to video; one timestep a token; a VAE of 16x spatial compression.
+"""Wan2.2 TI2V-5B: text, and optionally a first frame, to video; one timestep per token; its VAE is 16x.
 
 Facts from the public configs of Wan-AI/Wan2.2-TI2V-5B-Diffusers. With an image the first latent frame IS the image's
 latent: its tokens are at t = 0, the network sees it clean, and its velocity is zero (diffusers overwrites the frame
 after each step instead, which ends in the same latents). Without an image every token is at t, so the network is
-given one timestep a clip: the same function as diffusers' one equal timestep a token, without the (B, N, 6, D)
+given one timestep per clip: the same function as equal timesteps per token in diffusers, without the (B, N, 6, D)
 modulation.
 """
 

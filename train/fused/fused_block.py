@@ -19,7 +19,6 @@ where one kernel holds the float32 value. Gradients flow to the hidden states an
 embeddings get none, and there is no second derivative.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -28,105 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.backbones.attention_kernels import KERNELS, Kernel, kernel_name
+from train.backbones.attention_kernels import KERNELS, kernel_name
 from train.fused import compile_cache, float8
+from train.fused.memory import OFFLOADED
 from train.fused.offload import HostStore
+from train.fused.stages import Frozen, Settings, cross_attend, cross_norm, gated, gelu, heads, modulated_norm, rotate
 from train.lora_switch import LoraSwitch, SwitchedLinear
 
-Frozen = dict[str, Tensor]  # the block's weights by name, and text, temb, cos, sin, gate
 Adapters = dict[str, tuple[Tensor, Tensor]]  # layer name -> (down (rank, in), up (out, rank))
 
-# What a block keeps for backward beside its input, cheapest second per byte first; each includes those before it. The
-# last keeps as much as the one before, in host memory.
+# What a block keeps for backward beside its input, most seconds saved per byte first; each includes those before it.
+# The last, OFFLOADED, keeps as much as the one before, in host memory.
 ATTENTION = ("attended", "logsumexp")
 HIDDEN = (*ATTENTION, "after_self", "cross_query", "after_cross")
 EVERYTHING = (*HIDDEN, "query", "key", "value", "wide")
 LEVELS: tuple[tuple[str, ...], ...] = ((), ATTENTION, HIDDEN, EVERYTHING, EVERYTHING)
-OFFLOADED = 4  # the level whose activations wait in host memory (`train.fused.offload`)
-
-
-class Settings(NamedTuple):
-    """What is the same for all blocks and constant in their graphs."""
-
-    heads: int
-    eps: float
-    kernel: Kernel  # of self-attention
-    cross_kernel: Kernel  # one that autograd knows
-    float8: bool = False
-
-
-# Stages between products. Hidden states are (B, N, D); B batch, N tokens, D width, L text tokens, R rank.
-
-
-def _modulation(frozen: Frozen, index: int) -> Tensor:
-    """Row `index` of shift, scale, gate (self-attention, then feed-forward): float32 (B, 1, D) or (B, N, D)."""
-    temb = frozen["temb"]  # (B, 6, D) or (B, N, 6, D)
-    row = temb[..., index, :].float() + frozen["scale_shift_table"][:, index]
-    return row.unsqueeze(1) if temb.ndim == 3 else row
-
-
-def _heads(settings: Settings, x: Tensor) -> Tensor:
-    """(B, N, D) -> (B, heads, N, D / heads), a view."""
-    return x.unflatten(2, (settings.heads, -1)).transpose(1, 2)
-
-
-def _root_mean_square_norm(settings: Settings, x: Tensor, weight: Tensor) -> Tensor:
-    """Over all heads together, float32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + settings.eps) * weight.float()
-
-
-def _modulated_norm(first: int):
-    """Layer norm with the modulation's rows `first` (shift) and the next (scale)."""
-
-    def run(settings: Settings, frozen: Frozen, hidden: Tensor) -> Tensor:
-        x = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=settings.eps)
-        return (x * (1 + _modulation(frozen, first + 1)) + _modulation(frozen, first)).to(hidden.dtype)
-
-    return run
-
-
-def _gate(index: int):
-    """Residual addition of what a row of the modulation scales."""
-
-    def run(settings: Settings, frozen: Frozen, hidden: Tensor, out: Tensor) -> Tensor:
-        return (hidden.float() + out.float() * _modulation(frozen, index)).to(hidden.dtype)
-
-    return run
-
-
-def _gelu(settings: Settings, frozen: Frozen, wide: Tensor) -> Tensor:
-    """GELU's tanh form, as a sigmoid: (1 + tanh u) / 2 = sigmoid(2 u), which GPUs compute faster."""
-    x = wide.float()
-    return (x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))).to(wide.dtype)
-
-
-def _cross_norm(settings: Settings, frozen: Frozen, hidden: Tensor) -> Tensor:
-    if "norm2.weight" not in frozen:
-        return hidden
-    weight, bias = frozen["norm2.weight"].float(), frozen["norm2.bias"].float()
-    return F.layer_norm(hidden.float(), hidden.shape[-1:], weight, bias, settings.eps).to(hidden.dtype)
-
-
-def _rotate(name: str):
-    """Norm over all heads and rotary embedding of channel pairs (2i, 2i + 1): (B, N, D) -> (B, heads, N, D / heads)."""
-
-    def run(settings: Settings, frozen: Frozen, x: Tensor) -> Tensor:
-        cos, sin = frozen["cos"], frozen["sin"]  # (1, N, 1, D / heads), each pair's value twice
-        sign = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
-        y = _root_mean_square_norm(settings, x, frozen[name]).unflatten(2, (settings.heads, -1))
-        swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return (y * cos + swapped * (sin * sign)).to(x.dtype).transpose(1, 2)
-
-    return run
-
-
-def _cross_attend(settings: Settings, frozen: Frozen, cross_query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    dtype = cross_query.dtype
-    query = _root_mean_square_norm(settings, cross_query, frozen["attn2.norm_q.weight"]).to(dtype)
-    key = _root_mean_square_norm(settings, key, frozen["attn2.norm_k.weight"]).to(dtype)
-    attended, _ = settings.cross_kernel.forward(*(_heads(settings, x) for x in (query, key, value)))
-    return attended.transpose(1, 2).flatten(2)
 
 
 # Products: a frozen linear layer and, where it has one, its gated adapter.
@@ -198,32 +113,39 @@ class Attention(NamedTuple):
 
 
 STAGES = (
-    Between(_modulated_norm(0), ("hidden",), "self_input"),
+    Between(modulated_norm(0), ("hidden",), "self_input"),
     Products(("attn1.to_q", "attn1.to_k", "attn1.to_v"), "self_input", ("query", "key", "value")),
-    Between(_rotate("attn1.norm_q.weight"), ("query",), "query_heads"),
-    Between(_rotate("attn1.norm_k.weight"), ("key",), "key_heads"),
-    Between(lambda settings, frozen, value: _heads(settings, value), ("value",), "value_heads"),
+    Between(rotate("attn1.norm_q.weight"), ("query",), "query_heads"),
+    Between(rotate("attn1.norm_k.weight"), ("key",), "key_heads"),
+    Between(lambda settings, frozen, value: heads(settings, value), ("value",), "value_heads"),
     Attention(("query_heads", "key_heads", "value_heads"), ("attended", "logsumexp")),
     Products(("attn1.to_out.0",), "attended", ("self_output",)),
-    Between(_gate(2), ("hidden", "self_output"), "after_self"),
-    Between(_cross_norm, ("after_self",), "cross_input"),
+    Between(gated(2), ("hidden", "self_output"), "after_self"),
+    Between(cross_norm, ("after_self",), "cross_input"),
     Products(("attn2.to_q",), "cross_input", ("cross_query",)),
     Products(("attn2.to_k", "attn2.to_v"), "text", ("text_key", "text_value")),
-    Between(_cross_attend, ("cross_query", "text_key", "text_value"), "cross_attended"),
+    Between(cross_attend, ("cross_query", "text_key", "text_value"), "cross_attended"),
     Products(("attn2.to_out.0",), "cross_attended", ("cross_output",)),
     Between(lambda settings, frozen, hidden, out: hidden + out, ("after_self", "cross_output"), "after_cross"),
-    Between(_modulated_norm(3), ("after_cross",), "wide_input"),
+    Between(modulated_norm(3), ("after_cross",), "wide_input"),
     Products(("ffn.net.0.proj",), "wide_input", ("wide",)),
-    Between(_gelu, ("wide",), "activated"),
+    Between(gelu, ("wide",), "activated"),
     Products(("ffn.net.2",), "activated", ("narrow",)),
-    Between(_gate(5), ("after_cross", "narrow"), "output"),
+    Between(gated(5), ("after_cross", "narrow"), "output"),
 )
 LAYERS = frozenset(layer for stage in STAGES if isinstance(stage, Products) for layer in stage.layers)
 
 
-def _attend(settings: Settings, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    attended, logsumexp = settings.kernel.forward(query, key, value)
-    return attended.transpose(1, 2).flatten(2), logsumexp  # a view: kernels lay the output out as the query
+def _compute(
+    stage: Products | Attention, settings: Settings, frozen: Frozen, adapters: Adapters, values: dict[str, Tensor]
+) -> None:
+    """Put the stage's outputs into `values`."""
+    if isinstance(stage, Products):
+        outputs = _products(settings, frozen, adapters, stage.layers, values[stage.input])
+    else:
+        attended, logsumexp = settings.kernel.forward(*(values[name] for name in stage.inputs))
+        outputs = attended.transpose(1, 2).flatten(2), logsumexp  # a view: kernels lay the output out as the query
+    values.update(zip(stage.outputs, outputs, strict=True))
 
 
 def forward(
@@ -234,12 +156,8 @@ def forward(
     for stage in STAGES:
         if isinstance(stage, Between):
             values[stage.output] = stage.run(settings, frozen, *(values[name] for name in stage.inputs))
-        elif isinstance(stage, Products):
-            outputs = _products(settings, frozen, adapters, stage.layers, values[stage.input])
-            values.update(zip(stage.outputs, outputs, strict=True))
         else:
-            attended = _attend(settings, *(values[name] for name in stage.inputs))
-            values.update(zip(stage.outputs, attended, strict=True))
+            _compute(stage, settings, frozen, adapters, values)
     return values["output"], [values[name] for name in keep]
 
 
@@ -254,7 +172,7 @@ def backward(
 ) -> tuple[Tensor, Adapters]:
     """Gradients of the hidden states (B, N, D) and of the adapters, from the output's.
 
-    What was kept stands in for what the stages give; what then has no use is dropped when compiled.
+    Outputs of stages that were kept are not computed again; the compiler drops stages whose outputs are then unused.
     """
     values = {"hidden": hidden, "text": frozen["text"]} | dict(zip(keep, kept, strict=True))
     pullbacks = {}
@@ -263,13 +181,8 @@ def backward(
             run = partial(stage.run, settings, frozen)
             output, pullbacks[stage.output] = torch.func.vjp(run, *(values[name] for name in stage.inputs))
             values.setdefault(stage.output, output)
-        elif isinstance(stage, Products):
-            if stage.outputs[0] not in values:
-                outputs = _products(settings, frozen, adapters, stage.layers, values[stage.input])
-                values.update(zip(stage.outputs, outputs, strict=True))
-        elif "attended" not in values:
-            attended = _attend(settings, *(values[name] for name in stage.inputs))
-            values.update(zip(stage.outputs, attended, strict=True))
+        elif stage.outputs[0] not in values:
+            _compute(stage, settings, frozen, adapters, values)
 
     grads: dict[str, Tensor] = {"output": grad}
     adapter_grads: Adapters = {}
@@ -289,10 +202,9 @@ def backward(
         else:
             attended, logsumexp = (values[name] for name in stage.outputs)
             inputs = [values[name] for name in stage.inputs]
-            out_grad, out = _heads(settings, grads["attended"]), _heads(settings, attended)
-            for name, value in zip(
-                stage.inputs, settings.kernel.backward(out_grad, *inputs, out, logsumexp), strict=True
-            ):
+            out_grad, out = heads(settings, grads["attended"]), heads(settings, attended)
+            input_grads = settings.kernel.backward(out_grad, *inputs, out, logsumexp)
+            for name, value in zip(stage.inputs, input_grads, strict=True):
                 give(name, value)
     return grads["hidden"], adapter_grads
 
@@ -356,11 +268,8 @@ class _BlockFunction(torch.autograd.Function):
         # Detached: whether an input requires a gradient is part of what a graph is compiled for.
         output, kept = graphs.forward(frozen, block.pairs(flat), hidden.detach())
         ctx.block, ctx.graphs = block, graphs
-        ctx.earlier = ctx.parcel = None
-        if store is not None:
-            ctx.earlier = store.newest()
-            if graphs.offloaded:
-                ctx.parcel = store.send(kept)
+        ctx.earlier = None if store is None else store.newest()
+        ctx.parcel = store.send(kept) if store is not None and graphs.offloaded else None
         if ctx.parcel is not None:
             kept = []
         ctx.save_for_backward(gate, hidden, text, temb, cos, sin, *flat, *kept)
@@ -384,11 +293,13 @@ class _BlockFunction(torch.autograd.Function):
         return None, None, None, None, hidden_grad, None, None, None, None, *flat
 
 
-def unfit(network: nn.Module, switch: Any) -> str:
-    """Why this network's blocks cannot be fused, for a message; empty when they can."""
-    if not isinstance(switch, LoraSwitch):
+def unfit(network: nn.Module, switch: Any = None) -> str:
+    """Why this network's blocks cannot be fused, for a message; empty when they can. switch: what was attached to it,
+    if anything was."""
+    if not isinstance(switch, LoraSwitch | None):
         return "all weights train"
-    inside = [name.removesuffix(".lora_A.weight").split(".", 2) for name in switch.weights if ".lora_A." in name]
+    names = [] if switch is None else [name for name in switch.weights if ".lora_A." in name]
+    inside = [name.removesuffix(".lora_A.weight").split(".", 2) for name in names]
     if any(parts[0] != "blocks" or parts[2] not in LAYERS for parts in inside):
         return "an adapter lies outside the blocks' linear layers"
     if network.blocks[0].attn2.add_k_proj is not None:
@@ -409,9 +320,9 @@ def fuse_blocks(
 ) -> None:
     """Replace every block's forward. Hooks stay outside the graphs.
 
-    `plan` gives, for hidden states of shape (B, N, D) and a number of passes that wait for their backward at once
-    (`LoraSwitch.sharing`), each block's index of LEVELS: asked once. `store` is for
-    blocks that are OFFLOADED; without it, or where it is full, they keep everything on the device.
+    `plan` gives each block's index of LEVELS, for hidden states of shape (B, N, D) and a number of passes that wait for
+    their backward at once (`LoraSwitch.sharing`); it is asked once. `store` is for blocks that are OFFLOADED; without
+    it, or where it is full, they keep everything on the device.
     """
     if compiled:
         compile_cache.heal()

@@ -6,7 +6,6 @@ to the latents (refinement, guidance) computes each block anew, as activation ch
 
 from types import SimpleNamespace
 
-from train.backbones.attention_kernels import kernel_name
 from train.backbones.base import Backbone
 from train.checkpoint import Trainable
 from train.fused.fused_block import fuse_blocks, unfit
@@ -21,15 +20,13 @@ def fuse(backbone: Backbone, switch: Trainable | None = None, *, compiled: bool 
     """
     if switch is not None and (reason := unfit(backbone.transformer, switch)):
         return reason
-    reasons = []
+    reasons = {}
     for network in backbone.experts.values():
+        if reason := unfit(network):
+            reasons[reason] = None
+            continue
         adapted = any(isinstance(layer, SwitchedLinear) for layer in network.modules())
         holder = switch if adapted else SimpleNamespace(state=SwitchState(1.0, backbone.device))
-        if network.blocks[0].attn2.add_k_proj is not None:
-            reasons.append("the blocks attend to image embeddings")
-        elif kernel_name(network) is None:
-            reasons.append("the attention kernel gives no logsumexp")
-        else:
-            levels = [0] * len(network.blocks)
-            fuse_blocks(network, holder, lambda *_, levels=levels: levels, compiled=compiled)
-    return "; ".join(dict.fromkeys(reasons))
+        levels = [0] * len(network.blocks)
+        fuse_blocks(network, holder, lambda *_, levels=levels: levels, compiled=compiled)
+    return "; ".join(reasons)

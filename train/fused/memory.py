@@ -11,10 +11,10 @@ those whose activations wait for their backward at once: one, and two where the 
 policy predicts (`train.winner`). Kept: a block's input, and by `train.fused.fused_block.LEVELS` nothing, attention
 (u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host memory. The workspace,
 fitted to measured peaks, is what one block's backward pass holds besides: it recomputes less the more was kept.
-`outside`, fitted likewise, is what a pass that waits behind another keeps outside its blocks.
+Of two passes that wait, the first keeps `outside` bytes more outside of its blocks; this is fitted likewise.
 
-Attention comes first, for it saves most time a byte; then the last blocks are raised first, because the peak is where
-the backward pass starts, and a block that kept more needs less workspace.
+Attention comes first, because it saves most time per byte. Then the last blocks are raised first, because the peak is
+where the backward pass starts, and a block that kept more needs less workspace.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 GIB = 2**30
-OFFLOADED = 4  # the level of `train.fused.fused_block` that keeps everything on the host
+OFFLOADED = 4  # the level of `train.fused.fused_block` whose activations wait in host memory (`train.fused.offload`)
 WORKSPACE = (21.0, 18.0, 18.0, 14.0)  # hidden states u, by level; the last block, where the peak is, is not offloaded
 WIDE_WORKSPACE = 0.3  # feed-forward activations w
 OUTSIDE = 2.2  # hidden states u: two measured peaks of two waiting passes against two of one

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.teachers.weights import first_line
+from train.entry import first_line
 
 Tracker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -77,7 +77,7 @@ def build(config: CoTrackerConfig, device: torch.device | str) -> Tracker:
 
 
 def _own_chance() -> AbstractContextManager:
-    """The package seeds the global generators when it is imported, and draws weights: nobody else shall notice."""
+    """Give the global generators their state back: the package seeds them when it is imported, and draws weights."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 

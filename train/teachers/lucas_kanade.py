@@ -22,7 +22,7 @@ from torch import Tensor
 Tracker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 LEAST_WINDOW = 9  # pixels, the smallest window
-LEVELS = 2  # of the pyramid above the frames themselves: motions of many pixels a frame
+LEVELS = 2  # of the pyramid above the frames themselves: motions of many pixels per frame
 STOP = (3, 30, 0.01)  # cv2.TermCriteria: by count (30 steps) or accuracy (0.01 pixels)
 LEAST_CONTRAST = 0.5  # grey levels; surroundings with a smaller standard deviation are flat
 

@@ -40,7 +40,7 @@ from train.teachers.vjepa2 import VJepa2Config
 @dataclass
 class TargetsConfig:
     tracks: str = ""  # lucas_kanade | cotracker, in a build also simulator; empty: no targets
-    grid: int = 25  # points a side, on frame 0
+    grid: int = 25  # points per side, on frame 0
     depth: str = ""  # depth_anything, in a build also simulator; empty: all points count as equally near
     relation: str = ""  # vjepa2; empty: no tokens of a video encoder
     rule: str = "mean"  # which points are kept: mean (section 3.1) | top_k (appendix A) | all (no region focus)
@@ -172,4 +172,4 @@ class TargetMaker:
             total += size
             lines.append(f"{name:<18}{str(shape):<16}{str(dtype).removeprefix('torch.'):<10}{size:>9} bytes")
         lines += [unread] if unread else []
-        return "\n".join([*lines, f"targets: at most {total} bytes a group"])
+        return "\n".join([*lines, f"targets: at most {total} bytes per group"])

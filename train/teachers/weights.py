@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from train.entry import first_line
+
 
 def check_path(key: str, path: str, example: str) -> None:
     """ValueError for a path that is neither a folder nor in the form of a hub id. Opens nothing."""
@@ -54,8 +56,3 @@ REMEDY = "check the name, the network, and that config.json and *.safetensors ar
 def _place(path: str) -> str:
     folder = Path(path).expanduser()
     return str(folder) if folder.is_dir() else path
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another package's error, for a message; its type's name where it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

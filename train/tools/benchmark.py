@@ -28,139 +28,45 @@ optimizer included.
 
 import gc
 import json
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from peft import LoraConfig as PeftLoraConfig
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import recipes
-from losses.flow_matching import flow_error, interpolate
-from losses.preference import pairwise_bound
 from train import entry, gdpo
 from train.backbones import load_backbone
-from train.backbones.attention_kernels import kernels_on
 from train.backbones.base import Backbone
+from train.files import write_text
 from train.loop import Policy, build_heads, prepare_network
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
-from train.parallel import average_, build_accelerator, partition, release
+from train.parallel import average_, build_accelerator, partition, release, sharding
 from train.physics import target_tensors
 from train.self_score import draws
 from train.teachers.points import pack, query_grid
-from train.teachers.weights import first_line
-from train.tools.breakdown import draw_chart, where_time_goes
-from train.tracking import peak_memory_gib, transformer_flops
+from train.tools.baselines import CopiedReference, limit, measure_ceilings, plain
+from train.tools.breakdown import draw_chart, time_step
 
 PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score", "zero3")
 KINDS = ("", "_sustained")  # of ceilings
+LOSERS = 4  # of `groupwise`
+RELATION_GRID, RELATION_WIDTH = (32, 16, 16), 1024  # of `physics`: V-JEPA 2 ViT-L's tokens; a group has 512 of them
 
 
 @dataclass
 class BenchmarkConfig:
     parts: list[str] = field(default_factory=lambda: ["ceilings", "plain", "ours", "groupwise"])  # of PARTS
     repeats: int = 3  # timed steps, after one that compiles and allocates
-    losers: int = 4  # of `groupwise`
-    breakdown: bool = True  # one more step each, for the time by kind of kernel
-    relation_grid: list[int] = field(default_factory=lambda: [32, 16, 16])  # of `physics`: V-JEPA 2 ViT-L's tokens
-    relation_width: int = 1024  # and their width; 512 of them, the most that a group has
 
 
 @dataclass
 class Config(gdpo.Config):
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-
-
-class CopiedReference:
-    """Full fine-tuning against a frozen copy: what stands in a LoRA switch's place without it. Same interface for
-    `gdpo.step`."""
-
-    def __init__(self, backbone: Backbone, copy: nn.Module):
-        self.backbone, self.copy = backbone, copy
-        backbone.transformer.requires_grad_(True)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.backbone.transformer.parameters())
-
-    @contextmanager
-    def frozen_reference(self):
-        experts, name = self.backbone.experts, self.backbone.expert
-        policy, experts[name] = experts[name], self.copy
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            experts[name] = policy
-
-    def share_graph(self) -> None:
-        """Nothing to share: the two networks are two."""
-
-    def sharing(self, passes: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    @staticmethod
-    def checkpoint(function: Callable, *args):
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-
-
-def measure_ceilings(config: Config, backbone: Backbone) -> dict[str, float]:
-    """TFLOP/s of a matrix product and of attention, forward and backward, at the recipe's shapes; the best attention
-    kernel counts."""
-    network, video = backbone.architecture["transformer"], config.video
-    tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
-    heads, size = network["num_attention_heads"], network["attention_head_dim"]
-    width, ffn = heads * size, network["ffn_dim"]
-    generator = torch.Generator(backbone.device).manual_seed(0)
-    dtype = next(backbone.blocks[0].ffn.parameters()).dtype
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=backbone.device, dtype=dtype, generator=generator)
-
-    left, right = random(tokens, width), random(width, ffn)
-    warmup = 50 if backbone.device.type == "cuda" else 2  # the first to run here finds an idle chip's clock
-    burst = seconds(lambda: left @ right, backbone.device, 10, warmup=warmup)
-    rates = {"matrix": 2 * tokens * width * ffn / burst / 1e12}
-    rates["matrix_sustained"] = 2 * tokens * width * ffn / sustained(lambda: left @ right, backbone.device) / 1e12
-    query, key, value, grad = (random(1, tokens, heads, size).transpose(1, 2) for _ in range(4))
-    flops = 4 * tokens**2 * width
-    kernels = kernels_on(backbone.device)
-    for name, kernel in list(kernels.items()):
-        forward = partial(kernel.forward, query, key, value)
-        try:
-            backward = partial(kernel.backward, grad, query, key, value, *forward())
-            rates[f"attention_{name}"] = flops / seconds(forward, backbone.device, 5) / 1e12
-            rates[f"attention_{name}_backward"] = 2.5 * flops / seconds(backward, backbone.device, 5) / 1e12
-            rates[f"attention_{name}_sustained"] = flops / sustained(forward, backbone.device) / 1e12
-            rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / sustained(backward, backbone.device) / 1e12
-        except Exception as error:  # as in `attention_seconds`: whatever another package's compiler raises
-            print(f"attention kernel {name} does not run here: {first_line(error)}")
-            del kernels[name]
-    for kind in ("", "_backward", "_sustained", "_backward_sustained"):
-        rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in kernels)
-    return rates
-
-
-def limit(config: Config, backbone: Backbone, rates: dict[str, float], *, clips: int, kind: str = "") -> float:
-    """Seconds of a step over `clips` clips at the measured rates (`kind`: "" or "_sustained"), nothing recomputed,
-    nothing but matrix products and attention."""
-    network, video = backbone.architecture["transformer"], config.video
-    width = network["num_attention_heads"] * network["attention_head_dim"]
-    tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
-    matrix, attention = transformer_flops(
-        tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"]
-    )
-    forward = matrix / rates[f"matrix{kind}"] + attention / rates[f"attention{kind}"]
-    backward = matrix / rates[f"matrix{kind}"] + 2.5 * attention / rates[f"attention_backward{kind}"]
-    return clips * (2 * forward + backward) / 1e12
 
 
 def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, Tensor]:
@@ -169,9 +75,8 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
     shape = backbone.latent_shape(video.height, video.width, video.num_frames)
     generator = torch.Generator().manual_seed(config.seed)
     clips = torch.randn(1, 1 + losers, *shape, generator=generator).to(device, torch.bfloat16)
-    text = torch.randn(
-        1, config.backbone.text_length, backbone.architecture["transformer"]["text_dim"], generator=generator
-    )
+    width = backbone.architecture["transformer"]["text_dim"]
+    text = torch.randn(1, config.backbone.text_length, width, generator=generator)
     batch = {
         "winner": clips[:, 0],
         "losers": clips[:, 1:],
@@ -194,32 +99,16 @@ def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tens
     points, frames = config.physics.targets.grid**2, config.video.num_frames
     time = torch.linspace(0, 1, frames)[:, None, None]
     start, goal = query_grid(config.physics.targets.grid), torch.rand(points, 2, generator=generator)
-    places = config.benchmark.relation_grid[0] * config.benchmark.relation_grid[1] * config.benchmark.relation_grid[2]
+    places = math.prod(RELATION_GRID)
     count = min(config.physics.targets.max_tokens, places)
     return {
         "tracks": pack((1 - time) * start + time * goal),
         "visible": torch.ones(frames, points, dtype=torch.bool),
         "keep": torch.ones(points, dtype=torch.bool),
-        "relation_tokens": torch.randn(count, config.benchmark.relation_width, generator=generator).bfloat16(),
+        "relation_tokens": torch.randn(count, RELATION_WIDTH, generator=generator).bfloat16(),
         "relation_indices": torch.randperm(places, generator=generator)[:count].int(),
-        "relation_grid": torch.tensor(config.benchmark.relation_grid, dtype=torch.int32),
+        "relation_grid": torch.tensor(RELATION_GRID, dtype=torch.int32),
     }
-
-
-def time_step(run: Callable[[], Any], config: Config, device: torch.device) -> dict[str, Any]:
-    """First-step seconds, median seconds of the next ones, their peak memory and graphs that only they compiled, and
-    the time by kind of one more step."""
-    first = seconds(run, device, 1, warmup=0)
-    graphs = counters["stats"]["unique_graphs"]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    measured = {
-        "seconds": seconds(run, device, config.benchmark.repeats, warmup=0),
-        "first_seconds": first,
-        "memory_gib": peak_memory_gib(device),
-        "compiled_later": counters["stats"]["unique_graphs"] - graphs,
-    }
-    return measured | ({"time": where_time_goes(run, device)} if config.benchmark.breakdown else {})
 
 
 def ours(
@@ -290,150 +179,43 @@ def _preference_step(config: Config, policy: Policy, losers: int, engine: nn.Mod
         optimizer.zero_grad(set_to_none=True)
         assert torch.isfinite(metrics["loss"]).item()
 
-    measured = time_step(run, config, policy.backbone.device)
+    measured = time_step(run, policy.backbone.device, config.benchmark.repeats)
     # Before the first update policy and reference are equal, so the gap should be 0.
     return measured | {"untrained_gap": gaps[0]}
 
 
-def plain(config: Config, backbone: Backbone) -> dict[str, float]:
-    """What diffusers and peft give without this project: add_adapter, gradient checkpointing, winner and loser as one
-    batch."""
-    network = backbone.transformer
-    network.reset_attention_backend()
-    targets = "|".join(target.replace(".", r"\.") for target in config.lora.targets)
-    network.add_adapter(
-        PeftLoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            target_modules=rf".*\.({targets})",
-            init_lora_weights="gaussian",
-        )
-    )
-    weights = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
-    for weight in weights:
-        weight.data = weight.data.float()
-    network.train()
-    network.enable_gradient_checkpointing()
-    batch = random_batch(config, backbone, 1)  # of which the terms are not read
-    clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[0]  # (2,C,F,H,W)
-    noise, t, text = batch["noise"][0], batch["t"].expand(2), batch["text"].expand(2, -1, -1)
-    noisy = interpolate(clips, noise, t).to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(weights, lr=config.optim.lr)
-
-    def errors() -> Tensor:
-        with torch.autocast(backbone.device.type, torch.bfloat16):
-            velocity = network(noisy, 1000 * t, text, return_dict=False)[0]
-        return flow_error(velocity, clips, noise)  # (2,)
-
-    def run() -> None:
-        with torch.no_grad():
-            network.disable_adapters()
-            reference = errors()
-            network.enable_adapters()
-        policy = errors()
-        loss = pairwise_bound(
-            policy[:1],
-            reference[:1],
-            policy[1:],
-            reference[1:],
-            alpha=0.75,
-            gamma=2.66,
-            beta=config.objective.beta,
-            group_size=1,
-        )
-        loss.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return time_step(run, config, backbone.device)
-
-
-def seconds(run: Callable[[], Any], device: torch.device, repeats: int, *, warmup: int = 2) -> float:
-    """Median wall seconds of `run`, the device's work included."""
-    times = []
-    for index in range(warmup + repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        run()
-        _synchronize(device)
-        if index >= warmup:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def sustained(run: Callable[[], Any], device: torch.device, *, span: float = 1.5) -> float:
-    """Mean wall seconds of `run` in the second half of `span` seconds (on a CPU of two runs) without a pause."""
-    repeats = max(2, round(span / seconds(run, device, 1, warmup=0))) if device.type == "cuda" else 2
-    for index in range(repeats):
-        if index == repeats // 2:
-            _synchronize(device)
-            start = time.perf_counter()
-        run()
-    _synchronize(device)
-    return (time.perf_counter() - start) / (repeats - repeats // 2)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = recipes.load(Config, argv)
-    unknown = set(config.benchmark.parts) - set(PARTS)
-    if unknown:
+    if unknown := set(config.benchmark.parts) - set(PARTS):
         raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     config.backbone.random_weights = True  # speed and memory do not depend on what the weights are
     accelerator = build_accelerator()
-    if "zero3" in config.benchmark.parts and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if "zero3" in config.benchmark.parts and sharding(accelerator) is None:
         raise ValueError(
             "benchmark.parts: zero3 shards over the ranks of a DeepSpeed launch: accelerate launch --config_file"
             " launch/zero3.yaml --num_processes N train/tools/benchmark.py ..."
         )
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    video = config.video
+    device, video = accelerator.device, config.video
     results: dict[str, Any] = {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "architecture": config.backbone.architecture,
         "video": [video.height, video.width, video.num_frames],
     }
-    accelerator.print(
-        f"{config.backbone.family} {config.backbone.architecture},"
-        f" {video.height}x{video.width}x{video.num_frames}, on {accelerator.num_processes} x {name}"
-    )
-    measures = {
-        "plain": plain,
-        "ours": ours,
-        "low_memory": lambda c, b: ours(replace(c, train=replace(c.train, memory_budget_gib=1e-3)), b),
-        "float8": lambda c, b: ours(replace(c, train=replace(c.train, float8=True)), b),
-        "groupwise": lambda c, b: ours(c, b, losers=c.benchmark.losers, loss="plackett_luce"),
-        "copy": copied,
-        "physics": lambda c, b: ours(c, b, physics=True),
-        "self_score": lambda c, b: ours(c, b, self_score=True),
-        "zero3": lambda c, b: ours(c, b, ranks=accelerator),
-    }
+    size, devices = "x".join(map(str, results["video"])), f"{accelerator.num_processes} x {results['device']}"
+    accelerator.print(f"{config.backbone.family} {config.backbone.architecture}, {size}, on {devices}")
     path = Path(config.output) / "benchmark.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     for part in config.benchmark.parts:
-        backbone = load_backbone(config.backbone, device, parts=("expert",))
-        if part == "ceilings":
-            rates = measure_ceilings(config, backbone)
-            both = {f"pair_limit{kind}_seconds": limit(config, backbone, rates, clips=2, kind=kind) for kind in KINDS}
-            results[part] = rates | both
-        else:
-            results[part] = measures[part](config, backbone)
-            if "ceilings" in results and part != "self_score":  # of which the judge's passes are not counted
-                clips = 1 + config.benchmark.losers if part == "groupwise" else 2
-                results[part]["limit_seconds"] = limit(config, backbone, results["ceilings"], clips=clips)
-            results[part] |= against_ours(config, part, results)
+        results[part] = measure(config, part, accelerator)
+        if "ceilings" in results and part not in ("ceilings", "self_score"):  # the judge's passes are not counted
+            clips = 1 + LOSERS if part == "groupwise" else 2
+            results[part]["limit_seconds"] = limit(config, results["ceilings"], clips=clips)
+        results[part] |= against_ours(config, part, results)
         measured = results[part] | results[part].get("time", {})
         numbers = (f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, int | float))
         accelerator.print(part, "  ".join(numbers), flush=True)
         if accelerator.is_main_process:
-            path.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        del backbone
+            write_text(path, json.dumps(results, indent=1))
         gc.collect()
         torch._dynamo.reset()
         if device.type == "cuda":
@@ -442,6 +224,35 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         draw_chart(results, path.with_suffix(".png"))
     accelerator.print(f"wrote {path} and {path.with_suffix('.png').name}")
     return results
+
+
+def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, Any]:
+    """Figures of one of PARTS, from a network of its own."""
+    spread = sharding(accelerator) if part == "zero3" else None
+    backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=spread)
+    match part:
+        case "ceilings":
+            rates = measure_ceilings(config, backbone)
+            both = {f"pair_limit{kind}_seconds": limit(config, rates, clips=2, kind=kind) for kind in KINDS}
+            return rates | both
+        case "plain":
+            return plain(config, backbone, random_batch(config, backbone, 1), config.benchmark.repeats)
+        case "ours":
+            return ours(config, backbone)
+        case "low_memory":
+            return ours(replace(config, train=replace(config.train, memory_budget_gib=1e-3)), backbone)
+        case "float8":
+            return ours(replace(config, train=replace(config.train, float8=True)), backbone)
+        case "groupwise":
+            return ours(config, backbone, losers=LOSERS, loss="plackett_luce")
+        case "copy":
+            return copied(config, backbone)
+        case "physics":
+            return ours(config, backbone, physics=True)
+        case "self_score":
+            return ours(config, backbone, self_score=True)
+        case "zero3":
+            return ours(config, backbone, ranks=accelerator)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Where a step's time goes, by kind of kernel, and a bar chart of what a benchmark measured."""
+"""How long a step takes and where its time goes, by kind of kernel; a bar chart of what a benchmark measured."""
 
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
+
+from train.tracking import peak_memory_gib
 
 # The first kind of which a part stands in the kernel's or operator's name, in lower case: NCCL's and gloo's
 # collectives, copies to the host and back, cuDNN and PyTorch's flash kernels, cuBLAS's (nvjet, cutlass, xmma) and MKL's
@@ -19,6 +24,52 @@ KINDS = {
 }
 REST = "elementwise"
 BESIDE = ("communication", "copies")  # they run while the others do
+
+
+def time_step(run: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, Any]:
+    """First-step seconds, median seconds of the next ones, their peak memory and graphs that only they compiled, and
+    the time by kind of one more step."""
+    first = seconds(run, device, 1, warmup=0)
+    graphs = counters["stats"]["unique_graphs"]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "seconds": seconds(run, device, repeats, warmup=0),
+        "first_seconds": first,
+        "memory_gib": peak_memory_gib(device),
+        "compiled_later": counters["stats"]["unique_graphs"] - graphs,
+        "time": where_time_goes(run, device),
+    }
+
+
+def seconds(run: Callable[[], Any], device: torch.device, repeats: int, *, warmup: int = 2) -> float:
+    """Median wall seconds of `run`, the device's work included."""
+    times = []
+    for index in range(warmup + repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        if index >= warmup:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def sustained(run: Callable[[], Any], device: torch.device, *, span: float = 1.5) -> float:
+    """Mean wall seconds of `run` in the second half of `span` seconds (on a CPU of two runs) without a pause."""
+    repeats = max(2, round(span / seconds(run, device, 1, warmup=0))) if device.type == "cuda" else 2
+    for index in range(repeats):
+        if index == repeats // 2:
+            _synchronize(device)
+            start = time.perf_counter()
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - start) / (repeats - repeats // 2)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def kind_of(kernel: str) -> str:
@@ -45,7 +96,7 @@ def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, f
 
 
 def draw_chart(results: dict[str, Any], path: Path) -> None:
-    """Seconds a step of each measured part, beside the limit, and its peak memory. Seconds are stacked by kind where
+    """Seconds per step of each measured part, beside the limit, and its peak memory. Seconds are stacked by kind where
     that was measured; a thin bar is what ran beside them."""
     import matplotlib
 
@@ -53,8 +104,8 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     parts = {name: part for name, part in results.items() if isinstance(part, dict) and "seconds" in part}
-    size = (9, 0.7 * len(parts) + 1.8)
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=size, sharey=True, width_ratios=(2, 1), layout="constrained")
+    shape = {"figsize": (9, 0.7 * len(parts) + 1.8), "width_ratios": (2, 1), "layout": "constrained"}
+    figure, (spent, memory) = pyplot.subplots(1, 2, sharey=True, **shape)
     colours = ("#9467bd", "#b0558c", "#f0b35a", "#3b6ea5", "#79b4a9", "#dddddd")
     colours = dict(zip([*KINDS, "idle"], colours, strict=True))
     shown = set()
@@ -67,23 +118,23 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
             if seconds > 0:
                 thin, label = kind in BESIDE, None if kind in shown else kind
                 place, height = (row + 0.46, 0.1) if thin else (row, 0.8)
-                time.barh(place, seconds * scale, height, left=ends[thin], color=colours[kind], label=label)
+                spent.barh(place, seconds * scale, height, left=ends[thin], color=colours[kind], label=label)
                 ends[thin] += seconds * scale
                 shown.add(kind)
-        time.barh(row, part["seconds"] - ends[False], left=ends[False], color=colours["idle"])
-        time.text(part["seconds"], row, f" {part['seconds']:.3g}", va="center")
+        spent.barh(row, part["seconds"] - ends[False], left=ends[False], color=colours["idle"])
+        spent.text(part["seconds"], row, f" {part['seconds']:.3g}", va="center")
         if "limit_seconds" in part:
             label = None if "limit" in shown else "arithmetic limit"
-            time.plot([part["limit_seconds"]] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2, label=label)
+            spent.plot([part["limit_seconds"]] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2, label=label)
             shown.add("limit")
         memory.barh(row, part["memory_gib"], color="#8c8c8c")
         memory.text(part["memory_gib"], row, f" {part['memory_gib']:.3g}", va="center")
     labels = [name + (f", {part['ranks']} GPUs" if "ranks" in part else "") for name, part in parts.items()]
-    time.set_yticks(range(len(parts)), labels)
-    time.invert_yaxis()
-    time.set_xlabel("seconds a step")
+    spent.set_yticks(range(len(parts)), labels)
+    spent.invert_yaxis()
+    spent.set_xlabel("seconds per step")
     memory.set_xlabel("peak memory, GiB")
-    for axes in (time, memory):
+    for axes in (spent, memory):
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     rows, columns, frames = results["video"]

@@ -73,7 +73,8 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
             " recipe=<its folder>/recipe.yaml"
         )
     checkpoint.load_heads(path.parent, heads)
-    targets = {name: tensor[None].to(backbone.device) for name, tensor in _tensors(config, group).items()}
+    tensors = target_tensors(config.physics, group.extra, group.winner.shape[1])
+    targets = {name: tensor[None].to(backbone.device) for name, tensor in tensors.items()}
     clean = group.winner[None].to(backbone.device).float()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)
     t = torch.full((1,), config.inspect.t, device=clean.device)
@@ -91,10 +92,6 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
     return made
 
 
-def _tensors(config: Config, group: Group) -> dict[str, Tensor]:
-    return target_tensors(config.physics, group.extra, group.winner.shape[1])
-
-
 def draw(group: Group, frames: Tensor, made: dict[str, Tensor]) -> Figure:
     """The picture: group with targets, its decoded frames (T,H,W,3) uint8, and what `student` gave."""
     extra, tracks = group.extra, unpack(group.extra["tracks"])
@@ -107,29 +104,24 @@ def draw(group: Group, frames: Tensor, made: dict[str, Tensor]) -> Figure:
         show(axis, frames[frame], f"frame {frame}: tracks up to here")
         draw_paths(axis, tracks[: frame + 1], visible[: frame + 1], ~keep, frames.shape, grey=True)
         draw_paths(axis, tracks[: frame + 1], visible[: frame + 1], keep, frames.shape)
-    show(axes[1, 0], frames[0], "kept points")
-    scatter(axes[1, 0], tracks[0, keep], "tab:red", frames.shape)
-    show(axes[1, 1], frames[0], "disparity: near is bright" if "disparity" in extra else "disparity: none stored")
+    scatter(axes[1, 0], frames, tracks[0, keep], "kept points")
     if "disparity" in extra:
-        values = extra["disparity"].float()
-        points = scatter(axes[1, 1], tracks[0], values, frames.shape, vmin=0, vmax=1, cmap="magma")
-        figure.colorbar(points, ax=axes[1, 1], shrink=0.7)
-    show(axes[1, 2], frames[0], "visible in how many frames")
-    points = scatter(axes[1, 2], tracks[0], visible.float().mean(dim=0), frames.shape, vmin=0, vmax=1)
-    figure.colorbar(points, ax=axes[1, 2], shrink=0.7)
-    if "relation_indices" in extra:
-        counts = torch.zeros(int(extra["relation_grid"].prod()))
-        counts[extra["relation_indices"].long()] = 1
-        counts = counts.unflatten(0, extra["relation_grid"].tolist()).sum(dim=0)
-        matrix(axes[1, 3], counts, f"{len(extra['relation_indices'])} relation tokens, summed over time", figure)
+        scatter(axes[1, 1], frames, tracks[0], "disparity: near is bright", extra["disparity"].float())
     else:
-        axes[1, 3].set_axis_off()
+        show(axes[1, 1], frames[0], "disparity: none stored")
+    scatter(axes[1, 2], frames, tracks[0], "visible in how many frames", visible.float().mean(dim=0))
+    axes[1, 3].set_axis_off()
+    if "relation_indices" in extra:
+        grid = extra["relation_grid"].tolist()
+        counts = torch.bincount(extra["relation_indices"] % (grid[1] * grid[2]), minlength=grid[1] * grid[2])
+        title = f"{len(extra['relation_indices'])} relation tokens, summed over time"
+        matrix(axes[1, 3], counts.unflatten(0, grid[1:]), title)
     if made:
-        draw_student(figure, axes[2], group, frames, made)
+        draw_student(axes[2], group, frames, made)
     return figure
 
 
-def draw_student(figure: Figure, axes: Any, group: Group, frames: Tensor, made: dict[str, Tensor]) -> None:
+def draw_student(axes: Any, group: Group, frames: Tensor, made: dict[str, Tensor]) -> None:
     """The last row: reference and predicted tracks of the kept points, teacher's and student's relation matrix."""
     keep, visible = group.extra["keep"], group.extra["visible"]
     reference = unpack(group.extra["tracks"])
@@ -146,8 +138,8 @@ def draw_student(figure: Figure, axes: Any, group: Group, frames: Tensor, made: 
     if "tokens" in made:
         teacher = cosines(group.extra["relation_tokens"].float()[None])[0]
         ours = cosines(made["tokens"][None])[0]
-        matrix(axes[2], teacher, "teacher's relations", figure, vmin=-1, vmax=1)
-        matrix(axes[3], ours, f"student's, {(ours - teacher).abs().mean():.3f} apart", figure, vmin=-1, vmax=1)
+        matrix(axes[2], teacher, "teacher's relations", vmin=-1, vmax=1)
+        matrix(axes[3], ours, f"student's, {(ours - teacher).abs().mean():.3f} apart", vmin=-1, vmax=1)
 
 
 def show(axis: Axes, frame: Tensor, title: str) -> None:
@@ -173,20 +165,22 @@ def draw_paths(
     axis.set_ylim(shape[1] - 0.5, -0.5)
 
 
-def scatter(axis: Axes, points: Tensor, colour: Any, shape: torch.Size, **options) -> Any:
-    """Points (N,2) on a frame, coloured by a name or by values (N,)."""
-    x, y = (points * torch.tensor([shape[2], shape[1]]) - 0.5).unbind(-1)
-    colour = colour.numpy() if isinstance(colour, Tensor) else colour
-    return axis.scatter(x.numpy(), y.numpy(), c=colour, s=8, **options)
+def scatter(axis: Axes, frames: Tensor, points: Tensor, title: str, values: Tensor | None = None) -> None:
+    """Points (N,2) on the first frame, coloured by values (N,) in [0, 1] where there are any."""
+    show(axis, frames[0], title)
+    x, y = (points * torch.tensor([frames.shape[2], frames.shape[1]]) - 0.5).unbind(-1)
+    if values is None:
+        axis.scatter(x, y, c="tab:red", s=8)
+    else:
+        drawn = axis.scatter(x, y, c=values, s=8, vmin=0, vmax=1, cmap="magma")
+        axis.figure.colorbar(drawn, ax=axis, shrink=0.7)
 
 
-def matrix(axis: Axes, values: Tensor, title: str, figure: Figure, **options) -> None:
+def matrix(axis: Axes, values: Tensor, title: str, **options) -> None:
+    axis.set(xticks=[], yticks=[])
     axis.set_axis_on()
-    image = axis.imshow(values.numpy(), interpolation="nearest", **options)
     axis.set_title(title, fontsize=9)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    figure.colorbar(image, ax=axis, shrink=0.7)
+    axis.figure.colorbar(axis.imshow(values, interpolation="nearest", **options), ax=axis, shrink=0.7)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,7 +41,7 @@ from train.clips import VideoConfig
 from train.files import write_text
 from train.fused.inference import fuse
 from train.parallel import build_accelerator
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, Stepper
 
 PARTS = ("generate", "score", "refine")
 RACE_SHARE = 0.61  # of full scoring's passes that a race took on the sandbox: 2 levels; 0.46 with 4
@@ -114,15 +114,13 @@ class Bench:
         self.facts |= {"fused": not reason, "not_fused": reason}
 
     def generate(self) -> dict[str, Any]:
-        sampler = self.config.sampler
-        guidance = sampler.guidance if sampler.guidance != 1 else 5.0
-        scales = {"negative": self.negative, "guidance": guidance, "guidance_low": sampler.guidance_low}
-        latents, time_of_noise = self.latents.to(self.device), torch.tensor(1.0, dtype=torch.float64)
+        sampler, latents = self.config.sampler, self.latents.to(self.device)
+        guided = replace(sampler, guidance=sampler.guidance if sampler.guidance != 1 else 5.0)
 
         @torch.no_grad()
         def run() -> None:
-            start = self.backbone.start(latents, self.conditioning)
-            self.backbone.velocity_at(start, time_of_noise, self.conditioning, **scales)
+            stepper = Stepper(self.backbone, self.conditioning, guided, self.negative)
+            stepper.velocity(stepper.start(latents), 0)
 
         found = self.measure(run)
         steps = {"step_seconds": found["seconds"], "steps": sampler.steps, "passes": 2 * sampler.steps}

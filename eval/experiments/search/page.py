@@ -4,25 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from eval.experiments.search import report
 from train.clips import VideoConfig
-from train.files import write_text
+from train.files import render, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write(folder: Path, records: Sequence[dict[str, Any]], results: dict[str, Any], video: VideoConfig) -> Path:
     """Write index.html beside the folder `clips`; texts are escaped, clips are named by `run.py`."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     cards = [card(record, results["chosen_by"]) for record in records]
     rows = [(name, row) for name, row in results["scorers"].items()]
     path = folder / "index.html"
-    write_text(path, template.render(cards=cards, rows=rows, results=results, video=video, show=report.show))
+    write_text(path, render(TEMPLATE, cards=cards, rows=rows, results=results, video=video, show=report.show))
     return path
 
 

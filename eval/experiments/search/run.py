@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from tqdm import tqdm
 
 import recipes
@@ -40,7 +40,7 @@ from train import entry
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
 from train.files import lock, write_text
-from train.parallel import any_rank, build_accelerator
+from train.parallel import any_rank
 from train.sampling import SamplerConfig
 
 SEEDS_A_PROMPT = 10_000  # so that more candidates add to fewer
@@ -79,23 +79,19 @@ class Config:
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config = recipes.load(Config, argv)
     check(config)
-    accelerator = build_accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("search gives each GPU a whole model: launch it with launch/ddp.yaml, not with DeepSpeed")
-    jobs = list_jobs(config)
-    results, search, experiment = None, config.search, config.search_experiment
-    if config.dry_run:
-        if accelerator.is_main_process:
+    search, experiment = config.search, config.search_experiment
+    with entry.launched("search") as accelerator:
+        jobs, results = list_jobs(config), None
+        if not config.dry_run:
+            task = experiment.share.replace("/", "-of-")  # shares of the prompts share the folder
+            with lock(experiment.folder, task=task) if accelerator.is_main_process else nullcontext():
+                results = run(config, jobs, accelerator)
+        elif accelerator.is_main_process:
             clips = len(jobs) * search.num_candidates
             print(f"{clips} candidates of {len(jobs)} prompts, {config.sampler.steps} steps each")
             print(f"scorers: {', '.join(experiment.scorers)}")
             refined = (search.refine.best + 1) * (search.refine.best > 0)
             print(f"refined: at most {refined} clips per prompt, guided: {search.guidance.candidates}")
-    else:
-        task = experiment.share.replace("/", "-of-")  # shares of the prompts share the folder
-        with lock(experiment.folder, task=task) if accelerator.is_main_process else nullcontext():
-            results = run(config, jobs, accelerator)
-    accelerator.end_training()  # closes the process group
     return results
 
 

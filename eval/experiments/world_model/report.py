@@ -8,7 +8,6 @@ means over the scenes that know the kind. The clips have a seed of their own; no
 """
 
 import argparse
-import hashlib
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from eval.sandbox.world import VIOLATIONS
 from eval.search.world_model import WorldModel
 from losses.surprise import AXES
 from train import entry
+from train.files import seed_of
 
 
 def make_pairs(
@@ -29,8 +29,7 @@ def make_pairs(
     for scene in scenes:
         both = []
         for violation in (None, kind):  # the same state of the generator gives the same parameters and look
-            digest = hashlib.sha256(f"world model\0{kind}\0{scene}\0{seed}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            generator = torch.Generator().manual_seed(seed_of("world model", kind, scene, seed))
             count = -(-pairs // len(scenes))
             clips = simulate(scene, count, generator, violation=violation, severity=severity, device=device)
             both.append(clips.frames)

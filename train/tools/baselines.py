@@ -1,0 +1,148 @@
+"""What a preference step is measured against: the device's ceilings, plain code, and a copied reference."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from losses.flow_matching import flow_error, interpolate
+from losses.preference import pairwise_bound
+from train import gdpo
+from train.backbones import find_architecture
+from train.backbones.architecture import num_tokens
+from train.backbones.attention_kernels import kernels_on
+from train.backbones.base import Backbone
+from train.entry import first_line
+from train.tools.breakdown import seconds, sustained, time_step
+from train.tracking import transformer_flops
+
+
+class CopiedReference:
+    """Full fine-tuning against a frozen copy: what stands in a LoRA switch's place without it. Same interface for
+    `gdpo.step`."""
+
+    def __init__(self, backbone: Backbone, copy: nn.Module):
+        self.backbone, self.copy = backbone, copy
+        backbone.transformer.requires_grad_(True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.backbone.transformer.parameters())
+
+    @contextmanager
+    def frozen_reference(self):
+        experts, name = self.backbone.experts, self.backbone.expert
+        policy, experts[name] = experts[name], self.copy
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            experts[name] = policy
+
+    def share_graph(self) -> None:
+        """Nothing to share: the two networks are two."""
+
+    def sharing(self, passes: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @staticmethod
+    def checkpoint(function: Callable, *args):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+def measure_ceilings(config: gdpo.Config, backbone: Backbone) -> dict[str, float]:
+    """TFLOP/s of a matrix product and of attention, forward and backward, at the recipe's shapes; the best attention
+    kernel counts."""
+    network, video = backbone.architecture["transformer"], config.video
+    tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
+    heads, size = network["num_attention_heads"], network["attention_head_dim"]
+    width, ffn = heads * size, network["ffn_dim"]
+    generator = torch.Generator(backbone.device).manual_seed(0)
+    dtype = next(backbone.blocks[0].ffn.parameters()).dtype
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=backbone.device, dtype=dtype, generator=generator)
+
+    left, right = random(tokens, width), random(width, ffn)
+    warmup = 50 if backbone.device.type == "cuda" else 2  # the first to run here finds an idle chip's clock
+    burst = seconds(lambda: left @ right, backbone.device, 10, warmup=warmup)
+    rates = {"matrix": 2 * tokens * width * ffn / burst / 1e12}
+    rates["matrix_sustained"] = 2 * tokens * width * ffn / sustained(lambda: left @ right, backbone.device) / 1e12
+    query, key, value, grad = (random(1, tokens, heads, size).transpose(1, 2) for _ in range(4))
+    flops = 4 * tokens**2 * width
+    kernels = kernels_on(backbone.device)
+    for name, kernel in list(kernels.items()):
+        forward = partial(kernel.forward, query, key, value)
+        try:
+            backward = partial(kernel.backward, grad, query, key, value, *forward())
+            rates[f"attention_{name}"] = flops / seconds(forward, backbone.device, 5) / 1e12
+            rates[f"attention_{name}_backward"] = 2.5 * flops / seconds(backward, backbone.device, 5) / 1e12
+            rates[f"attention_{name}_sustained"] = flops / sustained(forward, backbone.device) / 1e12
+            rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / sustained(backward, backbone.device) / 1e12
+        except Exception as error:  # as in `attention_seconds`: whatever another package's compiler raises
+            print(f"attention kernel {name} does not run here: {first_line(error)}")
+            del kernels[name]
+    for kind in ("", "_backward", "_sustained", "_backward_sustained"):
+        rates[f"attention{kind}"] = max(rates[f"attention_{name}{kind}"] for name in kernels)
+    return rates
+
+
+def limit(config: gdpo.Config, rates: dict[str, float], *, clips: int, kind: str = "") -> float:
+    """Seconds of a step over `clips` clips at the measured rates (`kind`: "" or "_sustained"), nothing recomputed,
+    nothing but matrix products and attention."""
+    architecture, video = find_architecture(config.backbone), config.video
+    network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    matrix, attention = transformer_flops(
+        tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"]
+    )
+    forward = matrix / rates[f"matrix{kind}"] + attention / rates[f"attention{kind}"]
+    backward = matrix / rates[f"matrix{kind}"] + 2.5 * attention / rates[f"attention_backward{kind}"]
+    return clips * (2 * forward + backward) / 1e12
+
+
+def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], repeats: int) -> dict[str, Any]:
+    """What diffusers and peft give without this project: add_adapter, gradient checkpointing, winner and loser in one
+    pass. batch: of one loser; its terms are not read."""
+    network = backbone.transformer
+    network.reset_attention_backend()
+    targets = "|".join(target.replace(".", r"\.") for target in config.lora.targets)
+    network.add_adapter(
+        LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            target_modules=rf".*\.({targets})",
+            init_lora_weights="gaussian",
+        )
+    )
+    weights = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
+    for weight in weights:
+        weight.data = weight.data.float()
+    network.train()
+    network.enable_gradient_checkpointing()
+    clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[0]  # (2,C,F,H,W)
+    noise, t, text = batch["noise"][0], batch["t"].expand(2), batch["text"].expand(2, -1, -1)
+    noisy = interpolate(clips, noise, t).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(weights, lr=config.optim.lr)
+
+    def errors() -> Tensor:
+        with torch.autocast(backbone.device.type, torch.bfloat16):
+            velocity = network(noisy, 1000 * t, text, return_dict=False)[0]
+        return flow_error(velocity, clips, noise)  # (2,)
+
+    def run() -> None:
+        with torch.no_grad():
+            network.disable_adapters()
+            reference = errors()
+            network.enable_adapters()
+        policy = errors()
+        numbers = {"alpha": 0.75, "gamma": 2.66, "beta": config.objective.beta, "group_size": 1}
+        loss = pairwise_bound(policy[:1], reference[:1], policy[1:], reference[1:], **numbers)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return time_step(run, backbone.device, repeats)

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train import checkpoint, export, parallel, resume
+from train import checkpoint, compile_cache, export, parallel, resume
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
 from train.batches import Batches, Tensors, build_loader
 from train.checkpoint import Trainable
 from train.full_parameters import FullParameters
-from train.fused import compile_cache, float8, memory
+from train.fused import float8, memory
 from train.fused.fused_block import fuse_blocks, unfit
 from train.fused.offload import HostStore, affordable
 from train.groups import GroupSet, Sample

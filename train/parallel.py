@@ -14,8 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from train import watch
-from train.fused import compile_cache
+from train import compile_cache, watch
 
 TIMEOUT = timedelta(days=30)  # ranks may wait for one that builds, writes clips or downloads weights: see train.watch
 

@@ -8,11 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -396,14 +394,6 @@ def test_a_lora_of_another_backbone_or_none_of_ours_is_refused(lora, tmp_path, n
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="no physalign metadata"):
         generate.main(arguments(other, tmp_path, f"generate.lora={tmp_path / 'foreign.safetensors'}"))
-
-
-def test_deepspeed_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        generate, "build_accelerator", lambda: SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    )
-    with pytest.raises(ValueError, match="launch/ddp.yaml"):
-        generate.main(arguments(model, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from train.fused import compile_cache
+from train import compile_cache
 
 SOURCE = """
 #include <regex>  // takes seconds to compile

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train import compile_cache
 from train.backbones.attention_kernels import KERNELS, kernel_name
-from train.fused import compile_cache, float8
+from train.fused import float8
 from train.fused.memory import OFFLOADED
 from train.fused.offload import HostStore
 from train.fused.stages import Frozen, Settings, cross_attend, cross_norm, gated, gelu, heads, modulated_norm, rotate

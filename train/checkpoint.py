@@ -2,7 +2,7 @@
 
     <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets, expert and
                               fingerprint as metadata
-                              heads.safetensors   the physics terms' heads, where there are any (train/physics.py)
+                              heads.safetensors   the physics terms' heads, where there are any (train/terms/physics.py)
                               optimizer.safetensors   AdamW moments by weight name
                               state.json   step, samples seen, counters, what the run was (`State`), and the size and
                               sha256 of the other files

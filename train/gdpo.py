@@ -12,17 +12,14 @@ the policy and psi the reference (the same network with its adapters switched of
          = log(1 + sum_j exp(x_j))                over all losers      (eq. 6,  objective.loss=plackett_luce)
 
 Either is a function of few flow errors, so its gradient is a sum of the errors' own gradients with scalar
-coefficients that are known once all passes are done. With `train.pairs_per_pass=1` each loser's error is
-back-propagated alone, with unit weight, right after its pass; the winner's pass comes last, so that the coefficients
-are known before its only backward, and the adapters' gradients, a few hundred megabytes, are combined afterwards: only
-one sample's activations live at a time, whatever M.
+coefficients. With `train.pairs_per_pass=1` only one clip's activations live at a time, whatever M: `train.policy`.
 
 `objective.w_fm` adds the winner's own flow error, as supervised fine-tuning has it:
 
     loss += w_fm l_theta(w)
 
 Preference losses alone raise the errors of losers AND winners, the losers' faster; this term keeps the winner's down.
-The paper has none (0 is the default). Nor has it the three terms of train/winner.py, off by default, which read the
+The paper has none (0 is the default). Nor has it the three terms of train/terms, off by default, which read the
 winner's pass and share its backward:
 
     loss += w_pix L_pix + w_sem L_sem + w_self L_self
@@ -33,10 +30,8 @@ shared noise of winner and losers, which the paper leaves open (objective.noise=
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,18 +39,20 @@ from torch import Tensor
 import recipes
 from losses.flow_matching import bell_weight
 from losses.preference import pairwise_bound, physics_guided_weights, plackett_luce, relative_error
-from train import entry, winner
+from train import entry
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
 from train.files import seed_of
 from train.groups import GroupSet, Sample, pad_text
-from train.loop import Policy, TrainConfig, fit
+from train.loop import TrainConfig, fit
 from train.lora_switch import LoraConfig
 from train.optimizer import OptimConfig, learning_rate
-from train.physics import PhysicsConfig, feature_block
 from train.plan import print_plan
+from train.policy import Policy, Prediction, gradients, policy_errors, reference_errors, waiting
 from train.sampling import SamplerConfig
-from train.self_score import SelfScoreConfig
+from train.terms import TERMS
+from train.terms.physics import PhysicsConfig, feature_block
+from train.terms.self_score import SelfScoreConfig
 from train.validation import ValidationConfig
 
 
@@ -118,7 +115,7 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
     """Tensors of one training sample (M' = 1 loser, or all of them): latents, text, scores, and the drawn t and noise.
 
     winner (C,F,H,W), losers (M',C,F,H,W), text (L,D), t (), noise (1+M',C,F,H,W) float32 (winner's first), semantic
-    and physical (M',), group_size (), condition (optional), and what `winner.prepare` adds. Drawn on the
+    and physical (M',), group_size (), condition (optional), and what the terms add. Drawn on the
     CPU from a generator seeded by (seed, position): the same on any device and rank.
     """
     group, objective = sample.group, config.objective
@@ -137,7 +134,8 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
         "physical": torch.tensor([group.losers_info[j].physical for j in chosen]),
         "group_size": torch.tensor(float(len(group.losers))),
     }
-    tensors |= winner.prepare(config, sample, generator)
+    for term in TERMS.values():
+        tensors |= term.prepare(config, sample, generator)
     return tensors if group.condition is None else tensors | {"condition": group.condition}
 
 
@@ -207,80 +205,51 @@ def preference_loss(
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Gradients of the batch's mean loss with respect to the adapters and heads, and metrics.
 
-    Every clip goes through the reference once and through the policy once, forward and backward. See the module's
-    docstring for why a batch of one group is back-propagated clip by clip.
+    Every clip goes through the reference once and through the policy once, forward and backward: `train.policy`.
     """
-    clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)  # (B,1+M',C,F,H,W)
-    groups, members = clips.shape[:2]
-    adapters = policy.switch.parameters()
+    reference = reference_errors(policy, batch)  # (B,1+M'), the winner's first
     block = feature_block(config.physics, len(policy.backbone.blocks))
-    # Reference and policy see a clip through the same graphs, which depend on how many passes share the memory.
-    waiting = partial(policy.switch.sharing, winner.waiting(batch))
+    errors, won, settled = policy_errors(policy, batch, features_at=block)
+    terms, more = term_losses(config, policy, won, batch)
+    loss, extra = preference_loss(config, errors, reference, batch)
+    loss = loss + terms
+    metrics = describe(config, loss.detach(), errors.detach(), reference) | extra | more
+    return gradients(loss.mean(), policy, settled), metrics
 
-    if groups == 1:
 
-        def predict(j: int, **options) -> winner.Prediction:
-            with waiting() if j == 0 else nullcontext():
-                return winner.predict(policy, clips[:, j], batch["noise"][:, j], batch, **options)
+def term_losses(
+    config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the weighted terms of every winner, (B,) float32, and metrics; zeros where no term is on."""
+    total, metrics = torch.zeros_like(won.error), {}
+    with policy.switch.sharing(waiting(batch)):
+        for term in TERMS.values():
+            if found := term.loss(config, policy, won, batch):
+                total, metrics = total + found[0], metrics | found[1]
+    return total, metrics
 
-        with policy.switch.frozen_reference():
-            reference = torch.stack([predict(j).error.detach() for j in range(members)], dim=1)  # (1,1+M')
-        values, gradients = [], []
-        for j in range(1, members):
-            error = predict(j).error
-            gradients.append(torch.autograd.grad(error.sum(), adapters))
-            values.append(error.detach())
-        won = predict(0, features_at=block)
-        with waiting():
-            terms, more = winner.winner_losses(config, policy, won, batch)
-        policy_errors = torch.stack([won.error.detach(), *values], dim=1).requires_grad_()
-        loss, extra = preference_loss(config, policy_errors, reference, batch)
-        (coefficients,) = torch.autograd.grad(loss.mean(), policy_errors)  # (1,1+M')
-        whole = (coefficients[:, 0] * won.error + terms).sum()
-        combined = list(torch.autograd.grad(whole, policy.parameters()))
-        add_(combined, gradients, coefficients[0, 1:])
-    else:
-        flat_clips, flat_noise = clips.flatten(0, 1), batch["noise"].flatten(0, 1)
-        with waiting():
-            with policy.switch.frozen_reference():
-                reference = winner.predict(policy, flat_clips, flat_noise, batch).error.detach().view(groups, members)
-            prediction = winner.predict(policy, flat_clips, flat_noise, batch, features_at=block)
-            terms, more = winner.winner_losses(config, policy, prediction.every(members), batch)
-        policy_errors = prediction.error.view(groups, members)
-        loss, extra = preference_loss(config, policy_errors, reference, batch)
-        combined = list(torch.autograd.grad((loss + terms).mean(), policy.parameters()))
-    loss = loss.detach() + terms.detach()
 
-    policy_errors = policy_errors.detach()
-    margin = -relative_error(policy_errors[:, 0], reference[:, 0], policy_errors[:, 1:], reference[:, 1:])  # (B,M')
-    metrics = {
+def describe(config: Config, loss: Tensor, policy: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """Metrics of losses (B,) and flow errors (B,1+M')."""
+    margin = -relative_error(policy[:, 0], reference[:, 0], policy[:, 1:], reference[:, 1:])  # (B,M')
+    return {
         "loss": loss.mean(),
         "accuracy": (margin > 0).float().mean(),
         "margin": margin.mean(),
-        "policy_winner": policy_errors[:, 0].mean(),
-        "policy_loser": policy_errors[:, 1:].mean(),
+        "policy_winner": policy[:, 0].mean(),
+        "policy_loser": policy[:, 1:].mean(),
         "reference_winner": reference[:, 0].mean(),
         "reference_loser": reference[:, 1:].mean(),
         "beta": torch.full_like(loss[0], config.objective.beta),
     }
-    return combined, metrics | extra | more
-
-
-def add_(total: list[Tensor], gradients: list[tuple[Tensor, ...]], coefficients: Tensor) -> None:
-    """total += sum_j coefficient_j gradient_j, per weight, in place.
-
-    `gradients`: one tuple a clip, of the first weights of `total`; `coefficients` (M',).
-    """
-    for one, coefficient in zip(gradients, coefficients, strict=True):
-        for sum_, gradient in zip(total, one, strict=False):
-            sum_.addcmul_(gradient, coefficient)
 
 
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     objective = config.objective
     learning_rate(config.optim, 0)
-    winner.check(config)
+    for term in TERMS.values():
+        term.check(config)
     choices = {
         "loss": ("bound", "plackett_luce"),
         "winner": ("real", "generated"),

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from train.backbones.base import Backbone
 from train.clips import VideoConfig, to_pixels
-from train.physics import PhysicsConfig, target_tensors
 from train.teachers.targets import TargetMaker
+from train.terms.physics import PhysicsConfig, target_tensors
 
 
 class LiveTargets:

@@ -36,7 +36,8 @@ from train.groups import GroupSet, Sample
 from train.live_targets import LiveTargets
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer, learning_rate
-from train.physics import PhysicsHeads, feature_block, lacks_targets
+from train.policy import Policy
+from train.terms.physics import PhysicsHeads, feature_block, lacks_targets
 from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib, transformer_flops
 from train.validation import Validation
 
@@ -66,22 +67,6 @@ class TrainConfig:
     trackers: list[str] = field(
         default_factory=list
     )  # accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio
-
-
-@dataclass
-class Policy:
-    """What a step acts on: the backbone's transformer is the policy, and inside `switch.reference()` the reference."""
-
-    backbone: Backbone
-    switch: Trainable
-    heads: PhysicsHeads | None = None  # of the physics terms, where the recipe has any
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What a step returns gradients of, in this order: the adapters (or all weights), then the heads'."""
-        return self.switch.parameters() + self.head_parameters()
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        return [] if self.heads is None else list(self.heads.parameters())
 
 
 Step = Callable[[Any, Policy, Tensors], tuple[list[Tensor], dict[str, Tensor]]]

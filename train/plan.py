@@ -12,7 +12,7 @@ from train.groups import GroupSet
 from train.loop import accumulation_steps, gradient_sets
 from train.lora_switch import targeted_layers
 from train.parallel import build_accelerator
-from train.physics import feature_block
+from train.terms.physics import feature_block
 
 LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 import recipes
 from train import checkpoint, files, parallel
 from train.groups import GroupSet
-from train.self_score import check_resume
+from train.terms.self_score import check_resume
 from train.tracking import flatten
 
 # What of a recipe decides how weights change; paths, clips and logs do not.

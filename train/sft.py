@@ -6,7 +6,7 @@ Reads the same preference groups as `train/gdpo.py` and trains on their winners 
 
     loss = mean |v_theta(x_t, t) - (x_1 - x_0)|^2 + w_pix L_pix + w_sem L_sem + w_self L_self
 
-The last three, off by default, are those of train/winner.py; with w_pix and w_sem this is PhysisForcing's eq. 13.
+The last three, off by default, are those of train/terms; with w_pix and w_sem this is PhysisForcing's eq. 13.
 """
 
 from dataclasses import dataclass, field
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 import recipes
-from train import entry, gdpo, winner
+from train import entry, gdpo
 from train.groups import Sample, pad_text
-from train.loop import Policy, fit
-from train.physics import feature_block
+from train.loop import fit
 from train.plan import print_plan
+from train.policy import Policy, gradients, predict, waiting
+from train.terms import TERMS
+from train.terms.physics import feature_block
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Config(gdpo.Config):
 
 def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
     """winner (C,F,H,W), text (L,D), t (), noise (C,F,H,W) float32, condition (optional): the draws of
-    `gdpo.prepare`'s winner; and what `winner.prepare` adds."""
+    `gdpo.prepare`'s winner; and what the terms add."""
     group = sample.group
     generator = torch.Generator().manual_seed(gdpo.draw_seed(config.seed, sample.position))
     t = gdpo.draw_time(config.objective, generator)
@@ -50,19 +52,20 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
         "t": t,
         "noise": torch.randn(group.winner.shape, generator=generator),
     }
-    tensors |= winner.prepare(config, sample, generator)
+    for term in TERMS.values():
+        tensors |= term.prepare(config, sample, generator)
     return tensors if group.condition is None else tensors | {"condition": group.condition}
 
 
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Gradients of the batch's mean loss with respect to the adapters and heads, and metrics."""
     block = feature_block(config.physics, len(policy.backbone.blocks))
-    with policy.switch.sharing(winner.waiting(batch)):
-        prediction = winner.predict(policy, batch["winner"], batch["noise"], batch, features_at=block)
-        terms, metrics = winner.winner_losses(config, policy, prediction, batch)
+    with policy.switch.sharing(waiting(batch)):
+        prediction = predict(policy, batch["winner"], batch["noise"], batch, features_at=block)
+    terms, metrics = gdpo.term_losses(config, policy, prediction, batch)
     loss = (gdpo.weigh(config.objective, prediction.error, batch) + terms).mean()
     metrics = {"loss": loss.detach(), "flow": prediction.error.detach().mean()} | metrics
-    return list(torch.autograd.grad(loss, policy.parameters())), metrics
+    return gradients(loss, policy), metrics
 
 
 def main(argv: list[str] | None = None) -> None:

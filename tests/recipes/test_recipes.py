@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 import recipes
 from train import gdpo, sft
 from train.backbones import find_architecture, load_backbone
-from train.physics import feature_block
 from train.sampling import sigma_grid
+from train.terms.physics import feature_block
 
 ENTRY_POINTS = [
     "train.gdpo",

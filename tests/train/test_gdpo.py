@@ -16,8 +16,8 @@ from train.backbones import load_backbone
 from train.backbones.base import Conditioning
 from train.full_parameters import FullParameters
 from train.groups import GroupSet, GroupStream
-from train.loop import Policy
 from train.lora_switch import LoraSwitch
+from train.policy import Policy
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""`train/physics.py`: features to losses. Coordinates, frame order and grids by toys that a swap of any would break."""
+"""The physics terms: features to losses. Coordinates, frame order and grids by toys that a swap of any would break."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ import torch.nn.functional as F
 from losses.relational import cosines
 from losses.trajectory import trajectory_loss
 from tests.synthetic_groups import random_targets, synthetic_group
-from train import physics
-from train.physics import PhysicsConfig, PhysicsHeads, physics_losses, sample_trilinear, target_tensors
 from train.teachers.points import pack, unpack
 from train.teachers.targets import TargetsConfig
+from train.terms import physics
+from train.terms.physics import PhysicsConfig, PhysicsHeads, physics_losses, sample_trilinear, target_tensors
 
 BOTH = PhysicsConfig(w_pix=1.0, w_sem=1.0, hidden_width=32, pix_width=16, sem_width=24)
 
@@ -160,14 +161,19 @@ def test_a_clip_in_which_nothing_is_kept_gives_zero_and_finite_gradients():
     assert all(not gradient.any() for gradient in gradients)
 
 
+def settings(winner="real", **physics):
+    objective, optim = SimpleNamespace(winner=winner), SimpleNamespace(lr=1e-5)
+    return SimpleNamespace(physics=PhysicsConfig(**physics), objective=objective, optim=optim)
+
+
 def test_settings_and_groups_that_cannot_work():
     with pytest.raises(ValueError, match="physics.w_pix=-1: must be 0"):
-        physics.check(PhysicsConfig(w_pix=-1), winner="real", lr=1e-5)
+        physics.check(settings(w_pix=-1))
     with pytest.raises(ValueError, match="objective.winner=generated has no physics targets"):
-        physics.check(BOTH, winner="generated", lr=1e-5)
+        physics.check(settings(w_pix=1, winner="generated"))
     with pytest.raises(ValueError, match="physics.head_lr=0"):
-        physics.check(PhysicsConfig(w_sem=1, head_lr=0), winner="real", lr=1e-5)
-    physics.check(PhysicsConfig(), winner="generated", lr=1e-5)
+        physics.check(settings(w_sem=1, head_lr=0))
+    physics.check(settings(winner="generated"))
 
 
 # ---- toys ------------------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from train.clips import to_pixels
 from train.full_parameters import FullParameters
 from train.fused.fused_block import fuse_blocks
 from train.groups import GroupSet, GroupStream
-from train.loop import Policy
 from train.lora_switch import LoraSwitch
-from train.physics import physics_losses
+from train.policy import Policy
 from train.teachers import TRACKERS
+from train.terms.physics import physics_losses
 
 PHYSICS = ("physics.w_pix=2", "physics.w_sem=0.5", "physics.hidden_width=32", "physics.targets.max_tokens=12")
 SELF = ("self_score.weight=3", "self_score.every=2")

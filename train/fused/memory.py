@@ -8,7 +8,7 @@ Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden sta
 `resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; the adapters' bytes come again
 for AdamW's two moments and for each set of gradients that waits, a clip's or the sum over earlier passes. Passes are
 those whose activations wait for their backward at once: one, and two where the self-score's judge looks at what the
-policy predicts (`train.winner`). Kept: a block's input, and by `train.fused.fused_block.LEVELS` nothing, attention
+policy predicts (`train.policy`). Kept: a block's input, and by `train.fused.fused_block.LEVELS` nothing, attention
 (u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host memory. The workspace,
 fitted to measured peaks, is what one block's backward pass holds besides: it recomputes less the more was kept.
 Of two passes that wait, the first keeps `outside` bytes more outside of its blocks; this is fitted likewise.

@@ -42,13 +42,14 @@ from train import entry, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
 from train.files import write_text
-from train.loop import Policy, build_heads, prepare_network
+from train.loop import build_heads, prepare_network
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
 from train.parallel import average_, build_accelerator, partition, release, sharding
-from train.physics import target_tensors
-from train.self_score import draws
+from train.policy import Policy
 from train.teachers.points import pack, query_grid
+from train.terms.physics import target_tensors
+from train.terms.self_score import draws
 from train.tools.baselines import CopiedReference, limit, measure_ceilings, plain
 from train.tools.breakdown import draw_chart, time_step
 

@@ -6,8 +6,8 @@
 
 Frames are decoded from the winner's latent. Tracks of kept points are coloured, from dark for the highest in the first
 frame to bright, the others grey; a point is drawn only while it is visible. With a checkpoint that has heads
-(train/physics.py) the last row shows where the network thinks that the kept points go, at noise level `inspect.t`, and
-both relation matrices.
+(`train.terms.physics`) the last row shows where the network thinks that the kept points go, at noise level `inspect.t`,
+and both relation matrices.
 """
 
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ from train.backbones.base import Backbone, Conditioning
 from train.clips import to_pixels
 from train.groups import Group, GroupSet, pad_text
 from train.loop import build_heads
-from train.physics import feature_block, student_tokens, student_tracks, target_tensors
 from train.teachers.points import unpack
+from train.terms.physics import feature_block, student_tokens, student_tracks, target_tensors
 
 FRAMES = 4  # columns of the first row
 

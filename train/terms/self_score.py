@@ -1,6 +1,7 @@
 """A regulariser from the generator's own opinion (Proprio, sections 3.1-3.2, turned from inference to training).
 
-Where the policy thinks that the winner is, its untrained self shall not find it less natural than the winner:
+The policy predicts the winner from its noisy version. Its untrained self scores how natural that prediction is; the
+term is positive where the prediction scores worse than the winner itself:
 
     z_0 = x_t - t v_theta(x_t)                            from the policy's own pass over the noisy winner
     S(z) = |v_psi((1 - s) z + s n, s) - (n - z)|^2        in the winner's motion mask; one drawn s and n for both
@@ -12,7 +13,7 @@ context: its activations are gone before the policy's own are needed, and with `
 weights are in place for both.
 
 Deviations: levels above Proprio's 0.3 to 0.6, at which the hinge was rarely positive on the sandbox; one level and one
-draw a step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the winner's for both, or standing
+draw per step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the winner's for both, or standing
 still would be a way out. Where the image is the first latent frame, z_0 has it too, and S leaves that frame out, as in
 eval/search/noise_refinement.py: the network says nothing there. Which steps are due follows from the global position of
 a sample, so every rank runs the same number of passes.
@@ -30,6 +31,8 @@ from torch import Tensor
 from losses.flow_matching import interpolate
 from losses.self_score import masked_error, motion_mask
 from train.backbones.base import Conditioning
+from train.groups import Sample
+from train.policy import Policy, Prediction
 
 
 @dataclass
@@ -41,8 +44,9 @@ class SelfScoreConfig:
     motion_mask: bool = True  # score where the winner moves; false: everywhere
 
 
-def check(config: SelfScoreConfig) -> None:
+def check(config: Any) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
+    config = config.self_score
     if not (config.weight >= 0 and math.isfinite(config.weight)):
         raise ValueError(f"self_score.weight={config.weight}: must be 0 (no such term) or positive")
     if config.every < 1:
@@ -60,6 +64,25 @@ def check_resume(config: SelfScoreConfig, *, samples_seen: int, batch_size: int)
         )
 
 
+def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
+    """`draws` of the sample."""
+    return draws(
+        config.self_score,
+        position=sample.position,
+        batch_size=config.optim.batch_size,
+        shape=sample.group.winner.shape,
+        generator=generator,
+    )
+
+
+def loss(
+    config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    if "score_t" not in batch:
+        return None
+    return self_score_loss(config.self_score, policy, won.x_t, won.velocity, batch)
+
+
 def draws(
     config: SelfScoreConfig, *, position: int, batch_size: int, shape: torch.Size, generator: torch.Generator
 ) -> dict[str, Tensor]:
@@ -71,7 +94,7 @@ def draws(
 
 
 def self_score_loss(
-    config: SelfScoreConfig, policy: Any, x_t: Tensor, velocity: Tensor, batch: dict[str, Tensor]
+    config: SelfScoreConfig, policy: Policy, x_t: Tensor, velocity: Tensor, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """weight times the hinge of every clip, (B,) float32, differentiable in `velocity` (B,C,F,H,W), and metrics.
 

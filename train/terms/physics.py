@@ -24,6 +24,7 @@ Shapes: B clips, D block width, F' H' W' its token grid, N points, K relation to
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 
 from losses.relational import relational_loss
 from losses.trajectory import predict_tracks, trajectory_loss
-from train.groups import Group, GroupSet
+from train.groups import Group, GroupSet, Sample
+from train.policy import Policy, Prediction
 from train.teachers.points import unpack
 from train.teachers.targets import TargetsConfig
 
@@ -234,24 +236,36 @@ REMEDY = (
 )
 
 
-def check(config: PhysicsConfig, *, winner: str, lr: float) -> None:
+def check(config: Any) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
+    physics, lr = config.physics, config.optim.lr
     for name in ("w_pix", "w_sem"):
-        value = getattr(config, name)
+        value = getattr(physics, name)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"physics.{name}={value}: must be 0 (no such term) or positive")
-    if not config.enabled:
+    if not physics.enabled:
         return
     for name in ("hidden_width", "pix_width", "sem_width"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"physics.{name}={getattr(config, name)}: must be at least 1")
-    if not (config.head_lr > 0 and lr > 0):
-        raise ValueError(f"physics.head_lr={config.head_lr} with optim.lr={lr}: both must be positive")
-    if winner == "generated":
+        if getattr(physics, name) < 1:
+            raise ValueError(f"physics.{name}={getattr(physics, name)}: must be at least 1")
+    if not (physics.head_lr > 0 and lr > 0):
+        raise ValueError(f"physics.head_lr={physics.head_lr} with optim.lr={lr}: both must be positive")
+    if config.objective.winner == "generated":
         raise ValueError(
             "objective.winner=generated has no physics targets, which describe real clips: use objective.winner=real,"
             " or physics.w_pix=0 physics.w_sem=0"
         )
+
+
+def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
+    """The targets of the sample's winner, see `group_targets`; nothing is drawn."""
+    return group_targets(config.physics, sample.group)
+
+
+def loss(
+    config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    return None if won.features is None else physics_losses(config.physics, policy.heads, won.features, batch)
 
 
 def lacks_targets(config: PhysicsConfig, groups: str) -> bool:

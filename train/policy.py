@@ -1,0 +1,144 @@
+"""The policy and its reference: what a step acts on, its passes over the clips of a batch, and their flow errors.
+
+A batch of one group goes through the network clip by clip, and only one clip's activations are alive at a time: the
+gradient of a loser's error is taken right after its pass and kept (`Settled`: a few hundred megabytes per loser), and
+is weighted by the loss's gradient with respect to that error once all errors are known. The winner comes last, so that
+the terms can read its pass. Several groups go through the network together.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from losses.flow_matching import flow_error, interpolate
+from train.backbones.base import Backbone, Conditioning
+
+
+class Reference(Protocol):
+    """What holds the reference beside the weights that train: the LoRA switch, or a copy of all weights."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that train."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the network is the reference, and gradients pass through it to its inputs."""
+
+    def frozen_reference(self) -> AbstractContextManager[None]:
+        """The same for passes whose gradients are not needed; detach what they give."""
+
+    def sharing(self, passes: int) -> AbstractContextManager[None]:
+        """Inside, so many passes wait for their backward at once and share the memory."""
+
+
+@dataclass
+class Policy:
+    """The backbone's transformer is the policy, and inside `switch.reference()` the reference."""
+
+    backbone: Backbone
+    switch: Reference
+    heads: nn.Module | None = None  # of the physics terms, where the recipe has any
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What a step returns gradients of, in this order: the adapters (or all weights), then the heads'."""
+        return self.switch.parameters() + self.head_parameters()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [] if self.heads is None else list(self.heads.parameters())
+
+
+@dataclass
+class Prediction:
+    error: Tensor  # (N,) flow error of what is generated: an image that is held as the first frame has none
+    x_t: Tensor  # (N,C,F,H,W) what the network saw
+    velocity: Tensor  # (N,C,F,H,W) float32
+    features: Tensor | None  # (N,D,F',H',W') of the block that the physics terms read
+
+    def every(self, members: int) -> "Prediction":
+        """The first of every `members` clips."""
+        features = None if self.features is None else self.features[::members]
+        return Prediction(self.error[::members], self.x_t[::members], self.velocity[::members], features)
+
+
+def waiting(batch: dict[str, Tensor]) -> int:
+    """Passes whose activations wait for their backward at once: the winner's, and where a self-score is due its
+    judge's. Reference and policy see a clip through the same graphs, which depend on this number."""
+    return 2 if "score_t" in batch else 1
+
+
+def predict(
+    policy: Policy, clips: Tensor, noise: Tensor, batch: dict[str, Tensor], *, features_at: int | None = None
+) -> Prediction:
+    """One pass over clips (N,C,F,H,W) with their noise, at the batch's t and text; N is a multiple of its B groups,
+    whose clips stand together."""
+    copies = len(clips) // len(batch["t"])
+    t = batch["t"].repeat_interleave(copies)
+    condition = batch["condition"].repeat_interleave(copies, dim=0) if "condition" in batch else None
+    conditioning = Conditioning(batch["text"].repeat_interleave(copies, dim=0), condition)
+    x_t, features = interpolate(clips, noise, t), None
+    if features_at is None:
+        velocity = policy.backbone.velocity(x_t, t, conditioning)
+    else:
+        velocity, features = policy.backbone.velocity(x_t, t, conditioning, features_at=features_at)
+    error = flow_error(*map(conditioning.generated, (velocity, clips, noise)))
+    return Prediction(error, x_t, velocity, features)
+
+
+def reference_errors(policy: Policy, batch: dict[str, Tensor]) -> Tensor:
+    """Flow errors (B,1+M') of the batch's clips under the reference, the winner's first, without a graph."""
+    with policy.switch.frozen_reference():
+        errors = [_predict(policy, batch, part).error.detach() for part in _parts(batch)]
+    return torch.cat([error.view(len(batch["t"]), -1) for error in errors], dim=1)
+
+
+@dataclass
+class Settled:
+    """A loser whose own graph is gone: its flow error (1,), a leaf of the loss's graph, and what that error's gradient
+    with respect to the weights that train was."""
+
+    error: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+def policy_errors(
+    policy: Policy, batch: dict[str, Tensor], *, features_at: int | None = None
+) -> tuple[Tensor, Prediction, list[Settled]]:
+    """Flow errors (B,1+M') of the batch's clips under the policy, the winner's first, with their gradient; the pass
+    over the winners, with the features of block `features_at`; and the losers that went through the network alone."""
+    first, *others = _parts(batch)
+    weights, settled = policy.switch.parameters(), []
+    for part in others:
+        error = _predict(policy, batch, part).error
+        settled.append(Settled(error.detach().requires_grad_(), torch.autograd.grad(error.sum(), weights)))
+        del error  # and its graph, before the next pass
+    prediction = _predict(policy, batch, first, features_at=features_at)
+    groups = len(batch["t"])
+    errors = [prediction.error, *(loser.error for loser in settled)]
+    errors = torch.cat([error.view(groups, -1) for error in errors], dim=1)
+    return errors, prediction.every(len(prediction.error) // groups), settled
+
+
+def gradients(loss: Tensor, policy: Policy, settled: Sequence[Settled] = ()) -> list[Tensor]:
+    """Gradients of `loss` () with respect to `policy.parameters()`, through the settled losers too."""
+    weights = policy.parameters()
+    found = torch.autograd.grad(loss, [*weights, *(loser.error for loser in settled)])
+    total, coefficients = list(found[: len(weights)]), found[len(weights) :]
+    for loser, coefficient in zip(settled, coefficients, strict=True):
+        for sum_, gradient in zip(total, loser.gradients, strict=False):  # heads come last and have no part in it
+            sum_.addcmul_(gradient, coefficient.squeeze())
+    return total
+
+
+def _parts(batch: dict[str, Tensor]) -> list[slice]:
+    """Which clips go through the network together: all of several groups, each of a group alone."""
+    members = 1 + batch["losers"].shape[1]
+    return [slice(j, j + 1) for j in range(members)] if len(batch["t"]) == 1 else [slice(0, members)]
+
+
+def _predict(policy: Policy, batch: dict[str, Tensor], part: slice, **options: Any) -> Prediction:
+    clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[:, part]  # (B,m,C,F,H,W)
+    with policy.switch.sharing(waiting(batch)) if part.start == 0 else nullcontext():
+        return predict(policy, clips.flatten(0, 1), batch["noise"][:, part].flatten(0, 1), batch, **options)

@@ -55,6 +55,12 @@ SECTIONS = {
 # Keys that moved, with the place where they are now; a key below a moved one moved with it.
 MOVED: dict[str, str] = {
     "benchmark": "search_benchmark",  # of eval.experiments.search.benchmark alone
+    "physics.targets": "targets",
+    "physics.hidden_width": "the constant train.terms.physics.HIDDEN_WIDTH",
+    "physics.pix_width": "the constant train.terms.physics.PIX_WIDTH",
+    "optim.betas": "a constant, (0.9, 0.999),",
+    "optim.eps": "a constant, 1e-8,",
+    "train.max_nonfinite": "the constant train.loop.MAX_NONFINITE",
     "pipeline.filter.vlm": "vlm (and pipeline.filter.enabled=true)",
     "pipeline.judge": "judge, and for its settings vlm and raters,",
     "pipeline.targets": "targets",

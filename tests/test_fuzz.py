@@ -36,7 +36,8 @@ from eval.maker import read_lora
 from tests.synthetic_groups import replace_sample, sample_bytes, write_synthetic_groups
 from train import checkpoint, entry, export
 from train.clips import VideoConfig, read_clip, write_clip
-from train.groups import GroupSet, GroupStream, check_group, shard_record, verify, write_index
+from train.data import GroupStream
+from train.groups import GroupSet, check_group, shard_record, verify, write_index
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.optimizer import OptimConfig, build_optimizer
 

@@ -301,13 +301,6 @@ def lora_config(metadata: Mapping[str, str]) -> LoraConfig:
         raise ValueError(f"its {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
-def load_lora(path: Path, switch: LoraSwitch, *, fingerprint: str, expert: str) -> None:
-    """Load the LoRA that `path` names (see `lora_path`) into `switch`; ValueError as for `load_weights`."""
-    path = lora_path(path)
-    _read_ours(path, (LoraSwitch.format,))
-    load_weights(path, switch, fingerprint=fingerprint, expert=expert)
-
-
 def load_weights(path: Path, switch: Trainable, *, fingerprint: str, expert: str) -> None:
     """Load a weight file; ValueError when it differs from `switch` in kind, backbone, expert, rank, alpha or layers."""
     metadata, ours = _read_ours(path), switch.describe()

@@ -5,7 +5,7 @@ comparisons, is a whole second copy of the weights (PhyGDPO's Table 2d, "w/o LoR
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,6 @@ class FullParameters:
 
     def share_graph(self) -> None:
         """Nothing to do: policy and reference are one graph with other weights."""
-
-    def sharing(self, passes: int) -> AbstractContextManager[None]:
-        """Nothing to do: only fused blocks, which full fine-tuning has not, keep by a memory plan."""
-        return nullcontext()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -42,18 +42,29 @@ from losses.preference import pairwise_bound, physics_guided_weights, plackett_l
 from train import entry
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
+from train.data import Sample, pad_text
 from train.files import seed_of
-from train.groups import GroupSet, Sample, pad_text
+from train.groups import GroupSet
 from train.loop import TrainConfig, fit
 from train.lora_switch import LoraConfig
 from train.optimizer import OptimConfig, learning_rate
 from train.plan import print_plan
-from train.policy import Policy, Prediction, gradients, policy_errors, reference_errors, waiting
+from train.policy import Policy, Prediction, gradients, policy_errors, reference_errors, winner_passes
 from train.sampling import SamplerConfig
+from train.teachers.targets import TargetsConfig
 from train.terms import TERMS
 from train.terms.physics import PhysicsConfig, feature_block
 from train.terms.self_score import SelfScoreConfig
 from train.validation import ValidationConfig
+
+CHOICES = {
+    "loss": ("bound", "plackett_luce"),
+    "winner": ("real", "generated"),
+    "noise": ("shared", "independent"),
+    "timesteps": ("uniform", "logit_normal"),
+    "weighting": ("none", "bell"),
+}
+GUIDED = ("alpha_min", "k_alpha", "b_alpha", "k_gamma", "b_gamma", "lam", "score_floor")  # keys of eq. 9
 
 
 @dataclass
@@ -86,6 +97,24 @@ class ObjectiveConfig:
     t_max: float = 1.0
     reference_passes: ClassVar[int] = 1  # forward passes of the reference per clip
 
+    def check(self) -> None:
+        """Refuse values that cannot work, naming key, value and remedy."""
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"objective.{key}={getattr(self, key)!r}: must be one of {', '.join(allowed)}")
+        if not self.beta > 0:
+            raise ValueError(f"objective.beta={self.beta}: must be positive; 1000 suits a mean squared error")
+        if not (self.w_fm >= 0 and math.isfinite(self.w_fm)):
+            raise ValueError(f"objective.w_fm={self.w_fm}: must be 0 (no anchor) or positive")
+        if not 0 < self.alpha_min <= 1:
+            raise ValueError(f"objective.alpha_min={self.alpha_min}: must lie in (0, 1] for inequality (7) to hold")
+        if not 0 <= self.score_floor < 1:
+            raise ValueError(f"objective.score_floor={self.score_floor}: must lie in [0, 1); 0 is the paper's")
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise ValueError(f"objective.t_min={self.t_min}, t_max={self.t_max}: need 0 <= t_min < t_max <= 1")
+        if not (self.timestep_shift > 0 and math.isfinite(self.timestep_shift)):
+            raise ValueError(f"objective.timestep_shift={self.timestep_shift}: must be positive; 1 leaves t as drawn")
+
     def clips_per_group(self, num_losers: int) -> int:
         """Clips that pass through the network for a group of `num_losers` losers."""
         taken = 1 if self.winner == "generated" else 0
@@ -104,6 +133,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     physics: PhysicsConfig = field(default_factory=PhysicsConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)  # what physics.on_the_fly makes
     self_score: SelfScoreConfig = field(default_factory=SelfScoreConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -176,29 +206,12 @@ def preference_loss(
     semantic, physical = batch["semantic"][:, 0], batch["physical"][:, 0]  # (B,)
     alpha, gamma = torch.ones_like(semantic), torch.ones_like(semantic)
     if objective.physics_guided:
-        alpha, gamma = physics_guided_weights(
-            semantic,
-            physical,
-            alpha_min=objective.alpha_min,
-            k_alpha=objective.k_alpha,
-            b_alpha=objective.b_alpha,
-            k_gamma=objective.k_gamma,
-            b_gamma=objective.b_gamma,
-            lam=objective.lam,
-            score_floor=objective.score_floor,
-        )
+        alpha, gamma = physics_guided_weights(semantic, physical, **{key: getattr(objective, key) for key in GUIDED})
         if objective.gamma_per_loser:
             gamma = gamma * objective.alpha_min / alpha
-    loss = pairwise_bound(
-        policy[:, 0],
-        reference[:, 0],
-        policy[:, 1],
-        reference[:, 1],
-        alpha=alpha,
-        gamma=gamma,
-        beta=objective.beta,
-        group_size=batch["group_size"] if objective.group_factor else 1.0,
-    )
+    group_size = batch["group_size"] if objective.group_factor else 1.0
+    weights = {"alpha": alpha, "gamma": gamma, "beta": objective.beta, "group_size": group_size}
+    loss = pairwise_bound(policy[:, 0], reference[:, 0], policy[:, 1], reference[:, 1], **weights)
     return loss + anchor, {"alpha": alpha.mean(), "gamma": gamma.mean()}
 
 
@@ -222,7 +235,7 @@ def term_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the weighted terms of every winner, (B,) float32, and metrics; zeros where no term is on."""
     total, metrics = torch.zeros_like(won.error), {}
-    with policy.switch.sharing(waiting(batch)):
+    with winner_passes(batch):
         for term in TERMS.values():
             if found := term.loss(config, policy, won, batch):
                 total, metrics = total + found[0], metrics | found[1]
@@ -246,32 +259,10 @@ def describe(config: Config, loss: Tensor, policy: Tensor, reference: Tensor) ->
 
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
-    objective = config.objective
     learning_rate(config.optim, 0)
     for term in TERMS.values():
         term.check(config)
-    choices = {
-        "loss": ("bound", "plackett_luce"),
-        "winner": ("real", "generated"),
-        "noise": ("shared", "independent"),
-        "timesteps": ("uniform", "logit_normal"),
-        "weighting": ("none", "bell"),
-    }
-    for key, allowed in choices.items():
-        if getattr(objective, key) not in allowed:
-            raise ValueError(f"objective.{key}={getattr(objective, key)!r}: must be one of {', '.join(allowed)}")
-    if not objective.beta > 0:
-        raise ValueError(f"objective.beta={objective.beta}: must be positive; 1000 suits a mean squared error")
-    if not (objective.w_fm >= 0 and math.isfinite(objective.w_fm)):
-        raise ValueError(f"objective.w_fm={objective.w_fm}: must be 0 (no anchor) or positive")
-    if not 0 < objective.alpha_min <= 1:
-        raise ValueError(f"objective.alpha_min={objective.alpha_min}: must lie in (0, 1] for inequality (7) to hold")
-    if not 0 <= objective.score_floor < 1:
-        raise ValueError(f"objective.score_floor={objective.score_floor}: must lie in [0, 1); 0 is the paper's")
-    if not 0 <= objective.t_min < objective.t_max <= 1:
-        raise ValueError(f"objective.t_min={objective.t_min}, t_max={objective.t_max}: need 0 <= t_min < t_max <= 1")
-    if not (objective.timestep_shift > 0 and math.isfinite(objective.timestep_shift)):
-        raise ValueError(f"objective.timestep_shift={objective.timestep_shift}: must be positive; 1 leaves t as drawn")
+    config.objective.check()
 
 
 def check_groups(config: Config, groups: GroupSet) -> None:

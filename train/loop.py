@@ -4,42 +4,40 @@
                     skip it if anything is not finite, else clip (adapters and heads apart), AdamW, log,
                     and now and then a checkpoint and clips
 
-What a method adds is two functions: `prepare(sample) -> tensors` (run in the loader's workers, draws noise and time)
-and `step(config, policy, batch) -> gradients, metrics`. Groups are read by their position in one global stream and
-every draw is seeded by (seed, position), so a run is the same on any number of ranks, and resuming needs only the
-number of samples seen.
+What a method adds is two functions: `prepare(config, sample) -> tensors`, which draws noise and time in the loader's
+processes, and `step(config, policy, batch) -> gradients, metrics`. Groups are read by their position in one global
+stream and every draw is seeded by (seed, position), so a run is the same on any number of ranks, and resuming needs
+only the number of samples seen.
 """
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from train import checkpoint, compile_cache, export, parallel, resume
+from train import checkpoint, export, parallel, resume
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
-from train.batches import Batches, Tensors, build_loader
-from train.checkpoint import Trainable
+from train.data import Batches, GroupStream, Sample, Tensors, build_loader
 from train.full_parameters import FullParameters
-from train.fused import float8, memory
-from train.fused.fused_block import fuse_blocks, unfit
-from train.fused.offload import HostStore, affordable
-from train.groups import GroupSet, Sample
-from train.live_targets import LiveTargets
-from train.lora_switch import LoraSwitch
+from train.fused.prepare import prepare_network
+from train.groups import GroupSet
 from train.optimizer import build_optimizer, learning_rate
-from train.policy import Policy
-from train.terms.physics import PhysicsHeads, feature_block, lacks_targets
-from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib, transformer_flops
+from train.policy import Policy, attach_parameters
+from train.terms.live_targets import LiveTargets
+from train.terms.physics import build_heads, lacks_targets
+from train.tracking import Pace, Tracker, check_trackers
 from train.validation import Validation
+
+MAX_NONFINITE = 10  # steps in a row that may be skipped for a non-finite loss before the run stops
 
 
 @dataclass
@@ -63,10 +61,8 @@ class TrainConfig:
     checkpoint_every: int = 200  # steps
     keep_checkpoints: int = 3  # newest checkpoints kept
     resume: bool = True  # continue from the newest checkpoint in `folder`; false: refuse a folder that has one
-    max_nonfinite: int = 10  # steps in a row that may be skipped for a non-finite loss before the run stops
-    trackers: list[str] = field(
-        default_factory=list
-    )  # accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio
+    # Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio.
+    trackers: list[str] = field(default_factory=list)
 
 
 Step = Callable[[Any, Policy, Tensors], tuple[list[Tensor], dict[str, Tensor]]]
@@ -81,186 +77,105 @@ def fit(
     shown: tuple[str, ...],
     keep_reference: bool = False,
 ) -> Path:
-    """Train and return the exported LoRA file. `config` holds the sections backbone, video, lora, objective, physics,
-    self_score, optim, sampler, validation and train; `check_groups` may refuse a group set; `shown` names the metrics
-    of the progress bar; `keep_reference`: full fine-tuning needs the untrained weights.
+    """Train and return the exported LoRA file. `config` is a `train.gdpo.Config`, `check_groups` may refuse a group
+    set, `shown` names the metrics of the progress bar; `keep_reference`: full fine-tuning needs the untrained weights.
 
     Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the
     ranks, a folder that another run holds, a checkpoint of another run, a full disk, a damaged group, a run whose
     losses stay non-finite.
     """
-    trackers = [name for name in config.train.trackers if name]
-    check_trackers(trackers)
-    folder = Path(config.train.folder)
-    accelerator = parallel.build_accelerator(log_with=trackers or None, project_dir=str(folder))
-    device = accelerator.device
-    accumulation = accumulation_steps(config, accelerator.num_processes)
-    check_intervals(config)
-    if config.ranks not in (0, accelerator.num_processes):
-        raise ValueError(f"ranks={config.ranks} is for --dry-run: {accelerator.num_processes} processes were launched")
-    sharding = parallel.sharding(accelerator)
-    if sharding is not None and config.train.parameters == "full":
-        raise ValueError(
-            "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
-        )
+    accelerator, folder = start(config), Path(config.train.folder)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with resume.claimed(folder, accelerator):
         newest = resume.newest(config, accelerator)
-
-        live = None
-        if lacks_targets(config.physics, config.train.groups):
-            live = LiveTargets(config.physics, config.video, device, accelerator.print)
+        live = LiveTargets(config, device, accelerator.print) if lacks_targets(config) else None
         validation = Validation(config, accelerator, folder / "validation")
-        parts = ["transformer" if validation.enabled else "expert"]
-        parts += ["vae"] if validation.enabled or live else []
-        backbone = load_backbone(config.backbone, device, parts=parts, sharding=sharding)
+        backbone = load(config, accelerator, clips=validation.enabled, vae=validation.enabled or live is not None)
         groups = open_groups(config, backbone)
         check_groups(config, groups)
-        policy = Policy(
-            backbone,
-            attach_parameters(config, backbone.transformer, keep_reference=keep_reference),
-            build_heads(config, backbone),
-        )
-        engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
-        whole = "sharded over the ranks" if engines[0] else "whole on every rank"
-        accelerator.print(
-            f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
-        )
-        clips = config.objective.clips_per_group(groups.num_losers(0))
-        gradients = gradient_sets(config, clips, accumulation)
-        prepare_network(backbone.transformer, policy.switch, config.train, gradients=gradients)
+        policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
+        clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
+        sets = gradient_sets(config, clips, passes)
+        prepare_network(backbone.transformer, policy.switch, config.train, gradients=sets)
         heads = policy.head_parameters()
         optimizer = build_optimizer(
             config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr
         )
-
-        checkpoints = resume.checkpoint_folder(config)
-        metadata = checkpoint.weights_metadata(policy.switch, fingerprint=backbone.fingerprint, expert=backbone.expert)
-        start, state = resume.restore(config, newest, policy, optimizer, groups, accelerator)
-
-        rank, world = accelerator.process_index, accelerator.num_processes
-        loader = build_loader(config, groups, prepare, start=state["samples_seen"], rank=rank, world=world)
+        run = resume.Checkpoint(config, policy, optimizer, groups, accelerator)
+        run.load(newest)
+        loader = build_loader(config, groups, prepare, start=run.samples_seen, rank=rank, world=world)
         batches = Batches(loader, device, partial(live.complete, backbone=backbone) if live else None)
-        tracker = Tracker(
-            accelerator, folder, start=start, total=config.optim.steps, trackers=trackers, config=asdict(config)
-        )
-        pace = _Pace(config, backbone, clips, device)
+        tracker, pace = Tracker(accelerator, config, start=run.step), Pace(config, backbone, clips, device)
+        stopping = StopSignal(run.save)
+        if run.step == 0 or run.step >= config.optim.steps or validation.due(run.step):
+            validation.catch_up(run.step, policy)
 
-        saved = start
-
-        def save(step_number: int) -> None:  # on the main process alone
-            nonlocal saved
-            if accelerator.is_main_process and step_number > saved:
-                keep = config.train.keep_checkpoints
-                options = {
-                    "switch": policy.switch,
-                    "optimizer": optimizer,
-                    "state": state,
-                    "metadata": metadata,
-                    "keep": keep,
-                    "heads": policy.heads,
-                }
-                checkpoint.save(checkpoints, step_number, **options)
-                saved = step_number
-
-        completed = start
-        stopping = _StopSignal(lambda: save(completed))
-        if start == 0 or start >= config.optim.steps or validation.due(start):
-            validation.catch_up(start, policy)
-        bad_in_a_row = 0
-        for number in range(start, config.optim.steps):
-            optimizer.zero_grad(set_to_none=True)
-            try:
-                gradients, metrics = _accumulate(config, policy, batches, accumulation, step, device)
-            except (ValueError, OSError, SystemExit):  # a group that this rank, or another, cannot read
-                with stopping.held():
-                    save(completed)
-                raise
+        for number in range(run.step, config.optim.steps):
+            with saved_on_error(run, stopping):  # as with a group that this rank, or another, cannot read
+                gradients, metrics = accumulate(config, policy, batches, passes, step, device)
             for engine in engines:
                 parallel.release(engine)
             asked_to_stop = torch.tensor([float(stopping.asked)], device=device)
             parallel.average_([*gradients, *metrics.values(), asked_to_stop])
-            for weight, gradient in zip(policy.parameters(), gradients, strict=True):
-                weight.grad = gradient
-            norm = nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
-            norms = {"grad_norm": norm.item()}
-            if heads:  # apart: random weights at first, whose gradients would leave the adapters no share of the norm
-                norms["head_grad_norm"] = nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm).item()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, number) * group["scale"]
-            finite = all(math.isfinite(value) for value in (*norms.values(), metrics["loss"].item()))
-            if not finite:
-                met = range(state["samples_seen"], state["samples_seen"] + config.optim.batch_size)
-                keys = ", ".join(loader.dataset.stream.key(position) for position in met)
-                accelerator.print(f"step {number} is skipped, its loss or gradient is not finite; its groups: {keys}")
-            with stopping.held():  # weights, moments and counters change together
-                if finite:  # the same on all ranks: both numbers are averages over them
-                    optimizer.step()
-                state["skipped"] += not finite
-                state["samples_seen"] += config.optim.batch_size
-                completed = number + 1
-            bad_in_a_row = 0 if finite else bad_in_a_row + 1
-
             values = {name: value.item() for name, value in metrics.items()}
-            values |= norms | {"lr": optimizer.param_groups[0]["lr"], "skipped": state["skipped"]}
-            values |= pace.measure() | {"data_seconds": batches.waited()}
-            tracker.log(number, values, shown=shown)
-            if bad_in_a_row > config.train.max_nonfinite:
-                raise ValueError(
-                    f"the loss or its gradient was not finite for {bad_in_a_row} steps in a row (train.max_nonfinite="
-                    f"{config.train.max_nonfinite}), last at step {number}. The last good checkpoint is"
-                    f" {checkpoint.latest(checkpoints)}. Lower optim.lr or objective.beta,"
-                    " and check the groups with train.groups.verify."
-                )
-            done, stop = completed == config.optim.steps, asked_to_stop.item() > 0
-            if done or stop or completed % config.train.checkpoint_every == 0:
-                problem = None
+            norms = set_gradients(config, policy, optimizer, gradients, number)
+            finite = all(map(math.isfinite, (values["loss"], *norms.values())))  # averages: the same on all ranks
+            with stopping.held():  # weights, moments and counters change together
+                if finite:
+                    optimizer.step()
+                run.advance(finite=finite)
+            optimizer.zero_grad(set_to_none=True)
+            values |= norms | {"lr": optimizer.param_groups[0]["lr"], "skipped": run.skipped}
+            tracker.log(number, values | pace.measure() | {"data_seconds": batches.waited()}, shown=shown)
+            if not finite:
+                report_skipped(config, run, loader.dataset.stream, accelerator)
+            done, stop = run.step == config.optim.steps, asked_to_stop.item() > 0
+            if done or stop or run.step % config.train.checkpoint_every == 0:
                 with stopping.held():
-                    try:
-                        save(completed)
-                    except ValueError as error:
-                        problem = error
-                parallel.stop_together(problem, device)
+                    run.save_on_all_ranks()
             if stop and not done:
-                accelerator.print(f"stopped by signal after step {completed}; run the same command to continue")
+                accelerator.print(f"stopped by signal after step {run.step}; run the same command to continue")
                 break
-            if done or validation.due(completed):
-                validation.run(completed, policy)
+            if done or validation.due(run.step):
+                validation.run(run.step, policy)
             pace.restart()  # checkpoints and clips are not training time
-        full = isinstance(policy.switch, FullParameters)
-        exported = folder / "transformer" if full else folder / "lora" / export.DIFFUSERS_FILE
-        if accelerator.is_main_process and completed >= config.optim.steps:
-            if full:
-                export.save_network(backbone.transformer, exported)
-            else:
-                export.to_diffusers(checkpoints, exported)
-        accelerator.wait_for_everyone()
-        tracker.close()  # ends the process group
-        if completed < config.optim.steps:
-            raise SystemExit(0)
-        accelerator.print(f"weights  {exported}\nmetrics  {tracker.path}")
-        if validation.enabled:
-            accelerator.print(f"clips    {validation.folder}")
-        return exported
+        return finish(config, run, accelerator, tracker, validation)
 
 
-def attach_parameters(config: Any, network: nn.Module, *, keep_reference: bool) -> Trainable:
-    """What trains: the recipe's adapters, or with train.parameters=full every weight, beside a copy of them for
-    `keep_reference`. Adapters always have the network itself as their reference."""
-    if config.train.parameters not in ("lora", "full"):
-        raise ValueError(f"train.parameters={config.train.parameters!r}: must be lora or full")
-    if config.train.parameters == "full":
-        return FullParameters(network, keep_reference=keep_reference)
-    return LoraSwitch(network, config.lora, seed=config.seed)
+def start(config: Any) -> Accelerator:
+    """The accelerator of this launch. ValueError for settings that cannot work in it, before anything is read."""
+    trackers = [name for name in config.train.trackers if name]
+    check_trackers(trackers)
+    accelerator = parallel.build_accelerator(log_with=trackers or None, project_dir=str(config.train.folder))
+    accumulation_steps(config, accelerator.num_processes)
+    check_intervals(config)
+    if config.ranks not in (0, accelerator.num_processes):
+        raise ValueError(f"ranks={config.ranks} is for --dry-run: {accelerator.num_processes} processes were launched")
+    if config.train.parameters == "full" and parallel.sharding(accelerator) is not None:
+        raise ValueError(
+            "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
+        )
+    return accelerator
 
 
-def build_heads(config: Any, backbone: Backbone) -> PhysicsHeads | None:
-    """The heads of the recipe's physics terms, whole on every rank; None without such terms. ValueError for a block
-    that the network has not."""
-    if feature_block(config.physics, len(backbone.blocks)) is None:
-        return None
-    network = backbone.architecture["transformer"]
-    width = network["num_attention_heads"] * network["attention_head_dim"]
-    return PhysicsHeads(config.physics, width, seed=config.seed).to(backbone.device)
+def load(config: Any, accelerator: Accelerator, *, clips: bool, vae: bool) -> Backbone:
+    """The recipe's backbone: the expert that trains, or with `clips` every one; where needed its VAE."""
+    parts = ["transformer" if clips else "expert"] + (["vae"] if vae else [])
+    return load_backbone(config.backbone, accelerator.device, parts=parts, sharding=parallel.sharding(accelerator))
+
+
+def attach(
+    config: Any, accelerator: Accelerator, backbone: Backbone, *, keep_reference: bool
+) -> tuple[Policy, list[nn.Module | None]]:
+    """The policy, and the DeepSpeed engines of the backbone's networks, which must outlive training."""
+    switch = attach_parameters(config, backbone.transformer, keep_reference=keep_reference)
+    policy = Policy(backbone, switch, build_heads(config, backbone))
+    engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
+    whole = "sharded over the ranks" if engines[0] else "whole on every rank"
+    accelerator.print(
+        f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
+    )
+    return policy, engines
 
 
 def check_intervals(config: Any) -> None:
@@ -314,46 +229,13 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
     return groups
 
 
-def prepare_network(network: nn.Module, switch: Trainable, config: TrainConfig, *, gradients: int = 2) -> None:
-    """Switch on activation checkpointing and compilation, as configured; `gradients`: sets of the adapters' gradients
-    that a step holds at once, for the memory plan.
-
-    Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
-    """
-    for key in ("memory_budget_gib", "offload_gib"):
-        if getattr(config, key) < 0:
-            raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
-    reason = unfit(network, switch) if config.compile else "train.compile is false"
-    if not reason:
-        adapters = switch.parameters()
-        device = adapters[0].device
-        config = replace(config, offload_gib=affordable(config.offload_gib) if device.type == "cuda" else 0.0)
-        plan = memory.plan(network, adapters, config, gradients=gradients)
-        if config.float8:
-            float8.check(device)
-        store = HostStore(int(config.offload_gib * memory.GIB), device) if config.offload_gib else None
-        fuse_blocks(network, switch, plan, store=store, float8=config.float8)
-        return
-    if config.float8:
-        raise ValueError(f"train.float8 needs compiled blocks with LoRA, but {reason}: set it to false")
-    if config.activation_checkpointing:
-        network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
-    if config.compile:
-        compile_cache.heal()
-        switch.share_graph()
-        # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
-        # per mode.
-        for block in network.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)
-
-
-def _accumulate(
-    config, policy, batches, accumulation: int, step: Step, device
+def accumulate(
+    config: Any, policy: Policy, batches: Iterator[Tensors], passes: int, step: Step, device: torch.device
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Mean gradients and metrics of this rank's share of one step."""
     total: list[Tensor] | None = None
     sums: dict[str, Tensor] = {}
-    for _ in range(accumulation):
+    for _ in range(passes):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
         gradients, metrics = step(config, policy, batch)
         if total is None:
@@ -364,11 +246,73 @@ def _accumulate(
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.detach().float()
     for gradient in total:
-        gradient /= accumulation
-    return total, {name: value / accumulation for name, value in sums.items()}
+        gradient /= passes
+    return total, {name: value / passes for name, value in sums.items()}
 
 
-class _StopSignal:
+@contextmanager
+def saved_on_error(run: resume.Checkpoint, stopping: "StopSignal") -> Iterator[None]:
+    """Save the steps made before an error for users goes on its way."""
+    try:
+        yield
+    except (ValueError, OSError, SystemExit):
+        with stopping.held():
+            run.save()
+        raise
+
+
+def set_gradients(
+    config: Any, policy: Policy, optimizer: torch.optim.AdamW, gradients: list[Tensor], number: int
+) -> dict[str, float]:
+    """Hand step `number`'s gradients to the weights, clipped, and set the learning rates. Returns the gradients' norms
+    before clipping; the list is emptied, so that it keeps no gradient alive."""
+    for weight, gradient in zip(policy.parameters(), gradients, strict=True):
+        weight.grad = gradient
+    gradients.clear()
+    norms = {"grad_norm": nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm).item()}
+    if heads := policy.head_parameters():  # apart: random at first, they would leave the adapters no share of the norm
+        norms["head_grad_norm"] = nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm).item()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config.optim, number) * group["scale"]
+    return norms
+
+
+def report_skipped(config: Any, run: resume.Checkpoint, stream: GroupStream, accelerator: Accelerator) -> None:
+    """Name the groups of the step that was just skipped; ValueError after more than MAX_NONFINITE in a row."""
+    met = range(run.samples_seen - config.optim.batch_size, run.samples_seen)
+    number, keys = run.step - 1, ", ".join(stream.key(position) for position in met)
+    accelerator.print(f"step {number} is skipped, its loss or gradient is not finite; its groups: {keys}")
+    if run.nonfinite > MAX_NONFINITE:
+        raise ValueError(
+            f"the loss or its gradient was not finite for {run.nonfinite} steps in a row, last at step {number}. The"
+            f" last good checkpoint is {checkpoint.latest(run.folder)}. Lower optim.lr or objective.beta, and check the"
+            f" groups with python -m data_pipeline.browse {config.train.groups}."
+        )
+
+
+def finish(
+    config: Any, run: resume.Checkpoint, accelerator: Accelerator, tracker: Tracker, validation: Validation
+) -> Path:
+    """Export what a finished run trained and say where everything is; a run that was stopped ends with status 0."""
+    folder, done = Path(config.train.folder), run.step >= config.optim.steps
+    full = isinstance(run.policy.switch, FullParameters)
+    exported = folder / "transformer" if full else folder / "lora" / export.DIFFUSERS_FILE
+    if accelerator.is_main_process and done:
+        if full:
+            export.save_network(run.policy.backbone.transformer, exported)
+        else:
+            export.to_diffusers(run.folder, exported)
+    accelerator.wait_for_everyone()
+    tracker.close()  # ends the process group
+    if not done:
+        raise SystemExit(0)
+    accelerator.print(f"weights  {exported}\nmetrics  {tracker.path}")
+    if validation.enabled:
+        accelerator.print(f"clips    {validation.folder}")
+    return exported
+
+
+class StopSignal:
     """SIGTERM (preemption): the main process saves the last completed step at once, since a launcher may kill in
     seconds; then the run ends at the end of the step under way, on all ranks alike. Inside `held()` the save waits
     for the end of the block."""
@@ -392,41 +336,3 @@ class _StopSignal:
             self._holding = False
         if self.asked and not asked:
             self._save()
-
-
-class _Pace:
-    """Tokens a second, arithmetic rate and its share of the device's peak, memory; of `clips` clips a group."""
-
-    def __init__(self, config: Any, backbone: Backbone, clips: int, device: torch.device):
-        video, network = config.video, backbone.transformer.config
-        self.device = device
-        tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
-        width = network.num_attention_heads * network.attention_head_dim
-        matrix, attention = transformer_flops(
-            tokens, config.backbone.text_length, width, network.ffn_dim, network.num_layers
-        )
-        clips *= config.optim.batch_size
-        passes = config.objective.reference_passes
-        self.tokens = tokens * clips
-        self.flops = clips * (
-            (2 + passes) * matrix + (1 + passes + 2.5) * attention
-        )  # forward, reference forward, backward
-        self.restart()
-
-    def restart(self) -> None:
-        self.clock = time.perf_counter()
-
-    def measure(self) -> dict[str, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - self.clock
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        tflops = self.flops / seconds / world / 1e12
-        peak = device_peak_tflops(self.device)
-        measured = {
-            "seconds": seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "tflops_per_device": tflops,
-            "memory_gib": peak_memory_gib(self.device),
-        }
-        return measured | ({"share_of_peak": tflops / peak} if peak else {})

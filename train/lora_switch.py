@@ -6,11 +6,10 @@
 Four properties are designed in, and tested:
 
 - The low-rank weights live outside the network's module tree. Its state-dict keys, its DeepSpeed ZeRO-3 partitions
-  and its compiled blocks
-  stay those of the plain network; the adapters, a few megabytes, stay whole on every rank.
-- Activation checkpointing recomputes a block during backward, when the switch may stand elsewhere.
-  `switch.checkpoint` remembers how it stood
-  in the forward pass and restores that for the recompute, so a gradient may also flow through a pass of the reference.
+  and its compiled blocks stay those of the plain network; the adapters, a few megabytes, stay whole on every rank.
+- Activation checkpointing recomputes a block during backward, when the switch may stand elsewhere. `switch.checkpoint`
+  remembers how it stood in the forward pass and restores that for the recompute, so that a gradient may also flow
+  through a pass of the reference.
 - Switching turns one shared state: no `requires_grad` is touched, no weight is copied or merged.
 - A compiled network runs one graph for both, so that their difference is the adapters' and not the compiler's rounding.
   Fused blocks (`train.fused.fused_block`) take the gate as an argument and need no `share_graph`: their reference
@@ -48,13 +47,12 @@ class SwitchState:
 
     Eager layers branch on `active`. Compiled ones must not: two branches are two graphs, and their bfloat16 roundings
     differ by more than what a preference step measures. With `one_graph` every pass computes the low-rank update and
-    multiplies it by `gate`, which is alpha / rank or 0. `passes`, of which activations wait for their backward at once,
-    is for the memory plan of fused blocks.
+    multiplies it by `gate`, which is alpha / rank or 0.
     """
 
     def __init__(self, scale: float, device: torch.device):
         self.gates = {True: torch.tensor(scale, device=device), False: torch.tensor(0.0, device=device)}
-        self.one_graph, self.passes = False, 1
+        self.one_graph = False
         self.turn(active=True)
 
     def turn(self, *, active: bool) -> None:
@@ -118,21 +116,9 @@ class LoraSwitch:
             "targets": json.dumps(list(config.targets)),
         }
 
-    def num_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.weights.values())
-
     def share_graph(self) -> None:
         """Make policy and reference run the same compiled graph. Call before the network is compiled."""
         self.state.one_graph = True
-
-    @contextmanager
-    def sharing(self, passes: int) -> Iterator[None]:
-        """Activations of `passes` passes inside wait for their backward at the same time: fused blocks keep less."""
-        before, self.state.passes = self.state.passes, passes
-        try:
-            yield
-        finally:
-            self.state.passes = before
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -142,7 +128,7 @@ class LoraSwitch:
 
     @contextmanager
     def frozen_reference(self) -> Iterator[None]:
-        """`reference()` for passes whose gradient nobody wants; detach what they give.
+        """`reference()` for passes without gradients; detach what they give.
 
         Eager passes run without a graph. Compiled ones stay in grad mode, or they would run another graph than the
         policy does.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,13 +11,11 @@ from torch import nn
 @dataclass
 class OptimConfig:
     steps: int = 10_000  # optimizer steps
-    batch_size: int = 8  # preference groups a step over all GPUs; accumulation follows from it
+    batch_size: int = 8  # preference groups per step over all GPUs; accumulation follows from it
     lr: float = 1e-5  # learning rate after warm-up
     lr_end: float = 1e-6  # learning rate at the last step (cosine only)
     schedule: str = "cosine"  # cosine | constant
     warmup_steps: int = 0  # linear from 0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0  # global norm above which gradients are scaled down
 
@@ -25,16 +23,14 @@ class OptimConfig:
 def build_optimizer(
     config: OptimConfig, parameters: list[nn.Parameter], *, heads: Sequence[nn.Parameter] = (), head_lr: float = 0.0
 ) -> torch.optim.AdamW:
-    """AdamW over float32 parameters. `heads` get the same schedule with its peak at `head_lr`: each group's "scale" is
-    what its learning rate is of `learning_rate`."""
+    """AdamW over float32 parameters, with betas 0.9 and 0.999 and eps 1e-8. `heads` get the same schedule with its peak
+    at `head_lr`: each group's "scale" is what its learning rate is of `learning_rate`."""
     groups = [{"params": parameters, "scale": 1.0}]
     if heads:
         groups.append({"params": list(heads), "scale": head_lr / config.lr})
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
         weight_decay=config.weight_decay,
         fused=parameters[0].is_cuda,
     )

@@ -6,7 +6,7 @@ is weighted by the loss's gradient with respect to that error once all errors ar
 the terms can read its pass. Several groups go through the network together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from losses.flow_matching import flow_error, interpolate
 from train.backbones.base import Backbone, Conditioning
+from train.full_parameters import FullParameters
+from train.fused.memory import waiting
+from train.lora_switch import LoraSwitch
 
 
 class Reference(Protocol):
@@ -30,8 +33,11 @@ class Reference(Protocol):
     def frozen_reference(self) -> AbstractContextManager[None]:
         """The same for passes whose gradients are not needed; detach what they give."""
 
-    def sharing(self, passes: int) -> AbstractContextManager[None]:
-        """Inside, so many passes wait for their backward at once and share the memory."""
+    def share_graph(self) -> None:
+        """Policy and reference run the same compiled graph. Call before the network is compiled."""
+
+    def checkpoint(self, function: Callable, *args: Any) -> Any:
+        """`torch.utils.checkpoint`, whose recompute runs policy or reference as the forward pass did."""
 
 
 @dataclass
@@ -63,10 +69,21 @@ class Prediction:
         return Prediction(self.error[::members], self.x_t[::members], self.velocity[::members], features)
 
 
-def waiting(batch: dict[str, Tensor]) -> int:
-    """Passes whose activations wait for their backward at once: the winner's, and where a self-score is due its
-    judge's. Reference and policy see a clip through the same graphs, which depend on this number."""
-    return 2 if "score_t" in batch else 1
+def attach_parameters(config: Any, network: nn.Module, *, keep_reference: bool) -> LoraSwitch | FullParameters:
+    """What trains: the recipe's adapters, or with train.parameters=full every weight, beside a copy of them for
+    `keep_reference`. Adapters always have the network itself as their reference."""
+    if config.train.parameters not in ("lora", "full"):
+        raise ValueError(f"train.parameters={config.train.parameters!r}: must be lora or full")
+    if config.train.parameters == "full":
+        return FullParameters(network, keep_reference=keep_reference)
+    return LoraSwitch(network, config.lora, seed=config.seed)
+
+
+def winner_passes(batch: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """Around passes over winners, the policy's and the reference's: they see a clip through the same graphs, which
+    depend on the passes whose activations wait for their backward at once. Where a self-score is due, its judge's pass
+    waits with the winner's."""
+    return waiting(2 if "score_t" in batch else 1)
 
 
 def predict(
@@ -140,5 +157,5 @@ def _parts(batch: dict[str, Tensor]) -> list[slice]:
 
 def _predict(policy: Policy, batch: dict[str, Tensor], part: slice, **options: Any) -> Prediction:
     clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[:, part]  # (B,m,C,F,H,W)
-    with policy.switch.sharing(waiting(batch)) if part.start == 0 else nullcontext():
+    with winner_passes(batch) if part.start == 0 else nullcontext():
         return predict(policy, clips.flatten(0, 1), batch["noise"][:, part].flatten(0, 1), batch, **options)

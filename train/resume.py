@@ -17,11 +17,13 @@ from accelerate import Accelerator
 import recipes
 from train import checkpoint, files, parallel
 from train.groups import GroupSet
+from train.policy import Policy
 from train.terms.self_score import check_resume
 from train.tracking import flatten
 
 # What of a recipe decides how weights change; paths, clips and logs do not.
-SETTINGS = ("backbone.", "video.", "lora.", "objective.", "physics.", "self_score.", "optim.", "train.float8")
+SECTIONS = ("backbone", "video", "lora", "objective", "physics", "targets", "self_score", "optim")
+SETTINGS = (*(f"{section}." for section in SECTIONS), "train.float8")
 
 
 @contextmanager
@@ -69,36 +71,75 @@ def settings(config: Any) -> dict[str, bool | int | float | str]:
     return {key: value for key, value in flatten(asdict(config)).items() if key.startswith(SETTINGS)}
 
 
-def restore(
-    config: Any,
-    path: Path | None,
-    policy: Any,
-    optimizer: torch.optim.AdamW,
-    groups: GroupSet,
-    accelerator: Accelerator,
-) -> tuple[int, dict[str, Any]]:
-    """Load checkpoint `path`, if any, into the loop's `Policy` and the optimizer, and note the recipe of this start.
+class Checkpoint:
+    """What a run saves and goes on from: weights, moments, and where it stands.
 
-    Returns the step that comes next and the state that checkpoints save beside it. Raises ValueError, and leaves the
-    folder as it is, where the checkpoint is of another run. Call on every rank.
+    Attributes: policy, folder (of all checkpoints), step (steps made), samples_seen (groups), skipped (steps), and
+    nonfinite (steps skipped in a row, which is not saved).
     """
-    start, state = 0, {"samples_seen": 0, "skipped": 0}
-    if path is not None:
-        backbone = policy.backbone
-        ours = {"fingerprint": backbone.fingerprint, "expert": backbone.expert, "heads": policy.heads}
-        loaded = checkpoint.load(path, switch=policy.switch, optimizer=optimizer, **ours)
-        check(config, path, loaded, groups, accelerator)
-        start, state = loaded["step"], {key: loaded[key] for key in state}
-    if start >= config.optim.steps:
-        accelerator.print(f"step {start} of optim.steps={config.optim.steps}: nothing to train")
-    elif accelerator.is_main_process:
-        keep_recipe(config, start)
-    if config.optim.batch_size > len(groups):
-        accelerator.print(
-            f"optim.batch_size={config.optim.batch_size} is more than the {len(groups)} groups there are: every step"
-            " meets some of them more than once"
+
+    def __init__(
+        self, config: Any, policy: Policy, optimizer: torch.optim.AdamW, groups: GroupSet, accelerator: Accelerator
+    ):
+        self.config, self.policy, self.optimizer, self.groups = config, policy, optimizer, groups
+        self.accelerator, self.folder = accelerator, checkpoint_folder(config)
+        self.step = self.samples_seen = self.skipped = self.nonfinite = self._saved = 0
+
+    def load(self, path: Path | None) -> None:
+        """Go on from checkpoint `path`, if any, and note the recipe of this start. Call on every rank.
+
+        Raises ValueError, and leaves the folder as it is, where the checkpoint is of another run.
+        """
+        config, backbone, say = self.config, self.policy.backbone, self.accelerator.print
+        if path is not None:
+            ours = {"fingerprint": backbone.fingerprint, "expert": backbone.expert, "heads": self.policy.heads}
+            state = checkpoint.load(path, switch=self.policy.switch, optimizer=self.optimizer, **ours)
+            check(config, path, state, self.groups, self.accelerator)
+            self.step = self._saved = state["step"]
+            self.samples_seen, self.skipped = state["samples_seen"], state["skipped"]
+        if self.step >= config.optim.steps:
+            say(f"step {self.step} of optim.steps={config.optim.steps}: nothing to train")
+        elif self.accelerator.is_main_process:
+            keep_recipe(config, self.step)
+        if config.optim.batch_size > len(self.groups):
+            say(
+                f"optim.batch_size={config.optim.batch_size} is more than the {len(self.groups)} groups there are:"
+                " every step meets some of them more than once"
+            )
+
+    def advance(self, *, finite: bool) -> None:
+        """Count a step; one that was not `finite` was skipped."""
+        self.step += 1
+        self.samples_seen += self.config.optim.batch_size
+        self.skipped += not finite
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+
+    def save(self) -> None:
+        """Write the checkpoint of the steps made, unless it is written; other ranks than the first do nothing."""
+        if not self.accelerator.is_main_process or self.step == self._saved:
+            return
+        backbone, switch = self.policy.backbone, self.policy.switch
+        counted = {"samples_seen": self.samples_seen, "skipped": self.skipped}
+        checkpoint.save(
+            self.folder,
+            self.step,
+            switch=switch,
+            optimizer=self.optimizer,
+            state=counted | identity(self.config, self.groups),
+            metadata=checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert),
+            keep=self.config.train.keep_checkpoints,
+            heads=self.policy.heads,
         )
-    return start, state | identity(config, groups)
+        self._saved = self.step
+
+    def save_on_all_ranks(self) -> None:
+        """`save`; where it fails, all ranks end."""
+        problem = None
+        try:
+            self.save()
+        except ValueError as error:
+            problem = error
+        parallel.stop_together(problem, self.accelerator.device)
 
 
 def check(config: Any, path: Path, state: checkpoint.State, groups: GroupSet, accelerator: Accelerator) -> None:

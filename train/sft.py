@@ -17,10 +17,10 @@ from torch import Tensor
 
 import recipes
 from train import entry, gdpo
-from train.groups import Sample, pad_text
+from train.data import Sample, pad_text
 from train.loop import fit
 from train.plan import print_plan
-from train.policy import Policy, gradients, predict, waiting
+from train.policy import Policy, gradients, predict, winner_passes
 from train.terms import TERMS
 from train.terms.physics import feature_block
 
@@ -60,7 +60,7 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Gradients of the batch's mean loss with respect to the adapters and heads, and metrics."""
     block = feature_block(config.physics, len(policy.backbone.blocks))
-    with policy.switch.sharing(waiting(batch)):
+    with winner_passes(batch):
         prediction = predict(policy, batch["winner"], batch["noise"], batch, features_at=block)
     terms, metrics = gdpo.term_losses(config, policy, prediction, batch)
     loss = (gdpo.weigh(config.objective, prediction.error, batch) + terms).mean()

@@ -1,8 +1,9 @@
 """The JSON in a folder of groups, and what must hold of it before a byte of a shard is read: see train/groups.py."""
 
+import json
 import tarfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
@@ -102,29 +103,13 @@ CheckedMarker = Annotated[Marker, AfterValidator(_check_marker)]
 CheckedIndex = Annotated[Index, AfterValidator(_check_index)]
 
 
-@dataclass
-class Loser:
-    seed: int  # of the noise it was generated from
-    semantic: float  # judge's semantic adherence in [0, 1], 0.5 neutral
-    physical: float  # judge's physical plausibility in [0, 1], 0.5 neutral
-
-
-class Description(TypedDict):
-    """The JSON member of a sample."""
-
-    schema: int
-    key: str
-    prompt: str
-    action: str
-    physics_richness: float | None
-    source: str
-    losers: list[Loser]
-    fingerprint: str
-
-
 def parse_json(data: bytes, kind: Any, *, name: str, remedy: str) -> Any:
     """`files.parse_json` of this schema; another one is named as such, for it differs in the rest as well."""
     found = files.parse_json(data, Versioned, name=name, remedy=remedy)["schema"]
     if found != SCHEMA:
         raise ValueError(f"{name} has schema {found}, this version reads schema {SCHEMA}; {remedy}")
     return files.parse_json(data, kind, name=name, remedy=remedy)
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, sort_keys=True).encode("utf-8")

@@ -1,12 +1,14 @@
-"""What a run says of itself: metrics.jsonl, trackers, a progress bar, tokens a second, share of the peak, memory.
+"""What a run says of itself: metrics.jsonl, trackers, a progress bar, tokens per second, share of the peak, memory.
 
-`metrics.jsonl` is always written, one object a line; after a resume, lines of steps that are trained again are dropped,
-so that a step stands in it once.
+`metrics.jsonl` is always written, one object per line; after a resume, lines of steps that are trained again are
+dropped, so that a step stands in it once.
 """
 
 import json
 import math
 import resource
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 
 import recipes
 from train import files
+from train.backbones.base import Backbone
 
 # Dense bf16 peak of a device by name, TFLOP/s, from the vendors' datasheets.
 PEAK_TFLOPS = {
@@ -74,32 +77,62 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+class Pace:
+    """Tokens per second, arithmetic rate and its share of the device's peak, memory, for steps of `clips` clips per
+    group."""
+
+    def __init__(self, config: Any, backbone: Backbone, clips: int, device: torch.device):
+        video, network = config.video, backbone.transformer.config
+        self.device = device
+        tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
+        width = network.num_attention_heads * network.attention_head_dim
+        matrix, attention = transformer_flops(
+            tokens, config.backbone.text_length, width, network.ffn_dim, network.num_layers
+        )
+        clips *= config.optim.batch_size
+        passes = config.objective.reference_passes
+        self.tokens = tokens * clips
+        # A forward pass of the policy, those of the reference, a backward pass.
+        self.flops = clips * ((2 + passes) * matrix + (1 + passes + 2.5) * attention)
+        self.restart()
+
+    def restart(self) -> None:
+        self.clock = time.perf_counter()
+
+    def measure(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self.clock
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        tflops = self.flops / seconds / world / 1e12
+        peak = device_peak_tflops(self.device)
+        measured = {
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "tflops_per_device": tflops,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+        return measured | ({"share_of_peak": tflops / peak} if peak else {})
+
+
 class Tracker:
     """Writes one step's metrics everywhere they go. Only the main process writes; call on all.
 
     Metrics are plain numbers. A number that is not finite is written as null, so that every line stays JSON.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        folder: Path,
-        *,
-        start: int,
-        total: int,
-        trackers: list[str],
-        config: dict[str, Any],
-    ):
-        self.accelerator = accelerator
-        self.path = folder / "metrics.jsonl"
-        self.bar = None
-        if trackers:
-            accelerator.init_trackers("physalign", config=flatten(recipes.redacted(config)))
+    def __init__(self, accelerator: Accelerator, config: Any, *, start: int):
+        """`config` is that of the run, `start` the first step that will be logged."""
+        self.accelerator, self.bar = accelerator, None
+        self.path = Path(config.train.folder) / "metrics.jsonl"
+        if accelerator.log_with:
+            accelerator.init_trackers("physalign", config=flatten(recipes.redacted(asdict(config))))
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_lines_from(self.path, start)
             self.file = self.path.open("a", encoding="utf-8")
-            self.bar = tqdm(total=total, initial=start, unit="step", desc="train", dynamic_ncols=True, smoothing=0.1)
+            options = {"total": config.optim.steps, "initial": start, "unit": "step", "desc": "train"}
+            self.bar = tqdm(**options, dynamic_ncols=True, smoothing=0.1)
 
     def log(self, step: int, metrics: dict[str, float], *, shown: tuple[str, ...]) -> None:
         """Record step `step` (0-based) with its `seconds`; `shown` names the metrics that stand in the progress bar."""

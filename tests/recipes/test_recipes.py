@@ -157,7 +157,6 @@ def test_wan14b_holds_the_papers_values():
             "lr_end": 1e-6,
             "schedule": "cosine",
             "warmup_steps": 0,
-            "betas": [0.9, 0.999],
             "weight_decay": 0.01,
         },
     }
@@ -224,11 +223,11 @@ def test_the_preset_reaches_every_trainer_but_no_other_command():
 
 
 def test_the_command_line_goes_over_the_recipe():
-    arguments = ["recipe=tiny", "seed=7", "video.fps=12", "lora.targets=[attn1.to_q]", "optim.betas=[0.8,0.9]"]
+    arguments = ["recipe=tiny", "seed=7", "video.fps=12", "lora.targets=[attn1.to_q]", "validation.seeds=[8,9]"]
     config = load(*arguments, "--optim.lr=0.5", "train.compile=true", "sampler.guidance_low=2")
     assert config.seed == 7 and config.video.fps == 12.0 and isinstance(config.video.fps, float)
     assert config.lora.targets == ["attn1.to_q"] and config.lora.rank == 8
-    assert config.optim.betas == [0.8, 0.9] and config.optim.lr == 0.5
+    assert config.validation.seeds == [8, 9] and config.optim.lr == 0.5
     assert config.train.compile is True and config.sampler.guidance_low == 2.0
     assert load("recipe=tiny", "sampler.guidance_low=null").sampler.guidance_low is None
 
@@ -306,7 +305,7 @@ def test_the_saved_recipe_keeps_what_was_set_over_a_preset(tmp_path):
         (["seed=x"], "the command line: seed: "),
         (["video.fps=fast"], "the command line: video.fps: .*'fast'.*[Ff]loat"),
         (["train.compile=perhaps"], "the command line: train.compile: .*'perhaps'"),
-        (["optim.betas=[0.9,x]"], r"the command line: optim.betas.*: "),
+        (["validation.seeds=[9,x]"], r"the command line: validation.seeds.*: "),
         (["lora.targets=attn1.to_q"], r"lora.targets='attn1.to_q' must be a list: lora.targets=\[attn1.to_q\]"),
         (["validation.prompts=A ball"], r"validation.prompts='A ball' must be a list: validation.prompts=\[A ball\]"),
         (["optim.lr=null"], "the command line: optim.lr: "),

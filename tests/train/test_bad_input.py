@@ -14,10 +14,10 @@ from PIL import Image
 import train.parallel
 import train.validation
 from tests.synthetic_groups import write_synthetic_groups
-from train import checkpoint, files, gdpo, sft
+from train import checkpoint, files, gdpo, loop, sft
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
-from train.batches import Prepared
+from train.data import Prepared
 from train.loop import accumulation_steps
 
 LATENT_SHAPE, TEXT_SHAPE = (16, 5, 8, 8), (12, 64)
@@ -222,13 +222,13 @@ def test_a_batch_larger_than_the_groups_is_said_once(tiny, tmp_path, capsys):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_NONFINITE", 2)
     spoil(monkeypatch, lambda call: call in (2, 3, 5))
     run = (
         "optim.steps=8",
         "optim.batch_size=1",
         "train.checkpoint_every=1",
         "train.keep_checkpoints=9",
-        "train.max_nonfinite=2",
     )
     checkpoints = tiny.train(tmp_path, *run)
     metrics = tiny.metrics(tmp_path)
@@ -245,14 +245,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, tmp_path, monkey
 
 
 def test_too_many_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
-    run = ("optim.steps=9", "optim.batch_size=1", "train.checkpoint_every=2", "train.max_nonfinite=2")
+    monkeypatch.setattr(loop, "MAX_NONFINITE", 2)
+    run = ("optim.steps=9", "optim.batch_size=1", "train.checkpoint_every=2")
     with monkeypatch.context() as patch:
         spoil(patch, lambda call: call >= 3)
         with pytest.raises(ValueError) as caught:
             tiny.train(tmp_path, *run)
     message, checkpoints = str(caught.value), tmp_path / "train" / "checkpoints"
     newest = checkpoint.latest(checkpoints)
-    assert "not finite for 3 steps in a row (train.max_nonfinite=2), last at step 5" in message
+    assert "not finite for 3 steps in a row, last at step 5" in message
     assert str(newest) in message and "optim.lr" in message and "objective.beta" in message
     assert all(torch.isfinite(tensor).all() for tensor in tiny.weights(newest).values())
     tiny.train(tmp_path, *run)  # what was wrong has been put right: it goes on

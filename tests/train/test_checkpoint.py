@@ -93,7 +93,7 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_no_base_weights_and_nothing_pickled(tmp_path):
     run = Run(tmp_path, width=64)
     path = run.save(1)
-    adapters = run.switch.num_parameters()
+    adapters = sum(weight.numel() for weight in run.switch.parameters())
     assert load_file(path / LoraSwitch.file).keys() == run.switch.weights.keys()
     moments = load_file(path / checkpoint.OPTIMIZER_FILE)
     assert {name.rsplit(".", 1)[0] for name in moments} == run.switch.weights.keys()
@@ -411,7 +411,7 @@ def test_damaged_adapters_are_named(tmp_path, change, said):
     change(tensors, name)
     save_file(tensors, path, metadata=run.metadata)
     with pytest.raises(ValueError, match=rf"{path}.*{said}"):
-        checkpoint.load_lora(path, run.switch, fingerprint=BACKBONE, expert="transformer")
+        checkpoint.load_weights(checkpoint.lora_path(path), run.switch, fingerprint=BACKBONE, expert="transformer")
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def test_what_is_no_lora_of_ours_is_refused(tmp_path):
         (tmp_path, "no checkpoint in"),
     ):
         with pytest.raises(ValueError, match=said):
-            checkpoint.load_lora(path, run.switch, fingerprint=BACKBONE, expert="transformer")
+            checkpoint.load_weights(checkpoint.lora_path(path), run.switch, fingerprint=BACKBONE, expert="transformer")
 
 
 def test_a_lora_is_found_by_file_checkpoint_or_run(tmp_path):

@@ -14,8 +14,9 @@ from losses.flow_matching import flow_error, interpolate
 from train import checkpoint, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
+from train.data import GroupStream
 from train.full_parameters import FullParameters
-from train.groups import GroupSet, GroupStream
+from train.groups import GroupSet
 from train.lora_switch import LoraSwitch
 from train.policy import Policy
 
@@ -445,7 +446,9 @@ def test_thirty_steps_raise_margin_and_accuracy(tiny, tmp_path, configure):
     fresh = Policy(backbone, LoraSwitch(backbone.transformer, config.lora, seed=config.seed))
     positions = range(32)  # of the 60 that training saw: every group with every loser
     _, reference_before = measure(fresh, config, positions)
-    checkpoint.load_lora(checkpoints, fresh.switch, fingerprint=backbone.fingerprint, expert="transformer")
+    checkpoint.load_weights(
+        checkpoint.lora_path(checkpoints), fresh.switch, fingerprint=backbone.fingerprint, expert="transformer"
+    )
     after, reference_after = measure(fresh, config, positions)
     assert torch.equal(reference_before, reference_after)  # the reference has not moved by a bit
     gained = reference_after - after  # (N, 2) how much better than the reference on winner and loser

@@ -9,7 +9,7 @@ from train import sft
 from train.groups import GroupSet
 from train.tools import inspect_targets
 
-TERMS = ("physics.w_pix=1", "physics.w_sem=1", "physics.hidden_width=32")
+TERMS = ("physics.w_pix=1", "physics.w_sem=1")
 
 
 def size(path):

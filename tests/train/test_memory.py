@@ -10,6 +10,7 @@ from train import loop
 from train.fused import memory
 from train.fused.memory import GIB, Sizes, choose_levels, predict
 from train.fused.offload import affordable
+from train.fused.prepare import prepare_network
 
 WAN_14B = Sizes(tokens=32760, width=5120, ffn=13824, heads=40, blocks=40)
 
@@ -108,7 +109,7 @@ def test_a_larger_batch_keeps_less():
 def test_a_negative_budget_is_refused():
     for key in ("memory_budget_gib", "offload_gib"):
         with pytest.raises(ValueError, match=f"train.{key}=-1: give GiB per GPU"):
-            loop.prepare_network(network(), None, loop.TrainConfig(**{key: -1}))
+            prepare_network(network(), None, loop.TrainConfig(**{key: -1}))
 
 
 def config(float8):
@@ -117,7 +118,7 @@ def config(float8):
 
 def test_float8_is_refused_without_fused_blocks():
     with pytest.raises(ValueError, match="train.float8 needs compiled blocks with LoRA, but train.compile is false"):
-        loop.prepare_network(network(), None, loop.TrainConfig(float8=True))
+        prepare_network(network(), None, loop.TrainConfig(float8=True))
 
 
 def test_blocks_that_zero3_gathers_count():

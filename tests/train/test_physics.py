@@ -15,7 +15,7 @@ from train.teachers.targets import TargetsConfig
 from train.terms import physics
 from train.terms.physics import PhysicsConfig, PhysicsHeads, physics_losses, sample_trilinear, target_tensors
 
-BOTH = PhysicsConfig(w_pix=1.0, w_sem=1.0, hidden_width=32, pix_width=16, sem_width=24)
+BOTH = PhysicsConfig(w_pix=1.0, w_sem=1.0, sem_width=24)
 
 
 def normal(*shape, seed=0):
@@ -94,9 +94,7 @@ def test_targets_take_the_frames_of_the_latents_and_are_padded():
     with pytest.raises(ValueError, match="tracks over 17 video frames do not fit 6 latent frames"):
         target_tensors(BOTH, extra, 6)
     few = PhysicsConfig(w_sem=1.0, targets=TargetsConfig(max_tokens=2))
-    with pytest.raises(
-        ValueError, match=f"a group has {count} relation tokens: set physics.targets.max_tokens={count}"
-    ):
+    with pytest.raises(ValueError, match=f"a group has {count} relation tokens: set targets.max_tokens={count}"):
         target_tensors(few, extra, 5)
 
 
@@ -224,7 +222,7 @@ def train_heads(config, features, batch, steps):
 
 
 def test_the_trajectory_term_alone_finds_the_moving_pattern():
-    config = PhysicsConfig(w_pix=1.0, hidden_width=64, pix_width=32)
+    config = PhysicsConfig(w_pix=1.0)
     features, batch = moving_noise(), batch_of(config, moving_points())
     queries = batch["tracks"][:, 0]
     before, _ = distance_in_cells(
@@ -238,7 +236,7 @@ def test_the_trajectory_term_alone_finds_the_moving_pattern():
 @pytest.mark.parametrize("swap", ["x and y", "frame order", "rows and columns"])
 def test_what_the_toy_would_notice(swap):
     """With the pattern fitted by the same heads, every swap is a cell or more away."""
-    config = PhysicsConfig(w_pix=1.0, hidden_width=64, pix_width=32)
+    config = PhysicsConfig(w_pix=1.0)
     features, batch = moving_noise(), batch_of(config, moving_points())
     heads, _ = train_heads(config, features, batch, 150)
     tracks = batch["tracks"]
@@ -255,7 +253,7 @@ def test_what_the_toy_would_notice(swap):
 
 def test_the_features_themselves_can_follow():
     """The term's gradient reaches the features: with the heads fixed, noise without any motion learns the tracks."""
-    config = PhysicsConfig(w_pix=1.0, hidden_width=64, pix_width=32)
+    config = PhysicsConfig(w_pix=1.0)
     batch, heads = batch_of(config, moving_points()), PhysicsHeads(config, WIDTH, seed=0)
     features = normal(1, WIDTH, FRAMES, ROWS, COLUMNS, seed=9).requires_grad_()
     optimizer = torch.optim.Adam([features], lr=0.05)
@@ -270,7 +268,7 @@ def test_the_features_themselves_can_follow():
 def test_the_relation_term_alone_aligns_the_matrices():
     """A teacher on another grid, whose tokens are a random function of the student's: aligned from 0.5 to below 0.05;
     with indices in the wrong order (columns for rows) they are not."""
-    config = PhysicsConfig(w_sem=1.0, hidden_width=64, sem_width=32)
+    config = PhysicsConfig(w_sem=1.0, sem_width=32)
     features, grid = moving_noise(), (3, 4, 5)
     whole = F.interpolate(features, size=grid, mode="trilinear")[0].flatten(1).T  # (60,D)
     teacher = torch.tanh(whole @ normal(WIDTH, 24, seed=6))

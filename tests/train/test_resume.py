@@ -14,8 +14,8 @@ import torch
 from omegaconf import OmegaConf
 
 from train import checkpoint, files, gdpo, sft
+from train.data import build_loader
 from train.groups import GroupSet
-from train.loop import build_loader
 
 SIX = ("optim.steps=6", "train.checkpoint_every=3")
 EXPORTS = ("lora", "transformer")  # what a finished run leaves, below its folder

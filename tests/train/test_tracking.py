@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+import recipes
 from train import gdpo
 from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib, transformer_flops
 
@@ -86,11 +87,10 @@ def test_a_step_says_how_long_it_waited_for_its_groups(tiny, tmp_path, monkeypat
         assert 0.2 <= waited["data_seconds"] < waited["seconds"]
 
 
-def make_tracker(folder, *, start=0, total=10, trackers=(), config=None):
+def make_tracker(folder, *, start=0, trackers=()):
     accelerator = Accelerator(cpu=True, log_with=list(trackers) or None, project_dir=str(folder))
-    return Tracker(
-        accelerator, folder, start=start, total=total, trackers=list(trackers), config=config or {"optim": {"lr": 0.1}}
-    )
+    config = recipes.load(gdpo.Config, [f"train.folder={folder}", "optim.steps=10"])
+    return Tracker(accelerator, config, start=start)
 
 
 def lines(folder):
@@ -176,8 +176,7 @@ def test_accelerates_trackers_get_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = {"seed": 3, "optim": {"lr": 0.1, "betas": [0.9, 0.999], "schedule": "cosine"}, "sampler": {"low": None}}
-    tracker = make_tracker(tmp_path, trackers=["tensorboard"], config=config)
+    tracker = make_tracker(tmp_path, trackers=["tensorboard"])
     for step, loss in enumerate([0.5, math.nan]):
         tracker.log(step, {"loss": loss, "seconds": 1.0}, shown=("loss",))
     tracker.close()

@@ -17,15 +17,17 @@ from train.backbones import find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.wan22_ti2v import Wan22TI2V
 from train.clips import to_pixels
+from train.data import GroupStream
 from train.full_parameters import FullParameters
 from train.fused.fused_block import fuse_blocks
-from train.groups import GroupSet, GroupStream
+from train.fused.memory import passes_waiting
+from train.groups import GroupSet
 from train.lora_switch import LoraSwitch
 from train.policy import Policy
 from train.teachers import TRACKERS
-from train.terms.physics import physics_losses
+from train.terms.physics import build_heads, physics_losses
 
-PHYSICS = ("physics.w_pix=2", "physics.w_sem=0.5", "physics.hidden_width=32", "physics.targets.max_tokens=12")
+PHYSICS = ("physics.w_pix=2", "physics.w_sem=0.5", "targets.max_tokens=12")
 SELF = ("self_score.weight=3", "self_score.every=2")
 MILD = ("objective.beta=10", "objective.t_min=0.5")  # no rounding inside the exponential; noise that counts
 
@@ -38,7 +40,7 @@ def make_policy(config):
     with torch.no_grad():
         for weight in switch.parameters():
             weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
-    return Policy(backbone, switch, loop.build_heads(config, backbone))
+    return Policy(backbone, switch, build_heads(config, backbone))
 
 
 @pytest.fixture
@@ -226,7 +228,7 @@ def test_reference_and_policy_see_a_clip_through_the_same_graphs(configure):
     config = configure(*SELF)
     policy, seen = make_policy(config), []
     state = policy.switch.state
-    policy.backbone.transformer.register_forward_hook(lambda *_: seen.append((state.active, state.passes)))
+    policy.backbone.transformer.register_forward_hook(lambda *_: seen.append((state.active, passes_waiting())))
     gdpo.step(config, policy, default_collate(samples(config, [0])))
     judge = [(False, 2)] * 2
     assert seen == [(False, 2), (False, 1), (True, 1), (True, 2), *judge]  # winner, loser; loser, winner
@@ -324,7 +326,7 @@ def test_heads_of_another_run_are_refused(tiny_targets, tmp_path):
     with pytest.raises(ValueError, match="holds heads of physics terms: none; this recipe has: pix.0.weight"):
         tiny_targets.train(tmp_path / "without", *PHYSICS, *run, more, entry=sft)
     with pytest.raises(ValueError, match="Restore physics.w_pix"):
-        tiny_targets.train(tmp_path / "with", *PHYSICS, *run, more, "physics.pix_width=7", entry=sft)
+        tiny_targets.train(tmp_path / "with", *PHYSICS, *run, more, "physics.sem_width=7", entry=sft)
     with pytest.raises(ValueError, match="optim.batch_size=3 does not divide the 4 groups seen"):
         tiny_targets.train(tmp_path / "without", *SELF, *run, more, "optim.batch_size=3", entry=sft)
 
@@ -336,10 +338,10 @@ def test_heads_of_another_run_are_refused(tiny_targets, tmp_path):
         (("physics.w_sem=1",), "lack relation_tokens"),
         (("physics.w_pix=nan",), "physics.w_pix=nan"),
         (("physics.w_pix=1", "objective.winner=generated"), "objective.winner=generated has no physics targets"),
-        (("physics.w_pix=1", "physics.on_the_fly=true"), "needs physics.targets.tracks"),
+        (("physics.w_pix=1", "physics.on_the_fly=true"), "needs targets.tracks"),
         (
-            ("physics.w_sem=1", "physics.on_the_fly=true", "physics.targets.tracks=lucas_kanade"),
-            "needs physics.targets.relation",
+            ("physics.w_sem=1", "physics.on_the_fly=true", "targets.tracks=lucas_kanade"),
+            "needs targets.relation",
         ),
         (("self_score.weight=-1",), "self_score.weight=-1"),
         (("self_score.every=0",), "self_score.every=0"),
@@ -380,10 +382,8 @@ def test_targets_are_made_while_training(tiny, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(TRACKERS["lucas_kanade"], "check", lambda config: None)
     monkeypatch.setattr(TRACKERS["lucas_kanade"], "build", lambda config, device: track)
-    run = ("physics.w_pix=1", "physics.on_the_fly=true", "physics.targets.tracks=lucas_kanade", "optim.steps=2")
-    tiny.train(
-        tmp_path, *run, "physics.targets.grid=9", "train.pairs_per_pass=2", "physics.targets.rule=all", entry=sft
-    )
+    run = ("physics.w_pix=1", "physics.on_the_fly=true", "targets.tracks=lucas_kanade", "optim.steps=2")
+    tiny.train(tmp_path, *run, "targets.grid=9", "train.pairs_per_pass=2", "targets.rule=all", entry=sft)
     printed = capsys.readouterr().out
     assert printed.count("physics.on_the_fly: the groups hold no targets; making them took") == 1
     assert all(line["kept"] == 1 and line["head_grad_norm"] > 0 for line in tiny.metrics(tmp_path))

@@ -19,8 +19,12 @@ from losses.flow_matching import flow_error, interpolate
 from train import gdpo, loop, parallel
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
-from train.groups import GroupSet, Sample
+from train.data import Sample, build_loader
+from train.fused.prepare import prepare_network
+from train.groups import GroupSet
 from train.lora_switch import LoraSwitch
+from train.policy import Policy
+from train.terms.physics import build_heads
 
 TERMS = ("physics.w_pix=2", "physics.w_sem=0.5", "self_score.weight=3", "self_score.every=2")
 NO_TERMS = ("physics.w_pix=0", "physics.w_sem=0", "self_score.weight=0")
@@ -39,7 +43,7 @@ def train(entry: str, arguments: list[str]) -> None:
 
 
 def through_the_reference(
-    config: Any, policy: loop.Policy, batch: dict[str, Tensor]
+    config: Any, policy: Policy, batch: dict[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """A `Step` whose gradient flows through the reference: its error at the policy's prediction of the clean winner."""
     t, noise, conditioning = batch["t"], batch["noise"][:, 0], Conditioning(batch["text"])
@@ -72,7 +76,7 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
         for weight in switch.parameters():
             weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
     engine = parallel.partition(accelerator, network)
-    loop.prepare_network(network, switch, config.train)
+    prepare_network(network, switch, config.train)
     measured = {}
     rank, world = accelerator.process_index, accelerator.num_processes
     facts = {"type": accelerator.distributed_type.value, "ranks": world}
@@ -82,11 +86,11 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
     for name, changes in OBJECTIVES.items():
         config = recipes.load(gdpo.Config, [*arguments, *changes])
         step = through_the_reference if name == "through_the_reference" else gdpo.step
-        policy = loop.Policy(backbone, switch, loop.build_heads(config, backbone))
+        policy = Policy(backbone, switch, build_heads(config, backbone))
         prepare = in_loud_noise if name == "all_terms" else gdpo.prepare
-        loader = loop.build_loader(config, GroupSet(config.train.groups), prepare, start=0, rank=rank, world=world)
+        loader = build_loader(config, GroupSet(config.train.groups), prepare, start=0, rank=rank, world=world)
         passes = loop.accumulation_steps(config, world)
-        means, metrics = loop._accumulate(config, policy, iter(loader), passes, step, accelerator.device)
+        means, metrics = loop.accumulate(config, policy, iter(loader), passes, step, accelerator.device)
         parallel.release(engine)
         parallel.average_([*means, metrics["loss"]])
         names = (

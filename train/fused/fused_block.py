@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train import compile_cache
 from train.backbones.attention_kernels import KERNELS, kernel_name
 from train.fused import float8
-from train.fused.memory import OFFLOADED
+from train.fused.memory import OFFLOADED, passes_waiting
 from train.fused.offload import HostStore
 from train.fused.stages import Frozen, Settings, cross_attend, cross_norm, gated, gelu, heads, modulated_norm, rotate
 from train.lora_switch import LoraSwitch, SwitchedLinear
@@ -248,7 +248,7 @@ class FusedBlock:
 
     def __call__(self, hidden: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         flat = [weight for pair in self.adapters.values() for weight in pair]
-        graphs = self.choose(hidden.shape, self.state.passes)
+        graphs = self.choose(hidden.shape, passes_waiting())
         store = self.store if torch.is_grad_enabled() else None  # inside the function grad mode is always off
         return _BlockFunction.apply(self, graphs, store, self.state.gate, hidden, text, temb, *rotary, *flat)
 
@@ -322,8 +322,8 @@ def fuse_blocks(
     """Replace every block's forward. Hooks stay outside the graphs.
 
     `plan` gives each block's index of LEVELS, for hidden states of shape (B, N, D) and a number of passes that wait for
-    their backward at once (`LoraSwitch.sharing`); it is asked once. `store` is for blocks that are OFFLOADED; without
-    it, or where it is full, they keep everything on the device.
+    their backward at once (`train.fused.memory.waiting`); it is asked once. `store` is for blocks that are OFFLOADED;
+    without it, or where it is full, they keep everything on the device.
     """
     if compiled:
         compile_cache.heal()

@@ -7,17 +7,20 @@ Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden sta
 
 `resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; the adapters' bytes come again
 for AdamW's two moments and for each set of gradients that waits, a clip's or the sum over earlier passes. Passes are
-those whose activations wait for their backward at once: one, and two where the self-score's judge looks at what the
-policy predicts (`train.policy`). Kept: a block's input, and by `train.fused.fused_block.LEVELS` nothing, attention
-(u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host memory. The workspace,
-fitted to measured peaks, is what one block's backward pass holds besides: it recomputes less the more was kept.
-Of two passes that wait, the first keeps `outside` bytes more outside of its blocks; this is fitted likewise.
+those whose activations wait for their backward at once, as `waiting` says: one, and two where the self-score's judge
+looks at what the policy predicts (`train.policy`). Kept: a block's input, and by `train.fused.fused_block.LEVELS`
+nothing, attention (u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host
+memory. The workspace, fitted to measured peaks, is what one block's backward pass holds besides: it recomputes less the
+more was kept. Of two passes that wait, the first keeps `outside` bytes more outside of its blocks; this is fitted
+likewise.
 
 Attention comes first, because it saves most time per byte. Then the last blocks are raised first, because the peak is
 where the backward pass starts, and a block that kept more needs less workspace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,23 @@ WIDE_WORKSPACE = 0.3  # feed-forward activations w
 OUTSIDE = 2.2  # hidden states u: two measured peaks of two waiting passes against two of one
 GATHERED = 2  # blocks whole at once under ZeRO-3: the one that runs and one that is not freed yet
 FLOAT8_WORKSPACE = 6.0  # hidden states u more with 8-bit products: their quantised operands
+
+_passes: ContextVar[int] = ContextVar("passes whose activations wait for their backward at once", default=1)
+
+
+@contextmanager
+def waiting(passes: int) -> Iterator[None]:
+    """Activations of `passes` passes inside wait for their backward at the same time: fused blocks keep less."""
+    before = _passes.set(passes)
+    try:
+        yield
+    finally:
+        _passes.reset(before)
+
+
+def passes_waiting() -> int:
+    """As the innermost `waiting` says, else 1."""
+    return _passes.get()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from train.groups import Sample
+from train.data import Sample
 from train.policy import Policy, Prediction
 
 

@@ -3,9 +3,9 @@
     L += w_pix L_pix + w_sem L_sem         `losses.trajectory`, eqs. 5-8, and `losses.relational`, eqs. 9-12
 
 The features F (B,D,F',H',W') come from the policy's own pass over the winner. Each term has a head of its own, a
-two-layer SiLU MLP on single tokens, trained beside the adapters and left out of the exported LoRA:
+two-layer SiLU MLP on single tokens (hidden width 512), trained beside the adapters and left out of the exported LoRA:
 
-    pix   all tokens -> pix_width; where the first frame's points go, against the clip's tracks at the latent frames
+    pix   all tokens -> PIX_WIDTH; where the first frame's points go, against the clip's tracks at the latent frames
     sem   F resampled trilinearly to the teacher's grid -> sem_width; cosine matrix, against the teacher's, over the
           tokens that physics-informative points visit
 
@@ -23,7 +23,7 @@ Shapes: B clips, D block width, F' H' W' its token grid, N points, K relation to
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,11 +32,14 @@ from torch import Tensor, nn
 
 from losses.relational import relational_loss
 from losses.trajectory import predict_tracks, trajectory_loss
-from train.groups import Group, GroupSet, Sample
+from train.backbones.base import Backbone
+from train.data import Sample
+from train.groups import GroupSet
 from train.policy import Policy, Prediction
 from train.teachers.points import unpack
-from train.teachers.targets import TargetsConfig
 
+HIDDEN_WIDTH = 512  # of both heads
+PIX_WIDTH = 128  # of the trajectory head's output
 FRAMES_PER_LATENT = 4  # video frames a latent frame after the first, of every Wan VAE
 KEYS = {  # of `Group.extra`, by the weight that needs them
     "w_pix": ("tracks", "visible", "keep"),
@@ -52,14 +55,11 @@ class PhysicsConfig:
     # and 15 and does not say from where it counts: from 1, they are blocks 19 and 14 here.
     block: int = -1
     # Trajectory term: the points that `keep` chose; false: all tracked ones. The relational term has the tokens that
-    # were chosen when the targets were made: with their rule=all, from everywhere.
+    # were chosen when the targets were made: with targets.rule=all, from everywhere.
     region_focus: bool = True
-    hidden_width: int = 512  # of both heads
-    pix_width: int = 128  # of the trajectory head's output
     sem_width: int = 512  # of the relational head's output
     head_lr: float = 1.0e-3  # of the heads where the schedule of optim.lr has its peak
-    on_the_fly: bool = False  # make the targets of groups without any while training, by `targets`
-    targets: TargetsConfig = field(default_factory=TargetsConfig)  # max_tokens is the most relation tokens a group has
+    on_the_fly: bool = False  # make the targets of groups without any while training, by the section `targets`
 
     @property
     def enabled(self) -> bool:
@@ -85,12 +85,11 @@ class PhysicsHeads(nn.Module):
     def __init__(self, config: PhysicsConfig, width: int, *, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        outputs = {"pix": (config.w_pix, config.pix_width), "sem": (config.w_sem, config.sem_width)}
+        outputs = {"pix": (config.w_pix, PIX_WIDTH), "sem": (config.w_sem, config.sem_width)}
         for name, (weight, output) in outputs.items():
             if weight > 0:
-                head = nn.Sequential(nn.Linear(width, config.hidden_width), nn.SiLU())
-                head.append(nn.Linear(config.hidden_width, output))
-                self.add_module(name, head)
+                first, last = nn.Linear(width, HIDDEN_WIDTH), nn.Linear(HIDDEN_WIDTH, output)
+                self.add_module(name, nn.Sequential(first, nn.SiLU(), last))
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 bound = math.sqrt(3 / weight.shape[1]) if name.endswith("weight") else 0.0
@@ -102,6 +101,22 @@ class PhysicsHeads(nn.Module):
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
         hidden = F.linear(tokens, first.weight.to(tokens.dtype), first.bias.to(tokens.dtype))
         return second(activation(hidden.float()))
+
+
+def build_heads(config: Any, backbone: Backbone) -> PhysicsHeads | None:
+    """The heads of the recipe's physics terms, whole on every rank; None without such terms. ValueError for a block
+    that the network has not."""
+    if feature_block(config.physics, len(backbone.blocks)) is None:
+        return None
+    network = backbone.architecture["transformer"]
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    return PhysicsHeads(config.physics, width, seed=config.seed).to(backbone.device)
+
+
+def loss(
+    config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    return None if won.features is None else physics_losses(config.physics, policy.heads, won.features, batch)
 
 
 def physics_losses(
@@ -168,12 +183,14 @@ def missing(config: PhysicsConfig, extra: dict[str, Tensor]) -> list[str]:
     return [key for weight, keys in KEYS.items() if getattr(config, weight) > 0 for key in keys if key not in extra]
 
 
-def target_tensors(config: PhysicsConfig, extra: dict[str, Tensor], num_frames: int) -> dict[str, Tensor]:
+def target_tensors(
+    config: PhysicsConfig, extra: dict[str, Tensor], *, num_frames: int, max_tokens: int
+) -> dict[str, Tensor]:
     """`Group.extra` in the shapes that batches need, for clips of `num_frames` latent frames F.
 
     tracks (F,N,2) float32, visible (F,N), keep (N,) bool; relation_tokens (Kmax,Dt), relation_indices (Kmax,) int64,
-    relation_valid (Kmax,) bool, relation_grid (3,) int64, with Kmax = targets.max_tokens. Raises ValueError for targets
-    that are not as `train.teachers.targets` makes them, tracks of another length, or more tokens than that.
+    relation_valid (Kmax,) bool, relation_grid (3,) int64, with Kmax = max_tokens. Raises ValueError for targets that
+    are not as `train.teachers.targets` makes them, tracks of another length, or more tokens than that.
     """
     tensors = {}
     if config.w_pix > 0:
@@ -195,13 +212,13 @@ def target_tensors(config: PhysicsConfig, extra: dict[str, Tensor], num_frames: 
         _check_target(extra, "relation_tokens", (len(indices), *extra["relation_tokens"].shape[-1:]), torch.bfloat16)
         if (grid < 1).any() or ((indices < 0) | (indices >= grid.prod())).any():
             raise ValueError(f"relation_indices lie outside of the grid {tuple(grid.tolist())}: {AGAIN}")
-        found, most = len(indices), config.targets.max_tokens
-        if found > most:
-            raise ValueError(f"a group has {found} relation tokens: set physics.targets.max_tokens={found} or more")
+        found = len(indices)
+        if found > max_tokens:
+            raise ValueError(f"a group has {found} relation tokens: set targets.max_tokens={found} or more")
         tensors |= {
-            "relation_tokens": F.pad(extra["relation_tokens"], (0, 0, 0, most - found)),
-            "relation_indices": F.pad(indices.long(), (0, most - found)),
-            "relation_valid": torch.arange(most) < found,
+            "relation_tokens": F.pad(extra["relation_tokens"], (0, 0, 0, max_tokens - found)),
+            "relation_indices": F.pad(indices.long(), (0, max_tokens - found)),
+            "relation_valid": torch.arange(max_tokens) < found,
             "relation_grid": grid.long(),
         }
     return tensors
@@ -215,41 +232,42 @@ def _check_target(extra: dict[str, Tensor], name: str, shape: Sequence[int], dty
         )
 
 
-def group_targets(config: PhysicsConfig, group: Group) -> dict[str, Tensor]:
-    """`target_tensors` of a group; empty without terms, and where they are to be made on the fly. ValueError for a
-    group that lacks them, or has them in another form."""
-    lacking = missing(config, group.extra)
-    if lacking and config.on_the_fly:
+def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
+    """`target_tensors` of the sample's group; empty without terms, and where they are to be made on the fly. ValueError
+    for a group that lacks them, or has them in another form."""
+    group = sample.group
+    lacking = missing(config.physics, group.extra)
+    if lacking and config.physics.on_the_fly:
         return {}
     if lacking:
         raise ValueError(f"group {group.key!r} lacks {', '.join(lacking)}: {REMEDY}")
+    sizes = {"num_frames": group.winner.shape[1], "max_tokens": config.targets.max_tokens}
     try:
-        return target_tensors(config, group.extra, group.winner.shape[1])
+        return target_tensors(config.physics, group.extra, **sizes)
     except ValueError as error:
         raise ValueError(f"group {group.key!r}: {error}") from error
 
 
 AGAIN = "build the targets again (pipeline.stage=targets..encode)"
 REMEDY = (
-    "the physics terms need them. Build the groups with targets.tracks (and targets.relation for"
-    " w_sem), or set physics.on_the_fly=true and physics.targets.*, or physics.w_pix=0 physics.w_sem=0"
+    "the physics terms need them. Build the groups with targets.tracks (and targets.relation for w_sem), or set"
+    " physics.on_the_fly=true with them, or physics.w_pix=0 physics.w_sem=0"
 )
 
 
 def check(config: Any) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
-    physics, lr = config.physics, config.optim.lr
+    physics = config.physics
     for name in ("w_pix", "w_sem"):
         value = getattr(physics, name)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"physics.{name}={value}: must be 0 (no such term) or positive")
     if not physics.enabled:
         return
-    for name in ("hidden_width", "pix_width", "sem_width"):
-        if getattr(physics, name) < 1:
-            raise ValueError(f"physics.{name}={getattr(physics, name)}: must be at least 1")
-    if not (physics.head_lr > 0 and lr > 0):
-        raise ValueError(f"physics.head_lr={physics.head_lr} with optim.lr={lr}: both must be positive")
+    if physics.sem_width < 1:
+        raise ValueError(f"physics.sem_width={physics.sem_width}: must be at least 1")
+    if not (physics.head_lr > 0 and config.optim.lr > 0):
+        raise ValueError(f"physics.head_lr={physics.head_lr} with optim.lr={config.optim.lr}: both must be positive")
     if config.objective.winner == "generated":
         raise ValueError(
             "objective.winner=generated has no physics targets, which describe real clips: use objective.winner=real,"
@@ -257,32 +275,24 @@ def check(config: Any) -> None:
         )
 
 
-def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
-    """The targets of the sample's winner, see `group_targets`; nothing is drawn."""
-    return group_targets(config.physics, sample.group)
-
-
-def loss(
-    config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]] | None:
-    return None if won.features is None else physics_losses(config.physics, policy.heads, won.features, batch)
-
-
-def lacks_targets(config: PhysicsConfig, groups: str) -> bool:
+def lacks_targets(config: Any) -> bool:
     """Whether the terms are on and the folder's first group has no targets for them. Reads no weights.
 
     Raises ValueError where that cannot work: without `on_the_fly`, or where `targets` do not make what is needed.
     """
-    if not config.enabled:
+    physics, targets = config.physics, config.targets
+    if not physics.enabled:
         return False
-    first = GroupSet(groups)[0]
-    lacking = missing(config, first.extra)
+    first = GroupSet(config.train.groups)[0]
+    lacking = missing(physics, first.extra)
     if not lacking:
         return False
-    if not config.on_the_fly:
-        raise ValueError(f"the groups in {groups} lack {', '.join(lacking)} (group {first.key!r}): {REMEDY}")
-    if not config.targets.tracks:
-        raise ValueError("physics.on_the_fly=true needs physics.targets.tracks: set lucas_kanade or cotracker")
-    if config.w_sem > 0 and not config.targets.relation:
-        raise ValueError("physics.on_the_fly=true with physics.w_sem needs physics.targets.relation: set vjepa2")
+    if not physics.on_the_fly:
+        raise ValueError(
+            f"the groups in {config.train.groups} lack {', '.join(lacking)} (group {first.key!r}): {REMEDY}"
+        )
+    if not targets.tracks:
+        raise ValueError("physics.on_the_fly=true needs targets.tracks: set lucas_kanade or cotracker")
+    if physics.w_sem > 0 and not targets.relation:
+        raise ValueError("physics.on_the_fly=true with physics.w_sem needs targets.relation: set vjepa2")
     return True

@@ -7,10 +7,10 @@ term is positive where the prediction scores worse than the winner itself:
     S(z) = |v_psi((1 - s) z + s n, s) - (n - z)|^2        in the winner's motion mask; one drawn s and n for both
     L   += weight max(0, S(z_0) - S(winner))              every k steps
 
-psi is the switched-off reference: it only judges, and receives no gradient. Nor does a prediction that is natural
-enough. The gradient reaches the policy through z_0 alone, and is taken right after the judge's pass, inside its
-context: its activations are gone before the policy's own are needed, and with `train.parameters=full` the copied
-weights are in place for both.
+psi is the switched-off reference: it judges and receives no gradient. Nor does a prediction that is natural enough. The
+gradient reaches the policy through z_0 alone, and is taken right after the judge's pass, inside its context: its
+activations are gone before the policy's own are needed, and with `train.parameters=full` the copied weights are in
+place for both.
 
 Deviations: levels above Proprio's 0.3 to 0.6, at which the hinge was rarely positive on the sandbox; one level and one
 draw per step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the winner's for both, or standing
@@ -31,7 +31,7 @@ from torch import Tensor
 from losses.flow_matching import interpolate
 from losses.self_score import masked_error, motion_mask
 from train.backbones.base import Conditioning
-from train.groups import Sample
+from train.data import Sample
 from train.policy import Policy, Prediction
 
 
@@ -65,45 +65,25 @@ def check_resume(config: SelfScoreConfig, *, samples_seen: int, batch_size: int)
 
 
 def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
-    """`draws` of the sample."""
-    return draws(
-        config.self_score,
-        position=sample.position,
-        batch_size=config.optim.batch_size,
-        shape=sample.group.winner.shape,
-        generator=generator,
-    )
+    """score_t () and score_noise (C,F,H,W); empty where the step of the sample is not due."""
+    own = config.self_score
+    if own.weight == 0 or sample.position // config.optim.batch_size % own.every:
+        return {}
+    level = own.t_min + (own.t_max - own.t_min) * torch.rand((), generator=generator)
+    return {"score_t": level, "score_noise": torch.randn(sample.group.winner.shape, generator=generator)}
 
 
 def loss(
     config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """weight times the hinge of every clip, (B,) float32, differentiable in `won.velocity`, and metrics; None where
+    the batch's step is not due. batch holds what `prepare` gives, stacked."""
     if "score_t" not in batch:
         return None
-    return self_score_loss(config.self_score, policy, won.x_t, won.velocity, batch)
-
-
-def draws(
-    config: SelfScoreConfig, *, position: int, batch_size: int, shape: torch.Size, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """score_t () and score_noise (C,F,H,W) of the sample at a global position; empty where its step is not due."""
-    if config.weight == 0 or position // batch_size % config.every:
-        return {}
-    level = config.t_min + (config.t_max - config.t_min) * torch.rand((), generator=generator)
-    return {"score_t": level, "score_noise": torch.randn(shape, generator=generator)}
-
-
-def self_score_loss(
-    config: SelfScoreConfig, policy: Policy, x_t: Tensor, velocity: Tensor, batch: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """weight times the hinge of every clip, (B,) float32, differentiable in `velocity` (B,C,F,H,W), and metrics.
-
-    x_t (B,C,F,H,W) is what `policy` saw of the winner at batch["t"]; batch also holds the stacked `draws`.
-    """
     winner, level, noise = batch["winner"].float(), batch["score_t"], batch["score_noise"]
     conditioning = Conditioning(batch["text"], batch.get("condition"))
-    mask = conditioning.generated(motion_mask(winner)) if config.motion_mask else None
-    predicted = x_t - batch["t"].view(-1, 1, 1, 1, 1) * velocity  # z_0
+    mask = conditioning.generated(motion_mask(winner)) if config.self_score.motion_mask else None
+    predicted = won.x_t - batch["t"].view(-1, 1, 1, 1, 1) * won.velocity  # z_0
     predicted = policy.backbone.start(predicted, conditioning)
 
     def score(clip: Tensor) -> Tensor:  # (B,C,F,H,W) -> (B,)
@@ -119,5 +99,5 @@ def self_score_loss(
         (direction,) = torch.autograd.grad(hinge.sum(), judged)
     # Its value is the hinge and its gradient the hinge's, of which the judge's graph is already gone.
     along = (direction * predicted).flatten(1).sum(dim=1)
-    loss = config.weight * (hinge.detach() + along - along.detach())
-    return loss, {"self": hinge.detach().mean(), "self_score": scores.detach().mean(), "self_winner": own.mean()}
+    total = config.self_score.weight * (hinge.detach() + along - along.detach())
+    return total, {"self": hinge.detach().mean(), "self_score": scores.detach().mean(), "self_winner": own.mean()}

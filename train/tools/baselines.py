@@ -1,7 +1,7 @@
 """What a preference step is measured against: the device's ceilings, plain code, and a copied reference."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,9 +44,6 @@ class CopiedReference:
 
     def share_graph(self) -> None:
         """Nothing to share: the two networks are two."""
-
-    def sharing(self, passes: int) -> AbstractContextManager[None]:
-        return nullcontext()
 
     @staticmethod
     def checkpoint(function: Callable, *args):

@@ -31,6 +31,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,15 +42,16 @@ import recipes
 from train import entry, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
+from train.data import Sample
 from train.files import write_text
-from train.loop import build_heads, prepare_network
+from train.fused.prepare import prepare_network
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
 from train.parallel import average_, build_accelerator, partition, release, sharding
 from train.policy import Policy
 from train.teachers.points import pack, query_grid
-from train.terms.physics import target_tensors
-from train.terms.self_score import draws
+from train.terms import TERMS
+from train.terms.physics import build_heads
 from train.tools.baselines import CopiedReference, limit, measure_ceilings, plain
 from train.tools.breakdown import draw_chart, time_step
 
@@ -90,18 +92,20 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
     }
     if config.backbone.family == "wan22_i2v":
         batch["condition"] = torch.randn(1, *shape, generator=generator).to(device, torch.bfloat16)
-    terms = target_tensors(config.physics, random_targets(config, generator), shape[1])
-    terms |= draws(config.self_score, position=0, batch_size=1, shape=shape, generator=generator)
+    group = SimpleNamespace(winner=clips[0, 0], extra=random_targets(config, generator))
+    terms: dict[str, Tensor] = {}
+    for term in TERMS.values():
+        terms |= term.prepare(config, Sample(0, group, 0), generator)
     return batch | {name: tensor[None].to(device) for name, tensor in terms.items()}
 
 
 def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tensor]:
     """A clip's physics targets, all that it may have: points on straight random paths, every relation token."""
-    points, frames = config.physics.targets.grid**2, config.video.num_frames
+    points, frames = config.targets.grid**2, config.video.num_frames
     time = torch.linspace(0, 1, frames)[:, None, None]
-    start, goal = query_grid(config.physics.targets.grid), torch.rand(points, 2, generator=generator)
+    start, goal = query_grid(config.targets.grid), torch.rand(points, 2, generator=generator)
     places = math.prod(RELATION_GRID)
-    count = min(config.physics.targets.max_tokens, places)
+    count = min(config.targets.max_tokens, places)
     return {
         "tracks": pack((1 - time) * start + time * goal),
         "visible": torch.ones(frames, points, dtype=torch.bool),

@@ -27,10 +27,10 @@ from train import checkpoint, entry, files, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.clips import to_pixels
-from train.groups import Group, GroupSet, pad_text
-from train.loop import build_heads
+from train.data import pad_text
+from train.groups import Group, GroupSet
 from train.teachers.points import unpack
-from train.terms.physics import feature_block, student_tokens, student_tracks, target_tensors
+from train.terms.physics import build_heads, feature_block, student_tokens, student_tracks, target_tensors
 
 FRAMES = 4  # columns of the first row
 
@@ -73,7 +73,8 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
             " recipe=<its folder>/recipe.yaml"
         )
     checkpoint.load_heads(path.parent, heads)
-    tensors = target_tensors(config.physics, group.extra, group.winner.shape[1])
+    sizes = {"num_frames": group.winner.shape[1], "max_tokens": config.targets.max_tokens}
+    tensors = target_tensors(config.physics, group.extra, **sizes)
     targets = {name: tensor[None].to(backbone.device) for name, tensor in tensors.items()}
     clean = group.winner[None].to(backbone.device).float()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)

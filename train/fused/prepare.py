@@ -1,0 +1,46 @@
+"""How a network runs during training: activation checkpointing, compilation, fused blocks with a memory plan."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from train import compile_cache
+from train.fused import float8, memory
+from train.fused.fused_block import fuse_blocks, unfit
+from train.fused.offload import HostStore, affordable
+
+
+def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: int = 2) -> None:
+    """Switch on activation checkpointing and compilation, as the train section `config` says; `switch` holds what
+    trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a step holds at once,
+    for the memory plan.
+
+    Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
+    """
+    for key in ("memory_budget_gib", "offload_gib"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
+    reason = unfit(network, switch) if config.compile else "train.compile is false"
+    if not reason:
+        adapters = switch.parameters()
+        device = adapters[0].device
+        config = replace(config, offload_gib=affordable(config.offload_gib) if device.type == "cuda" else 0.0)
+        plan = memory.plan(network, adapters, config, gradients=gradients)
+        if config.float8:
+            float8.check(device)
+        store = HostStore(int(config.offload_gib * memory.GIB), device) if config.offload_gib else None
+        fuse_blocks(network, switch, plan, store=store, float8=config.float8)
+        return
+    if config.float8:
+        raise ValueError(f"train.float8 needs compiled blocks with LoRA, but {reason}: set it to false")
+    if config.activation_checkpointing:
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
+    if config.compile:
+        compile_cache.heal()
+        switch.share_graph()
+        # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
+        # per mode.
+        for block in network.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)

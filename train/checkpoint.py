@@ -1,4 +1,4 @@
-"""Checkpoints: only what training changes, whole or not at all, and the LoRA file format.
+"""Checkpoints: only what training changes, whole or not at all.
 
     <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets, expert and
                               fingerprint as metadata
@@ -21,15 +21,21 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 import torch
-from pydantic import FiniteFloat, Json, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
 from train import files
 from train.full_parameters import FullParameters
-from train.lora_switch import LoraConfig, LoraSwitch, adapter_shapes, check_shapes
+from train.lora_switch import LoraSwitch, adapter_shapes, check_shapes
+from train.weight_files import (
+    Trainable,
+    lora_config,
+    read_header,
+    read_ours,
+    read_tensors,
+    write_tensors,
+)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 HEADS_FILE = "heads.safetensors"
@@ -59,17 +65,6 @@ class State(TypedDict):
     groups: NotRequired[Groups]
     settings: NotRequired[dict[str, bool | int | float | str]]  # of the recipe: train.resume.settings
     digest: NotRequired[str]  # of all the others
-
-
-class Adapters(TypedDict):
-    """What the metadata of a LoRA say of its shape, once their text is read."""
-
-    rank: PositiveInt
-    alpha: FiniteFloat
-    targets: Json[list[str]]
-
-
-Trainable = LoraSwitch | FullParameters  # what a checkpoint holds: its `file`, `weights`, `describe()`, state dicts
 
 
 def save(
@@ -128,22 +123,6 @@ def save(
     return final
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically, equal bytes for equal contents: the library orders metadata at random."""
-    with files.atomic(path) as aside:
-        save_file(tensors, aside, metadata=metadata)
-        if not metadata:
-            return
-        with aside.open("r+b") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header["__metadata__"] = dict(sorted(metadata.items()))
-            ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-            assert len(ordered) <= length, "another order is not longer"
-            file.seek(8)
-            file.write(ordered.ljust(length))
-
-
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint under `folder` whose files are whole; damaged ones are passed over with a warning. None
     where there is none."""
@@ -171,8 +150,8 @@ def check_whole(path: Path) -> State:
             raise ValueError(f"{name} is missing")
         if file.stat().st_size != expected["bytes"] or files.sha256(file) != expected["sha256"]:
             raise ValueError(f"{name} is damaged")
-        _read_header(file)
-    _read_ours(path / kinds.pop())
+        read_header(file)
+    read_ours(path / kinds.pop())
     return state
 
 
@@ -256,54 +235,17 @@ def weights_metadata(switch: Trainable, *, fingerprint: str, expert: str) -> dic
 def read_lora_metadata(path: Path) -> dict[str, str]:
     """Metadata of the LoRA that `path` names (see `lora_path`); ValueError when it is missing, not one of ours, or
     describes other adapters than it holds."""
-    return _read_ours(lora_path(path), (LoraSwitch.format,))
+    return read_ours(lora_path(path), (LoraSwitch.format,))
 
 
 def read_weights_metadata(path: Path) -> dict[str, str]:
     """Metadata of the LoRA or full weights at `path` (see `weights_path`); ValueError as for a LoRA."""
-    return _read_ours(weights_path(path))
-
-
-def _read_ours(path: Path, formats: Sequence[str] = (LoraSwitch.format, FullParameters.format)) -> dict[str, str]:
-    metadata, shapes = _read_header(path)
-    if metadata.get("format") not in formats:
-        raise ValueError(
-            f"LoRA {path} carries no physalign metadata: give a checkpoint folder or its {LoraSwitch.file}"
-        )
-    if missing := {"fingerprint", "expert"} - metadata.keys():
-        raise ValueError(f"LoRA {path} is damaged: its metadata lack {', '.join(sorted(missing))}")
-    if metadata["format"] == LoraSwitch.format:
-        try:
-            rank = lora_config(metadata).rank
-        except ValueError as error:
-            raise ValueError(f"LoRA {path} is damaged: {error}") from None
-        _check_pairs(path, rank, shapes)
-    return metadata
-
-
-def _check_pairs(path: Path, rank: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless `shapes` are pairs of A (rank, in) and B (out, rank)."""
-    layers = {name.rpartition(".lora_")[0] for name in shapes}
-    pairs = {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
-    if not shapes or shapes.keys() != pairs:
-        raise ValueError(f"LoRA {path} is damaged: it holds other tensors than pairs of lora_A and lora_B")
-    for name, shape in shapes.items():
-        if len(shape) != 2 or shape[name.endswith(".lora_B.weight")] != rank:
-            raise ValueError(f"LoRA {path} is damaged: its metadata say rank {rank}, but {name} has shape {shape}")
-
-
-def lora_config(metadata: Mapping[str, str]) -> LoraConfig:
-    """The shape of the adapters that a LoRA file's metadata describe; ValueError for what describes none."""
-    try:
-        return LoraConfig(**TypeAdapter(Adapters).validate_python(metadata))
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"its {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    return read_ours(weights_path(path))
 
 
 def load_weights(path: Path, switch: Trainable, *, fingerprint: str, expert: str) -> None:
     """Load a weight file; ValueError when it differs from `switch` in kind, backbone, expert, rank, alpha or layers."""
-    metadata, ours = _read_ours(path), switch.describe()
+    metadata, ours = read_ours(path), switch.describe()
     if metadata["format"] != ours["format"]:
         raise ValueError(f"{path} is a {metadata['format']} file, this run trains {ours['format']}")
     if metadata["fingerprint"] != fingerprint:
@@ -332,7 +274,7 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
     `load_weights` does, and for an expert that is not there.
     """
     path = weights_path(path)
-    metadata = _read_ours(path)
+    metadata = read_ours(path)
     full, expert = metadata["format"] == FullParameters.format, metadata["expert"]
     if expert not in experts:
         raise ValueError(f"LoRA {path} is for the network {expert!r}, this backbone has: {', '.join(experts)}")
@@ -341,7 +283,7 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
         switch = FullParameters(experts[expert], keep_reference=True)
     else:
         config = lora_config(metadata)  # the file's word: nothing is made of it before it fits file and network
-        check_shapes(_read_header(path)[1], adapter_shapes(experts[expert], config), source=f"LoRA {path}")
+        check_shapes(read_header(path)[1], adapter_shapes(experts[expert], config), source=f"LoRA {path}")
         switch = LoraSwitch(experts[expert], config)
     load_weights(path, switch, fingerprint=fingerprint, expert=expert)
     return switch
@@ -389,22 +331,6 @@ def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.opt
         for key, value in optimizer.state.get(weight, {}).items():
             tensors[f"{name}.{key}"] = value.detach().cpu().clone()
     return tensors
-
-
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Metadata and the tensors' shapes of a safetensors file, no tensor of which is read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except Exception as error:  # safetensors raises its own type
-        raise ValueError(f"LoRA {path} cannot be read ({error}): the file is damaged or not safetensors") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own type
-        raise ValueError(f"{path} cannot be read ({error}): the file is damaged or not safetensors") from error
 
 
 def _steps(folder: Path) -> list[Path]:

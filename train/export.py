@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from train import entry, files
 from train.backbones.loading import fingerprint, load_transformer, resolve_folder
-from train.checkpoint import lora_config, lora_path, read_lora_metadata, read_tensors, write_tensors
+from train.checkpoint import lora_path, read_lora_metadata
 from train.lora_switch import adapter_shapes, check_shapes
+from train.weight_files import lora_config, read_tensors, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -22,21 +22,8 @@ from torch.utils.data import DataLoader
 
 import train.groups
 from tests.synthetic_groups import replace_sample, sample_bytes, synthetic_group, write_synthetic_groups
-from train.groups import (
-    Group,
-    GroupSet,
-    GroupStream,
-    Loser,
-    ShardWriter,
-    assignment,
-    check_group,
-    generated_winner,
-    pad_text,
-    positions,
-    shard_record,
-    verify,
-    write_index,
-)
+from train.data import GroupStream, assignment, generated_winner, pad_text, positions
+from train.groups import Group, GroupSet, Loser, ShardWriter, check_group, shard_record, verify, write_index
 
 VIDEO = {"height": 32, "width": 32, "num_frames": 5, "fps": 16.0}
 

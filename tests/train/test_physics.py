@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from losses.relational import cosines
 from losses.trajectory import trajectory_loss
 from tests.synthetic_groups import random_targets, synthetic_group
+from train.data import Sample
 from train.teachers.points import pack, unpack
 from train.teachers.targets import TargetsConfig
 from train.terms import physics
 from train.terms.physics import PhysicsConfig, PhysicsHeads, physics_losses, sample_trilinear, target_tensors
 
 BOTH = PhysicsConfig(w_pix=1.0, w_sem=1.0, sem_width=24)
+CONFIG = SimpleNamespace(physics=BOTH, targets=TargetsConfig())
 
 
 def normal(*shape, seed=0):
@@ -23,7 +25,7 @@ def normal(*shape, seed=0):
 
 
 def batch_of(config, *extras, frames=5):
-    tensors = [target_tensors(config, extra, frames) for extra in extras]
+    tensors = [target_tensors(config, extra, num_frames=frames, max_tokens=512) for extra in extras]
     return {name: torch.stack([one[name] for one in tensors]) for name in tensors[0]}
 
 
@@ -83,19 +85,18 @@ def test_the_default_block_is_the_middle():
 def test_targets_take_the_frames_of_the_latents_and_are_padded():
     extra = random_targets(5, seed=4)
     count = len(extra["relation_indices"])
-    tensors = target_tensors(BOTH, extra, 5)
+    tensors = target_tensors(BOTH, extra, num_frames=5, max_tokens=512)
     assert torch.equal(tensors["tracks"], unpack(extra["tracks"])[[0, 4, 8, 12, 16]])
     assert torch.equal(tensors["visible"], extra["visible"][[0, 4, 8, 12, 16]])
     assert torch.equal(tensors["keep"], extra["keep"]) and not extra["keep"].all()
     assert tensors["relation_valid"].sum() == count and tensors["relation_tokens"].shape == (512, 24)
     assert torch.equal(tensors["relation_tokens"][:count], extra["relation_tokens"])
-    everywhere = target_tensors(PhysicsConfig(w_pix=1.0, region_focus=False), extra, 5)
+    everywhere = target_tensors(PhysicsConfig(w_pix=1.0, region_focus=False), extra, num_frames=5, max_tokens=512)
     assert everywhere["keep"].all() and "relation_tokens" not in everywhere
     with pytest.raises(ValueError, match="tracks over 17 video frames do not fit 6 latent frames"):
-        target_tensors(BOTH, extra, 6)
-    few = PhysicsConfig(w_sem=1.0, targets=TargetsConfig(max_tokens=2))
+        target_tensors(BOTH, extra, num_frames=6, max_tokens=512)
     with pytest.raises(ValueError, match=f"a group has {count} relation tokens: set targets.max_tokens={count}"):
-        target_tensors(few, extra, 5)
+        target_tensors(PhysicsConfig(w_sem=1.0), extra, num_frames=5, max_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,10 @@ def test_targets_of_another_form_are_refused_with_the_group_and_the_remedy(chang
     group = synthetic_group(0, **sizes, fingerprint="tiny", seed=0, targets=True)
     group.extra["relation_indices"] = torch.tensor([0, 59], dtype=torch.int32)
     group.extra["relation_tokens"] = torch.ones(2, 24).bfloat16()
-    assert physics.group_targets(BOTH, group)["relation_valid"].sum() == 2
+    assert physics.prepare(CONFIG, Sample(0, group, 0), torch.Generator())["relation_valid"].sum() == 2
     group.extra |= changes
     with pytest.raises(ValueError, match=f"group 'group-000000': .*{message}.*: build the targets again"):
-        physics.group_targets(BOTH, group)
+        physics.prepare(CONFIG, Sample(0, group, 0), torch.Generator())
 
 
 def test_losses_are_the_two_terms_of_each_clip_and_padding_does_not_count():
@@ -251,8 +252,10 @@ def test_what_the_toy_would_notice(swap):
     assert (distance_in_cells(wrong, tracks)[0] > 0.5).any()
 
 
-def test_the_features_themselves_can_follow():
+def test_the_features_themselves_can_follow(monkeypatch):
     """The term's gradient reaches the features: with the heads fixed, noise without any motion learns the tracks."""
+    monkeypatch.setattr(physics, "HIDDEN_WIDTH", 64)
+    monkeypatch.setattr(physics, "PIX_WIDTH", 32)
     config = PhysicsConfig(w_pix=1.0)
     batch, heads = batch_of(config, moving_points()), PhysicsHeads(config, WIDTH, seed=0)
     features = normal(1, WIDTH, FRAMES, ROWS, COLUMNS, seed=9).requires_grad_()

@@ -7,9 +7,9 @@ to the latents (refinement, guidance) computes each block anew, as activation ch
 from types import SimpleNamespace
 
 from train.backbones.base import Backbone
-from train.checkpoint import Trainable
 from train.fused.fused_block import fuse_blocks, unfit
 from train.lora_switch import SwitchedLinear, SwitchState
+from train.weight_files import Trainable
 
 
 def fuse(backbone: Backbone, switch: Trainable | None = None, *, compiled: bool = True) -> str:

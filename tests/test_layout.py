@@ -154,6 +154,19 @@ def test_no_module_hides_a_standard_or_installed_one(tmp_path):
     assert hidden == {"torch"}  # which shows that the search works
 
 
+def test_modules_and_functions_fit_on_few_pages():
+    lines = {name: path.read_text(encoding="utf-8").count("\n") for name, path in FILES.items()}
+    assert not {name: count for name, count in lines.items() if count > 400}
+    functions = {
+        f"{name}.{node.name}": node.end_lineno - node.lineno + 1
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: count for name, count in functions.items() if count > 80}
+    assert functions["train.loop.fit"] < 70  # which every reader of the project reads
+
+
 def test_no_module_is_a_drawer():
     drawers = {"utils", "util", "common", "helpers", "helper", "misc"}
     assert not {module for module in FILES if drawers & set(module.split("."))}

@@ -1,4 +1,4 @@
-"""One decoded frame to upright RGB of a given size: colour, HDR, orientation, crop and scale.
+"""Frames without interlacing, and one frame to upright RGB of a given size: colour, HDR, orientation, crop, scale.
 
 Ordinary frames become 8-bit RGB by ffmpeg's own conversion. HDR and wide-gamut frames are converted to what an SDR
 screen of BT.709 shows, in float: signal to linear light, primaries to BT.709, a tone curve for HDR, and back by the
@@ -6,6 +6,8 @@ display's gamma.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -151,3 +153,33 @@ def _tone_mapped(light: Tensor) -> Tensor:
     brightest = light.amax(dim=-1, keepdim=True).clamp(min=1e-6)
     curve = (b + j) ** 2 / (b - a) * (brightest + a) / (brightest + b)
     return light * torch.where(brightest <= j, 1, curve / brightest)
+
+
+def deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The same frames, one for one; from the first interlaced one on, interlaced ones are deinterlaced."""
+    graph = shape = None
+    for frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if shape != (frame.width, frame.height, frame.format.name):
+            if graph is not None:
+                yield from _filtered(graph, None)
+            shape = (frame.width, frame.height, frame.format.name)
+            graph = av.filter.Graph()
+            source = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+            )
+            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+            graph.configure()
+        yield from _filtered(graph, frame)
+    if graph is not None:
+        yield from _filtered(graph, None)
+
+
+def _filtered(graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+    """What the filter gives for one more frame; for None, what it still holds."""
+    graph.vpush(frame)
+    with suppress(BlockingIOError, EOFError):
+        while True:
+            yield graph.vpull()

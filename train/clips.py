@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from train.clip_frames import fit, orientation_of, orientation_of_still, resize
+from train.clip_frames import deinterlaced, fit, orientation_of, orientation_of_still, resize
 from train.files import atomic
 
 MAX_SIDE = 8192  # pixels; a larger declared size is taken for damage, and refused before a frame buffer exists
@@ -242,7 +242,7 @@ def _shown_frames(container, stream, way: str, start: float) -> Iterator[tuple[a
         seconds = origin + start - SEEK_MARGIN
         container.seek(int(seconds / stream.time_base), stream=stream, backward=True)
     previous = None
-    for frame in _deinterlaced(_decoded(container, stream, way)):
+    for frame in deinterlaced(_decoded(container, stream, way)):
         if previous is None:
             origin = frame.time if origin is None else origin
             if way == "seek" and frame.time - origin > start + TIME_TOLERANCE:
@@ -286,36 +286,6 @@ def _decoded(container, stream, way: str) -> Iterator[av.VideoFrame]:
             yield frame
     if not found_key:
         raise av.error.InvalidDataError(0, "no key frame")
-
-
-def _deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """The same frames, one for one; from the first interlaced one on, interlaced ones are deinterlaced."""
-    graph = shape = None
-    for frame in frames:
-        if graph is None and not frame.interlaced_frame:
-            yield frame
-            continue
-        if shape != (frame.width, frame.height, frame.format.name):
-            if graph is not None:
-                yield from _filtered(graph, None)
-            shape = (frame.width, frame.height, frame.format.name)
-            graph = av.filter.Graph()
-            source = graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
-            )
-            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
-            graph.configure()
-        yield from _filtered(graph, frame)
-    if graph is not None:
-        yield from _filtered(graph, None)
-
-
-def _filtered(graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
-    """What the filter gives for one more frame; for None, what it still holds."""
-    graph.vpush(frame)
-    with suppress(BlockingIOError, EOFError):
-        while True:
-            yield graph.vpull()
 
 
 def _declared_duration(container, stream) -> float | None:

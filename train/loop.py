@@ -80,9 +80,8 @@ def fit(
     """Train and return the exported LoRA file. `config` is a `train.gdpo.Config`, `check_groups` may refuse a group
     set, `shown` names the metrics of the progress bar; `keep_reference`: full fine-tuning needs the untrained weights.
 
-    Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide over the
-    ranks, a folder that another run holds, a checkpoint of another run, a full disk, a damaged group, a run whose
-    losses stay non-finite.
+    Raises ValueError for what a user can fix: groups of another backbone, a batch that does not divide, a folder that
+    another run holds, another run's checkpoint, a full disk, a damaged group, losses that stay non-finite.
     """
     accelerator, folder = start(config), Path(config.train.folder)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -95,12 +94,10 @@ def fit(
         check_groups(config, groups)
         policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
-        sets = gradient_sets(config, clips, passes)
+        sets, heads = gradient_sets(config, clips, passes), policy.head_parameters()
         prepare_network(backbone.transformer, policy.switch, config.train, gradients=sets)
-        heads = policy.head_parameters()
-        optimizer = build_optimizer(
-            config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr
-        )
+        weights, head_lr = policy.switch.parameters(), config.physics.head_lr
+        optimizer = build_optimizer(config.optim, weights, heads=heads, head_lr=head_lr)
         run = resume.Checkpoint(config, policy, optimizer, groups, accelerator)
         run.load(newest)
         loader = build_loader(config, groups, prepare, start=run.samples_seen, rank=rank, world=world)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from train import checkpoint, files
+from train import checkpoint, files, weight_files
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.optimizer import OptimConfig, build_optimizer
 
@@ -114,7 +114,7 @@ class Killed(BaseException):
 
 
 CALLS = (
-    (checkpoint, "save_file"),
+    (weight_files, "save_file"),
     (os, "fsync"),
     (os, "replace"),
     (os, "rename"),

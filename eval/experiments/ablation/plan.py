@@ -14,7 +14,8 @@ from train.files import digest, sha256
 RECIPE = "sandbox"
 SCORES = ("physical", "semantic")
 # Sections that each command reads.
-TRAINED = ("backbone", "video", "lora", "objective", "physics", "self_score", "optim", "sampler", "validation", "train")
+TRAINED = ("backbone", "video", "lora", "objective", "physics", "targets", "self_score", "optim", "sampler")
+TRAINED += ("validation", "train")
 READS = {
     "data_pipeline.build": ("backbone", "video", "sampler", "pipeline", "vlm", "judge", "raters", "targets"),
     "train.gdpo": TRAINED,

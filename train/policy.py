@@ -107,7 +107,10 @@ def predict(
 def reference_errors(policy: Policy, batch: dict[str, Tensor]) -> Tensor:
     """Flow errors (B,1+M') of the batch's clips under the reference, the winner's first, without a graph."""
     with policy.switch.frozen_reference():
-        errors = [_predict(policy, batch, part).error.detach() for part in _parts(batch)]
+        errors = []
+        for number, part in enumerate(_passes(batch)):
+            with winner_passes(batch) if number == 0 else nullcontext():
+                errors.append(predict(policy, *part, batch).error.detach())
     return torch.cat([error.view(len(batch["t"]), -1) for error in errors], dim=1)
 
 
@@ -125,13 +128,14 @@ def policy_errors(
 ) -> tuple[Tensor, Prediction, list[Settled]]:
     """Flow errors (B,1+M') of the batch's clips under the policy, the winner's first, with their gradient; the pass
     over the winners, with the features of block `features_at`; and the losers that went through the network alone."""
-    first, *others = _parts(batch)
+    first, *others = _passes(batch)
     weights, settled = policy.switch.parameters(), []
     for part in others:
-        error = _predict(policy, batch, part).error
+        error = predict(policy, *part, batch).error
         settled.append(Settled(error.detach().requires_grad_(), torch.autograd.grad(error.sum(), weights)))
         del error  # and its graph, before the next pass
-    prediction = _predict(policy, batch, first, features_at=features_at)
+    with winner_passes(batch):
+        prediction = predict(policy, *first, batch, features_at=features_at)
     groups = len(batch["t"])
     errors = [prediction.error, *(loser.error for loser in settled)]
     errors = torch.cat([error.view(groups, -1) for error in errors], dim=1)
@@ -149,13 +153,10 @@ def gradients(loss: Tensor, policy: Policy, settled: Sequence[Settled] = ()) -> 
     return total
 
 
-def _parts(batch: dict[str, Tensor]) -> list[slice]:
-    """Which clips go through the network together: all of several groups, each of a group alone."""
-    members = 1 + batch["losers"].shape[1]
-    return [slice(j, j + 1) for j in range(members)] if len(batch["t"]) == 1 else [slice(0, members)]
-
-
-def _predict(policy: Policy, batch: dict[str, Tensor], part: slice, **options: Any) -> Prediction:
-    clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[:, part]  # (B,m,C,F,H,W)
-    with winner_passes(batch) if part.start == 0 else nullcontext():
-        return predict(policy, clips.flatten(0, 1), batch["noise"][:, part].flatten(0, 1), batch, **options)
+def _passes(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Clips (N,C,F,H,W) and their noise for each pass: all of several groups, or each of a group alone, the winner's
+    first."""
+    both = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1), batch["noise"]  # (B,1+M',C,F,H,W)
+    clips, noise = (tensor.flatten(0, 1) for tensor in both)
+    size = 1 if len(batch["t"]) == 1 else len(clips)
+    return list(zip(clips.split(size), noise.split(size), strict=True))

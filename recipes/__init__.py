@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"
+CONTENT = "sections (name: {key: value})"  # of a recipe
 DEFAULT_PRESET = "paper"  # the recipe as it stands
 
 # Every section a recipe may hold. An entry point's Config names those that it reads.
@@ -112,7 +113,7 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
     layers = [("the command line", arguments)]
     if name:
         path = _find(str(name))
-        layers.insert(0, (str(path), _read(path)))
+        layers.insert(0, (str(path), read_yaml(path, CONTENT)))
     objectives = [layer["objective"] for _, layer in reversed(layers) if isinstance(layer.get("objective"), dict)]
     preset = next((objective["preset"] for objective in objectives if "preset" in objective), DEFAULT_PRESET)
     if preset != DEFAULT_PRESET and "objective" in _fields(config_class):
@@ -120,7 +121,7 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         if not path.exists():
             known = [DEFAULT_PRESET, *sorted(p.stem for p in PRESETS.glob("*.yaml"))]
             raise ValueError(f"objective.preset={preset!r} is not known; {suggest(preset, known)}")
-        layers.insert(len(layers) - 1, (str(path), _read(path)))
+        layers.insert(len(layers) - 1, (str(path), read_yaml(path, CONTENT)))
 
     fields = _fields(config_class)
     merged = _defaults(config_class)
@@ -229,13 +230,14 @@ def _find(name: str) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
+    """A YAML file's tree, ${...} unresolved. ValueError where it is not valid, or does not hold `what` at its top."""
     try:
         layer = OmegaConf.load(path)
     except Exception as error:  # yaml's errors carry line and column
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(layer, DictConfig):
-        raise ValueError(f"{path} must hold sections (name: {{key: value}}), found {type(layer).__name__}")
+        raise ValueError(f"{path} must hold {what}, found {type(layer).__name__}")
     return _plain(layer)
 
 

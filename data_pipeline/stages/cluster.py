@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
+import recipes
 from data_pipeline.config import ClusterConfig, Setup
 from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.histogram import write_histogram
@@ -257,13 +257,7 @@ def match_settings(config: ClusterConfig) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ValueError(f"{KEY}.actions: there is no file {path}; leave it empty for the shipped list")
-    try:
-        tree = OmegaConf.load(path)
-    except Exception as error:  # yaml's errors carry line and column
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, DictConfig):
-        raise ValueError(f"{path} must hold categories (name: {{action: phrase}}), found {type(tree).__name__}")
-    return OmegaConf.to_container(tree, resolve=False)
+    return recipes.read_yaml(path, "categories (name: {action: phrase})")
 
 
 def _check_name(path: Path, kind: str, name: Any) -> None:

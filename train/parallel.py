@@ -6,6 +6,7 @@ checkpoint has the same files on one CPU, under data parallelism and under ZeRO-
 of network passes.
 """
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -34,6 +35,7 @@ def build_accelerator(**options) -> Accelerator:
     if sharded:
         compile_cache.heal()  # DeepSpeed compiles operators
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers if launched else [], **options)
+    atexit.register(_end_gloo)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         import deepspeed
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -48,6 +50,13 @@ def build_accelerator(**options) -> Accelerator:
             )
     watch.start()
     return accelerator
+
+
+def _end_gloo() -> None:
+    """Close what an error or a short command leaves open: a thread of gloo that is still at work while the interpreter
+    ends aborts the process (SIGABRT). NCCL's group is left to a command's regular end: it might wait for the others."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 class Sharding:

@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from _thread import interrupt_main
 from pathlib import Path
 
@@ -63,36 +62,45 @@ class Watch:
         self.process, self.main = psutil.Process(), threading.main_thread().ident
         self.looks = self.idle = self.scanned = 0
         self.moved, self.effort = False, self._effort()
-        self.telling, self.left, self.lost = threading.Lock(), False, False
+        self.leaving, self.lost = threading.Event(), False
         self.last: list[str] = [""] * self.world  # what each rank said
         self.unchanged = [0] * self.world  # looks since a rank said anything new
         # Delivered to the main thread when it next runs Python, and ignored by everything else.
         signal.signal(signal.SIGURG, self._move)
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._guard)]
+        for thread in self.threads:
+            thread.start()
         atexit.register(self._leave)
-        for target in (self._watch, self._guard):
-            threading.Thread(target=target, daemon=True).start()
 
     def _move(self, *_) -> None:
         self.moved = True
 
     def _leave(self) -> None:
-        with contextlib.suppress(RuntimeError), self.telling:  # the store may have gone with its host
-            self.left = True
-            self.store.set(str(self.rank), json.dumps({"left": True}))
+        """End the threads and tell the other ranks. A thread that returns from the store while the interpreter ends
+        would abort the process (SIGABRT, "terminate called without an active exception")."""
+        self.leaving.set()
+        for thread in self.threads:
+            thread.join(timeout=10)
+        if not any(thread.is_alive() for thread in self.threads):  # else the store's machine is gone
+            with contextlib.suppress(RuntimeError):  # the store may have gone with its host
+                self.store.set(str(self.rank), json.dumps({"left": True}))
 
-    def _sleep(self) -> None:
-        time.sleep(60 * self.minutes / LOOKS)
+    def _sleep(self) -> bool:
+        """Until the next look; whether this process is at its end."""
+        return self.leaving.wait(60 * self.minutes / LOOKS)
 
     def _watch(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store's host has ended, and with it the job, or cannot be reached
             while True:
                 self._tell()
-                self._sleep()
+                if self._sleep():
+                    return
                 self._look()
                 self.looks += 1
         self.lost = True  # from here on this rank sees itself alone
         while self.idle < LOOKS:
-            self._sleep()
+            if self._sleep():
+                return
             self._measure()
         self._end(f"{self.name} at {self._place()} has not got on for {self.minutes:g} minutes, without a connection")
 
@@ -100,8 +108,7 @@ class Watch:
         """The store itself may be on a machine that is gone: then the other thread waits for it."""
         before = silent = 0
         while silent < LOOKS:
-            self._sleep()
-            if self.lost:
+            if self._sleep() or self.lost:
                 return
             silent = silent + 1 if self.looks == before else 0
             before = self.looks
@@ -118,9 +125,7 @@ class Watch:
     def _tell(self) -> None:
         self._measure()
         message = {"look": self.looks, "idle": self.idle, "name": self.name, "at": self._place()}
-        with self.telling:
-            if not self.left:
-                self.store.set(str(self.rank), json.dumps(message))
+        self.store.set(str(self.rank), json.dumps(message))
 
     def _look(self) -> None:
         """Read what all ranks said; end the job where one is silent or none gets on."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train import watch
+from train import parallel, watch
 
 MINUTES = 0.1
 
@@ -26,8 +26,7 @@ def hang(seconds: float = -1) -> None:
 
 
 def rank(what: str, folder: Path) -> None:
-    dist.init_process_group("gloo")
-    watch.start()
+    parallel.build_accelerator()
     (folder / f"rank-{dist.get_rank()}").touch()
     if dist.get_rank() == 0 and what == "work":  # in many short calls, for more than twice as long as a rank may hang
         for _ in range(150):
@@ -53,11 +52,13 @@ def ranks(request, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment["PHYSALIGN_TIMEOUT_MINUTES"] = str(MINUTES)
+    environment |= {"PHYSALIGN_TIMEOUT_MINUTES": str(MINUTES), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, request.param, str(tmp_path)]
     both = [
-        subprocess.Popen(command, env=environment | {"RANK": str(number)}, stderr=subprocess.PIPE, text=True)
-        for number in range(2)
+        subprocess.Popen(
+            command, env=environment | {"RANK": number, "LOCAL_RANK": number}, stderr=subprocess.PIPE, text=True
+        )
+        for number in "01"
     ]
     try:
         while not all((tmp_path / f"rank-{number}").exists() for number in range(2)):
@@ -108,9 +109,10 @@ class Lost:
 def test_a_rank_whose_connection_is_lost_ends_when_it_no_longer_gets_on(monkeypatch):
     one, said = object.__new__(watch.Watch), []
     one.looks = one.idle = 0
-    one.lost, one.store, one.name, one.minutes, one.main = False, Lost(), "rank 1", MINUTES, threading.get_ident()
+    one.lost = False
+    one.store, one.name, one.minutes, one.main = Lost(), "rank 1", MINUTES, threading.get_ident()
     working = iter([True] * 50)  # for more looks than a rank may hang
-    one._sleep, one._end = lambda: None, said.append
+    one._sleep, one._end = lambda: False, said.append
     one._tell = lambda: one.store.set("0", "{}")
     monkeypatch.setattr(one, "_measure", lambda: setattr(one, "idle", 0 if next(working, False) else one.idle + 1))
     one._watch()
@@ -118,6 +120,25 @@ def test_a_rank_whose_connection_is_lost_ends_when_it_no_longer_gets_on(monkeypa
     assert said[0].startswith("rank 1 at ") and said[0].endswith("for 0.1 minutes, without a connection")
     one._guard()
     assert len(said) == 1
+
+
+def test_no_thread_is_in_the_store_when_the_process_ends():
+    """It would abort the process: see `Watch._leave`."""
+    one, said, inside = object.__new__(watch.Watch), [], threading.Event()
+
+    class Slow:
+        def set(self, key, value):
+            inside.set()
+            time.sleep(0.2)
+            said.append(value)
+
+    one.leaving, one.store, one.rank, one.minutes = threading.Event(), Slow(), 0, MINUTES
+    one._tell = lambda: one.store.set("0", "{}")
+    one.threads = [threading.Thread(target=one._watch, daemon=True)]
+    one.threads[0].start()
+    inside.wait()
+    one._leave()
+    assert said == ["{}", '{"left": true}'] and not one.threads[0].is_alive()
 
 
 def test_what_looking_reads_does_not_count_as_work(tmp_path, monkeypatch):

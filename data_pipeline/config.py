@@ -169,7 +169,7 @@ class Setup:
     def clip_settings(self, num_losers: int) -> dict[str, Any]:
         """Of the model's own clips, `num_losers` per row."""
         config = self.config
-        more = {"sampler": asdict(config.sampler), "seed": config.seed, "num_losers": num_losers}
+        more = {"sampler": config.sampler.settings(), "seed": config.seed, "num_losers": num_losers}
         return self.winner_settings | more
 
     @property

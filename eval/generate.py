@@ -60,7 +60,7 @@ from train.backbones.base import Backbone, BackboneConfig
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig, sigma_grid
+from train.sampling import SamplerConfig, sampling_passes
 
 COMPARISON = "side_by_side"
 SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
@@ -222,7 +222,7 @@ def check(config: Config) -> None:
     seeds = settings.seeds or [config.seed]
     if bad := [seed for seed in seeds if not 0 <= seed < 2**63] + [s for s in set(seeds) if seeds.count(s) > 1]:
         raise ValueError(f"generate.seeds={seeds}: {bad[0]} is negative, too large or there twice; give distinct seeds")
-    sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
+    config.sampler.check()
     if strategy := chosen_strategy(settings):
         searcher.check(strategy, config.search, config.sampler, "generate")
 
@@ -258,11 +258,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
     """The lines of a dry run for `world` ranks."""
     shell, video, sampler, lora = _shell(config), config.video, config.sampler, work.lora
     clips, todo, jobs = sum(map(len, work.requests.values())), len(work.missing()), [pair[0] for pair in work.pairs]
-    scales = [sampler.guidance]
-    if sampler.guidance_low is not None and len(shell.expert_folders) > 1:
-        scales.append(sampler.guidance_low)
-    passes = sampler.steps * (1 if all(scale == 1 for scale in scales) else 2)
-    at_most = "at most " if 1 in scales and any(scale != 1 for scale in scales) else ""
+    passes = sampling_passes(shell, sampler)
     size = (video.height, video.width, video.num_frames)
     rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}" if lora and lora.config else "all weights"
     lines = {
@@ -273,7 +269,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
         "jobs": f"{len(jobs)} = {len({job.prompt.key for job in jobs})} prompts x"
         f" {len({job.seed for job in jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
-        "network passes": f"{at_most}{todo * passes}, {passes} per clip ({sampler.steps} steps)",
+        "network passes": f"{todo * passes}, {passes} per clip ({sampler.steps} steps)",
         "search": searcher.describe(chosen_strategy(config.generate), config.search),
         "folder": config.generate.folder,
     }

@@ -137,7 +137,7 @@ def build_request(
         "backbone": fingerprint,
         "dtype": config.backbone.dtype,
         "text_length": config.backbone.text_length,
-        "sampler": asdict(config.sampler),
+        "sampler": config.sampler.settings(),
         "video": asdict(video),
     }
     settings |= {"strategy": dict(model.settings)} if model.settings else {}

@@ -69,7 +69,7 @@ from train.checkpoint import attach_trained
 from train.clips import VideoConfig
 from train.files import atomic, lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig, sigma_grid
+from train.sampling import SamplerConfig
 
 SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's
 
@@ -134,7 +134,7 @@ def check(config: Config) -> None:
         raise ValueError(f"run.batch_size={settings.batch_size}: use 1 or more")
     if config.backbone.random_weights and not config.dry_run:
         raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
-    sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
+    config.sampler.check()
     if strategy := searcher.Method(settings.search, settings.refine):
         searcher.check(strategy, config.search, config.sampler, "run")
 

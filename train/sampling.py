@@ -6,26 +6,58 @@ refinement of the noise) over the same steps, so that a loop that interferes now
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from train.backbones.base import NEGATIVE_PROMPT, Backbone, Conditioning
+from train.backbones.base import NEGATIVE_PROMPT, TRAIN_TIMESTEPS, Backbone, Conditioning
 from train.clips import VideoConfig
+
+# Euler's method is ours, over `sigma_grid`; the others are diffusers', over the grids that its Wan pipelines give them.
+MULTISTEP = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
+SOLVERS = ("euler", *MULTISTEP)
 
 
 @dataclass
 class SamplerConfig:
     """The defaults are Wan2.1's own for text to video, at 480p too. Wan2.2's own are in its recipes."""
 
-    steps: int = 50  # Euler steps
+    solver: str = "unipc"  # unipc: what Wan ships with | dpm++ | euler
+    steps: int = 50
     guidance: float = 5.0  # classifier-free guidance scale; 1 leaves the negative pass out
     guidance_low: float | None = None  # of the low-noise expert of two-expert families; null: `guidance`
+    guided: list[float] = field(default_factory=lambda: [0.0, 1.0])  # guidance is applied at t in [first, second]
     shift: float = 5.0  # of the time grid, applied once
     negative_prompt: str = NEGATIVE_PROMPT  # what guidance steers away from; Wan's own, in Chinese
+
+    def check(self, section: str = "sampler") -> None:
+        """ValueError naming key, value and remedy for settings that cannot work."""
+        if self.solver not in SOLVERS:
+            raise ValueError(f"{section}.solver={self.solver!r}: must be one of {', '.join(SOLVERS)}")
+        if len(self.guided) != 2 or not 0 <= self.guided[0] <= self.guided[1] <= 1:
+            raise ValueError(f"{section}.guided={self.guided}: give two times in [0, 1], the lower first")
+        sigma_grid(self.steps, self.shift)
+
+    def settings(self) -> dict[str, Any]:
+        """What clips depend on, for digests. What was added later is left out where it says what was always done."""
+        found = asdict(self)
+        if self.solver == "euler":
+            del found["solver"]
+        if list(self.guided) == [0, 1]:
+            del found["guided"]
+        return found
+
+    def guidance_at(self, backbone: Backbone, t: Tensor | float) -> float:
+        """The guidance scale at time t, of the expert that serves it; 1 outside `guided`."""
+        if not self.guided[0] <= float(t) <= self.guided[1]:
+            return 1.0
+        return backbone.guidance_at(t, self.guidance, self.guidance_low)
 
 
 def sigma_grid(steps: int, shift: float) -> Tensor:
@@ -41,10 +73,11 @@ def sigma_grid(steps: int, shift: float) -> Tensor:
 
 
 class Stepper:
-    """The steps of one sampler for one batch, to be taken in order: Euler's method over `sigma_grid`.
+    """The steps of one sampler for one batch, to be taken in order.
 
-    conditioning: of B clips. negative: the encoded negative prompt, of 1 or B clips. ValueError where guidance is not 1
-    at some time and there is none.
+    conditioning: of B clips. negative: the encoded negative prompt, of 1 or B clips. start: the time to begin at, in
+    (0, 1]: the whole grid is scaled to it, and the latents to begin with are noised to it. ValueError where a step is
+    guided and there is no negative.
     """
 
     def __init__(
@@ -53,11 +86,15 @@ class Stepper:
         conditioning: Conditioning,
         sampler: SamplerConfig,
         negative: Conditioning | None = None,
+        *,
+        start: float = 1.0,
     ):
         self.backbone, self.conditioning = backbone, conditioning.to(backbone.device)
-        self.times = sigma_grid(sampler.steps, sampler.shift)  # (steps + 1,), on the CPU
-        self.scales = {"negative": negative, "guidance": sampler.guidance, "guidance_low": sampler.guidance_low}
-        if negative is None and is_guided(backbone, sampler):
+        self.scheduler = multistep(sampler, start) if sampler.solver in MULTISTEP else None
+        self.sigmas, self.times = grid(sampler, start)  # (steps + 1,) each, on the CPU
+        self.scales = [sampler.guidance_at(backbone, t) for t in self.times[:-1]]
+        self.negative = negative
+        if negative is None and is_guided(backbone, sampler, start):
             raise ValueError(f"sampler.guidance={sampler.guidance:g} needs the encoded negative prompt: give negative")
 
     def start(self, noise: Tensor) -> Tensor:
@@ -71,20 +108,87 @@ class Stepper:
 
     def velocity(self, latents: Tensor, step: int) -> Tensor:
         """(B, C, F, H, W), of the expert that serves the step's time, with classifier-free guidance. Differentiable."""
-        return self.backbone.velocity_at(latents, self.times[step], self.conditioning, **self.scales)
+        scale = self.scales[step]
+        return self.backbone.velocity_at(
+            latents, self.times[step], self.conditioning, negative=self.negative, guidance=scale, guidance_low=scale
+        )
 
     def clean(self, latents: Tensor, velocity: Tensor, step: int) -> Tensor:
         """The clean latents that the line of the step's velocity points at: x - t v."""
-        return latents - self.times[step].to(latents.device) * velocity
+        return latents - self.sigmas[step].to(latents.device) * velocity
 
-    def after(self, latents: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """The latents after the step: x + (t' - t) v."""
-        return latents + (self.times[step + 1] - self.times[step]).to(latents.device) * velocity
+    def after(self, latents: Tensor, velocity: Tensor, step: int, *, move: Tensor | None = None) -> Tensor:
+        """The latents after the step, plus `move`: x + (t' - t) v by Euler's method. A multistep solver reads the steps
+        before from `scheduler`; its corrector, which would take the move back, is left out of the step that follows."""
+        if self.scheduler is None:
+            latents = latents + (self.sigmas[step + 1] - self.sigmas[step]).to(latents.device) * velocity
+        else:
+            if step == 0:
+                self.scheduler = begun(self.scheduler)
+            (latents,) = self.scheduler.step(velocity, self.scheduler.timesteps[step], latents, return_dict=False)
+        if move is None:
+            return latents
+        if self.scheduler is not None:
+            self.scheduler.last_sample = None
+        return latents + move
 
 
-def is_guided(backbone: Backbone, sampler: SamplerConfig) -> bool:
+def multistep(sampler: SamplerConfig, start: float = 1.0) -> Any:
+    """diffusers' scheduler of the solver, with its grid, as its Wan pipelines set it up."""
+    solver = MULTISTEP[sampler.solver]
+    scheduler = solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=sampler.shift)
+    scheduler.set_timesteps(sampler.steps)
+    if start != 1:
+        scheduler.sigmas = start * scheduler.sigmas
+        scheduler.timesteps = (TRAIN_TIMESTEPS * scheduler.sigmas[:-1]).long()
+    return begun(scheduler)
+
+
+def begun(scheduler: Any) -> Any:
+    """A copy of a scheduler that has taken no step."""
+    scheduler = copy.copy(scheduler)
+    scheduler.model_outputs, scheduler.lower_order_nums = [None] * scheduler.config.solver_order, 0
+    scheduler.last_sample, scheduler._step_index = None, None
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def remembered(schedulers: Sequence[Any], change: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """One scheduler whose memory of the steps before is `change` of the schedulers', (B, C, F, H, W) each; None where
+    the solver has no memory. All must have taken the same steps."""
+    if schedulers[0] is None:
+        return None
+    scheduler, parts = copy.copy(schedulers[0]), zip(*(one.model_outputs for one in schedulers), strict=True)
+    scheduler.model_outputs = [None if part[0] is None else change(part) for part in parts]
+    last = [getattr(one, "last_sample", None) for one in schedulers]
+    scheduler.last_sample = None if last[0] is None else change(last)
+    return scheduler
+
+
+def grid(sampler: SamplerConfig, start: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Noise levels of the steps and the times that the network is told, (steps + 1,) float32 each, from `start` to 0.
+
+    They are one for Euler's method. diffusers' solvers have grids of their own, a thousandth of the way from
+    `sigma_grid`'s, and tell the network whole thousandths: so do we, and make the pipelines' clips.
+    """
+    if sampler.solver not in MULTISTEP:
+        sigmas = start * sigma_grid(sampler.steps, sampler.shift)
+        return sigmas, sigmas
+    scheduler = multistep(sampler, start)
+    return scheduler.sigmas, torch.cat([scheduler.timesteps / TRAIN_TIMESTEPS, torch.zeros(1)])
+
+
+def is_guided(backbone: Backbone, sampler: SamplerConfig, start: float = 1.0) -> bool:
     """Whether some step has a negative pass."""
-    return any(backbone.guidance_at(t, sampler.guidance, sampler.guidance_low) != 1 for t in (0.0, 1.0))
+    return any(sampler.guidance_at(backbone, t) != 1 for t in grid(sampler, start)[1][:-1])
+
+
+def sampling_passes(
+    backbone: Backbone, sampler: SamplerConfig, first: int = 0, stop: int | None = None, *, start: float = 1.0
+) -> int:
+    """Network passes of one clip's steps `first` to `stop` (None: to the end): two where guidance is not 1."""
+    times = grid(sampler, start)[1][:-1][first:stop]
+    return sum(1 if sampler.guidance_at(backbone, t) == 1 else 2 for t in times)
 
 
 def initial_noise(backbone: Backbone, video: VideoConfig, seeds: Sequence[int]) -> Tensor:

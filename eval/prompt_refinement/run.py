@@ -15,7 +15,7 @@ share of the prompts; a run that was stopped continues.
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class Generator:
         self.model = searcher.searching(Model(TUNED), strategy, config.search, Judging.of(config))
         backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
         weights = self.lora.sha256 if self.lora else ""
-        self.digest = digest([backbone, asdict(config.sampler), weights, self.model.settings])
+        self.digest = digest([backbone, config.sampler.settings(), weights, self.model.settings])
         self._backbone: Backbone | None = None
 
     @property

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.search.pruning import sampling_passes
 from train.backbones.base import Backbone, Conditioning
-from train.sampling import SamplerConfig, Stepper
+from train.sampling import SamplerConfig, Stepper, sampling_passes
 
 Reward = Callable[[Tensor], Tensor]  # frames (B,3,T,height,width) float in [-1, 1] -> (B,), higher is better
 
@@ -92,7 +91,7 @@ def sample_guided(
             (gradient,) = torch.autograd.grad(clean, latents, gradient)
         latents, velocity = latents.detach(), velocity.detach()
         move = config.scale * normalised_move(latents, gradient, held)
-        latents = stepper.after(latents, velocity, step) + move
+        latents = stepper.after(latents, velocity, step, move=move)
         rewards.append(values)
     through = guided if config.through_network else []
     backward = sum(sampling_passes(backbone, sampler, step, step + 1) for step in through)

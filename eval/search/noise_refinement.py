@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from eval.search.pruning import sampling_passes
 from eval.search.residuals import noise_levels
 from losses.flow_matching import interpolate, velocity_target
 from losses.self_score import WEIGHTINGS, aggregate, hybrid, masked_error, motion_mask
 from train.backbones.base import Backbone, Conditioning
-from train.sampling import SamplerConfig, Stepper
+from train.sampling import SamplerConfig, Stepper, sampling_passes
 
 VARIANTS = ("global", "motion", "hybrid")
 ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws nothing, so there is no state to keep
@@ -156,13 +155,11 @@ def refine(
     stepper.start(noise)  # raises ValueError
     conditioning, noise = stepper.conditioning, noise.to(backbone.device, torch.float32)
 
-    def take(latents: Tensor, step: int) -> Tensor:
-        return stepper.after(latents, stepper.velocity(latents, step), step)
-
     def sample(noise: Tensor) -> Tensor:
         latents = stepper.start(noise)
         for step in range(sampler.steps):
-            latents = checkpoint(take, latents, step, **ANEW)
+            velocity = checkpoint(stepper.velocity, latents, step, **ANEW)
+            latents = stepper.after(latents, velocity, step)
         return latents
 
     mean, log_scale = (torch.zeros(noise.shape[:2], device=noise.device, requires_grad=True) for _ in range(2))

@@ -10,27 +10,40 @@ further pass. A scorer ranks these predictions, the best `keep` go on, the other
 A clip that is finished is the clip that `train.sampling.sample_clips` makes from its seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig, Stepper, initial_noise, sigma_grid
+from train.sampling import SamplerConfig, Stepper, initial_noise, remembered
 
 
 @dataclass(frozen=True)
 class Partial:
-    """Clips after the first `step` steps: latents (N, C, F, H, W) then, and the clean ones that they point at."""
+    """Clips after the first `step` steps: latents (N, C, F, H, W) then, the clean ones that they point at, and the
+    scheduler of a multistep solver, which remembers the steps."""
 
     step: int
     latents: Tensor
     clean: Tensor
+    scheduler: Any = None
 
     def select(self, chosen: Sequence[int]) -> "Partial":
-        return Partial(self.step, self.latents[list(chosen)], self.clean[list(chosen)])
+        return Partial._change([self], lambda parts: parts[0][list(chosen)])
+
+    @staticmethod
+    def cat(parts: Sequence["Partial"]) -> "Partial":
+        """Those of several batches, after the same step."""
+        return Partial._change(parts, torch.cat)
+
+    @staticmethod
+    def _change(parts: Sequence["Partial"], change: Callable[[Sequence[Tensor]], Tensor]) -> "Partial":
+        latents, clean = change([part.latents for part in parts]), change([part.clean for part in parts])
+        return Partial(parts[0].step, latents, clean, remembered([part.scheduler for part in parts], change))
 
 
 @torch.no_grad()
@@ -78,20 +91,15 @@ def advance(
     """From wherever the clips are to the end of step `stop`."""
     stepper = Stepper(backbone, conditioning.expand(len(partial.latents)), sampler, negative)
     latents, clean = partial.latents, partial.clean
+    if partial.step:  # a copy: what the caller holds can be continued again
+        stepper.scheduler = remembered([partial.scheduler], lambda parts: parts[0])
     for step in range(partial.step, stop):
         velocity = stepper.velocity(latents, step)
         clean = stepper.clean(latents, velocity, step)
         latents = stepper.after(latents, velocity, step)
-    return Partial(stop, latents, clean)
+    return Partial(stop, latents, clean, stepper.scheduler)
 
 
 def promising(values: Tensor, keep: int) -> list[int]:
     """Numbers of the `keep` lowest values (N,), ascending."""
     return sorted(values.argsort(stable=True)[:keep].tolist())
-
-
-def sampling_passes(backbone: Backbone, sampler: SamplerConfig, first: int = 0, stop: int | None = None) -> int:
-    """Network passes of one clip's steps `first` to `stop` (None: to the end): two where guidance is not 1."""
-    sigmas = sigma_grid(sampler.steps, sampler.shift)[first : sampler.steps if stop is None else stop]
-    scales = [backbone.guidance_at(t, sampler.guidance, sampler.guidance_low) for t in sigmas]
-    return sum(1 if scale == 1 else 2 for scale in scales)

@@ -22,7 +22,7 @@ from eval.judges import Judging, judge_settings
 from eval.maker import Model, Request
 from eval.search.candidates import Candidates, Cost, Scorer, choose
 from eval.search.config import SearchConfig
-from eval.search.pruning import Partial, advance, begin, finish, promising, sampling_passes
+from eval.search.pruning import Partial, advance, begin, finish, promising
 from eval.search.racing import Race, race
 from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.scorers.proprio import MIXING
@@ -30,7 +30,7 @@ from eval.search.strategies import Guidance, Refinement
 from eval.search.world_model import WorldModel
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig, to_pixels
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, sampling_passes
 
 SEARCHES = ("", "best_of_n", "race", "prune")
 REFINEMENTS = ("", "proprio", "guidance")
@@ -219,10 +219,7 @@ class Searcher:
                 else:
                     part = advance(self.backbone, conditioning, part, self.sampler, **given)
                 found[stop].append(part)
-        return {
-            stop: Partial(stop, torch.cat([p.latents for p in parts]), torch.cat([p.clean for p in parts]).cpu())
-            for stop, parts in found.items()
-        }
+        return {stop: Partial.cat(parts) for stop, parts in found.items()}
 
     def race(self, candidates: Candidates) -> tuple[Race, Cost]:
         """Race the candidates under `chosen_by`, which is to be one of RACING."""

@@ -15,12 +15,11 @@ from eval.search.candidates import Cost
 from eval.search.config import GuideConfig, RefineConfig
 from eval.search.guidance import sample_guided
 from eval.search.noise_refinement import refine
-from eval.search.pruning import sampling_passes
 from eval.search.scorers.surprise import SurpriseConfig
 from eval.search.world_model import WorldModel
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig, initial_noise, sample
+from train.sampling import SamplerConfig, initial_noise, sample, sampling_passes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from tests.tiny_backbones import load
 from train.backbones.tiny import write_tiny_pipeline
 from train.sampling import SamplerConfig, sample, sigma_grid
 
-SAMPLER = SamplerConfig(steps=4, guidance=1.0)
+SAMPLER = SamplerConfig("euler", steps=4, guidance=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ def stillness(frames):
     return -frames.diff(dim=2).square().mean(dim=(1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("image", [False, True])
-def test_scale_0_is_plain_sampling_bit_for_bit(backbone, image_backbone, image):
+@pytest.mark.parametrize(("image", "solver"), [(False, "euler"), (True, "euler"), (False, "unipc"), (False, "dpm++")])
+def test_scale_0_is_plain_sampling_bit_for_bit(backbone, image_backbone, image, solver):
     network = image_backbone if image else backbone
     conditioning, noise, negative = conditioning_of(network, image), noise_for(network), network.condition([""])
-    sampler = SamplerConfig(steps=3, guidance=2.0)
+    sampler = SamplerConfig(solver, steps=3, guidance=2.0)
     found = sample_guided(network, conditioning, noise, sampler, darkness, GuidanceConfig(scale=0.0), negative=negative)
     assert torch.equal(found.latents, plain(network, conditioning, noise, sampler, negative=negative))
     assert found.steps == [] and found.rewards.shape == (0, 2)
@@ -76,7 +76,7 @@ def test_the_reward_of_every_clip_goes_up(backbone, image_backbone, image, rewar
 def test_a_guided_step_moves_a_clip_by_the_share_that_was_asked_for(backbone):
     """One step: the velocity is that of the noise, so the clip differs from the plain one by the move alone."""
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    sampler = SamplerConfig(steps=1, guidance=1.0)
+    sampler = SamplerConfig("euler", steps=1, guidance=1.0)
     config = GuidanceConfig(scale=0.02, every=1)
     found = sample_guided(backbone, conditioning, noise, sampler, darkness, config)
     without = plain(backbone, conditioning, noise, sampler)

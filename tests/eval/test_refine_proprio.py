@@ -16,7 +16,7 @@ from train.backbones.tiny import write_tiny_pipeline
 from train.sampling import SamplerConfig, sample, sigma_grid
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
-FEW = SamplerConfig(steps=2, guidance=1.0)
+FEW = SamplerConfig("euler", steps=2, guidance=1.0)
 QUICK = {"levels": 2, "draws": 2}
 
 
@@ -47,7 +47,7 @@ def conditioning_of(backbone, image=False):
 def test_no_update_is_the_plain_sample(backbone, image_backbone, image):
     network = image_backbone if image else backbone
     conditioning, noise = conditioning_of(network, image), noise_for(network)
-    sampler = SamplerConfig(steps=2, guidance=3.0)
+    sampler = SamplerConfig("euler", steps=2, guidance=3.0)
     negative = network.condition([""])
     found = refine(network, conditioning, noise, sampler, ProprioRefineConfig(updates=0, **QUICK), negative=negative)
     assert torch.equal(found.latents, plain(network, conditioning, noise, sampler, negative=negative))
@@ -182,7 +182,7 @@ def peak(backbone, steps, draws):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
     config = ProprioRefineConfig(updates=1, levels=1, draws=draws)
     with Live() as live:
-        refine(backbone, conditioning, noise, SamplerConfig(steps=steps, guidance=1.0), config)
+        refine(backbone, conditioning, noise, SamplerConfig("euler", steps=steps, guidance=1.0), config)
     return live.peak
 
 
@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_named(backbone):
     with pytest.raises(ValueError, match=r"noise of shape \(1, .* with 2 conditionings"):
         refine(backbone, conditioning, noise[:1], FEW, ProprioRefineConfig())
     with pytest.raises(ValueError, match="needs the encoded negative prompt"):
-        refine(backbone, conditioning, noise, SamplerConfig(steps=2), ProprioRefineConfig())
+        refine(backbone, conditioning, noise, SamplerConfig("euler", steps=2), ProprioRefineConfig())
     with pytest.raises(ValueError, match="the score gave .*nan"):
         refine(
             backbone, conditioning, noise, FEW, ProprioRefineConfig(), score=lambda z: z.sum((1, 2, 3, 4)) * torch.nan

@@ -21,7 +21,7 @@ from train.lora_switch import LoraConfig, LoraSwitch
 from train.sampling import SamplerConfig, sample_clips
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)
-SAMPLER = SamplerConfig(steps=3, guidance=1.0)
+SAMPLER = SamplerConfig("euler", steps=3, guidance=1.0)
 WORLD_MODEL = Path(generate.__file__).parent / "sandbox" / "world_model"
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from eval.search import racing
-from eval.search.pruning import begin, finish, promising, sampling_passes
+from eval.search.pruning import Partial, begin, finish, promising
 from eval.search.racing import race
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig, sample_clips
+from train.sampling import SOLVERS, SamplerConfig, sample_clips, sampling_passes
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)
 
@@ -102,12 +102,14 @@ def test_a_race_refuses_a_confidence_that_is_none():
 # Pruning
 
 
-@pytest.mark.parametrize("family", ["wan21", "wan22_t2v", "wan22_ti2v"])
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_finished_clip_is_the_samplers(family, guidance, tiny_pipeline, tmp_path):
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("family", "guidance"), [(family, g) for family in ("wan21", "wan22_t2v", "wan22_ti2v") for g in (1.0, 4.0)]
+)
+def test_a_finished_clip_is_the_samplers(family, guidance, solver, tiny_pipeline, tmp_path):
     pipeline = tiny_pipeline if family == "wan21" else write_tiny_pipeline(family, tmp_path)
     backbone, conditioning, negative = load(pipeline, family), text(), text(4)
-    sampler = SamplerConfig(steps=4, guidance=guidance, guidance_low=3.0 if guidance > 1 else None)
+    sampler = SamplerConfig(solver, steps=4, guidance=guidance, guidance_low=3.0 if guidance > 1 else None)
     if family == "wan22_ti2v":
         shape = backbone.latent_shape(32, 32, 9)
         image = torch.randn(1, shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(5))
@@ -115,7 +117,11 @@ def test_a_finished_clip_is_the_samplers(family, guidance, tiny_pipeline, tmp_pa
     seeds = [7, 8]
     expected = sample_clips(backbone, conditioning, seeds, VIDEO, sampler, negative=negative, progress=False)
     partial = begin(backbone, conditioning, seeds, VIDEO, sampler, stop=2, negative=negative)
-    assert torch.equal(finish(backbone, conditioning, partial, sampler, negative=negative), expected)
+    for _ in range(2):  # what a solver remembers stays as it was
+        assert torch.equal(finish(backbone, conditioning, partial, sampler, negative=negative), expected)
+    parts = [begin(backbone, conditioning, [seed], VIDEO, sampler, stop=2, negative=negative) for seed in seeds]
+    joined = finish(backbone, conditioning, Partial.cat(parts), sampler, negative=negative)
+    torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-4)
     alone = finish(backbone, conditioning, partial.select([1]), sampler, negative=negative)
     torch.testing.assert_close(alone[0], expected[1], rtol=1e-4, atol=1e-4)
     last = begin(backbone, conditioning, seeds, VIDEO, sampler, stop=4, negative=negative)
@@ -124,7 +130,7 @@ def test_a_finished_clip_is_the_samplers(family, guidance, tiny_pipeline, tmp_pa
 
 def test_the_predicted_clean_latents_need_no_further_pass(backbone):
     """x_k - s_k v of the step just made, with s = 1, .9, .75, .5, 0."""
-    conditioning, sampler, calls = text(), SamplerConfig(steps=4, guidance=1.0, shift=3.0), []
+    conditioning, sampler, calls = text(), SamplerConfig("euler", steps=4, guidance=1.0, shift=3.0), []
     handle = backbone.transformer.register_forward_hook(lambda *arguments: calls.append(arguments[2][0]))
     partial = begin(backbone, conditioning, [7], VIDEO, sampler, stop=2)
     handle.remove()
@@ -133,15 +139,18 @@ def test_the_predicted_clean_latents_need_no_further_pass(backbone):
 
 
 def test_passes_of_guided_and_unguided_steps(backbone, tmp_path):
-    assert sampling_passes(backbone, SamplerConfig(steps=4, guidance=1.0)) == 4
-    assert sampling_passes(backbone, SamplerConfig(steps=4, guidance=5.0)) == 8
-    assert sampling_passes(backbone, SamplerConfig(steps=4, guidance=5.0), 1, 3) == 4
+    assert sampling_passes(backbone, SamplerConfig("euler", steps=4, guidance=1.0)) == 4
+    assert sampling_passes(backbone, SamplerConfig("euler", steps=4, guidance=5.0)) == 8
+    assert sampling_passes(backbone, SamplerConfig("euler", steps=4, guidance=5.0), 1, 3) == 4
     experts = load(write_tiny_pipeline("wan22_t2v", tmp_path), "wan22_t2v")
-    half = SamplerConfig(steps=4, guidance=5.0, guidance_low=1.0)  # t = 1, .9 | .75, .5 about the boundary of .875
+    # t = 1, .9 | .75, .5 about the boundary of .875
+    half = SamplerConfig("euler", steps=4, guidance=5.0, guidance_low=1.0)
     assert sampling_passes(experts, half) == 6
+    assert sampling_passes(backbone, SamplerConfig("euler", 4, 5.0, guided=[0.6, 0.95], shift=3.0)) == 6
+    assert sampling_passes(backbone, SamplerConfig("euler", steps=4, guidance=5.0, guided=[0.7, 0.95]), start=0.5) == 4
 
 
 def test_promising_and_a_step_that_is_not_there(backbone):
     assert promising(torch.tensor([0.3, torch.inf, 0.1, 0.1]), 2) == [2, 3]
     with pytest.raises(ValueError, match="stop=5"):
-        begin(backbone, text(), [7], VIDEO, SamplerConfig(steps=4, guidance=1.0), stop=5)
+        begin(backbone, text(), [7], VIDEO, SamplerConfig("euler", steps=4, guidance=1.0), stop=5)

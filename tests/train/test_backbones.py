@@ -4,14 +4,20 @@ import functools
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+)
 
 from train.backbones import ARCHITECTURES, BACKBONES, load_backbone
 from train.backbones.architecture import latent_shape, num_tokens
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig, sample, sample_clips, sigma_grid
+from train.sampling import SOLVERS, SamplerConfig, Stepper, grid, sample, sample_clips, sigma_grid
 
 LENGTH = 24  # text tokens
 PROMPTS = ["a red ball falls", "a cube &amp; a  ramp\n (fünf 球)"]
@@ -53,21 +59,30 @@ class UnshiftedGrid(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(sigmas=sigmas, device=device)
 
 
-def diffusers_pipeline(folder, pipeline_class=DiffusionPipeline):
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}  # Wan's scheduler_config.json
+SCHEDULERS = {
+    "euler": lambda: UnshiftedGrid(shift=3.0),
+    "unipc": lambda: UniPCMultistepScheduler(**FLOW),
+    "dpm++": lambda: DPMSolverMultistepScheduler(**FLOW),
+}
+
+
+def diffusers_pipeline(folder, pipeline_class=DiffusionPipeline, solver="euler"):
     pipeline = pipeline_class.from_pretrained(folder)
-    pipeline.scheduler = UnshiftedGrid(shift=3.0)
+    pipeline.scheduler = SCHEDULERS[solver]()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     ("family", "with_image"),
     [("wan21", False), ("wan22_ti2v", False), ("wan22_ti2v", True), ("wan22_t2v", False), ("wan22_i2v", True)],
 )
-def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_image):
+def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_image, solver):
     backbone = backbone_of(family)
     image_class = WanImageToVideoPipeline if with_image else DiffusionPipeline
-    pipeline = diffusers_pipeline(folder_of(family), image_class)
+    pipeline = diffusers_pipeline(folder_of(family), image_class, solver)
     noise = torch.randn(2, *backbone.latent_shape(**SIZE), generator=torch.Generator().manual_seed(3))
     picture = torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=torch.Generator().manual_seed(4))
     low = 2.0 if family in TWO_EXPERTS else None
@@ -75,7 +90,7 @@ def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_
     first_frame = picture.expand(2, -1, -1, -1) * 2 - 1 if with_image else None
     conditioning = backbone.condition(PROMPTS, first_frame, num_frames=SIZE["num_frames"])
     # t = 1, .9, .75, .5: both experts, and with wan22_i2v the boundary itself
-    sampler = SamplerConfig(steps=4, shift=3.0, guidance=4.0, guidance_low=low, negative_prompt="blurry")
+    sampler = SamplerConfig(solver, steps=4, shift=3.0, guidance=4.0, guidance_low=low, negative_prompt="blurry")
     ours = sample(backbone, conditioning, noise, sampler, progress=False)
     call = functools.partial(
         pipeline,
@@ -207,7 +222,9 @@ def test_ti2v_holds_the_first_frame(backbone_of):
         backbone.velocity(other, t, conditioning), velocity
     )  # the caller's first frame is ignored
 
-    clip = sample_clips(backbone, conditioning, [0, 1], VIDEO, SamplerConfig(steps=2, guidance=1), progress=False)
+    clip = sample_clips(
+        backbone, conditioning, [0, 1], VIDEO, SamplerConfig("euler", steps=2, guidance=1), progress=False
+    )
     torch.testing.assert_close(clip[:, :, :1], conditioning.image)
 
 
@@ -279,7 +296,7 @@ def test_two_experts_switch_at_the_boundary(backbone_of, monkeypatch, family):
         return network(self, expert, latents, t, conditioning)
 
     monkeypatch.setattr(type(backbone), "_network", spy)
-    sampler = SamplerConfig(steps=4, shift=3.0, guidance=1.0, guidance_low=3.0)
+    sampler = SamplerConfig("euler", steps=4, shift=3.0, guidance=1.0, guidance_low=3.0)
     sample_clips(backbone, conditioning, [0, 1], VIDEO, sampler, negative=conditioning[:1], progress=False)
     names = [name for name, _ in calls]
     # t = .9 is the image family's boundary and belongs to high_noise; only low_noise has a negative pass here.
@@ -297,13 +314,15 @@ def test_one_expert_alone(folder_of):
     torch.testing.assert_close(backbone.velocity(latents, t, conditioning), both.velocity(latents, t, conditioning))
     assert not torch.equal(both.experts["high_noise"].proj_out.weight, both.experts["low_noise"].proj_out.weight)
     with pytest.raises(ValueError, match="t=1.000 needs the high_noise expert"):
-        sample_clips(backbone, conditioning, [0, 1], VIDEO, SamplerConfig(steps=2, guidance=1.0), progress=False)
+        sample_clips(
+            backbone, conditioning, [0, 1], VIDEO, SamplerConfig("euler", steps=2, guidance=1.0), progress=False
+        )
 
 
 def test_sample_noise_belongs_to_each_clip(backbone_of):
     backbone = backbone_of("wan21")
     _, _, conditioning = random_inputs(backbone)
-    sampler = SamplerConfig(steps=2, guidance=1.0)
+    sampler = SamplerConfig("euler", steps=2, guidance=1.0)
 
     def clips_of(conditioning, seeds):
         return sample_clips(backbone, conditioning, seeds, VIDEO, sampler, progress=False)
@@ -325,7 +344,8 @@ def test_sample_needs_no_text_encoder_for_conditionings(folder_of):
     _, _, conditioning = random_inputs(backbone)
 
     def clips_of(guidance=3.0, **more):
-        sampler = SamplerConfig(steps=2, guidance=guidance, guidance_low=3.0)  # one expert has no use for guidance_low
+        # One expert has no use for guidance_low.
+        sampler = SamplerConfig("euler", steps=2, guidance=guidance, guidance_low=3.0)
         return sample_clips(backbone, conditioning, [0, 1], VIDEO, sampler, progress=False, **more)
 
     clips = clips_of(negative=Conditioning(torch.zeros(1, LENGTH, 64)))
@@ -344,6 +364,42 @@ def test_sigma_grid_is_shifted_once():
     torch.testing.assert_close(sigma_grid(2, 1.0), torch.tensor([1, 0.5, 0]))
     with pytest.raises(ValueError, match="steps=0"):
         sigma_grid(0, 3.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_time_scales_the_grid(backbone_of, solver):
+    whole, part = (grid(SamplerConfig(solver, steps=4, shift=3.0), start)[0] for start in (1.0, 0.5))
+    torch.testing.assert_close(part, 0.5 * whole)
+    backbone = backbone_of("wan21")
+    latents, _, conditioning = random_inputs(backbone)
+    sampler = SamplerConfig(solver, steps=1, shift=3.0, guidance=1.0)
+    stepper = Stepper(backbone, conditioning, sampler, start=0.5)
+    velocity = backbone.velocity(latents, stepper.times[:1].expand(2), conditioning)
+    expected = latents - stepper.sigmas[0] * velocity  # one step of any solver goes along the line
+    torch.testing.assert_close(stepper.after(latents, stepper.velocity(latents, 0), 0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_applied_within_its_times(backbone_of):
+    backbone, calls = backbone_of("wan21"), []
+    _, _, conditioning = random_inputs(backbone)
+    handle = backbone.transformer.register_forward_hook(lambda *given: calls.append(given[2]))
+    sampler = SamplerConfig("euler", steps=4, shift=3.0, guided=[0.7, 0.95])  # t = 1, .9, .75, .5
+    sample_clips(backbone, conditioning, [0, 1], VIDEO, sampler, negative=conditioning[:1], progress=False)
+    handle.remove()
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"solver": "heun"}, "sampler.solver='heun': must be one of euler, unipc, dpm"),
+        ({"guided": [0.9, 0.1]}, r"sampler.guided=\[0.9, 0.1\]: give two times in \[0, 1\], the lower first"),
+        ({"steps": 0}, "steps=0"),
+    ],
+)
+def test_a_sampler_that_cannot_work_is_named(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        SamplerConfig(**wrong).check()
 
 
 def test_latent_shape_names_the_nearest_legal_value(backbone_of):

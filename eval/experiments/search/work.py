@@ -23,7 +23,7 @@ from eval.judges import Judging
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as build_judge
 from eval.search.candidates import Candidates, choose
-from eval.search.pruning import promising, sampling_passes
+from eval.search.pruning import promising
 from eval.search.scorers.most_motion import motion_energy
 from eval.search.searcher import RACING, Searcher, batches, scorer_settings
 from train.backbones import load_backbone
@@ -31,6 +31,7 @@ from train.backbones.base import Backbone, Conditioning
 from train.checkpoint import attach_trained, weights_path
 from train.clips import write_clip
 from train.files import digest, sha256
+from train.sampling import sampling_passes
 
 Made = tuple[dict[str, Tensor], dict[str, Any]]  # a prompt's tensors, "latents" (n, C, F, H, W) among them, and facts
 
@@ -126,7 +127,7 @@ class Work:
 
     def candidates_digest(self, job: Job) -> str:
         config = self.config
-        settings = [asdict(config.sampler), asdict(config.video), self.backbone.fingerprint, config.backbone.dtype]
+        settings = [config.sampler.settings(), asdict(config.video), self.backbone.fingerprint, config.backbone.dtype]
         return digest([*settings, self.lora, job.prompt, job.seeds, self.search.prune.steps])
 
     def settings(self, name: str) -> dict[str, Any]:

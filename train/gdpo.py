@@ -164,6 +164,8 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
         "physical": torch.tensor([group.losers_info[j].physical for j in chosen]),
         "group_size": torch.tensor(float(len(group.losers))),
     }
+    if config.train.reference_cache:
+        tensors["position"] = torch.tensor(sample.position)
     for term in TERMS.values():
         tensors |= term.prepare(config, sample, generator)
     return tensors if group.condition is None else tensors | {"condition": group.condition}
@@ -260,6 +262,10 @@ def describe(config: Config, loss: Tensor, policy: Tensor, reference: Tensor) ->
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     learning_rate(config.optim, 0)
+    if config.train.reference_cache and not config.objective.reference_passes:
+        raise ValueError(
+            f"train.reference_cache={config.train.reference_cache}: supervised training has no reference; leave it out"
+        )
     for term in TERMS.values():
         term.check(config)
     config.objective.check()

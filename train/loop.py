@@ -32,6 +32,7 @@ from train.fused.prepare import prepare_network
 from train.groups import GroupSet
 from train.optimizer import build_optimizer, learning_rate
 from train.policy import Policy, attach_parameters
+from train.reference_cache import ReferenceCache
 from train.terms.live_targets import LiveTargets
 from train.terms.physics import build_heads, lacks_targets
 from train.tracking import Pace, Tracker, check_trackers
@@ -57,6 +58,9 @@ class TrainConfig:
     # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.fused.float8). Faster; the
     # adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
     float8: bool = False
+    # Folder of the reference's flow errors: read where a run with the same groups and seed has left them, else written.
+    # Then beta, learning rate, anchor or rank may change without their passes. Empty: none.
+    reference_cache: str = ""
     num_workers: int = 2  # loader processes per GPU
     checkpoint_every: int = 200  # steps
     keep_checkpoints: int = 3  # newest checkpoints kept
@@ -94,6 +98,8 @@ def fit(
         check_groups(config, groups)
         policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
+        if config.train.reference_cache:
+            policy.cache = ReferenceCache(config, groups, clips, accelerator)
         sets, heads = gradient_sets(config, clips, passes), policy.head_parameters()
         prepare_network(backbone.transformer, policy.switch, config.train, gradients=sets)
         weights, head_lr = policy.switch.parameters(), config.physics.head_lr

@@ -19,6 +19,7 @@ from train.backbones.base import Backbone, Conditioning
 from train.full_parameters import FullParameters
 from train.fused.memory import waiting
 from train.lora_switch import LoraSwitch
+from train.reference_cache import ReferenceCache
 
 
 class Reference(Protocol):
@@ -47,6 +48,7 @@ class Policy:
     backbone: Backbone
     switch: Reference
     heads: nn.Module | None = None  # of the physics terms, where the recipe has any
+    cache: ReferenceCache | None = None  # of the reference's errors
 
     def parameters(self) -> list[nn.Parameter]:
         """What a step returns gradients of, in this order: the adapters (or all weights), then the heads'."""
@@ -105,13 +107,19 @@ def predict(
 
 
 def reference_errors(policy: Policy, batch: dict[str, Tensor]) -> Tensor:
-    """Flow errors (B,1+M') of the batch's clips under the reference, the winner's first, without a graph."""
+    """Flow errors (B,1+M') of the batch's clips under the reference, the winner's first, without a graph; from the
+    policy's cache where it knows them."""
+    if policy.cache is not None and (known := policy.cache.read(batch["position"])) is not None:
+        return known
     with policy.switch.frozen_reference():
         errors = []
         for number, part in enumerate(_passes(batch)):
             with winner_passes(batch) if number == 0 else nullcontext():
                 errors.append(predict(policy, *part, batch).error.detach())
-    return torch.cat([error.view(len(batch["t"]), -1) for error in errors], dim=1)
+    errors = torch.cat([error.view(len(batch["t"]), -1) for error in errors], dim=1)
+    if policy.cache is not None:
+        policy.cache.write(batch["position"], errors)
+    return errors
 
 
 @dataclass

@@ -201,6 +201,18 @@ def test_one_process_goes_on_from_a_zero3_checkpoint(tiny, tmp_path, zero3):
 
 
 @pytest.mark.slow
+def test_two_ranks_share_a_reference_cache(tiny, tmp_path):
+    """A run that reads what another one left equals, to the bit, the run that computes it."""
+    cache, script = f"train.reference_cache={tmp_path / 'cache'}", ("-m", "train.gdpo")
+    other = ("optim.steps=3", "objective.beta=300")
+    for name, more in {"plain": other, "first": ("optim.steps=2", cache), "second": (*other, cache)}.items():
+        finish(launch("ddp", script, *tiny.arguments(tmp_path / name, *more), tmp_path=tmp_path), tmp_path)
+    assert tiny.metrics(tmp_path / "second") == tiny.metrics(tmp_path / "plain")
+    output = (tmp_path / "output.txt").read_text(encoding="utf-8")
+    assert "reference cache: 0 steps known" in output and "reference cache: 2 steps known" in output
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tiny, tmp_path):
     """SIGTERM to `accelerate launch`, which passes it on; another number of ranks then finishes the run."""
     run = (*RUN, "train.checkpoint_every=100", "optim.steps=40", "train.num_workers=1")

@@ -1,0 +1,104 @@
+"""The reference's flow errors, kept for later runs on the same groups: half of a pair step's forward passes.
+
+A sample's clips, time and noise follow from the seed and its position in the stream, and the reference does not train.
+So a run with another beta, learning rate, anchor or rank meets the same errors, bit for bit:
+
+    <folder>/settings.json         what the errors depend on
+    <folder>/errors-*.bin          a file per run and rank that computed any: records of a position and its errors
+
+A later run reads as many whole steps as all ranks find there, and computes and adds the rest. 10,000 steps of 8 pairs
+take 1.3 MB.
+"""
+
+import json
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from train.files import write_text
+from train.groups import GroupSet
+
+# Keys of a recipe, by section, that errors depend on: all of the bits, as rounding goes with the kernels.
+DRAWN = ("loss", "winner", "noise", "timesteps", "logit_mean", "logit_std", "timestep_shift", "t_min", "t_max")
+KEYS = {
+    "objective": DRAWN,
+    "backbone": ("dtype", "text_length", "attention", "expert"),
+    "train": (
+        "parameters",
+        "pairs_per_pass",
+        "activation_checkpointing",
+        "compile",
+        "float8",
+        "memory_budget_gib",
+        "offload_gib",
+    ),
+    "optim": ("batch_size",),
+}
+
+
+def dependencies(config: Any, groups: GroupSet, device: torch.device) -> dict[str, Any]:
+    """What the reference's errors depend on, flat."""
+    found = {f"{name}.{key}": asdict(getattr(config, name))[key] for name, keys in KEYS.items() for key in keys}
+    found["self_score"] = config.self_score.every if config.self_score.weight > 0 else 0  # its passes change the graphs
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    made = {"seed": config.seed, "groups": groups.digest, "backbone": groups.fingerprint}
+    return found | made | {"device": name, "torch": torch.__version__}
+
+
+class ReferenceCache:
+    """Errors (B, 1 + M') float32 by position. `clips` is 1 + M', the same in every group.
+
+    ValueError where the folder holds errors that depend on other settings, naming them. Call on every rank.
+    """
+
+    def __init__(self, config: Any, groups: GroupSet, clips: int, accelerator: Accelerator):
+        self.folder, device = Path(config.train.reference_cache), accelerator.device
+        self.record = np.dtype([("position", "<i8"), ("errors", "<f4", (clips,))])
+        path, own = self.folder / "settings.json", dependencies(config, groups, device)
+        if accelerator.is_main_process and not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(own, indent=1) + "\n")
+        accelerator.wait_for_everyone()
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if found != own:
+            keys = [key for key in own | found if found.get(key) != own.get(key)]
+            other = [f"{key}={found.get(key)} (here {own.get(key)})" for key in keys]
+            raise ValueError(
+                f"train.reference_cache={self.folder}: its errors were made with {', '.join(other)}: name another"
+                " folder"
+            )
+        self.known = self._read()
+        batch, whole = config.optim.batch_size, 0
+        while all(position in self.known for position in range(whole * batch, (whole + 1) * batch)):
+            whole += 1
+        self.until = batch * min(accelerator.gather(torch.tensor([whole], device=device)).tolist())
+        accelerator.print(f"reference cache: {self.until // batch} steps known, {self.folder}")
+        self.device, self.file = device, None
+
+    def _read(self) -> dict[int, np.ndarray]:
+        known = {}
+        for path in sorted(self.folder.glob("errors-*.bin")):
+            content = path.read_bytes()  # the last record of a run that was killed may be torn
+            records = np.frombuffer(content[: len(content) // self.record.itemsize * self.record.itemsize], self.record)
+            known |= dict(zip(records["position"].tolist(), records["errors"], strict=True))
+        return known
+
+    def read(self, positions: Tensor) -> Tensor | None:
+        """Errors (B, 1 + M') of these positions (B,); None where their step is not known to every rank."""
+        wanted = positions.tolist()
+        if max(wanted) >= self.until:
+            return None
+        return torch.from_numpy(np.stack([self.known[position] for position in wanted])).to(self.device)
+
+    def write(self, positions: Tensor, errors: Tensor) -> None:
+        records = np.empty(len(positions), self.record)
+        records["position"], records["errors"] = positions.cpu().numpy(), errors.cpu().numpy()
+        if self.file is None:
+            self.file = open(self.folder / f"errors-{uuid.uuid4().hex}.bin", "wb", buffering=0)
+        self.file.write(records.tobytes())

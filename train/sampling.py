@@ -7,15 +7,18 @@ Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FirstBlockCacheConfig, UniPCMultistepScheduler
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 from tqdm import tqdm
 
+from losses.flow_matching import interpolate
 from train.backbones.base import NEGATIVE_PROMPT, TRAIN_TIMESTEPS, Backbone, Conditioning
 from train.clips import VideoConfig
 
@@ -34,6 +37,9 @@ class SamplerConfig:
     guidance_low: float | None = None  # of the low-noise expert of two-expert families; null: `guidance`
     guided: list[float] = field(default_factory=lambda: [0.0, 1.0])  # guidance is applied at t in [first, second]
     shift: float = 5.0  # of the time grid, applied once
+    # First Block Cache of diffusers: a pass ends after the first block where that block changed its input by less than
+    # this share since the last whole pass, and takes the other blocks' change from there. 0: every pass is whole.
+    cache: float = 0.0
     negative_prompt: str = NEGATIVE_PROMPT  # what guidance steers away from; Wan's own, in Chinese
 
     def check(self, section: str = "sampler") -> None:
@@ -42,6 +48,8 @@ class SamplerConfig:
             raise ValueError(f"{section}.solver={self.solver!r}: must be one of {', '.join(SOLVERS)}")
         if len(self.guided) != 2 or not 0 <= self.guided[0] <= self.guided[1] <= 1:
             raise ValueError(f"{section}.guided={self.guided}: give two times in [0, 1], the lower first")
+        if not 0 <= self.cache < 1:
+            raise ValueError(f"{section}.cache={self.cache}: give 0 (every pass is whole) or a share such as 0.1")
         sigma_grid(self.steps, self.shift)
 
     def settings(self) -> dict[str, Any]:
@@ -51,6 +59,8 @@ class SamplerConfig:
             del found["solver"]
         if list(self.guided) == [0, 1]:
             del found["guided"]
+        if not self.cache:
+            del found["cache"]
         return found
 
     def guidance_at(self, backbone: Backbone, t: Tensor | float) -> float:
@@ -206,20 +216,46 @@ def sample(
     sampler: SamplerConfig,
     *,
     negative: Conditioning | None = None,
+    clean: Tensor | None = None,
+    start: float = 1.0,
     progress: bool = True,
 ) -> Tensor:
     """Latents (B, C, F, H, W) float32 of generated clips, from initial noise of that shape.
 
     conditioning: of B clips. negative: `sampler.negative_prompt` already encoded; without it the text encoder must be
-    loaded where a step is guided.
+    loaded where a step is guided. clean: clips (B, C, F, H, W) to begin from, noised to time `start` in (0, 1).
     """
-    if negative is None and is_guided(backbone, sampler):
+    if negative is None and is_guided(backbone, sampler, start):
         negative = Conditioning(backbone.encode_text([sampler.negative_prompt]))
-    stepper = Stepper(backbone, conditioning, sampler, negative)
+    stepper = Stepper(backbone, conditioning, sampler, negative, start=start)
     latents = stepper.start(noise)
-    for step in tqdm(range(sampler.steps), desc="sampling", unit="step", disable=not progress):
-        latents = stepper.after(latents, stepper.velocity(latents, step), step)
+    if clean is not None:
+        times = stepper.sigmas[:1].to(latents.device).expand(len(latents))
+        latents = stepper.start(interpolate(clean.to(latents.device, torch.float32), latents, times))
+    with residual_cache(backbone, sampler.cache) if sampler.cache else nullcontext():
+        for step in tqdm(range(sampler.steps), desc="sampling", unit="step", disable=not progress):
+            latents = stepper.after(latents, stepper.velocity(latents, step), step)
     return latents
+
+
+@contextmanager
+def residual_cache(backbone: Backbone, threshold: float) -> Iterator[None]:
+    """Inside, passes of one batch of clips, step after step, may end after the first block (`SamplerConfig.cache`).
+
+    ValueError for networks that have no such cache in diffusers.
+    """
+    for name, expert in backbone.experts.items():
+        if not isinstance(expert, CacheMixin):
+            raise ValueError(
+                f"cache={threshold:g}: the {name} network has no residual cache in diffusers; set cache to 0"
+            )
+    for expert in backbone.experts.values():
+        expert.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    try:
+        yield
+    finally:
+        for expert in backbone.experts.values():
+            expert.disable_cache()
 
 
 def sample_clips(
@@ -230,6 +266,8 @@ def sample_clips(
     sampler: SamplerConfig,
     *,
     negative: Conditioning | None = None,
+    clean: Tensor | None = None,
+    start: float = 1.0,
     progress: bool = True,
 ) -> Tensor:
     """One clip per seed, generated together: latents (B, C, F, H, W) float32, B = len(seeds), as `sample` makes them.
@@ -238,4 +276,6 @@ def sample_clips(
     """
     noise = initial_noise(backbone, video, seeds)
     conditioning = conditioning.expand(len(seeds))
-    return sample(backbone, conditioning, noise, sampler, negative=negative, progress=progress)
+    return sample(
+        backbone, conditioning, noise, sampler, negative=negative, clean=clean, start=start, progress=progress
+    )

@@ -17,7 +17,17 @@ from train.backbones.architecture import latent_shape, num_tokens
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig
-from train.sampling import SOLVERS, SamplerConfig, Stepper, grid, sample, sample_clips, sigma_grid
+from train.fused.inference import fuse
+from train.sampling import (
+    SOLVERS,
+    SamplerConfig,
+    Stepper,
+    grid,
+    residual_cache,
+    sample,
+    sample_clips,
+    sigma_grid,
+)
 
 LENGTH = 24  # text tokens
 PROMPTS = ["a red ball falls", "a cube &amp; a  ramp\n (fünf 球)"]
@@ -395,6 +405,7 @@ def test_guidance_is_applied_within_its_times(backbone_of):
         ({"solver": "heun"}, "sampler.solver='heun': must be one of euler, unipc, dpm"),
         ({"guided": [0.9, 0.1]}, r"sampler.guided=\[0.9, 0.1\]: give two times in \[0, 1\], the lower first"),
         ({"steps": 0}, "steps=0"),
+        ({"cache": -0.1}, "sampler.cache=-0.1: give 0"),
     ],
 )
 def test_a_sampler_that_cannot_work_is_named(wrong, said):
@@ -429,3 +440,57 @@ def test_conditioning_is_sliced_joined_and_moved():
     assert Conditioning.cat([Conditioning(text)] * 2).image is None
     with pytest.raises(ValueError, match="1 of 2 conditionings have an image"):
         Conditioning.cat([whole, Conditioning(text)])
+
+
+@pytest.mark.parametrize(("family", "fused"), [("wan21", False), ("wan21", True), ("wan22_t2v", False)])
+def test_a_residual_cache_ends_passes_after_the_first_block(folder_of, family, fused):
+    config = BackboneConfig(family=family, path=str(folder_of(family)), dtype="float32", text_length=LENGTH)
+    backbone = load_backbone(config, "cpu", parts=("transformer",))
+    if fused:
+        assert fuse(backbone, compiled=False) == ""
+    _, _, conditioning = random_inputs(backbone)
+    runs = []
+    for expert in backbone.experts.values():
+        for place in (1, -1):
+            forward = expert.blocks[place].forward
+            expert.blocks[place].forward = lambda *given, forward=forward, place=place, **more: (
+                runs.append(place),
+                forward(*given, **more),
+            )[1]
+
+    def clips(cache):
+        runs.clear()
+        sampler = SamplerConfig("euler", 8, 2.0, shift=3.0, cache=cache)
+        return sample_clips(
+            backbone, conditioning, [0, 1], VIDEO, sampler, negative=conditioning[:1], progress=False
+        ), len(runs)
+
+    whole, every = clips(0.0)
+    same, as_many = clips(1e-9)
+    assert torch.equal(same, whole) and as_many == every == 2 * 2 * 8
+    near, fewer = clips(0.9)
+    assert fewer < every / 2 and 0 < (near - whole).norm() < whole.norm()
+    again, _ = clips(0.9)  # nothing is left of the clips before
+    assert torch.equal(again, near) and torch.equal(clips(0.0)[0], whole)
+
+
+def test_a_network_without_a_residual_cache_is_named(backbone_of, monkeypatch):
+    backbone = backbone_of("wan21")
+    monkeypatch.setattr(backbone, "experts", {"transformer": torch.nn.Identity()})
+    with pytest.raises(ValueError, match="cache=0.1: the transformer network has no residual cache"):
+        with residual_cache(backbone, 0.1):
+            pass
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_clip_begins_from_a_noised_one(backbone_of, solver):
+    backbone = backbone_of("wan21")
+    clean, _, conditioning = random_inputs(backbone)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    sampler = SamplerConfig(solver, 1, 1.0, shift=3.0)
+    made = sample(backbone, conditioning, noise, sampler, clean=clean, start=0.8, progress=False)
+    told = {"euler": 0.8, "unipc": 0.799, "dpm++": 0.799}[solver]  # whole thousandths below
+    level = {"euler": 0.8, "unipc": 0.8, "dpm++": 0.8 * 0.999666}[solver]  # 3 u / (1 + 2 u) of u = 0.999
+    x = (1 - level) * clean + level * noise
+    expected = x - level * backbone.velocity(x, torch.full((2,), told), conditioning)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)

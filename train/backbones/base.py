@@ -11,6 +11,7 @@ Time t is in [0, 1] and 1 is noise; the network is fed 1000 t. The network predi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,6 +93,11 @@ class Conditioning:
         if with_image and len(with_image) != len(items):
             raise ValueError(f"{len(with_image)} of {len(items)} conditionings have an image: give all one, or none")
         return Conditioning(torch.cat([item.text for item in items]), torch.cat(with_image) if with_image else None)
+
+
+def _cached(expert: nn.Module, name: str) -> AbstractContextManager[None]:
+    """Around a pass of a network whose residual cache is on (`train.sampling.residual_cache`): which of a step's."""
+    return expert.cache_context(name) if getattr(expert, "is_cache_enabled", False) else nullcontext()
 
 
 class Backbone:
@@ -354,13 +360,15 @@ class Backbone:
         expert, scale = self.expert_serving(t), self.guidance_at(t, guidance, guidance_low)
         batch = latents.shape[0]
         times = t.expand(batch).to(latents.device)
-        velocity = self._network(expert, latents, times, conditioning)
+        with _cached(expert, "cond"):
+            velocity = self._network(expert, latents, times, conditioning)
         if scale == 1:
             return velocity
         if negative is None:
             raise ValueError(f"guidance={scale:g} at t={t:.3f} needs the encoded negative prompt")
         without = Conditioning(negative.to(self.device).expand(batch).text, conditioning.image)
-        negative_velocity = self._network(expert, latents, times, without)
+        with _cached(expert, "uncond"):
+            negative_velocity = self._network(expert, latents, times, without)
         return negative_velocity + scale * (velocity - negative_velocity)
 
     def expert_serving(self, t: Tensor | float) -> nn.Module:

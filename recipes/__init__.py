@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"
 CONTENT = "sections (name: {key: value})"  # of a recipe
-DEFAULT_PRESET = "paper"  # the recipe as it stands
+DEFAULT_PRESET = "recipe"  # as it stands
+BASES = {"released": "paper"}  # a preset that is laid over another one
 
 # Every section a recipe may hold. An entry point's Config names those that it reads.
 SECTIONS = {
@@ -59,6 +60,10 @@ MOVED: dict[str, str] = {
     "physics.targets": "targets",
     "physics.hidden_width": "the constant train.terms.physics.HIDDEN_WIDTH",
     "physics.pix_width": "the constant train.terms.physics.PIX_WIDTH",
+    "objective.w_fm": "objective.anchor, in units of the preference loss's slope, M beta (w_fm=200 at 4 x 50 is 1)",
+    "physics.w_pix": "physics.trajectory, in train/gdpo.py in units of the preference loss's slope, M beta",
+    "physics.w_sem": "physics.relational, in train/gdpo.py in units of the preference loss's slope, M beta",
+    "self_score.weight": "self_score.strength, in train/gdpo.py in units of the preference loss's slope, M beta",
     "optim.betas": "a constant, (0.9, 0.999),",
     "optim.eps": "a constant, 1e-8,",
     "train.max_nonfinite": "the constant train.loop.MAX_NONFINITE",
@@ -116,12 +121,13 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         layers.insert(0, (str(path), read_yaml(path, CONTENT)))
     objectives = [layer["objective"] for _, layer in reversed(layers) if isinstance(layer.get("objective"), dict)]
     preset = next((objective["preset"] for objective in objectives if "preset" in objective), DEFAULT_PRESET)
-    if preset != DEFAULT_PRESET and "objective" in _fields(config_class):
-        path = PRESETS / f"{preset}.yaml"
-        if not path.exists():
-            known = [DEFAULT_PRESET, *sorted(p.stem for p in PRESETS.glob("*.yaml"))]
+    if preset != DEFAULT_PRESET:
+        known = [DEFAULT_PRESET, *sorted(path.stem for path in PRESETS.glob("*.yaml"))]
+        if preset not in known:
             raise ValueError(f"objective.preset={preset!r} is not known; {suggest(preset, known)}")
-        layers.insert(len(layers) - 1, (str(path), read_yaml(path, CONTENT)))
+        for name_ in filter(None, (BASES.get(preset), preset)):
+            path = PRESETS / f"{name_}.yaml"
+            layers.insert(len(layers) - 1, (str(path), read_yaml(path, CONTENT)))
 
     fields = _fields(config_class)
     merged = _defaults(config_class)
@@ -135,7 +141,7 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
                 raise ValueError(f"{source}: unknown section {key!r}; {suggest(key, [*SECTIONS, *fields])}")
             elif source == "the command line" and MOVED.get(key) in fields:
                 raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
-            elif source == "the command line" and key != "recipe":
+            elif source == "the command line" and key != "recipe" and value != {"preset": preset}:
                 print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
         try:
             merged = OmegaConf.merge(merged, kept)

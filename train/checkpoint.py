@@ -219,8 +219,8 @@ def load_heads(path: Path, heads: nn.Module | None) -> None:
         said = [", ".join(f"{n} {shape}" for n, shape in one.items()) or "none" for one in shapes]
         raise ValueError(
             f"checkpoint {path} holds heads of physics terms: {said[0]}; this recipe has: {said[1]}. Restore"
-            " physics.w_pix, physics.w_sem and the widths that it was trained with, or choose another output folder to"
-            " train anew."
+            " physics.trajectory, physics.relational and the widths that it was trained with, or choose another output"
+            " folder to train anew."
         )
     with torch.no_grad():
         for name, weight in wanted.items():

@@ -14,15 +14,15 @@ the policy and psi the reference (the same network with its adapters switched of
 Either is a function of few flow errors, so its gradient is a sum of the errors' own gradients with scalar
 coefficients. With `train.pairs_per_pass=1` only one clip's activations live at a time, whatever M: `train.policy`.
 
-`objective.w_fm` adds the winner's own flow error, as supervised fine-tuning has it:
+`objective.anchor` adds the winner's own flow error, as supervised fine-tuning has it, and train/terms adds three terms,
+which read the winner's pass and share its backward:
 
-    loss += w_fm l_theta(w)
+    loss += S (anchor l_theta(w) + trajectory L_pix + relational L_sem + strength L_self)
 
-Preference losses alone raise the errors of losers AND winners, the losers' faster; this term keeps the winner's down.
-The paper has none (0 is the default). Nor has it the three terms of train/terms, off by default, which read the
-winner's pass and share its backward:
-
-    loss += w_pix L_pix + w_sem L_sem + w_self L_self
+S is the slope of the preference loss at a margin of 0, without alpha, gamma and the sigmoid's 1/2: M beta for eq. 13,
+beta for eq. 6. In this unit weights keep their meaning when beta, M or the loss change. Preference losses alone raise
+the errors of losers AND winners, the losers' faster; the anchor keeps the winner's down. The paper has none of the
+four (objective.preset=paper).
 
 Baselines from the same losses: objective.physics_guided=false is Flow-DPO, with objective.winner=generated
 VideoDPO-style; train/sft.py is LoRA-SFT. Deviations: `losses.flow_matching` (a mean for the paper's sum), and the
@@ -69,10 +69,13 @@ GUIDED = ("alpha_min", "k_alpha", "b_alpha", "k_gamma", "b_gamma", "lam", "score
 
 @dataclass
 class ObjectiveConfig:
-    preset: str = "paper"  # paper | released: the authors' code, which differs from their text (recipes/presets)
+    # recipe: as it stands | paper: PhyGDPO as printed | released: its authors' code, which differs (recipes/presets)
+    preset: str = "recipe"
     loss: str = "bound"  # bound: eq. 13, one sampled loser | plackett_luce: eq. 6, all losers
     beta: float = 1000.0  # multiplies a difference of MEAN squared errors; the knob to sweep
-    w_fm: float = 0.0  # weight of the winner's flow error, which anchors the policy to real clips; try beta's size
+    # Weight of the winner's flow error, which anchors the policy to real clips, in units of the preference loss's slope
+    # (`slope`). 1 by the sandbox's figures (eval/experiments/ablation); the paper has none.
+    anchor: float = 1.0
     physics_guided: bool = True  # alpha and gamma from the judge's scores (eq. 9); false: both 1
     alpha_min: float = 0.5  # eq. 9, and the next five
     k_alpha: float = 5.0
@@ -87,12 +90,12 @@ class ObjectiveConfig:
     winner: str = "real"  # real | generated: the best-scored loser (VideoDPO-style)
     noise: str = "shared"  # shared: winner and losers meet the same noise | independent
     # Eqs. 5 and 6 take t over the T steps of sampling, so a grid of shift 3 to 12, and the released code over one of
-    # shift 5; uniform with shift 1 is neither: half of its draws lie below 0.5, of the release's 17%. The recipes take
-    # logit_normal with shift 3, by the sandbox's figures.
-    timesteps: str = "uniform"  # uniform | logit_normal
+    # shift 5. On the sandbox uniform t with shift 1, of which half lies below 0.5, was 0.011 worse than these, paired,
+    # and uniform with shift 3 or 5 as good (eval/experiments/ablation/ablation_timesteps.json).
+    timesteps: str = "logit_normal"  # uniform | logit_normal
     logit_mean: float = 0.0  # of logit_normal
     logit_std: float = 1.0  # of logit_normal
-    timestep_shift: float = 1.0  # t <- s t / (1 + (s - 1) t), after the draw
+    timestep_shift: float = 3.0  # t <- s t / (1 + (s - 1) t), after the draw
     t_min: float = 0.0  # t is mapped linearly into [t_min, t_max]: an expert's share of [0, 1]
     t_max: float = 1.0
     reference_passes: ClassVar[int] = 1  # forward passes of the reference per clip
@@ -104,8 +107,8 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{key}={getattr(self, key)!r}: must be one of {', '.join(allowed)}")
         if not self.beta > 0:
             raise ValueError(f"objective.beta={self.beta}: must be positive; 1000 suits a mean squared error")
-        if not (self.w_fm >= 0 and math.isfinite(self.w_fm)):
-            raise ValueError(f"objective.w_fm={self.w_fm}: must be 0 (no anchor) or positive")
+        if not (self.anchor >= 0 and math.isfinite(self.anchor)):
+            raise ValueError(f"objective.anchor={self.anchor}: must be 0 (no anchor) or positive")
         if not 0 < self.alpha_min <= 1:
             raise ValueError(f"objective.alpha_min={self.alpha_min}: must lie in (0, 1] for inequality (7) to hold")
         if not 0 <= self.score_floor < 1:
@@ -194,6 +197,16 @@ def weigh(objective: ObjectiveConfig, errors: Tensor, batch: dict[str, Tensor]) 
     return errors * weight.view(-1, *[1] * (errors.dim() - 1))
 
 
+def slope(objective: ObjectiveConfig, group_size: Tensor) -> Tensor:
+    """The unit of the anchor and the terms, (B,), for groups of M = group_size (B,) losers: M beta, or beta for eq. 6
+    and without the factor M.
+
+    By hand: beta 50 and 4 losers give 200 for eq. 13, 50 for eq. 6.
+    """
+    counted = objective.loss == "bound" and objective.group_factor
+    return objective.beta * (group_size if counted else torch.ones_like(group_size))
+
+
 def preference_loss(
     config: Config, policy: Tensor, reference: Tensor, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,7 +214,7 @@ def preference_loss(
     without `objective.weighting`."""
     objective = config.objective
     policy, reference = (weigh(objective, errors, batch) for errors in (policy, reference))
-    anchor = objective.w_fm * policy[:, 0]
+    anchor = objective.anchor * slope(objective, batch["group_size"]) * policy[:, 0]
     if objective.loss == "plackett_luce":
         loss = plackett_luce(policy[:, 0], reference[:, 0], policy[:, 1:], reference[:, 1:], beta=objective.beta)
         return loss + anchor, {}
@@ -227,7 +240,7 @@ def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list
     errors, won, settled = policy_errors(policy, batch, features_at=block)
     terms, more = term_losses(config, policy, won, batch)
     loss, extra = preference_loss(config, errors, reference, batch)
-    loss = loss + terms
+    loss = loss + slope(config.objective, batch["group_size"]) * terms
     metrics = describe(config, loss.detach(), errors.detach(), reference) | extra | more
     return gradients(loss.mean(), policy, settled), metrics
 

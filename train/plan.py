@@ -68,10 +68,11 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
     block = feature_block(config.physics, layers)
     if block is not None:
-        terms = f"w_pix {config.physics.w_pix:g}, w_sem {config.physics.w_sem:g}, heads on block {block}"
+        weights = f"trajectory {config.physics.trajectory:g}, relational {config.physics.relational:g}"
+        terms = f"{weights}, heads on block {block}"
         lines.append(f"physics terms   {terms}, their learning rate {config.physics.head_lr:g}")
-    if config.self_score.weight > 0:
-        terms = f"weight {config.self_score.weight:g}, every {config.self_score.every} steps"
+    if config.self_score.strength > 0:
+        terms = f"strength {config.self_score.strength:g}, every {config.self_score.every} steps"
         lines.append(f"self-score      {terms}")
     try:
         groups = GroupSet(config.train.groups)

@@ -45,7 +45,9 @@ KEYS = {
 def dependencies(config: Any, groups: GroupSet, device: torch.device) -> dict[str, Any]:
     """What the reference's errors depend on, flat."""
     found = {f"{name}.{key}": asdict(getattr(config, name))[key] for name, keys in KEYS.items() for key in keys}
-    found["self_score"] = config.self_score.every if config.self_score.weight > 0 else 0  # its passes change the graphs
+    found["self_score"] = (
+        config.self_score.every if config.self_score.strength > 0 else 0
+    )  # its passes change the graphs
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     made = {"seed": config.seed, "groups": groups.digest, "backbone": groups.fingerprint}
     return found | made | {"device": name, "torch": torch.__version__}

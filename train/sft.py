@@ -4,9 +4,9 @@
 
 Reads the same preference groups as `train/gdpo.py` and trains on their winners alone:
 
-    loss = mean |v_theta(x_t, t) - (x_1 - x_0)|^2 + w_pix L_pix + w_sem L_sem + w_self L_self
+    loss = mean |v_theta(x_t, t) - (x_1 - x_0)|^2 + trajectory L_pix + relational L_sem + strength L_self
 
-The last three, off by default, are those of train/terms; with w_pix and w_sem this is PhysisForcing's eq. 13.
+The last three, off by default, are those of train/terms; with trajectory and relational this is PhysisForcing's eq. 13.
 """
 
 from dataclasses import dataclass, field
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(config)
         return
     shown = ("loss", "grad_norm", "tokens_per_second")
-    judged = config.self_score.weight > 0
+    judged = config.self_score.strength > 0
     fit(config, step=step, prepare=prepare, check_groups=lambda *_: None, shown=shown, keep_reference=judged)
 
 

@@ -23,7 +23,7 @@ CONFIGS = {
     "train.sft": sft.Config,
     "eval.run": eval_run.Config,
 }
-RECIPE = {"objective": {"beta": 50.0, "w_fm": 200.0}}
+RECIPE = {"objective": {"beta": 50.0}}
 ROWS = SUITES["preference"](RECIPE).rows
 PHYSICS = SUITES["physics"](RECIPE).rows
 # Physical scores of two clips by model and seed.
@@ -347,7 +347,10 @@ def test_the_precision_rows_differ_in_precision_alone():
 
 
 def test_the_timestep_rows_differ_in_where_t_is_drawn_and_one_is_the_recipe():
-    suite, objective = ablation_rows.timesteps({}), read_recipe(())["objective"]
+    suite, objective = (
+        ablation_rows.timesteps({}),
+        dataclasses.asdict(gdpo.ObjectiveConfig()) | read_recipe(())["objective"],
+    )
     drawn = {name: dict(pair.split("=") for pair in row.overrides) for name, row in suite.rows.items() if row.trainer}
     assert {tuple(pairs) for pairs in drawn.values()} == {("objective.timesteps", "objective.timestep_shift")}
     kind, shift = drawn[suite.middle].values()
@@ -358,11 +361,12 @@ def test_the_physics_rows_differ_in_their_terms_alone():
     def weights(name):
         return dict(pair.split("=") for pair in PHYSICS[name].overrides)
 
-    both = {"physics.w_pix": "10", "physics.w_sem": "1"}
-    own = {"self_score.weight": "10"} | dict(pair.split("=") for pair in ablation_rows.ASKED)
+    both = {"physics.trajectory": "10", "physics.relational": "1"}
+    own = {"self_score.strength": "10"} | dict(pair.split("=") for pair in ablation_rows.ASKED)
     assert weights("sft_both") == both and weights("sft_self") == own and weights("sft_all") == both | own
     assert weights("sft") == weights("gdpo") == {}
-    assert weights("gdpo_all") == {"physics.w_pix": "500", "physics.w_sem": "50"} | own | {"self_score.weight": "6000"}
+    all_three = {"physics.trajectory": "2.5", "physics.relational": "0.25", "self_score.strength": "30"}
+    assert weights("gdpo_all") == own | all_three
     assert PHYSICS["gdpo_all"].against == "gdpo" and PHYSICS["sft_both"].against == "sft"
     trained = [row for row in PHYSICS.values() if row.trainer]
     assert {row.groups for row in trained} == {"targets", "everywhere"}  # all rows train on the same clips

@@ -121,8 +121,8 @@ def test_groups_validation_and_benchmarks_of_a_recipe_agree_on_the_first_frame()
         assert not {"physics_iq", "pai_bench"} & set(shipped.get("benchmarks", []))  # they show an image
 
 
-def test_wan14b_holds_the_papers_values():
-    config = load("recipe=wan14b")
+def test_the_preset_paper_holds_the_papers_values():
+    config = load("recipe=wan14b", "objective.preset=paper")
     paper = {
         "video": {"height": 480, "width": 832, "num_frames": 81, "fps": 16.0},
         "lora": {
@@ -147,9 +147,12 @@ def test_wan14b_holds_the_papers_values():
             "weighting": "none",
             "winner": "real",
             "noise": "shared",
+            "anchor": 0.0,
             "t_min": 0.0,
             "t_max": 1.0,
         },
+        "physics": {"trajectory": 0.0, "relational": 0.0},
+        "self_score": {"strength": 0.0},
         "optim": {
             "steps": 10_000,
             "batch_size": 8,
@@ -170,7 +173,7 @@ def test_wan14b_holds_the_papers_values():
 @pytest.mark.parametrize(("name", "blocks", "block"), [("physisforcing_a14b", 40, 20), ("physisforcing_5b", 30, 15)])
 def test_physisforcing_holds_its_papers_values(name, blocks, block):
     config = recipes.load(sft.Config, [f"recipe={name}"])
-    assert config.physics.w_pix > 0 and config.physics.w_sem > 0 and config.physics.region_focus
+    assert config.physics.trajectory > 0 and config.physics.relational > 0 and config.physics.region_focus
     assert find_architecture(config.backbone)["transformer"]["num_layers"] == blocks
     assert feature_block(config.physics, blocks) == block
     assert (config.optim.steps, config.optim.batch_size) == (20_000, 128)
@@ -182,9 +185,8 @@ def test_physisforcing_holds_its_papers_values(name, blocks, block):
 
 
 def test_the_papers_values_are_the_defaults_too():
-    """So that a recipe that leaves a key out gets the paper's."""
+    """So that a recipe that leaves a key out gets the paper's, or, under the preset `recipe`, wan14b's."""
     defaults, recipe = load(), load("recipe=wan14b")
-    recipe.objective.timesteps, recipe.objective.timestep_shift = "uniform", 1.0  # the paper leaves the draw open
     assert (defaults.lora, defaults.objective, defaults.optim) == (recipe.lora, recipe.objective, recipe.optim)
 
 
@@ -216,10 +218,10 @@ def test_a_preset_named_in_a_recipe_is_applied_and_the_command_line_can_undo_it(
     assert undone.objective.lam == 0.1 and undone.optim.steps == 5
 
 
-def test_the_preset_reaches_every_trainer_but_no_other_command():
+def test_the_preset_reaches_every_command(capsys):
     assert recipes.load(sft.Config, ["recipe=wan14b", "objective.preset=released"]).optim.schedule == "constant"
     build = recipes.load(config_class("data_pipeline.build"), ["recipe=wan14b", "objective.preset=released"])
-    assert not hasattr(build, "objective")
+    assert not hasattr(build, "objective") and capsys.readouterr().err == ""
 
 
 def test_the_command_line_goes_over_the_recipe():

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import default_collate
 
 from losses.flow_matching import flow_error, interpolate
+from losses.preference import pairwise_bound
 from train import checkpoint, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
@@ -66,9 +67,10 @@ def by_the_equations(config, policy, sample):
         reference = errors()
     gained = errors() - reference
     brackets = gained[0] - gained[1:]  # (M,)
-    anchor = objective.w_fm * (gained[0] + reference[0])
+    anchor = objective.anchor * objective.beta * (gained[0] + reference[0])
     if objective.loss == "plackett_luce":
         return torch.log(1 + torch.exp(objective.beta * brackets).sum()) + anchor
+    anchor = anchor * float(sample["group_size"])
     difficulty = 1 - (float(sample["semantic"][0]) + float(sample["physical"][0])) / 2
     alpha = 0.5 + 0.5 * sigmoid(5 * (difficulty - 0.5)) if objective.physics_guided else 1.0
     gamma = (1 + 0.6 * sigmoid(2 * (difficulty - 0.4))) / 0.5 if objective.physics_guided else 1.0
@@ -126,17 +128,30 @@ def test_activation_checkpointing_changes_no_gradient(policy, configure):
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
+def test_the_slope_by_hand():
+    """beta 50 and 4 losers: 200, of which half is the loss's slope at a margin of 0; eq. 6 counts no M."""
+    losers = torch.tensor([4.0])
+    objective = gdpo.ObjectiveConfig(beta=50.0, alpha_min=0.5)
+    assert gdpo.slope(objective, losers).item() == 200
+    assert gdpo.slope(replace(objective, group_factor=False), losers).item() == 50
+    assert gdpo.slope(replace(objective, loss="plackett_luce"), losers).item() == 50
+    winner = torch.ones(1, requires_grad=True)
+    loss = pairwise_bound(winner, torch.ones(1), torch.ones(1), torch.ones(1), alpha=1, gamma=1, beta=50, group_size=4)
+    (found,) = torch.autograd.grad(loss.sum(), winner)
+    assert found.item() == pytest.approx(200 / 2)
+
+
 @pytest.mark.parametrize("loss", ["bound", "plackett_luce"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_anchor_adds_the_winners_error(policy, configure, loss, count):
-    config = configure(f"objective.loss={loss}", "objective.beta=10", "objective.w_fm=30")
+    config = configure(f"objective.loss={loss}", "objective.beta=10", "objective.anchor=0.75")
     chosen = samples(config, range(count))
     gradients, metrics = gdpo.step(config, policy, default_collate(chosen))
     expected = sum(by_the_equations(config, policy, sample) for sample in chosen) / count
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert distance(gradients, torch.autograd.grad(expected, policy.switch.parameters())) < 1e-5
-    with pytest.raises(ValueError, match="objective.w_fm=-1"):
-        gdpo.check(configure("objective.w_fm=-1"))
+    with pytest.raises(ValueError, match="objective.anchor=-1"):
+        gdpo.check(configure("objective.anchor=-1"))
 
 
 def test_full_parameters_have_a_copied_reference(configure):
@@ -322,15 +337,15 @@ def test_the_released_preset_draws_as_the_release(configure):
 @pytest.mark.parametrize("loss", ["bound", "plackett_luce"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_weighted_error_has_a_weighted_gradient(policy, configure, loss, count):
-    """In a group alone and in a batch, each at its own t: the bell (of shift 1) is a factor of beta and anchor."""
-    bare = configure(f"objective.loss={loss}", "objective.beta=10", "objective.w_fm=3")
-    config = configure(f"objective.loss={loss}", "objective.beta=10", "objective.w_fm=3", "objective.weighting=bell")
+    """In a group alone and in a batch, each at its own t: the bell (of shift 1) scales beta, so the anchor too."""
+    settings = (f"objective.loss={loss}", "objective.beta=10", "objective.anchor=0.3")
+    bare, config = configure(*settings), configure(*settings, "objective.weighting=bell")
     chosen, expected = samples(config, range(count)), 0
     grid = torch.arange(1, 1001).double() / 1000
     for sample in chosen:
         bell = [math.exp(-2 * (float(t) - 0.5) ** 2) - math.exp(-0.5) for t in (sample["t"], *grid)]
         weight = bell[0] / (sum(bell[1:]) / 1000)
-        objective = replace(bare.objective, beta=10 * weight, w_fm=3 * weight)
+        objective = replace(bare.objective, beta=10 * weight)
         expected = expected + by_the_equations(replace(bare, objective=objective), policy, sample) / count
     gradients, metrics = gdpo.step(config, policy, default_collate(chosen))
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -409,14 +424,14 @@ def quantile_distance(sample, cumulative):
 
 def test_time_distributions():
     limit = 1.63 / math.sqrt(4000) + 1 / 4000
-    uniform = draws(gdpo.ObjectiveConfig())
+    uniform = draws(gdpo.ObjectiveConfig(timesteps="uniform", timestep_shift=1.0))
     assert quantile_distance(uniform, lambda t: t) < limit
     normal = torch.distributions.Normal(0.4, 1.5)
-    logit = draws(gdpo.ObjectiveConfig(timesteps="logit_normal", logit_mean=0.4, logit_std=1.5))
+    logit = draws(gdpo.ObjectiveConfig(logit_mean=0.4, logit_std=1.5, timestep_shift=1.0))
     assert quantile_distance(logit, lambda t: normal.cdf(torch.logit(t.clamp(1e-12, 1 - 1e-12)))) < limit
-    shifted = draws(gdpo.ObjectiveConfig(timestep_shift=3.0))
+    shifted = draws(gdpo.ObjectiveConfig(timesteps="uniform"))
     assert torch.allclose(shifted, 3 * uniform / (1 + 2 * uniform), atol=1e-6)  # s = 3, t = .5 gives .75
-    expert = draws(gdpo.ObjectiveConfig(t_min=0.875, timestep_shift=3.0))
+    expert = draws(gdpo.ObjectiveConfig(timesteps="uniform", t_min=0.875))
     assert torch.allclose(expert, 0.875 + 0.125 * shifted, atol=1e-6)
     assert expert.min() >= 0.875 and expert.max() <= 1 and uniform.min() >= 0 and uniform.max() < 1
 

@@ -9,7 +9,7 @@ from train import sft
 from train.groups import GroupSet
 from train.tools import inspect_targets
 
-TERMS = ("physics.w_pix=1", "physics.w_sem=1")
+TERMS = ("physics.trajectory=1", "physics.relational=1")
 
 
 def size(path):

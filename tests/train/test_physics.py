@@ -16,7 +16,7 @@ from train.teachers.targets import TargetsConfig
 from train.terms import physics
 from train.terms.physics import PhysicsConfig, PhysicsHeads, physics_losses, sample_trilinear, target_tensors
 
-BOTH = PhysicsConfig(w_pix=1.0, w_sem=1.0, sem_width=24)
+BOTH = PhysicsConfig(trajectory=1.0, relational=1.0, sem_width=24)
 CONFIG = SimpleNamespace(physics=BOTH, targets=TargetsConfig())
 
 
@@ -54,7 +54,7 @@ def test_heads_are_those_of_the_terms_and_follow_the_seed():
     assert {name.split(".")[0] for name, _ in one.named_parameters()} == {"pix", "sem"}
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.pix[0].weight, other.pix[0].weight)
-    only = PhysicsHeads(PhysicsConfig(w_sem=0.5), 20, seed=0)
+    only = PhysicsHeads(PhysicsConfig(relational=0.5), 20, seed=0)
     assert [name for name, _ in only.named_children()] == ["sem"]
 
 
@@ -72,11 +72,11 @@ def test_a_head_reads_any_scale_and_dtype():
 
 def test_the_default_block_is_the_middle():
     assert physics.feature_block(BOTH, 40) == 20 and physics.feature_block(BOTH, 30) == 15
-    assert physics.feature_block(PhysicsConfig(w_pix=1, block=7), 30) == 7
+    assert physics.feature_block(PhysicsConfig(trajectory=1, block=7), 30) == 7
     assert physics.feature_block(PhysicsConfig(), 30) is None
     for block in (30, -2):
         with pytest.raises(ValueError, match=f"physics.block={block} is no block of this network: use 0 to 29"):
-            physics.feature_block(PhysicsConfig(w_pix=1, block=block), 30)
+            physics.feature_block(PhysicsConfig(trajectory=1, block=block), 30)
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
@@ -91,12 +91,12 @@ def test_targets_take_the_frames_of_the_latents_and_are_padded():
     assert torch.equal(tensors["keep"], extra["keep"]) and not extra["keep"].all()
     assert tensors["relation_valid"].sum() == count and tensors["relation_tokens"].shape == (512, 24)
     assert torch.equal(tensors["relation_tokens"][:count], extra["relation_tokens"])
-    everywhere = target_tensors(PhysicsConfig(w_pix=1.0, region_focus=False), extra, num_frames=5, max_tokens=512)
+    everywhere = target_tensors(PhysicsConfig(trajectory=1.0, region_focus=False), extra, num_frames=5, max_tokens=512)
     assert everywhere["keep"].all() and "relation_tokens" not in everywhere
     with pytest.raises(ValueError, match="tracks over 17 video frames do not fit 6 latent frames"):
         target_tensors(BOTH, extra, num_frames=6, max_tokens=512)
     with pytest.raises(ValueError, match=f"a group has {count} relation tokens: set targets.max_tokens={count}"):
-        target_tensors(PhysicsConfig(w_sem=1.0), extra, num_frames=5, max_tokens=2)
+        target_tensors(PhysicsConfig(relational=1.0), extra, num_frames=5, max_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_losses_are_the_two_terms_of_each_clip_and_padding_does_not_count():
     features, heads = normal(2, 20, 5, 6, 4), PhysicsHeads(BOTH, 20, seed=0)
     extras = [random_targets(5, seed=seed) for seed in (0, 1)]
     batch = batch_of(BOTH, *extras)
-    config = PhysicsConfig(w_pix=2.0, w_sem=3.0)
+    config = PhysicsConfig(trajectory=2.0, relational=3.0)
     loss, metrics = physics_losses(config, heads, features, batch)
     for clip, extra in enumerate(extras):
         tokens = features[clip].permute(1, 2, 3, 0)  # (F,H,W,D)
@@ -166,12 +166,12 @@ def settings(winner="real", **physics):
 
 
 def test_settings_and_groups_that_cannot_work():
-    with pytest.raises(ValueError, match="physics.w_pix=-1: must be 0"):
-        physics.check(settings(w_pix=-1))
+    with pytest.raises(ValueError, match="physics.trajectory=-1: must be 0"):
+        physics.check(settings(trajectory=-1))
     with pytest.raises(ValueError, match="objective.winner=generated has no physics targets"):
-        physics.check(settings(w_pix=1, winner="generated"))
+        physics.check(settings(trajectory=1, winner="generated"))
     with pytest.raises(ValueError, match="physics.head_lr=0"):
-        physics.check(settings(w_sem=1, head_lr=0))
+        physics.check(settings(relational=1, head_lr=0))
     physics.check(settings(winner="generated"))
 
 
@@ -223,7 +223,7 @@ def train_heads(config, features, batch, steps):
 
 
 def test_the_trajectory_term_alone_finds_the_moving_pattern():
-    config = PhysicsConfig(w_pix=1.0)
+    config = PhysicsConfig(trajectory=1.0)
     features, batch = moving_noise(), batch_of(config, moving_points())
     queries = batch["tracks"][:, 0]
     before, _ = distance_in_cells(
@@ -237,7 +237,7 @@ def test_the_trajectory_term_alone_finds_the_moving_pattern():
 @pytest.mark.parametrize("swap", ["x and y", "frame order", "rows and columns"])
 def test_what_the_toy_would_notice(swap):
     """With the pattern fitted by the same heads, every swap is a cell or more away."""
-    config = PhysicsConfig(w_pix=1.0)
+    config = PhysicsConfig(trajectory=1.0)
     features, batch = moving_noise(), batch_of(config, moving_points())
     heads, _ = train_heads(config, features, batch, 150)
     tracks = batch["tracks"]
@@ -256,7 +256,7 @@ def test_the_features_themselves_can_follow(monkeypatch):
     """The term's gradient reaches the features: with the heads fixed, noise without any motion learns the tracks."""
     monkeypatch.setattr(physics, "HIDDEN_WIDTH", 64)
     monkeypatch.setattr(physics, "PIX_WIDTH", 32)
-    config = PhysicsConfig(w_pix=1.0)
+    config = PhysicsConfig(trajectory=1.0)
     batch, heads = batch_of(config, moving_points()), PhysicsHeads(config, WIDTH, seed=0)
     features = normal(1, WIDTH, FRAMES, ROWS, COLUMNS, seed=9).requires_grad_()
     optimizer = torch.optim.Adam([features], lr=0.05)
@@ -271,7 +271,7 @@ def test_the_features_themselves_can_follow(monkeypatch):
 def test_the_relation_term_alone_aligns_the_matrices():
     """A teacher on another grid, whose tokens are a random function of the student's: aligned from 0.5 to below 0.05;
     with indices in the wrong order (columns for rows) they are not."""
-    config = PhysicsConfig(w_sem=1.0, sem_width=32)
+    config = PhysicsConfig(relational=1.0, sem_width=32)
     features, grid = moving_noise(), (3, 4, 5)
     whole = F.interpolate(features, size=grid, mode="trilinear")[0].flatten(1).T  # (60,D)
     teacher = torch.tanh(whole @ normal(WIDTH, 24, seed=6))

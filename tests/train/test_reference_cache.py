@@ -26,13 +26,13 @@ def passes(monkeypatch):
 @pytest.mark.parametrize(
     "more",
     [
-        ("objective.loss=bound", "self_score.weight=3", "self_score.every=2"),
+        ("objective.loss=bound", "self_score.strength=3", "self_score.every=2"),
         ("objective.loss=plackett_luce",),
         ("objective.loss=bound", "train.pairs_per_pass=2", "optim.batch_size=4"),
     ],
 )
 def test_a_later_run_is_the_same_to_the_bit_without_the_references_passes(tiny, tmp_path, passes, more):
-    other = (*STEPS, *more, "objective.beta=300", "objective.w_fm=7", "optim.lr=1e-4", "lora.rank=2")
+    other = (*STEPS, *more, "objective.beta=300", "objective.anchor=7", "optim.lr=1e-4", "lora.rank=2")
     tiny.train(tmp_path / "plain", *other)
     plain = len(passes)
     cache = f"train.reference_cache={tmp_path / 'cache'}"

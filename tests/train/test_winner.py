@@ -27,8 +27,8 @@ from train.policy import Policy
 from train.teachers import TRACKERS
 from train.terms.physics import build_heads, physics_losses
 
-PHYSICS = ("physics.w_pix=2", "physics.w_sem=0.5", "targets.max_tokens=12")
-SELF = ("self_score.weight=3", "self_score.every=2")
+PHYSICS = ("physics.trajectory=2", "physics.relational=0.5", "targets.max_tokens=12")
+SELF = ("self_score.strength=3", "self_score.every=2")
 MILD = ("objective.beta=10", "objective.t_min=0.5")  # no rounding inside the exponential; noise that counts
 
 
@@ -65,7 +65,7 @@ def by_the_equations(config, policy, sample):
     block = len(policy.backbone.blocks) // 2
     velocity, features = policy.backbone.velocity(x_t, t, conditioning, features_at=block)
     total = physics_losses(config.physics, policy.heads, features, batch)[0].sum() if policy.heads else 0
-    if config.self_score.weight and "score_t" in batch:
+    if config.self_score.strength and "score_t" in batch:
         level, own_noise, winner = batch["score_t"], batch["score_noise"], batch["winner"].float()
         mask = motion_mask(winner) if config.self_score.motion_mask else torch.ones_like(winner[:, 0])
 
@@ -77,7 +77,7 @@ def by_the_equations(config, policy, sample):
 
         hinge = (score(x_t - t * velocity) - score(winner).detach()).relu()
         assert hinge > 0  # or nothing is tested
-        total = total + config.self_score.weight * hinge
+        total = total + config.self_score.strength * hinge
     return total
 
 
@@ -102,7 +102,8 @@ def test_terms_add_their_own_gradient_clip_by_clip_and_batched(configure, entry,
         undue = [{name: value for name, value in sample.items() if name != "score_t"} for sample in chosen]
         plain, less = entry.step(bare, Policy(policy.backbone, policy.switch), default_collate(undue))
         plain = plain + [torch.zeros_like(weight) for weight in policy.head_parameters()]
-        added = sum(by_the_equations(config, policy, sample) for sample in chosen) / len(chosen)
+        unit = config.objective.beta * float(chosen[0]["group_size"]) if entry is gdpo else 1
+        added = unit * sum(by_the_equations(config, policy, sample) for sample in chosen) / len(chosen)
         expected = torch.autograd.grad(added, policy.parameters(), allow_unused=True)  # blocks behind the features
         weights = policy.parameters()
         expected = [torch.zeros_like(w) if g is None else g for g, w in zip(expected, weights, strict=True)]
@@ -203,7 +204,7 @@ def test_a_prediction_that_is_natural_enough_costs_nothing(configure):
 
 
 def test_due_steps_follow_from_the_position(configure):
-    config = configure("self_score.weight=1", "self_score.every=3", "optim.batch_size=4")
+    config = configure("self_score.strength=1", "self_score.every=3", "optim.batch_size=4")
     due = [("score_t" in sample) for sample in samples(config, range(32))]
     assert due == [position // 4 % 3 == 0 for position in range(32)]
     levels = torch.stack([sample["score_t"] for sample in samples(config, range(4))])
@@ -242,9 +243,9 @@ def test_reference_and_policy_see_a_clip_through_the_same_graphs(configure):
 
 @pytest.mark.parametrize("entry", [gdpo, sft])
 def test_weights_of_zero_train_bit_for_bit_as_without_targets(tiny, tiny_targets, tmp_path, entry):
-    zeros = ("physics.w_pix=0", "physics.w_sem=0", "self_score.weight=0", "optim.steps=3", "physics.block=99")
+    zeros = ("physics.trajectory=0", "physics.relational=0", "self_score.strength=0", "physics.block=99")
     tiny.train(tmp_path / "without", "optim.steps=3", entry=entry)
-    tiny_targets.train(tmp_path / "zero", *zeros, entry=entry)
+    tiny_targets.train(tmp_path / "zero", *zeros, "optim.steps=3", entry=entry)
     assert tiny.metrics(tmp_path / "without") == tiny.metrics(tmp_path / "zero")
     one, other = (
         tiny.weights(checkpoint.latest(tmp_path / at / "train" / "checkpoints")) for at in ("without", "zero")
@@ -325,7 +326,7 @@ def test_heads_of_another_run_are_refused(tiny_targets, tmp_path):
         tiny_targets.train(tmp_path / "with", *run, more, entry=sft)
     with pytest.raises(ValueError, match="holds heads of physics terms: none; this recipe has: pix.0.weight"):
         tiny_targets.train(tmp_path / "without", *PHYSICS, *run, more, entry=sft)
-    with pytest.raises(ValueError, match="Restore physics.w_pix"):
+    with pytest.raises(ValueError, match="Restore physics.trajectory"):
         tiny_targets.train(tmp_path / "with", *PHYSICS, *run, more, "physics.sem_width=7", entry=sft)
     with pytest.raises(ValueError, match="optim.batch_size=3 does not divide the 4 groups seen"):
         tiny_targets.train(tmp_path / "without", *SELF, *run, more, "optim.batch_size=3", entry=sft)
@@ -334,16 +335,16 @@ def test_heads_of_another_run_are_refused(tiny_targets, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("physics.w_pix=1",), "lack tracks, visible, keep .*targets.tracks.*physics.on_the_fly=true"),
-        (("physics.w_sem=1",), "lack relation_tokens"),
-        (("physics.w_pix=nan",), "physics.w_pix=nan"),
-        (("physics.w_pix=1", "objective.winner=generated"), "objective.winner=generated has no physics targets"),
-        (("physics.w_pix=1", "physics.on_the_fly=true"), "needs targets.tracks"),
+        (("physics.trajectory=1",), "lack tracks, visible, keep .*targets.tracks.*physics.on_the_fly=true"),
+        (("physics.relational=1",), "lack relation_tokens"),
+        (("physics.trajectory=nan",), "physics.trajectory=nan"),
+        (("physics.trajectory=1", "objective.winner=generated"), "objective.winner=generated has no physics targets"),
+        (("physics.trajectory=1", "physics.on_the_fly=true"), "needs targets.tracks"),
         (
-            ("physics.w_sem=1", "physics.on_the_fly=true", "targets.tracks=lucas_kanade"),
+            ("physics.relational=1", "physics.on_the_fly=true", "targets.tracks=lucas_kanade"),
             "needs targets.relation",
         ),
-        (("self_score.weight=-1",), "self_score.weight=-1"),
+        (("self_score.strength=-1",), "self_score.strength=-1"),
         (("self_score.every=0",), "self_score.every=0"),
         (("self_score.t_min=0.95",), "self_score.t_min=0.95, t_max=0.9"),
     ],
@@ -382,7 +383,7 @@ def test_targets_are_made_while_training(tiny, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(TRACKERS["lucas_kanade"], "check", lambda config: None)
     monkeypatch.setattr(TRACKERS["lucas_kanade"], "build", lambda config, device: track)
-    run = ("physics.w_pix=1", "physics.on_the_fly=true", "targets.tracks=lucas_kanade", "optim.steps=2")
+    run = ("physics.trajectory=1", "physics.on_the_fly=true", "targets.tracks=lucas_kanade", "optim.steps=2")
     tiny.train(tmp_path, *run, "targets.grid=9", "train.pairs_per_pass=2", "targets.rule=all", entry=sft)
     printed = capsys.readouterr().out
     assert printed.count("physics.on_the_fly: the groups hold no targets; making them took") == 1
@@ -442,7 +443,7 @@ def test_a_frame_that_the_image_holds_is_neither_an_error_nor_judged(knowing, t,
     policy, batch = knowing
     batch["t"] = torch.tensor([t])
     batch |= {"condition": batch["winner"][:, :, :1]} if image else {}
-    own = ("self_score.weight=1", f"self_score.motion_mask={masked}")
+    own = ("self_score.strength=1", f"self_score.motion_mask={masked}")
     gradients, metrics = sft.step(recipes.load(sft.Config, list(own)), policy, batch)
     assert metrics["flow"].item() == pytest.approx((OFF / t) ** 2, rel=1e-3)
     assert metrics["self"].item() == pytest.approx((OFF / LEVEL) ** 2, rel=1e-3)  # 0.017778

@@ -26,8 +26,8 @@ from train.lora_switch import LoraSwitch
 from train.policy import Policy
 from train.terms.physics import build_heads
 
-TERMS = ("physics.w_pix=2", "physics.w_sem=0.5", "self_score.weight=3", "self_score.every=2")
-NO_TERMS = ("physics.w_pix=0", "physics.w_sem=0", "self_score.weight=0")
+TERMS = ("physics.trajectory=2", "physics.relational=0.5", "self_score.strength=3", "self_score.every=2")
+NO_TERMS = ("physics.trajectory=0", "physics.relational=0", "self_score.strength=0")
 OBJECTIVES = {
     "bound": ("objective.loss=bound", "objective.beta=10", *NO_TERMS),
     "plackett_luce": ("objective.loss=plackett_luce", "objective.beta=10", *NO_TERMS),

@@ -1,4 +1,7 @@
-"""Terms that read the policy's pass over the winner: L += w_pix L_pix + w_sem L_sem + w_self L_self."""
+"""Terms that read the policy's pass over the winner: L += S (trajectory L_pix + relational L_sem + strength L_self).
+
+S is the preference loss's slope (`train.gdpo.slope`), and 1 in supervised training, whose flow error has that slope.
+"""
 
 from train.terms import physics, self_score
 from train.terms.contract import Term

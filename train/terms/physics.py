@@ -1,6 +1,6 @@
 """PhysisForcing's two terms on the features of a middle block (its sections 3.2-3.4, eq. 13):
 
-    L += w_pix L_pix + w_sem L_sem         `losses.trajectory`, eqs. 5-8, and `losses.relational`, eqs. 9-12
+    L += S (trajectory L_pix + relational L_sem)     `losses.trajectory`, eqs. 5-8, and `losses.relational`, eqs. 9-12
 
 The features F (B,D,F',H',W') come from the policy's own pass over the winner. Each term has a head of its own, a
 two-layer SiLU MLP on single tokens (hidden width 512), trained beside the adapters and left out of the exported LoRA:
@@ -42,15 +42,17 @@ HIDDEN_WIDTH = 512  # of both heads
 PIX_WIDTH = 128  # of the trajectory head's output
 FRAMES_PER_LATENT = 4  # video frames a latent frame after the first, of every Wan VAE
 KEYS = {  # of `Group.extra`, by the weight that needs them
-    "w_pix": ("tracks", "visible", "keep"),
-    "w_sem": ("relation_tokens", "relation_indices", "relation_grid"),
+    "trajectory": ("tracks", "visible", "keep"),
+    "relational": ("relation_tokens", "relation_indices", "relation_grid"),
 }
 
 
 @dataclass
 class PhysicsConfig:
-    w_pix: float = 0.0  # weight of the trajectory term, in squared frame sides; 0: no such term, nor its head
-    w_sem: float = 0.0  # weight of the relational term, in cosines; 0: no such term, nor its head
+    # Weights in units of the preference loss's slope (`train.gdpo.slope`), in supervised training of the flow error; 0:
+    # no such term, nor its head.
+    trajectory: float = 0.0  # of the trajectory term, in squared frame sides
+    relational: float = 0.0  # of the relational term, in cosines
     # Whose output is read, counted from 0; -1: the middle, 20 of 14B's 40 and 15 of 5B's 30. The paper names layers 20
     # and 15 and does not say from where it counts: from 1, they are blocks 19 and 14 here.
     block: int = -1
@@ -63,7 +65,7 @@ class PhysicsConfig:
 
     @property
     def enabled(self) -> bool:
-        return self.w_pix > 0 or self.w_sem > 0
+        return self.trajectory > 0 or self.relational > 0
 
 
 def feature_block(config: PhysicsConfig, num_blocks: int) -> int | None:
@@ -85,7 +87,7 @@ class PhysicsHeads(nn.Module):
     def __init__(self, config: PhysicsConfig, width: int, *, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        outputs = {"pix": (config.w_pix, PIX_WIDTH), "sem": (config.w_sem, config.sem_width)}
+        outputs = {"pix": (config.trajectory, PIX_WIDTH), "sem": (config.relational, config.sem_width)}
         for name, (weight, output) in outputs.items():
             if weight > 0:
                 first, last = nn.Linear(width, HIDDEN_WIDTH), nn.Linear(HIDDEN_WIDTH, output)
@@ -122,19 +124,19 @@ def loss(
 def physics_losses(
     config: PhysicsConfig, heads: PhysicsHeads, features: Tensor, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """w_pix L_pix + w_sem L_sem of every clip, (B,) float32, and metrics. features (B,D,F',H',W'); batch holds the
-    tensors of `target_tensors`, stacked."""
+    """trajectory L_pix + relational L_sem of every clip, (B,) float32, and metrics. features (B,D,F',H',W'); batch
+    holds the tensors of `target_tensors`, stacked."""
     total, metrics = torch.zeros(len(features), device=features.device), {}
-    if config.w_pix > 0:
+    if config.trajectory > 0:
         tracks, keep = batch["tracks"], batch["keep"]
         predicted = student_tracks(heads, features, tracks[:, 0])
         loss = trajectory_loss(predicted, tracks, keep, batch["visible"])
-        total = total + config.w_pix * loss
+        total = total + config.trajectory * loss
         metrics |= {"pix": loss.detach().mean(), "kept": keep.float().mean()}
-    if config.w_sem > 0:
+    if config.relational > 0:
         student = student_tokens(heads, features, batch["relation_grid"], batch["relation_indices"])
         loss = relational_loss(student, batch["relation_tokens"], batch["relation_valid"])
-        total = total + config.w_sem * loss
+        total = total + config.relational * loss
         metrics |= {"sem": loss.detach().mean(), "relation_tokens": batch["relation_valid"].sum(1).float().mean()}
     return total, metrics
 
@@ -193,7 +195,7 @@ def target_tensors(
     are not as `train.teachers.targets` makes them, tracks of another length, or more tokens than that.
     """
     tensors = {}
-    if config.w_pix > 0:
+    if config.trajectory > 0:
         shape = extra["tracks"].shape[:2]  # (T,N)
         _check_target(extra, "tracks", (*shape, 2), torch.uint16)
         _check_target(extra, "visible", shape, torch.bool)
@@ -205,7 +207,7 @@ def target_tensors(
             )
         keep = extra["keep"] if config.region_focus else torch.ones_like(extra["keep"])
         tensors |= {"tracks": unpack(tracks), "visible": visible, "keep": keep}
-    if config.w_sem > 0:
+    if config.relational > 0:
         indices, grid = extra["relation_indices"], extra["relation_grid"]
         _check_target(extra, "relation_indices", (indices.numel(),), torch.int32)
         _check_target(extra, "relation_grid", (3,), torch.int32)
@@ -250,15 +252,15 @@ def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str
 
 AGAIN = "build the targets again (pipeline.stage=targets..encode)"
 REMEDY = (
-    "the physics terms need them. Build the groups with targets.tracks (and targets.relation for w_sem), or set"
-    " physics.on_the_fly=true with them, or physics.w_pix=0 physics.w_sem=0"
+    "the physics terms need them. Build the groups with targets.tracks (and targets.relation for relational), or set"
+    " physics.on_the_fly=true with them, or physics.trajectory=0 physics.relational=0"
 )
 
 
 def check(config: Any) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     physics = config.physics
-    for name in ("w_pix", "w_sem"):
+    for name in ("trajectory", "relational"):
         value = getattr(physics, name)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"physics.{name}={value}: must be 0 (no such term) or positive")
@@ -271,7 +273,7 @@ def check(config: Any) -> None:
     if config.objective.winner == "generated":
         raise ValueError(
             "objective.winner=generated has no physics targets, which describe real clips: use objective.winner=real,"
-            " or physics.w_pix=0 physics.w_sem=0"
+            " or physics.trajectory=0 physics.relational=0"
         )
 
 
@@ -293,6 +295,6 @@ def lacks_targets(config: Any) -> bool:
         )
     if not targets.tracks:
         raise ValueError("physics.on_the_fly=true needs targets.tracks: set lucas_kanade or cotracker")
-    if physics.w_sem > 0 and not targets.relation:
-        raise ValueError("physics.on_the_fly=true with physics.w_sem needs targets.relation: set vjepa2")
+    if physics.relational > 0 and not targets.relation:
+        raise ValueError("physics.on_the_fly=true with physics.relational needs targets.relation: set vjepa2")
     return True

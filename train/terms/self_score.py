@@ -5,7 +5,7 @@ term is positive where the prediction scores worse than the winner itself:
 
     z_0 = x_t - t v_theta(x_t)                            from the policy's own pass over the noisy winner
     S(z) = |v_psi((1 - s) z + s n, s) - (n - z)|^2        in the winner's motion mask; one drawn s and n for both
-    L   += weight max(0, S(z_0) - S(winner))              every k steps
+    L   += strength max(0, S(z_0) - S(winner))            every k steps, in units of `train.gdpo.slope`
 
 psi is the switched-off reference: it judges and receives no gradient. Nor does a prediction that is natural enough. The
 gradient reaches the policy through z_0 alone, and is taken right after the judge's pass, inside its context: its
@@ -37,7 +37,9 @@ from train.policy import Policy, Prediction
 
 @dataclass
 class SelfScoreConfig:
-    weight: float = 0.0  # of the hinge, in mean squared velocity; 0: no such term
+    # Weight of the hinge, in mean squared velocity, in units of the preference loss's slope (`train.gdpo.slope`), in
+    # supervised training of the flow error; 0: no such term.
+    strength: float = 0.0
     every: int = 4  # k: the term is on in steps 0, k, 2 k ...
     t_min: float = 0.6  # the level s is drawn uniformly from [t_min, t_max]
     t_max: float = 0.9
@@ -47,8 +49,8 @@ class SelfScoreConfig:
 def check(config: Any) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     config = config.self_score
-    if not (config.weight >= 0 and math.isfinite(config.weight)):
-        raise ValueError(f"self_score.weight={config.weight}: must be 0 (no such term) or positive")
+    if not (config.strength >= 0 and math.isfinite(config.strength)):
+        raise ValueError(f"self_score.strength={config.strength}: must be 0 (no such term) or positive")
     if config.every < 1:
         raise ValueError(f"self_score.every={config.every}: must be at least 1")
     if not 0 < config.t_min <= config.t_max < 1:
@@ -57,17 +59,17 @@ def check(config: Any) -> None:
 
 def check_resume(config: SelfScoreConfig, *, samples_seen: int, batch_size: int) -> None:
     """ValueError where a resumed run's steps would not begin at a multiple of the batch: ranks would disagree."""
-    if config.weight > 0 and samples_seen % batch_size:
+    if config.strength > 0 and samples_seen % batch_size:
         raise ValueError(
             f"optim.batch_size={batch_size} does not divide the {samples_seen} groups seen so far, by which"
-            " self_score.every counts: use the batch size that the run began with, or self_score.weight=0"
+            " self_score.every counts: use the batch size that the run began with, or self_score.strength=0"
         )
 
 
 def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
     """score_t () and score_noise (C,F,H,W); empty where the step of the sample is not due."""
     own = config.self_score
-    if own.weight == 0 or sample.position // config.optim.batch_size % own.every:
+    if own.strength == 0 or sample.position // config.optim.batch_size % own.every:
         return {}
     level = own.t_min + (own.t_max - own.t_min) * torch.rand((), generator=generator)
     return {"score_t": level, "score_noise": torch.randn(sample.group.winner.shape, generator=generator)}
@@ -99,5 +101,5 @@ def loss(
         (direction,) = torch.autograd.grad(hinge.sum(), judged)
     # Its value is the hinge and its gradient the hinge's, of which the judge's graph is already gone.
     along = (direction * predicted).flatten(1).sum(dim=1)
-    total = config.self_score.weight * (hinge.detach() + along - along.detach())
+    total = config.self_score.strength * (hinge.detach() + along - along.detach())
     return total, {"self": hinge.detach().mean(), "self_score": scores.detach().mean(), "self_winner": own.mean()}

@@ -132,7 +132,7 @@ def ours(
     config = replace(
         config,
         objective=replace(config.objective, loss=loss),
-        physics=replace(config.physics, w_pix=weight, w_sem=weight),
+        physics=replace(config.physics, trajectory=weight, relational=weight),
         self_score=replace(config.self_score, weight=1.0 if self_score else 0.0),
     )
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
@@ -156,7 +156,7 @@ def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str
 
 def copied(config: Config, backbone: Backbone) -> dict[str, float]:
     """Full fine-tuning with a copied reference: the same step and losses, without terms."""
-    config = replace(config, physics=replace(config.physics, w_pix=0.0, w_sem=0.0))
+    config = replace(config, physics=replace(config.physics, trajectory=0.0, relational=0.0))
     config = replace(config, self_score=replace(config.self_score, weight=0.0))
     reference = load_backbone(config.backbone, backbone.device, parts=("expert",)).transformer
     switch = CopiedReference(backbone, reference)

@@ -85,9 +85,9 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
     x_t = interpolate(clean, noise, t)
     _, features = backbone.velocity(x_t, t, Conditioning(text, condition), features_at=block)
     made = {}
-    if config.physics.w_pix > 0:
+    if config.physics.trajectory > 0:
         made["tracks"] = student_tracks(heads, features, targets["tracks"][:, 0])[0].cpu()
-    if config.physics.w_sem > 0:
+    if config.physics.relational > 0:
         tokens = student_tokens(heads, features, targets["relation_grid"], targets["relation_indices"])
         made["tokens"] = tokens[0, targets["relation_valid"][0]].cpu()
     return made

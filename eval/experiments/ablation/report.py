@@ -78,7 +78,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
         middle = {results["defaults"][key]: gains[results["middle"]]} if results["middle"] in gains else {}
         shown = sorted({**points, **middle}.items())
-        if key in ("beta", "w_pix", "w_sem"):
+        if key in ("beta", "trajectory", "relational"):
             panel.set_xscale("log")
         panel.plot([value for value, _ in shown], [gain["mean"] for _, gain in shown], color=BLUE, linewidth=1)
         _points(panel, [(gain, value, value in middle) for value, gain in shown], horizontal=False)

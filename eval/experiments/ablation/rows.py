@@ -86,7 +86,7 @@ class Suite:
 
 
 # Without the anchor the recipe's learning rate ruins the model; these rows get one that does not.
-GENTLE = ("objective.w_fm=0", "optim.lr=1e-4", "optim.lr_end=1e-5")
+GENTLE = ("objective.anchor=0", "optim.lr=1e-4", "optim.lr_end=1e-5")
 PLAIN = ("objective.physics_guided=false", *GENTLE)
 METHODS = (
     Row("base", "base model", "", (), (("2c", "Baseline"), ("2b", "Baseline"))),
@@ -111,13 +111,8 @@ METHODS = (
     Row("gdpo", "PhyGDPO (recipe)", "train.gdpo", (), (("2c", "PhyGDPO"), ("2b", "+ Physics Rewarding"))),
     # The objective as the paper writes it.
     Row("gdpo_no_anchor", "PhyGDPO, no anchor, lr 1e-4", "train.gdpo", GENTLE),
-    Row("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "train.gdpo", ("objective.w_fm=0",)),
-    Row(  # eq. 13 counts a pair once for each of 4 losers, eq. 6 does not: a quarter of the anchor
-        "plackett_luce",
-        "PhyGDPO, exact eq. 6",
-        "train.gdpo",
-        ("objective.loss=plackett_luce", "objective.w_fm=50"),
-    ),
+    Row("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "train.gdpo", ("objective.anchor=0",)),
+    Row("plackett_luce", "PhyGDPO, exact eq. 6", "train.gdpo", ("objective.loss=plackett_luce",)),
     Row(
         "full_copy",
         "PhyGDPO, full copy",
@@ -151,8 +146,8 @@ def preference(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
 
 
 W_PIX, W_SEM, W_SELF = 10.0, 1.0, 10.0  # beside SFT's flow error, whose weight is 1
-# On PhyGDPO, whose anchor weighs the same error by 200: what a quarter of it did was better than the whole.
-ON_GDPO = {"physics.w_pix": 50.0, "physics.w_sem": 50.0, "self_score.weight": 600.0}
+# On PhyGDPO, in units of its slope: a quarter was better than the whole, of the self-score three times as much.
+ON_GDPO = {"physics.trajectory": 0.25, "physics.relational": 0.25, "self_score.strength": 3.0}
 # Asked every step, for the networks are small; at higher levels than Proprio scores at, where it has something to say.
 ASKED = ("self_score.every=1", "self_score.t_min=0.6", "self_score.t_max=0.9", "self_score.motion_mask=false")
 MIDDLE, BLOCKS = 3, (0, 1, 2, 4, 5)  # of the sandbox's six blocks
@@ -164,7 +159,7 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
 
     def row(name: str, label: str, *, pix: float = 0, sem: float = 0, own: float = 0, more=(), **options) -> Row:
         trainer = "train.sft" if name.startswith("sft") else "train.gdpo"
-        weights = {"physics.w_pix": pix, "physics.w_sem": sem, "self_score.weight": own}
+        weights = {"physics.trajectory": pix, "physics.relational": sem, "self_score.strength": own}
         if trainer == "train.gdpo":
             weights = {key: value * ON_GDPO[key] for key, value in weights.items()}
         overrides = [f"{key}={value:g}" for key, value in weights.items() if value]
@@ -196,10 +191,12 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     for block in BLOCKS:
         rows.append(swept(f"sft_block_{block}", "block", block, **both, more=(f"physics.block={block}",)))
     for factor in FACTORS:
-        rows.append(swept(f"sft_pix_x{factor:.2g}", "w_pix", W_PIX * factor, pix=W_PIX * factor, sem=W_SEM))
+        rows.append(swept(f"sft_pix_x{factor:.2g}", "trajectory", W_PIX * factor, pix=W_PIX * factor, sem=W_SEM))
     for factor in FACTORS:
-        rows.append(swept(f"sft_sem_x{factor:.2g}", "w_sem", W_SEM * factor, pix=W_PIX, sem=W_SEM * factor))
-    return Suite({row.name: row for row in rows}, {"block": MIDDLE, "w_pix": W_PIX, "w_sem": W_SEM}, "sft_both")
+        rows.append(swept(f"sft_sem_x{factor:.2g}", "relational", W_SEM * factor, pix=W_PIX, sem=W_SEM * factor))
+    return Suite(
+        {row.name: row for row in rows}, {"block": MIDDLE, "trajectory": W_PIX, "relational": W_SEM}, "sft_both"
+    )
 
 
 FUSED = ("backbone.dtype=bfloat16", "train.compile=true")  # as the large recipes; float8 needs a GPU

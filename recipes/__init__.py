@@ -77,6 +77,7 @@ MOVED: dict[str, str] = {
     "search.shown": "search_experiment.shown",
     "search.sandbox": "search_experiment (keys clips and seed)",
     "refine_prompts.vlm": "vlm",
+    "refine_prompts.encoder": "the constant eval.prompt_refinement.prompts.ENCODER",
     "refine_prompts.llm": "vlm (one model sees and writes)",
     "run.phygenbench.judge": "vlm",
     "run.pai_bench.judge": "vlm",

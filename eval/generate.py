@@ -33,8 +33,7 @@ from accelerate import Accelerator
 
 import recipes
 from eval.clips import Clip, outdated
-from eval.judges import JudgeConfig, Judging
-from eval.judges.external_tool import RatersConfig
+from eval.config import ClipsConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -50,27 +49,21 @@ from eval.maker import (
     shared,
     warn_of_cut_prompts,
 )
-from eval.prompts import Prompt, read_prompts
+from eval.prompts import Prompt, PromptsConfig, read_prompts
 from eval.search import searcher
-from eval.search.config import SearchConfig
-from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.base import Backbone
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig, sigma_grid
 
 COMPARISON = "side_by_side"
 SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
 
 
 @dataclass
-class GenerateConfig:
-    prompts: list[str] = field(default_factory=list)  # one clip for each of `seeds`
-    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
-    images: list[str] = field(default_factory=list)  # image-to-video: a file for each prompt, its first frame is used
+class GenerateConfig(PromptsConfig):
     seeds: list[int] = field(default_factory=list)  # of the noise, one clip per prompt and seed; none: `seed` alone
     lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: base clips only
     name: str = TUNED  # of the LoRA's clips: their folder and label
@@ -83,19 +76,9 @@ class GenerateConfig:
 
 
 @dataclass
-class Config:
-    recipe: str = ""  # name or path of a recipe
-    output: str = "runs/default"  # everything goes below this folder
+class Config(ClipsConfig):
     seed: int = 0  # of the initial noise where generate.seeds is empty
-    dry_run: bool = False  # print the derived numbers and stop
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
-    vlm: VlmConfig = field(default_factory=VlmConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
-    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 @dataclass(frozen=True)
@@ -140,9 +123,7 @@ def make(config: Config, work: Work | None, accelerator: Accelerator) -> None:
     settings, todo, made = config.generate, [], 0
     if work:
         made = len(work.missing())
-        known = {model.name: model for model in models(config, work.lora)}
-        for name, requests in work.requests.items():
-            todo += batches(known[name], requests, settings.batch_size)
+        todo = [batch for requests in work.requests.values() for batch in batches(requests, settings.batch_size)]
     todo, lora = shared(accelerator, (todo, work.lora if work else None))
     make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
     any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
@@ -166,7 +147,7 @@ def prepare(config: Config) -> Work:
     """
     settings, video = config.generate, config.video
     check(config)
-    prompts = read_prompts(settings.prompts, settings.images, settings.prompts_file)
+    prompts = read_prompts(settings, "generate")
     shell = _shell(config)
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts, shell)
@@ -183,7 +164,7 @@ def prepare(config: Config) -> Work:
         ]
         for model in models(config, lora)
     }
-    work, which = Work(requests, [], shell.fingerprint, lora), COMPARISON + _suffix(settings)
+    work, which = Work(requests, [], shell.fingerprint, lora), COMPARISON + _suffix(config)
     if len(requests) == 2:
         for pair, (_, _, file) in zip(work.pairs, places, strict=True):
             digests = {request.clip.which: request.clip.digest for request in pair}
@@ -195,24 +176,16 @@ def prepare(config: Config) -> Work:
 
 def models(config: Config, lora: Lora | None) -> list[Model]:
     """Base, tuned, or both in this order; with a strategy's name behind their own."""
-    settings, strategy = config.generate, chosen_strategy(config.generate)
-    found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
-    return [searcher.searching(model, strategy, config.search, Judging.of(config)) for model in found]
-
-
-def chosen_strategy(settings: GenerateConfig) -> searcher.Method:
-    return searcher.Method(settings.search, settings.refine)
+    found = ([Model(BASE)] if config.generate.base else []) + ([Model(config.generate.name, lora)] if lora else [])
+    return [config.searching(model, "generate") for model in found]
 
 
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     settings = config.generate
-    if config.backbone.random_weights and not config.dry_run:
-        raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
+    config.check("generate")
     if not (settings.base or settings.lora):
         raise ValueError("generate.base=false and no generate.lora: there is nothing to make; set one of them")
-    if settings.batch_size < 1:
-        raise ValueError(f"generate.batch_size={settings.batch_size}: use 1 or more")
     name = settings.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name.lower() == BASE or name.startswith(COMPARISON):
         raise ValueError(
@@ -222,9 +195,6 @@ def check(config: Config) -> None:
     seeds = settings.seeds or [config.seed]
     if bad := [seed for seed in seeds if not 0 <= seed < 2**63] + [s for s in set(seeds) if seeds.count(s) > 1]:
         raise ValueError(f"generate.seeds={seeds}: {bad[0]} is negative, too large or there twice; give distinct seeds")
-    sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
-    if strategy := chosen_strategy(settings):
-        searcher.check(strategy, config.search, config.sampler, "generate")
 
 
 def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) -> None:
@@ -250,8 +220,9 @@ def _is_placeholder(config: Config) -> bool:
     return config.dry_run and not (config.backbone.path and Path(config.backbone.path).expanduser().is_dir())
 
 
-def _suffix(settings: GenerateConfig) -> str:
-    return ("" if settings.name == TUNED else f"-{settings.name}") + chosen_strategy(settings).suffix
+def _suffix(config: Config) -> str:
+    name = config.generate.name
+    return ("" if name == TUNED else f"-{name}") + config.method("generate").suffix
 
 
 def plan(config: Config, work: Work, *, world: int) -> str:
@@ -274,7 +245,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
         f" {len({job.seed for job in jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
         "network passes": f"{at_most}{todo * passes}, {passes} per clip ({sampler.steps} steps)",
-        "search": searcher.describe(chosen_strategy(config.generate), config.search),
+        "search": searcher.describe(config.method("generate"), config.search),
         "folder": config.generate.folder,
     }
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
@@ -294,7 +265,7 @@ def compare(comparison: Clip, pair: Sequence[Request], video: VideoConfig) -> No
 def conclude(config: Config, work: Work, *, made: int) -> None:
     """Contact sheet and manifest of all clips, from the files; on the main process, when all ranks are done."""
     settings, video = config.generate, config.video
-    folder, suffix = Path(settings.folder), _suffix(settings)
+    folder, suffix = Path(settings.folder), _suffix(config)
     # The sheet's frames alone, at its size: a long list of clips must not have to fit into memory.
     width = min(video.width, THUMBNAIL)
     small = VideoConfig(round(video.height * width / video.width), width, num_frames=1, fps=video.fps)

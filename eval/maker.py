@@ -100,10 +100,10 @@ class Model:
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the strategy depends on, as plain JSON values
 
 
-def batches(model: Model, requests: Sequence[Request], size: int) -> list[list[Request]]:
-    """Those of a model's requests that have to be made, as they are sampled together: at most `size` in a row of one
+def batches(requests: Sequence[Request], size: int) -> list[list[Request]]:
+    """Those of one model's requests that have to be made, as they are sampled together: at most `size` in a row of one
     video size, by place among all. A search samples its clips one by one, so finished ones are not sampled again."""
-    if model.strategy is not sample:
+    if requests and "strategy" in requests[0].clip.settings:
         requests = [request for request in requests if not request.clip.is_finished()]
     found: list[list[Request]] = []
     for request in requests:

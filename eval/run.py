@@ -38,8 +38,7 @@ import recipes
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
 from eval.clips import outdated
-from eval.judges import JudgeConfig, Judging
-from eval.judges.external_tool import RatersConfig
+from eval.config import ClipsConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -59,17 +58,13 @@ from eval.report import page, tables
 from eval.report.results import TRUE, summarise
 from eval.report.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, compare_clips, probe, score, unprobed
-from eval.search import searcher
-from eval.search.config import SearchConfig
-from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.base import Backbone
 from train.checkpoint import attach_trained
 from train.clips import VideoConfig
 from train.files import atomic, lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig, sigma_grid
 
 SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's
 
@@ -86,18 +81,8 @@ class RunConfig(BenchmarkSettings):
 
 
 @dataclass
-class Config:
-    recipe: str = ""  # name or path of a recipe
-    output: str = "runs/default"  # everything goes below this folder
-    dry_run: bool = False  # print what would be made and stop
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+class Config(ClipsConfig):
     run: RunConfig = field(default_factory=RunConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # that judges clips of benchmarks
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
-    raters: RatersConfig = field(default_factory=RatersConfig)
     benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
     list: bool = False  # print every benchmark with what it needs and stop
 
@@ -130,13 +115,7 @@ def check(config: Config) -> None:
         raise ValueError(f"run.seeds={settings.seeds}: give one or more distinct seeds")
     if bad := [seed for seed in settings.seeds if not 0 <= seed < 2**30]:
         raise ValueError(f"run.seeds={settings.seeds}: {bad[0]} is negative or too large")
-    if settings.batch_size < 1:
-        raise ValueError(f"run.batch_size={settings.batch_size}: use 1 or more")
-    if config.backbone.random_weights and not config.dry_run:
-        raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
-    sigma_grid(config.sampler.steps, config.sampler.shift)  # raises ValueError
-    if strategy := searcher.Method(settings.search, settings.refine):
-        searcher.check(strategy, config.search, config.sampler, "run")
+    config.check("run")
 
 
 def build(config: Config, name: str) -> Benchmark:
@@ -167,13 +146,8 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
     started, main = time.perf_counter(), accelerator.is_main_process
     lora, plans = prepare(config) if main else (None, [])
     missing = sum(len(plan.unfinished()) for plan in plans)
-    known = {model.name: model for model in makers(config, lora)}
-    todo = [
-        batch
-        for plan in plans
-        for model, requests in plan.requests.items()
-        for batch in batches(known[model], requests, config.run.batch_size)
-    ]
+    wanted = [requests for plan in plans for requests in plan.requests.values()]
+    todo = [batch for requests in wanted for batch in batches(requests, config.run.batch_size)]
     probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
     lora, todo, probes = shared(accelerator, (lora, todo, probes))
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -206,9 +180,8 @@ def models(lora: Lora | None) -> list[Model]:
 
 def makers(config: Config, lora: Lora | None) -> list[Model]:
     """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
-    method, judging = searcher.Method(config.run.search, config.run.refine), Judging.of(config)
     plain = models(lora)
-    return plain + [searcher.searching(model, method, config.search, judging) for model in plain if method]
+    return plain + [config.searching(model, "run") for model in plain if config.method("run")]
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:

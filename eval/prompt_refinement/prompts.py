@@ -59,9 +59,8 @@ class PromptRefineConfig:
     batch_size: int = 8  # clips asked of the generator together
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds} must be 1 or more")
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity={self.similarity} is a cosine: use -1 to 1, such as 0.95")
 

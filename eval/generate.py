@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 import recipes
 from eval.clips import Clip, outdated
@@ -46,7 +47,6 @@ from eval.maker import (
     image_problem,
     make_clips,
     read_lora,
-    shared,
     warn_of_cut_prompts,
 )
 from eval.prompts import Prompt, PromptsConfig, read_prompts
@@ -124,11 +124,11 @@ def make(config: Config, work: Work | None, accelerator: Accelerator) -> None:
     if work:
         made = len(work.missing())
         todo = [batch for requests in work.requests.values() for batch in batches(requests, settings.batch_size)]
-    todo, lora = shared(accelerator, (todo, work.lora if work else None))
+    todo, lora = broadcast_object_list([todo, work.lora if work else None])
     make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
     any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
     found = zip(work.comparisons, work.pairs, strict=False) if work else ()
-    unfinished = shared(accelerator, [(clip, pair) for clip, pair in found if not clip.is_finished()])
+    (unfinished,) = broadcast_object_list([[(clip, pair) for clip, pair in found if not clip.is_finished()]])
     for clip, pair in unfinished[accelerator.process_index :: accelerator.num_processes]:
         compare(clip, pair, config.video)
     any_rank(False, accelerator.device)
@@ -152,7 +152,7 @@ def prepare(config: Config) -> Work:
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts, shell)
     fingerprint = "" if _is_placeholder(config) else shell.fingerprint
-    lora = read_lora(settings.lora, fingerprint, key="generate.lora") if settings.lora else None
+    lora = read_lora(settings.lora, fingerprint, key="generate.lora")
     if not _is_placeholder(config):
         warn_of_cut_prompts(config.backbone, prompts)
     folder, seeds = Path(settings.folder), settings.seeds or [config.seed]

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 import recipes
@@ -50,7 +51,6 @@ from eval.maker import (
     image_problem,
     make_clips,
     read_lora,
-    shared,
     warn_of_cut_prompts,
 )
 from eval.prompts import Prompt
@@ -149,7 +149,7 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
     wanted = [requests for plan in plans for requests in plan.requests.values()]
     todo = [batch for requests in wanted for batch in batches(requests, config.run.batch_size)]
     probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
-    lora, todo, probes = shared(accelerator, (lora, todo, probes))
+    lora, todo, probes = broadcast_object_list([lora, todo, probes])
     rank, world = accelerator.process_index, accelerator.num_processes
     make_clips(config, makers(config, lora), todo, lora, accelerator, decode_batch=config.run.batch_size)
     run_probes(config, probes[rank::world], lora, accelerator.device)
@@ -190,7 +190,7 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
     Raises ValueError for a backbone or LoRA that is not there. What a single benchmark lacks is its plan's problem.
     """
     shell = load_backbone(config.backbone, "cpu", parts=())
-    lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora") if config.run.lora else None
+    lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora")
     plans = []
     for name in dict.fromkeys(config.benchmarks):
         plan = Plan(build(config, name), Path(config.run.folder) / name)

@@ -48,7 +48,7 @@ ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # compares prompts
 STAGES = ("predict", "rewrite", "clip", "critique")  # of a round, in order
 ANSWERS = {"predict": questions.Prediction, "rewrite": questions.NewPrompt, "critique": questions.Criticism}
 
-Generate = Callable[[list[Prompt], list[str]], Tensor]  # prompts, the texts to use -> (N,T,H,W,3) uint8
+Generate = Callable[[list[Prompt]], Tensor]  # one clip each: (N,T,H,W,3) uint8
 ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) uint8 -> (R,), lower is better
 
 
@@ -93,9 +93,6 @@ class Refinement:
     def clip(self, number: int) -> Path:
         return self.folder / f"round-{number:02d}.mp4"
 
-    def has_clip(self, number: int) -> bool:
-        return number <= len(self.rounds) and self.rounds[number - 1].clip_bytes > 0
-
     @property
     def clips(self) -> list[int]:
         """Numbers of the rounds with a clip."""
@@ -105,9 +102,9 @@ class Refinement:
 class PromptRefiner:
     """Refines prompts into `folder`.
 
-    generate: makes one clip per prompt from the text that it is given, best with the same noise in every round; its
-    image is `Prompt.image`. made_with: whatever else the clips depend on (model, sampler, seed), in words; clips of
-    other settings are made anew. ValueError for settings that cannot work.
+    generate: makes one clip per prompt, best with the same noise in every round. made_with: whatever else the clips
+    depend on (model, sampler, seed), in words; clips of other settings are made anew. ValueError for settings that
+    cannot work.
     """
 
     def __init__(
@@ -175,11 +172,11 @@ class PromptRefiner:
         for everyone in batches(self._all, self.config.batch_size):
             missing = [one for one in everyone if one in waiting]
             for number in sorted({one.rounds[-1].number for one in missing}):
-                part = [one for one in everyone if one.has_clip(number) or one in missing and len(one.rounds) == number]
+                part = [one for one in everyone if number in one.clips or one in missing and len(one.rounds) == number]
                 told = [one.rounds[number - 1] for one in part]
-                clips = self.generate([one.prompt for one in part], [now.prompt for now in told])
-                if len(clips) != len(part):
-                    raise ValueError(f"generate made {len(clips)} clips of {len(part)} prompts: it must make one each")
+                clips = self.generate(
+                    [replace(one.prompt, text=now.prompt) for one, now in zip(part, told, strict=True)]
+                )
                 for one, now, frames in zip(part, told, clips, strict=True):
                     if not now.clip_bytes:
                         write_clip(one.clip(number), frames, self.video.fps)

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 import recipes
 from eval.config import ClipsConfig
 from eval.judges import Judging
-from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
+from eval.maker import TUNED, Model, Request, condition, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, PromptsConfig, make_key, read_prompts
 from eval.search import searcher
@@ -102,34 +103,26 @@ class Generator:
     def __init__(self, config: Config, device: torch.device, *, images: bool):
         self.config, self.device, self.images = config, device, images  # images: prompts have one, all or none
         fingerprint = load_backbone(config.backbone, "cpu", parts=()).fingerprint
-        path = config.refine_prompts.lora
-        self.lora: Lora | None = read_lora(path, fingerprint, key="refine_prompts.lora") if path else None
+        self.lora = read_lora(config.refine_prompts.lora, fingerprint, key="refine_prompts.lora")
         self.model = config.searching(Model(TUNED), "refine_prompts")
         backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
         weights = self.lora.sha256 if self.lora else ""
         self.digest = digest([backbone, asdict(config.sampler), weights, self.model.settings])
-        self._backbone: Backbone | None = None
 
-    @property
+    @cached_property
     def backbone(self) -> Backbone:
-        if self._backbone is None:
-            self._backbone = load_backbone(self.config.backbone, self.device)
-            if self.lora:
-                attach_trained(self.lora.path, self._backbone.experts, fingerprint=self._backbone.fingerprint)
-        return self._backbone
+        backbone = load_backbone(self.config.backbone, self.device)
+        if self.lora:
+            attach_trained(self.lora.path, backbone.experts, fingerprint=backbone.fingerprint)
+        return backbone
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
-        video, backbone = self.config.video, self.backbone
-        conditionings = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            frame = first_frame(prompt, video) if prompt.image else None
-            conditionings.append(backbone.condition([text], frame, num_frames=video.num_frames))
-        negative = backbone.condition([self.config.sampler.negative_prompt])
-        told = [Prompt(prompt.key, text, prompt.image) for prompt, text in zip(prompts, texts, strict=True)]
-        requests = [Request(None, prompt, self.config.seed, video) for prompt in told]
-        conditioning = Conditioning.cat(conditionings)
-        latents, _ = self.model.strategy(backbone, conditioning, requests, self.config.sampler, negative)
+    def __call__(self, prompts: list[Prompt]) -> Tensor:
+        config, backbone = self.config, self.backbone
+        conditioning = Conditioning.cat([condition(backbone, prompt, config.video) for prompt in prompts])
+        negative = backbone.condition([config.sampler.negative_prompt])
+        requests = [Request(None, prompt, config.seed, config.video) for prompt in prompts]
+        latents, _ = self.model.strategy(backbone, conditioning, requests, config.sampler, negative)
         return decoder(backbone, 1)(latents)
 
     def scorer(self) -> ClipScorer:

@@ -76,6 +76,7 @@ MOVED: dict[str, str] = {
     "search.scorers": "search_experiment.scorers",
     "search.shown": "search_experiment.shown",
     "search.sandbox": "search_experiment (keys clips and seed)",
+    "vlm.give_up": "the constant eval.vlm.backend.GIVE_UP",
     "refine_prompts.vlm": "vlm",
     "refine_prompts.encoder": "the constant eval.prompt_refinement.prompts.ENCODER",
     "refine_prompts.llm": "vlm (one model sees and writes)",

@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 import recipes
-from eval.clips import Clip, outdated
+from eval.clips import Clip, warn_of_outdated
 from eval.config import ClipsConfig
 from eval.maker import (
     BASE,
@@ -51,6 +51,7 @@ from eval.maker import (
 )
 from eval.prompts import Prompt, PromptsConfig, read_prompts
 from eval.search import searcher
+from eval.search.pruning import sampling_passes
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
@@ -113,27 +114,21 @@ def generate(config: Config, accelerator: Accelerator) -> None:
 
     Raises ValueError as `prepare` does, and where another run holds the folder.
     """
-    work = prepare(config) if accelerator.is_main_process else None
-    with lock(config.generate.folder) if work else nullcontext():
-        make(config, work, accelerator)
-
-
-def make(config: Config, work: Work | None, accelerator: Accelerator) -> None:
-    """Clips, contact sheet and manifest; work is the main process's."""
-    settings, todo, made = config.generate, [], 0
-    if work:
+    settings = config.generate
+    work = prepare(config) if accelerator.is_main_process else Work({}, [], "", None)
+    with lock(settings.folder) if accelerator.is_main_process else nullcontext():
         made = len(work.missing())
         todo = [batch for requests in work.requests.values() for batch in batches(requests, settings.batch_size)]
-    todo, lora = broadcast_object_list([todo, work.lora if work else None])
-    make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
-    any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
-    found = zip(work.comparisons, work.pairs, strict=False) if work else ()
-    (unfinished,) = broadcast_object_list([[(clip, pair) for clip, pair in found if not clip.is_finished()]])
-    for clip, pair in unfinished[accelerator.process_index :: accelerator.num_processes]:
-        compare(clip, pair, config.video)
-    any_rank(False, accelerator.device)
-    if work:
-        conclude(config, work, made=made)
+        todo, lora = broadcast_object_list([todo, work.lora])
+        make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
+        any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
+        found = zip(work.comparisons, work.pairs, strict=False)
+        (unfinished,) = broadcast_object_list([[(clip, pair) for clip, pair in found if not clip.is_finished()]])
+        for clip, pair in unfinished[accelerator.process_index :: accelerator.num_processes]:
+            compare(clip, pair, config.video)
+        any_rank(False, accelerator.device)
+        if accelerator.is_main_process:
+            conclude(config, work, made=made)
 
 
 # What there is to do
@@ -169,8 +164,7 @@ def prepare(config: Config) -> Work:
         for pair, (_, _, file) in zip(work.pairs, places, strict=True):
             digests = {request.clip.which: request.clip.digest for request in pair}
             work.comparisons.append(Clip(which, folder / which / file, {"clips": digests}))
-    if line := outdated((request.clip for request in work.missing()), folder):
-        print(line)
+    warn_of_outdated((request.clip for request in work.missing()), folder)
     return work
 
 
@@ -229,11 +223,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
     """The lines of a dry run for `world` ranks."""
     shell, video, sampler, lora = _shell(config), config.video, config.sampler, work.lora
     clips, todo, jobs = sum(map(len, work.requests.values())), len(work.missing()), [pair[0] for pair in work.pairs]
-    scales = [sampler.guidance]
-    if sampler.guidance_low is not None and len(shell.expert_folders) > 1:
-        scales.append(sampler.guidance_low)
-    passes = sampler.steps * (1 if all(scale == 1 for scale in scales) else 2)
-    at_most = "at most " if 1 in scales and any(scale != 1 for scale in scales) else ""
+    passes = sampling_passes(shell, sampler)
     size = (video.height, video.width, video.num_frames)
     rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}" if lora and lora.config else "all weights"
     lines = {
@@ -244,7 +234,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
         "jobs": f"{len(jobs)} = {len({job.prompt.key for job in jobs})} prompts x"
         f" {len({job.seed for job in jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
-        "network passes": f"{at_most}{todo * passes}, {passes} per clip ({sampler.steps} steps)",
+        "network passes": f"{todo * passes}, {passes} per clip ({sampler.steps} steps)",
         "search": searcher.describe(config.method("generate"), config.search),
         "folder": config.generate.folder,
     }

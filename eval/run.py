@@ -38,7 +38,7 @@ from PIL import Image
 import recipes
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
-from eval.clips import outdated
+from eval.clips import warn_of_outdated
 from eval.config import ClipsConfig
 from eval.maker import (
     BASE,
@@ -148,7 +148,7 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
     missing = sum(len(plan.unfinished()) for plan in plans)
     wanted = [requests for plan in plans for requests in plan.requests.values()]
     todo = [batch for requests in wanted for batch in batches(requests, config.run.batch_size)]
-    probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
+    probes = [one for plan in plans for one in unprobed(plan, models(lora))]
     lora, todo, probes = broadcast_object_list([lora, todo, probes])
     rank, world = accelerator.process_index, accelerator.num_processes
     make_clips(config, makers(config, lora), todo, lora, accelerator, decode_batch=config.run.batch_size)
@@ -217,7 +217,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
         asked = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, asdict(config.video)]
         for model in models(lora):
             own = [*asked, model.lora.sha256 if model.lora else None, "rows with clusters"]
-            plan.identities[model.name] = identity(own, plan.settings)
+            plan.identities[model.name] = identity(own, plan.benchmark.recorded)
         return
     plan.tasks = benchmark.prompts()
     video = benchmark.video(config.video)
@@ -245,8 +245,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
                     made = (model, path, prompts[task.key], noise, video)
                     request = build_request(config, shell.fingerprint, *made, lossless=benchmark.lossless)
                     plan.requests[model.name].append(request)
-    if line := outdated((request.clip for request in plan.unfinished()), folder):
-        print(line)
+    warn_of_outdated((request.clip for request in plan.unfinished()), folder)
 
 
 def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Path) -> Prompt:
@@ -339,7 +338,7 @@ def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -
     return {
         "problem": plan.problem,
         "requirements": [asdict(needed) for needed in benchmark.requirements()],
-        "settings": recipes.redacted(scoring_settings(plan.settings)),
+        "settings": recipes.redacted(scoring_settings(plan.benchmark.recorded)),
         "prompts": len({line["key"] for line in own}),
         "clusters": len({line["cluster"] for line in own}),  # of prompts that intervals draw together
         "video": asdict(benchmark.video(config.video)),

@@ -45,10 +45,6 @@ class Plan:
     identities: dict[str, str] = field(default_factory=dict)  # by model, of rows without a clip
     seconds: dict[str, float] = field(default_factory=dict)  # by model, of scoring, in this and earlier runs
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.benchmark.recorded
-
     def unfinished(self) -> list[Request]:
         return [
             request for requests in self.requests.values() for request in requests if not request.clip.is_finished()
@@ -76,13 +72,13 @@ class Probe:
     identity: str
 
 
-def unprobed(plan: Plan, models: Sequence[Model]) -> Iterator[tuple[Model, str]]:
-    """Models that a benchmark has not asked to the end, with the identity of their rows."""
+def unprobed(plan: Plan, models: Sequence[Model]) -> Iterator[Probe]:
+    """Of the models that a benchmark has not asked to the end."""
     for model in models:
         if own := plan.identities.get(model.name, ""):
             with plan.rows(model.name) as rows:
                 if rows.find(own, COMPLETE, 0) is None:
-                    yield model, own
+                    yield Probe(plan.benchmark.name, model, own)
 
 
 def probe(benchmark: Benchmark, backbone: Backbone, probe: Probe, folder: Path) -> None:
@@ -136,7 +132,7 @@ def _marks(plan: Plan, model: str) -> dict[Name, Mark]:
     marks = {}
     for sample in plan.samples[model]:
         record = clips[sample.path].record() if sample.path in clips else None
-        own = identity(record["digest"] if record else _file_mark(sample.path), plan.settings)
+        own = identity(record["digest"] if record else _file_mark(sample.path), plan.benchmark.recorded)
         marks[sample.task.key, sample.seed] = (own, record["motion"] if record else None)
     return marks
 

@@ -88,7 +88,7 @@ class Work:
 
     requests: dict[str, list[Request]]  # by model: base, tuned, or both in this order; by prompt, then by seed
     comparisons: list[Clip]  # of both models side by side, in the same order; none where there is one model
-    fingerprint: str  # of the backbone
+    backbone: Backbone | None  # without weights: its shapes and its fingerprint
     lora: Lora | None
 
     @property
@@ -115,7 +115,7 @@ def generate(config: Config, accelerator: Accelerator) -> None:
     Raises ValueError as `prepare` does, and where another run holds the folder.
     """
     settings = config.generate
-    work = prepare(config) if accelerator.is_main_process else Work({}, [], "", None)
+    work = prepare(config) if accelerator.is_main_process else Work({}, [], None, None)
     with lock(settings.folder) if accelerator.is_main_process else nullcontext():
         made = len(work.missing())
         todo = [batch for requests in work.requests.values() for batch in batches(requests, settings.batch_size)]
@@ -143,12 +143,13 @@ def prepare(config: Config) -> Work:
     settings, video = config.generate, config.video
     check(config)
     prompts = read_prompts(settings, "generate")
-    shell = _shell(config)
+    here = _is_here(config)
+    backbone = config.backbone if here else replace(config.backbone, path="", random_weights=True)
+    shell = load_backbone(backbone, "cpu", parts=())
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts, shell)
-    fingerprint = "" if _is_placeholder(config) else shell.fingerprint
-    lora = read_lora(settings.lora, fingerprint, key="generate.lora")
-    if not _is_placeholder(config):
+    lora = read_lora(settings.lora, shell.fingerprint if here else "", key="generate.lora")
+    if here:
         warn_of_cut_prompts(config.backbone, prompts)
     folder, seeds = Path(settings.folder), settings.seeds or [config.seed]
     places = [(prompt, seed, f"{prompt.key}-{seed}.mp4") for prompt in prompts for seed in seeds]
@@ -159,7 +160,7 @@ def prepare(config: Config) -> Work:
         ]
         for model in models(config, lora)
     }
-    work, which = Work(requests, [], shell.fingerprint, lora), COMPARISON + _suffix(config)
+    work, which = Work(requests, [], shell, lora), COMPARISON + _suffix(config)
     if len(requests) == 2:
         for pair, (_, _, file) in zip(work.pairs, places, strict=True):
             digests = {request.clip.which: request.clip.digest for request in pair}
@@ -201,17 +202,9 @@ def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) ->
             first_frame(prompt, config.video)
 
 
-def _shell(config: Config) -> Backbone:
-    """The backbone without any weights: its shapes and its fingerprint."""
-    backbone = config.backbone
-    if _is_placeholder(config):
-        backbone = replace(backbone, path="", random_weights=True)
-    return load_backbone(backbone, "cpu", parts=())
-
-
-def _is_placeholder(config: Config) -> bool:
-    """Whether this is a dry run without the backbone's folder: it downloads nothing and takes the family's table."""
-    return config.dry_run and not (config.backbone.path and Path(config.backbone.path).expanduser().is_dir())
+def _is_here(config: Config) -> bool:
+    """False for a dry run without the backbone's folder: it downloads nothing and takes the family's table."""
+    return not config.dry_run or bool(config.backbone.path) and Path(config.backbone.path).expanduser().is_dir()
 
 
 def _suffix(config: Config) -> str:
@@ -221,13 +214,13 @@ def _suffix(config: Config) -> str:
 
 def plan(config: Config, work: Work, *, world: int) -> str:
     """The lines of a dry run for `world` ranks."""
-    shell, video, sampler, lora = _shell(config), config.video, config.sampler, work.lora
+    shell, video, sampler, lora = work.backbone, config.video, config.sampler, work.lora
     clips, todo, jobs = sum(map(len, work.requests.values())), len(work.missing()), [pair[0] for pair in work.pairs]
     passes = sampling_passes(shell, sampler)
     size = (video.height, video.width, video.num_frames)
     rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}" if lora and lora.config else "all weights"
     lines = {
-        "backbone": "not here yet" if _is_placeholder(config) else work.fingerprint,
+        "backbone": shell.fingerprint if _is_here(config) else "not here yet",
         "LoRA": f"{lora.path} ({rank}, for {lora.expert})" if lora else "none: base clips only",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "tokens": f"{shell.num_tokens(*size)} per network pass",

@@ -73,14 +73,13 @@ class Clip:
         write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
 
-def outdated(clips: Iterable[Clip], folder: Path) -> str:
-    """A line about those of the unfinished `clips` that lie there, made with other settings; empty where none does."""
+def warn_of_outdated(clips: Iterable[Clip], folder: Path) -> None:
+    """Print how many of the unfinished `clips` lie there, made with other settings, and what is other."""
     found = [(clip, record) for clip in clips if (record := clip.record())]
-    if not found:
-        return ""
-    clip, record = found[0]
-    changed = ", ".join(name for name, value in clip.settings.items() if record.get(name) != value)
-    return (
-        f"{len(found)} clips in {folder} were made with other settings and are made again, the first is"
-        f" {clip.path} (other: {changed})"
-    )
+    if found:
+        clip, record = found[0]
+        changed = ", ".join(name for name, value in clip.settings.items() if record.get(name) != value)
+        print(
+            f"{len(found)} clips in {folder} were made with other settings and are made again, the first is"
+            f" {clip.path} (other: {changed})"
+        )

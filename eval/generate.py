@@ -30,11 +30,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 import recipes
-from eval.clips import Clip, outdated
-from eval.judges import JudgeConfig, Judging
-from eval.judges.external_tool import RatersConfig
+from eval.clips import Clip, warn_of_outdated
+from eval.config import ClipsConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -47,30 +47,24 @@ from eval.maker import (
     image_problem,
     make_clips,
     read_lora,
-    shared,
     warn_of_cut_prompts,
 )
-from eval.prompts import Prompt, read_prompts
+from eval.prompts import Prompt, PromptsConfig, read_prompts
 from eval.search import searcher
-from eval.search.config import SearchConfig
-from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.base import Backbone
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig, sampling_passes
+from train.sampling import sampling_passes
 
 COMPARISON = "side_by_side"
 SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
 
 
 @dataclass
-class GenerateConfig:
-    prompts: list[str] = field(default_factory=list)  # one clip for each of `seeds`
-    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
-    images: list[str] = field(default_factory=list)  # image-to-video: a file for each prompt, its first frame is used
+class GenerateConfig(PromptsConfig):
     seeds: list[int] = field(default_factory=list)  # of the noise, one clip per prompt and seed; none: `seed` alone
     lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: base clips only
     name: str = TUNED  # of the LoRA's clips: their folder and label
@@ -83,19 +77,9 @@ class GenerateConfig:
 
 
 @dataclass
-class Config:
-    recipe: str = ""  # name or path of a recipe
-    output: str = "runs/default"  # everything goes below this folder
+class Config(ClipsConfig):
     seed: int = 0  # of the initial noise where generate.seeds is empty
-    dry_run: bool = False  # print the derived numbers and stop
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)  # of generate.search and generate.refine
-    vlm: VlmConfig = field(default_factory=VlmConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
-    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 @dataclass(frozen=True)
@@ -104,7 +88,7 @@ class Work:
 
     requests: dict[str, list[Request]]  # by model: base, tuned, or both in this order; by prompt, then by seed
     comparisons: list[Clip]  # of both models side by side, in the same order; none where there is one model
-    fingerprint: str  # of the backbone
+    backbone: Backbone | None  # without weights: its shapes and its fingerprint
     lora: Lora | None
 
     @property
@@ -130,29 +114,21 @@ def generate(config: Config, accelerator: Accelerator) -> None:
 
     Raises ValueError as `prepare` does, and where another run holds the folder.
     """
-    work = prepare(config) if accelerator.is_main_process else None
-    with lock(config.generate.folder) if work else nullcontext():
-        make(config, work, accelerator)
-
-
-def make(config: Config, work: Work | None, accelerator: Accelerator) -> None:
-    """Clips, contact sheet and manifest; work is the main process's."""
-    settings, todo, made = config.generate, [], 0
-    if work:
+    settings = config.generate
+    work = prepare(config) if accelerator.is_main_process else Work({}, [], None, None)
+    with lock(settings.folder) if accelerator.is_main_process else nullcontext():
         made = len(work.missing())
-        known = {model.name: model for model in models(config, work.lora)}
-        for name, requests in work.requests.items():
-            todo += batches(known[name], requests, settings.batch_size)
-    todo, lora = shared(accelerator, (todo, work.lora if work else None))
-    make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
-    any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
-    found = zip(work.comparisons, work.pairs, strict=False) if work else ()
-    unfinished = shared(accelerator, [(clip, pair) for clip, pair in found if not clip.is_finished()])
-    for clip, pair in unfinished[accelerator.process_index :: accelerator.num_processes]:
-        compare(clip, pair, config.video)
-    any_rank(False, accelerator.device)
-    if work:
-        conclude(config, work, made=made)
+        todo = [batch for requests in work.requests.values() for batch in batches(requests, settings.batch_size)]
+        todo, lora = broadcast_object_list([todo, work.lora])
+        make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
+        any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
+        found = zip(work.comparisons, work.pairs, strict=False)
+        (unfinished,) = broadcast_object_list([[(clip, pair) for clip, pair in found if not clip.is_finished()]])
+        for clip, pair in unfinished[accelerator.process_index :: accelerator.num_processes]:
+            compare(clip, pair, config.video)
+        any_rank(False, accelerator.device)
+        if accelerator.is_main_process:
+            conclude(config, work, made=made)
 
 
 # What there is to do
@@ -166,13 +142,14 @@ def prepare(config: Config) -> Work:
     """
     settings, video = config.generate, config.video
     check(config)
-    prompts = read_prompts(settings.prompts, settings.images, settings.prompts_file)
-    shell = _shell(config)
+    prompts = read_prompts(settings, "generate")
+    here = _is_here(config)
+    backbone = config.backbone if here else replace(config.backbone, path="", random_weights=True)
+    shell = load_backbone(backbone, "cpu", parts=())
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts, shell)
-    fingerprint = "" if _is_placeholder(config) else shell.fingerprint
-    lora = read_lora(settings.lora, fingerprint, key="generate.lora") if settings.lora else None
-    if not _is_placeholder(config):
+    lora = read_lora(settings.lora, shell.fingerprint if here else "", key="generate.lora")
+    if here:
         warn_of_cut_prompts(config.backbone, prompts)
     folder, seeds = Path(settings.folder), settings.seeds or [config.seed]
     places = [(prompt, seed, f"{prompt.key}-{seed}.mp4") for prompt in prompts for seed in seeds]
@@ -183,36 +160,27 @@ def prepare(config: Config) -> Work:
         ]
         for model in models(config, lora)
     }
-    work, which = Work(requests, [], shell.fingerprint, lora), COMPARISON + _suffix(settings)
+    work, which = Work(requests, [], shell, lora), COMPARISON + _suffix(config)
     if len(requests) == 2:
         for pair, (_, _, file) in zip(work.pairs, places, strict=True):
             digests = {request.clip.which: request.clip.digest for request in pair}
             work.comparisons.append(Clip(which, folder / which / file, {"clips": digests}))
-    if line := outdated((request.clip for request in work.missing()), folder):
-        print(line)
+    warn_of_outdated((request.clip for request in work.missing()), folder)
     return work
 
 
 def models(config: Config, lora: Lora | None) -> list[Model]:
     """Base, tuned, or both in this order; with a strategy's name behind their own."""
-    settings, strategy = config.generate, chosen_strategy(config.generate)
-    found = ([Model(BASE)] if settings.base else []) + ([Model(settings.name, lora)] if lora else [])
-    return [searcher.searching(model, strategy, config.search, Judging.of(config)) for model in found]
-
-
-def chosen_strategy(settings: GenerateConfig) -> searcher.Method:
-    return searcher.Method(settings.search, settings.refine)
+    found = ([Model(BASE)] if config.generate.base else []) + ([Model(config.generate.name, lora)] if lora else [])
+    return [config.searching(model, "generate") for model in found]
 
 
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     settings = config.generate
-    if config.backbone.random_weights and not config.dry_run:
-        raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
+    config.check("generate")
     if not (settings.base or settings.lora):
         raise ValueError("generate.base=false and no generate.lora: there is nothing to make; set one of them")
-    if settings.batch_size < 1:
-        raise ValueError(f"generate.batch_size={settings.batch_size}: use 1 or more")
     name = settings.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name.lower() == BASE or name.startswith(COMPARISON):
         raise ValueError(
@@ -222,9 +190,6 @@ def check(config: Config) -> None:
     seeds = settings.seeds or [config.seed]
     if bad := [seed for seed in seeds if not 0 <= seed < 2**63] + [s for s in set(seeds) if seeds.count(s) > 1]:
         raise ValueError(f"generate.seeds={seeds}: {bad[0]} is negative, too large or there twice; give distinct seeds")
-    config.sampler.check()
-    if strategy := chosen_strategy(settings):
-        searcher.check(strategy, config.search, config.sampler, "generate")
 
 
 def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) -> None:
@@ -237,32 +202,25 @@ def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) ->
             first_frame(prompt, config.video)
 
 
-def _shell(config: Config) -> Backbone:
-    """The backbone without any weights: its shapes and its fingerprint."""
-    backbone = config.backbone
-    if _is_placeholder(config):
-        backbone = replace(backbone, path="", random_weights=True)
-    return load_backbone(backbone, "cpu", parts=())
+def _is_here(config: Config) -> bool:
+    """False for a dry run without the backbone's folder: it downloads nothing and takes the family's table."""
+    return not config.dry_run or bool(config.backbone.path) and Path(config.backbone.path).expanduser().is_dir()
 
 
-def _is_placeholder(config: Config) -> bool:
-    """Whether this is a dry run without the backbone's folder: it downloads nothing and takes the family's table."""
-    return config.dry_run and not (config.backbone.path and Path(config.backbone.path).expanduser().is_dir())
-
-
-def _suffix(settings: GenerateConfig) -> str:
-    return ("" if settings.name == TUNED else f"-{settings.name}") + chosen_strategy(settings).suffix
+def _suffix(config: Config) -> str:
+    name = config.generate.name
+    return ("" if name == TUNED else f"-{name}") + config.method("generate").suffix
 
 
 def plan(config: Config, work: Work, *, world: int) -> str:
     """The lines of a dry run for `world` ranks."""
-    shell, video, sampler, lora = _shell(config), config.video, config.sampler, work.lora
+    shell, video, sampler, lora = work.backbone, config.video, config.sampler, work.lora
     clips, todo, jobs = sum(map(len, work.requests.values())), len(work.missing()), [pair[0] for pair in work.pairs]
     passes = sampling_passes(shell, sampler)
     size = (video.height, video.width, video.num_frames)
     rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}" if lora and lora.config else "all weights"
     lines = {
-        "backbone": "not here yet" if _is_placeholder(config) else work.fingerprint,
+        "backbone": shell.fingerprint if _is_here(config) else "not here yet",
         "LoRA": f"{lora.path} ({rank}, for {lora.expert})" if lora else "none: base clips only",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "tokens": f"{shell.num_tokens(*size)} per network pass",
@@ -270,7 +228,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
         f" {len({job.seed for job in jobs})} seeds, on {world} rank{'s' if world > 1 else ''}",
         "clips": f"{clips}: {clips - todo} done, {todo} to do",
         "network passes": f"{todo * passes}, {passes} per clip ({sampler.steps} steps)",
-        "search": searcher.describe(chosen_strategy(config.generate), config.search),
+        "search": searcher.describe(config.method("generate"), config.search),
         "folder": config.generate.folder,
     }
     return "\n".join(f"{name:<16}{value}" for name, value in lines.items())
@@ -290,7 +248,7 @@ def compare(comparison: Clip, pair: Sequence[Request], video: VideoConfig) -> No
 def conclude(config: Config, work: Work, *, made: int) -> None:
     """Contact sheet and manifest of all clips, from the files; on the main process, when all ranks are done."""
     settings, video = config.generate, config.video
-    folder, suffix = Path(settings.folder), _suffix(settings)
+    folder, suffix = Path(settings.folder), _suffix(config)
     # The sheet's frames alone, at its size: a long list of clips must not have to fit into memory.
     width = min(video.width, THUMBNAIL)
     small = VideoConfig(round(video.height * width / video.width), width, num_frames=1, fps=video.fps)

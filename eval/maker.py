@@ -6,17 +6,16 @@ clips that it would have made. How latents are sampled is one function of a `Mod
 another such function (`eval.search.searcher`).
 """
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,8 +32,6 @@ from train.sampling import SamplerConfig, sample_clips
 
 BASE, TUNED = "base", "tuned"
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Lora:
@@ -46,11 +43,13 @@ class Lora:
     config: LoraConfig | None
 
 
-def read_lora(path: str, fingerprint: str, *, key: str) -> Lora:
-    """What trained weights say of themselves; `key` is the recipe's, for messages.
+def read_lora(path: str, fingerprint: str, *, key: str) -> Lora | None:
+    """What trained weights say of themselves, None for an empty path; `key` is the recipe's, for messages.
 
-    ValueError where there are none, or they belong to another backbone than `fingerprint` ("": unchecked).
+    ValueError where there are none at the path, or they belong to another backbone than `fingerprint` ("": unchecked).
     """
+    if not path:
+        return None
     try:
         file = weights_path(path)
         metadata = read_weights_metadata(file)
@@ -100,10 +99,10 @@ class Model:
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the strategy depends on, as plain JSON values
 
 
-def batches(model: Model, requests: Sequence[Request], size: int) -> list[list[Request]]:
-    """Those of a model's requests that have to be made, as they are sampled together: at most `size` in a row of one
+def batches(requests: Sequence[Request], size: int) -> list[list[Request]]:
+    """Those of one model's requests that have to be made, as they are sampled together: at most `size` in a row of one
     video size, by place among all. A search samples its clips one by one, so finished ones are not sampled again."""
-    if model.strategy is not sample:
+    if requests and "strategy" in requests[0].clip.settings:
         requests = [request for request in requests if not request.clip.is_finished()]
     found: list[list[Request]] = []
     for request in requests:
@@ -164,19 +163,17 @@ def first_frame(prompt: Prompt, video: VideoConfig) -> Tensor:
     return from_pixels(read_clip(prompt.image, replace(video, num_frames=1)))[None, :, 0]
 
 
+def condition(backbone: Backbone, prompt: Prompt, video: VideoConfig) -> Conditioning:
+    """What the network is told of a prompt, of one clip."""
+    frame = first_frame(prompt, video) if prompt.image else None
+    return backbone.condition([prompt.text], frame, num_frames=video.num_frames)
+
+
 def warn_of_cut_prompts(config: BackboneConfig, prompts: Sequence[Prompt]) -> None:
     """Print which prompts are longer than the text encoder reads."""
     tokenizer = load_backbone(config, "cpu", parts=("tokenizer",))
     if warning := tokenizer.cut_prompts({f"prompt {prompt.key}": prompt.text for prompt in prompts}):
         print(warning)
-
-
-def shared(accelerator: Accelerator, value: T) -> T:
-    """The main process's value, on every rank: it alone looks at files, which change as soon as one rank begins."""
-    found = [value]
-    if accelerator.num_processes > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
 
 
 def make_clips(
@@ -201,65 +198,42 @@ def make_clips(
     known, requests = {model.name: model for model in models}, [request for batch in mine for request in batch]
     if main := accelerator.is_main_process:
         print(f"encoding prompts and loading the network for {len(requests)} clips on this rank")
-    conditionings = Conditionings(config, requests, device)
-    maker = Maker(config, lora, conditionings, device, decode_batch=decode_batch, fused=fused)
+    maker = Maker(config, lora, requests, device, decode_batch=decode_batch, fused=fused)
     with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not main) as bar:
         for batch in mine:
             maker.make(known[batch[0].clip.which], batch)
             bar.update(len(batch))
     del maker
-    release_memory(device)  # a judge may need it
-
-
-def release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-class Conditionings:
-    """What the network is told, of one clip each and on the CPU: text and image encoded before the network is loaded.
-
-    Text encoder and VAE are gone afterwards. One prompt at a time, so that its embedding does not depend on the others.
-    """
-
-    def __init__(self, config: Any, requests: Sequence[Request], device: torch.device):
-        images = any(request.prompt.image for request in requests)
-        backbone = load_backbone(config.backbone, device, parts=("text", "vae") if images else ("text",))
-        self._encoded: dict[tuple, Conditioning] = {}
-        for request in requests:
-            key, prompt, video = self._key(request), request.prompt, request.video
-            if key not in self._encoded:
-                frame = first_frame(prompt, video) if prompt.image else None
-                encoded = backbone.condition([prompt.text], frame, num_frames=video.num_frames)
-                self._encoded[key] = encoded.to("cpu")
-        self.negative = backbone.condition([config.sampler.negative_prompt]).to("cpu")
-        del backbone
-        release_memory(device)
-
-    def of(self, requests: Sequence[Request]) -> Conditioning:
-        return Conditioning.cat([self._encoded[self._key(request)] for request in requests])
-
-    @staticmethod
-    def _key(request: Request) -> tuple:
-        image = request.prompt.image
-        return (request.prompt.text, image, astuple(request.video) if image else None)
+    clear_device_cache(garbage_collection=True)  # a judge may need it
 
 
 class Maker:
-    """Networks and VAE on one device, trained weights attached to the expert that they belong to."""
+    """Networks and VAE on one device, trained weights attached to the expert that they belong to.
+
+    What the network is told of each request is encoded before it is loaded, and kept on the CPU; text encoder and image
+    encoder are gone afterwards. One prompt at a time, so that its embedding does not depend on the others.
+    """
 
     def __init__(
         self,
         config: Any,
         lora: Lora | None,
-        conditionings: Conditionings,
+        requests: Sequence[Request],
         device: torch.device,
         *,
         decode_batch: int,
         fused: bool,
     ):
-        self.sampler, self.conditionings, self.decode_batch = config.sampler, conditionings, decode_batch
+        self.sampler, self.decode_batch = config.sampler, decode_batch
+        images = any(request.prompt.image for request in requests)
+        backbone = load_backbone(config.backbone, device, parts=("text", "vae") if images else ("text",))
+        self._encoded: dict[tuple, Conditioning] = {}  # of one clip each
+        for request in requests:
+            if (key := _told(request)) not in self._encoded:
+                self._encoded[key] = condition(backbone, request.prompt, request.video).to("cpu")
+        self.negative = backbone.condition([config.sampler.negative_prompt]).to("cpu")
+        del backbone
+        clear_device_cache(garbage_collection=True)
         self.backbone = load_backbone(config.backbone, device, parts=("vae", "transformer"))
         self.passes = 0  # network passes so far, of one clip each
         for expert in self.backbone.experts.values():
@@ -277,9 +251,9 @@ class Maker:
     def make(self, model: Model, requests: Sequence[Request]) -> None:
         """Sample the requests' clips together, all of one video size, and write those that are not finished."""
         started, passes = time.perf_counter(), self.passes
-        conditioning, negative = self.conditionings.of(requests), self.conditionings.negative
+        conditioning = Conditioning.cat([self._encoded[_told(request)] for request in requests])
         with self.switch.reference() if self.switch and model.lora is None else nullcontext():
-            latents, found = model.strategy(self.backbone, conditioning, requests, self.sampler, negative)
+            latents, found = model.strategy(self.backbone, conditioning, requests, self.sampler, self.negative)
         frames = [
             clip
             for part in latents.split(self.decode_batch)
@@ -295,3 +269,9 @@ class Maker:
             facts |= {"lora": str(model.lora.path)} if model.lora else {}
             facts |= more
             request.clip.write(clip, request.video.fps, facts)
+
+
+def _told(request: Request) -> tuple:
+    """What conditioning depends on."""
+    image = request.prompt.image
+    return (request.prompt.text, image, astuple(request.video) if image else None)

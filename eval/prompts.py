@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval import records
@@ -20,20 +20,27 @@ class Prompt:
     image: Path | None
 
 
-def read_prompts(
-    prompts: Sequence[str], images: Sequence[str], file: str, *, section: str = "generate"
-) -> list[Prompt]:
+@dataclass
+class PromptsConfig:
+    """Keys of the sections that take prompts."""
+
+    prompts: list[str] = field(default_factory=list)  # what is to be seen
+    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
+    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture per prompt; first frame is used
+
+
+def read_prompts(settings: PromptsConfig, section: str) -> list[Prompt]:
     """The prompts of a section's keys `prompts` or `prompts_file`, with their keys and images.
 
     Raises ValueError where there are none, for an unreadable file, a missing column, a prompt that is empty or no text,
     doubled keys, and images for some prompts only. Images in a file are relative to its folder; ~ is expanded.
     """
-    source, folder = f"{section}.prompts", Path()
-    found: list[Record] = [{"prompt": text} for text in prompts]
-    if file:
+    source, folder, images = f"{section}.prompts", Path(), settings.images
+    found: list[Record] = [{"prompt": text} for text in settings.prompts]
+    if settings.prompts_file:
         if found:
             print(f"{section}.prompts_file is given: the {len(found)} prompts of {section}.prompts are not used")
-        path = Path(file).expanduser()
+        path = Path(settings.prompts_file).expanduser()
         source, folder, found = str(path), path.parent, _read_records(path, section)
     rows = [_read_row(record, f"{source}, prompt {number}") for number, record in enumerate(found, start=1)]
     if not rows:

@@ -32,14 +32,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 import recipes
 from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
-from eval.clips import outdated
-from eval.judges import JudgeConfig, Judging
-from eval.judges.external_tool import RatersConfig
+from eval.clips import warn_of_outdated
+from eval.config import ClipsConfig
 from eval.maker import (
     BASE,
     TUNED,
@@ -51,7 +51,6 @@ from eval.maker import (
     image_problem,
     make_clips,
     read_lora,
-    shared,
     warn_of_cut_prompts,
 )
 from eval.prompts import Prompt
@@ -59,17 +58,13 @@ from eval.report import page, tables
 from eval.report.results import TRUE, summarise
 from eval.report.rows import identity, scoring_settings
 from eval.scoring import Plan, Probe, compare_clips, probe, score, unprobed
-from eval.search import searcher
-from eval.search.config import SearchConfig
-from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.base import Backbone
 from train.checkpoint import attach_trained
 from train.clips import VideoConfig
 from train.files import atomic, lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig
 
 SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's
 
@@ -86,18 +81,8 @@ class RunConfig(BenchmarkSettings):
 
 
 @dataclass
-class Config:
-    recipe: str = ""  # name or path of a recipe
-    output: str = "runs/default"  # everything goes below this folder
-    dry_run: bool = False  # print what would be made and stop
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+class Config(ClipsConfig):
     run: RunConfig = field(default_factory=RunConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)  # of run.search and run.refine
-    vlm: VlmConfig = field(default_factory=VlmConfig)  # that judges clips of benchmarks
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
-    raters: RatersConfig = field(default_factory=RatersConfig)
     benchmarks: list[str] = field(default_factory=list)  # names of eval.benchmarks.BENCHMARKS
     list: bool = False  # print every benchmark with what it needs and stop
 
@@ -130,13 +115,7 @@ def check(config: Config) -> None:
         raise ValueError(f"run.seeds={settings.seeds}: give one or more distinct seeds")
     if bad := [seed for seed in settings.seeds if not 0 <= seed < 2**30]:
         raise ValueError(f"run.seeds={settings.seeds}: {bad[0]} is negative or too large")
-    if settings.batch_size < 1:
-        raise ValueError(f"run.batch_size={settings.batch_size}: use 1 or more")
-    if config.backbone.random_weights and not config.dry_run:
-        raise ValueError("backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path")
-    config.sampler.check()
-    if strategy := searcher.Method(settings.search, settings.refine):
-        searcher.check(strategy, config.search, config.sampler, "run")
+    config.check("run")
 
 
 def build(config: Config, name: str) -> Benchmark:
@@ -167,15 +146,10 @@ def run(config: Config, accelerator: Accelerator) -> dict[str, Any] | None:
     started, main = time.perf_counter(), accelerator.is_main_process
     lora, plans = prepare(config) if main else (None, [])
     missing = sum(len(plan.unfinished()) for plan in plans)
-    known = {model.name: model for model in makers(config, lora)}
-    todo = [
-        batch
-        for plan in plans
-        for model, requests in plan.requests.items()
-        for batch in batches(known[model], requests, config.run.batch_size)
-    ]
-    probes = [Probe(plan.benchmark.name, model, own) for plan in plans for model, own in unprobed(plan, models(lora))]
-    lora, todo, probes = shared(accelerator, (lora, todo, probes))
+    wanted = [requests for plan in plans for requests in plan.requests.values()]
+    todo = [batch for requests in wanted for batch in batches(requests, config.run.batch_size)]
+    probes = [one for plan in plans for one in unprobed(plan, models(lora))]
+    lora, todo, probes = broadcast_object_list([lora, todo, probes])
     rank, world = accelerator.process_index, accelerator.num_processes
     make_clips(config, makers(config, lora), todo, lora, accelerator, decode_batch=config.run.batch_size)
     run_probes(config, probes[rank::world], lora, accelerator.device)
@@ -206,9 +180,8 @@ def models(lora: Lora | None) -> list[Model]:
 
 def makers(config: Config, lora: Lora | None) -> list[Model]:
     """Those that make clips: base and tuned, and where a search is configured both once more with it behind them."""
-    method, judging = searcher.Method(config.run.search, config.run.refine), Judging.of(config)
     plain = models(lora)
-    return plain + [searcher.searching(model, method, config.search, judging) for model in plain if method]
+    return plain + [config.searching(model, "run") for model in plain if config.method("run")]
 
 
 def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
@@ -217,7 +190,7 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
     Raises ValueError for a backbone or LoRA that is not there. What a single benchmark lacks is its plan's problem.
     """
     shell = load_backbone(config.backbone, "cpu", parts=())
-    lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora") if config.run.lora else None
+    lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora")
     plans = []
     for name in dict.fromkeys(config.benchmarks):
         plan = Plan(build(config, name), Path(config.run.folder) / name)
@@ -244,7 +217,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
         asked = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, asdict(config.video)]
         for model in models(lora):
             own = [*asked, model.lora.sha256 if model.lora else None, "rows with clusters"]
-            plan.identities[model.name] = identity(own, plan.settings)
+            plan.identities[model.name] = identity(own, plan.benchmark.recorded)
         return
     plan.tasks = benchmark.prompts()
     video = benchmark.video(config.video)
@@ -272,8 +245,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
                     made = (model, path, prompts[task.key], noise, video)
                     request = build_request(config, shell.fingerprint, *made, lossless=benchmark.lossless)
                     plan.requests[model.name].append(request)
-    if line := outdated((request.clip for request in plan.unfinished()), folder):
-        print(line)
+    warn_of_outdated((request.clip for request in plan.unfinished()), folder)
 
 
 def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Path) -> Prompt:
@@ -366,7 +338,7 @@ def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -
     return {
         "problem": plan.problem,
         "requirements": [asdict(needed) for needed in benchmark.requirements()],
-        "settings": recipes.redacted(scoring_settings(plan.settings)),
+        "settings": recipes.redacted(scoring_settings(plan.benchmark.recorded)),
         "prompts": len({line["key"] for line in own}),
         "clusters": len({line["cluster"] for line in own}),  # of prompts that intervals draw together
         "video": asdict(benchmark.video(config.video)),

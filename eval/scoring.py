@@ -27,6 +27,7 @@ COMPLETE = ""  # key of the row that ends those of a benchmark without clips
 
 SHOWN = 6  # prompts in the comparison and the sheet
 
+Name = tuple[str, int]  # of a sample: its task's key, its seed
 Mark = tuple[str, float | None]  # identity of a clip's row, and the clip's motion energy; None: a reference
 
 
@@ -43,10 +44,6 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)  # key of a task whose image cannot be read -> why
     identities: dict[str, str] = field(default_factory=dict)  # by model, of rows without a clip
     seconds: dict[str, float] = field(default_factory=dict)  # by model, of scoring, in this and earlier runs
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.benchmark.recorded
 
     def unfinished(self) -> list[Request]:
         return [
@@ -75,13 +72,13 @@ class Probe:
     identity: str
 
 
-def unprobed(plan: Plan, models: Sequence[Model]) -> Iterator[tuple[Model, str]]:
-    """Models that a benchmark has not asked to the end, with the identity of their rows."""
+def unprobed(plan: Plan, models: Sequence[Model]) -> Iterator[Probe]:
+    """Of the models that a benchmark has not asked to the end."""
     for model in models:
         if own := plan.identities.get(model.name, ""):
             with plan.rows(model.name) as rows:
                 if rows.find(own, COMPLETE, 0) is None:
-                    yield model, own
+                    yield Probe(plan.benchmark.name, model, own)
 
 
 def probe(benchmark: Benchmark, backbone: Backbone, probe: Probe, folder: Path) -> None:
@@ -116,47 +113,38 @@ def score(plan: Plan) -> Iterator[dict[str, Any]]:
                 yield _line(plan, model, number, row, Task(row["key"], "", cluster=row["cluster"]))
         return
     for model, samples in plan.samples.items():
-        marks = _marks(plan, model)
+        every, marks = {(sample.task.key, sample.seed): sample for sample in samples}, _marks(plan, model)
         with plan.rows(model) as rows:
-
-            def find(sample: Sample, rows: RowFile = rows, marks: dict[tuple[str, int], Mark] = marks) -> Any:
-                name = sample.task.key, sample.seed
-                return rows.find(marks[name][0], *name)
-
-            missing = {
-                (sample.task.key, sample.seed) for sample in samples if (row := find(sample)) is None or row["error"]
-            }
+            found = {name: rows.find(marks[name][0], *name) for name in every}
+            missing = {name for name, row in found.items() if row is None or row["error"]}
             if missing and not plan.problem:
-                _score_missing(plan, model, missing, rows, marks)
-            found = [find(sample) for sample in samples]
-        plan.seconds[model] = sum(row["seconds"] for row in found if row)
-        for number, (sample, row) in enumerate(zip(samples, found, strict=True)):
-            if row is None:
-                error = f"{sample.path}: not scored: {plan.problem}"
-                row = {"key": sample.task.key, "seed": sample.seed, "values": {}, "motion": None, "error": error}
+                _score_missing(plan, model, every, missing, rows, marks)
+                found = {name: rows.find(marks[name][0], *name) for name in every}
+        plan.seconds[model] = sum(row["seconds"] for row in found.values() if row)
+        for number, (name, sample) in enumerate(every.items()):
+            error = f"{sample.path}: not scored: {plan.problem}"
+            row = found[name] or {"seed": sample.seed, "values": {}, "motion": None, "error": error}
             yield _line(plan, model, number, row, sample.task)
 
 
-def _marks(plan: Plan, model: str) -> dict[tuple[str, int], Mark]:
-    """By key and seed."""
+def _marks(plan: Plan, model: str) -> dict[Name, Mark]:
     clips = {request.clip.path: request.clip for request in plan.requests.get(model, [])}
     marks = {}
     for sample in plan.samples[model]:
         record = clips[sample.path].record() if sample.path in clips else None
-        own = identity(record["digest"] if record else _file_mark(sample.path), plan.settings)
+        own = identity(record["digest"] if record else _file_mark(sample.path), plan.benchmark.recorded)
         marks[sample.task.key, sample.seed] = (own, record["motion"] if record else None)
     return marks
 
 
 def _score_missing(
-    plan: Plan, model: str, missing: set[tuple[str, int]], rows: RowFile, marks: dict[tuple[str, int], Mark]
+    plan: Plan, model: str, every: dict[Name, Sample], missing: set[Name], rows: RowFile, marks: dict[Name, Mark]
 ) -> None:
-    """Append a row for each missing key and seed; where the benchmark fails as a whole, only for some.
+    """Append a row for each missing one; where the benchmark fails as a whole, only for some.
 
     Samples that are scored together are so by their place among all, whatever is missing of them.
     """
-    every = {(sample.task.key, sample.seed): sample for sample in plan.samples[model]}
-    refused = {name: None for name in every if model != TRUE and name[0] in plan.refused}
+    refused = [name for name in every if model != TRUE and name[0] in plan.refused]
     names, size = [name for name in every if name not in refused], plan.benchmark.together
     chunks = [names[start : start + size] for start in range(0, len(names), size)]
     left = {name: every[name] for chunk in chunks if missing.intersection(chunk) for name in chunk}

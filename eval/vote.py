@@ -18,7 +18,6 @@ Wilson's.
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import shutil
@@ -41,6 +40,7 @@ from train.files import digest, lock, read_json, render, sha256, write_text
 
 TEMPLATE = Path(__file__).with_name("vote.html")
 SWAPPED = {"left": "right", "right": "left", "tie": "tie"}
+OUTCOMES = {0.0: "first", 0.5: "tie", 1.0: "second"}  # by the score of a vote, which counts for the second model
 Z = 1.959964  # of a 95% interval
 
 
@@ -98,17 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     analyse.add_argument("--json", type=Path, help="also write the results there")
     options = parser.parse_args(argv)
     if options.command == "page":
-        categories = read_categories(options.categories) if options.categories else {}
+        given = {name: getattr(options, name) for name in ("seed", "repeat", "count")}
+        given["categories"] = read_categories(options.categories) if options.categories else {}
         with lock(options.folder):
-            place = write_page(
-                options.folder,
-                options.first,
-                options.second,
-                seed=options.seed,
-                repeat=options.repeat,
-                count=options.count,
-                categories=categories,
-            )
+            place = write_page(options.folder, options.first, options.second, **given)
         print(f"page  {place}\nkey   {options.folder / 'key.json'}  (not for the raters)")
     else:
         results = analyse_votes(options.key, options.votes)
@@ -210,14 +203,13 @@ def order_trials(pairs: int, repeat: float, generator: np.random.Generator) -> l
 
 def _facts(first: Path, second: Path, categories: Mapping[str, str]) -> dict[str, Any]:
     """Prompt, prompt's key and seed of a pair, out of its sidecars; ValueError where they disagree or are missing."""
-    prompts = []
-    for path in (first, second):
-        remedy = "make the clip again with eval.generate or eval.run"
-        prompts.append(read_json(path.with_suffix(".json"), Prompted, remedy=remedy)["prompt"])
-    if prompts[0] != prompts[1]:
-        raise ValueError(f"{first} and {second} show different prompts, {prompts[0]!r} and {prompts[1]!r}")
+    remedy = "make the clip again with eval.generate or eval.run"
+    sidecars = (read_json(path.with_suffix(".json"), Prompted, remedy=remedy) for path in (first, second))
+    prompt, other = (sidecar["prompt"] for sidecar in sidecars)
+    if prompt != other:
+        raise ValueError(f"{first} and {second} show different prompts, {prompt!r} and {other!r}")
     name, _, seed = first.stem.rpartition("-")
-    return {"key": name, "seed": seed, "category": categories.get(name, ""), "prompt": prompts[0]}
+    return {"key": name, "seed": seed, "category": categories.get(name, ""), "prompt": prompt}
 
 
 def read_categories(path: Path) -> dict[str, str]:
@@ -237,22 +229,15 @@ def analyse_votes(key_file: Path, files: Sequence[Path]) -> dict[str, Any]:
     key = read_json(key_file, Key, remedy="give the key.json that was written with the page")
     votes = read_votes(key, key_file, files)
     trials, scores = key["trials"], defaultdict(list)
-    shown: Counter[int] = Counter()
-    repeated = []  # number of the repeating trial, and of the one that it repeats
-    firsts: dict[int, int] = {}
-    for number, trial in enumerate(trials):
-        if shown[trial["pair"]]:
-            repeated.append((number, firsts[trial["pair"]]))
-        else:
-            firsts[trial["pair"]] = number
-        shown[trial["pair"]] += 1
-    for choices in votes.values():
-        for number in firsts.values():
-            if number in choices:
-                scores[number].append(score(choices[number], trials[number]["second_is"]))
+    firsts: dict[int, int] = {}  # by pair, number of the trial that shows it first
+    shown = [(number, firsts.setdefault(trial["pair"], number)) for number, trial in enumerate(trials)]
+    repeated = [(number, first) for number, first in shown if number != first]
+    originals = {rater: {n: choices[n] for n in firsts.values() if n in choices} for rater, choices in votes.items()}
+    for choices in originals.values():
+        for number, choice in choices.items():
+            scores[number].append(0.5 if choice == "tie" else float(choice == trials[number]["second_is"]))
     if not scores:
         raise ValueError(f"{', '.join(str(file) for file in files)}: no votes in them")
-    originals = {rater: {n: choices[n] for n in firsts.values() if n in choices} for rater, choices in votes.items()}
     consistent = {
         rater: [choices[again] == SWAPPED[choices[one]] for again, one in repeated if {again, one} <= set(choices)]
         for rater, choices in votes.items()
@@ -264,7 +249,7 @@ def analyse_votes(key_file: Path, files: Sequence[Path]) -> dict[str, Any]:
         "models": key["models"],
         "raters": {rater: len(choices) for rater, choices in votes.items()},
         "trials": len(trials),
-        "choices": dict(Counter(value for values in scores.values() for value in map(_outcome, values))),
+        "choices": dict(Counter(OUTCOMES[value] for values in scores.values() for value in values)),
         "win_rate": win_rate(scores, trials),
         "categories": {
             category: win_rate({n: s for n, s in scores.items() if trials[n]["category"] == category}, trials)
@@ -299,15 +284,6 @@ def read_votes(key: Key, key_file: Path, files: Sequence[Path]) -> dict[str, dic
                 raise ValueError(f"{file}: vote {vote} is none of this page's, or there twice: save the votes again")
             votes[rater][number] = vote["choice"]
     return votes
-
-
-def score(choice: str, second_is: str) -> float:
-    """1 where the second model was chosen, 0 where the first was, 0.5 for a tie."""
-    return 0.5 if choice == "tie" else float(choice == second_is)
-
-
-def _outcome(value: float) -> str:
-    return {0.0: "first", 0.5: "tie", 1.0: "second"}[value]
 
 
 def win_rate(scores: Mapping[int, Sequence[float]], trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -345,24 +321,25 @@ def agreement(votes: Mapping[str, Mapping[int, str]]) -> dict[str, Any] | None:
     By hand: left left, left right, tie tie: 2 of 3 equal. 6 values, left 3, right 1, tie 2: of 30 ordered pairs of
     different values 2 (3 + 6 + 2) = 22 differ, of those within a trial 1 in 3: alpha = 1 - (1 / 3) / (22 / 30) = 6/11.
     """
-    units = defaultdict(list)
+    units = defaultdict(Counter)
     for choices in votes.values():
         for number, choice in choices.items():
-            units[number].append(choice)
-    units = [choices for choices in units.values() if len(choices) > 1]
-    pairs = [one == other for choices in units for one, other in itertools.combinations(choices, 2)]
-    if not pairs:
+            units[number][choice] += 1
+    units = [unit for unit in units.values() if unit.total() > 1]
+    if not units:
         return None
-    totals = Counter(choice for choices in units for choice in choices)
-    values = totals.total()
+    totals = sum(units, Counter())
+    pairs = sum(math.comb(unit.total(), 2) for unit in units)
     # A trial of m choices has weight m: its m (m - 1) ordered pairs count 1 / (m - 1) each.
-    seen = sum(
-        2 * sum(one != other for one, other in itertools.combinations(choices, 2)) / (len(choices) - 1)
-        for choices in units
-    )
-    chance = (values**2 - sum(count**2 for count in totals.values())) / (values - 1)
+    seen = sum(_differing(unit) / (unit.total() - 1) for unit in units)
+    chance = _differing(totals) / (totals.total() - 1)
     alpha = 1 - seen / chance if chance else None  # all choices the same: nothing to tell
-    return {"equal": sum(pairs) / len(pairs), "pairs": len(pairs), "alpha": alpha}
+    return {"equal": (pairs - sum(map(_differing, units)) // 2) / pairs, "pairs": pairs, "alpha": alpha}
+
+
+def _differing(choices: Counter) -> int:
+    """Ordered pairs of different choices."""
+    return choices.total() ** 2 - sum(count**2 for count in choices.values())
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from eval.benchmarks.sandbox import Sandbox, SandboxConfig
 from eval.benchmarks.vbench import VBench, VBenchConfig
 from eval.benchmarks.videophy import RatedConfig, VideoPhy
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
-from eval.benchmarks.vqa import EzsBench, EzsBenchConfig, PaiBench, PaiBenchConfig
+from eval.benchmarks.vqa import EzsBench, PaiBench, VqaConfig
 
 
 @dataclass
@@ -23,8 +23,8 @@ class BenchmarkSettings:
     videophy: RatedConfig = field(default_factory=RatedConfig)
     videophy2: VideoPhy2Config = field(default_factory=VideoPhy2Config)
     phygenbench: PhyGenBenchConfig = field(default_factory=PhyGenBenchConfig)
-    pai_bench: PaiBenchConfig = field(default_factory=PaiBenchConfig)
-    ezs_bench: EzsBenchConfig = field(default_factory=EzsBenchConfig)
+    pai_bench: VqaConfig = field(default_factory=VqaConfig)
+    ezs_bench: VqaConfig = field(default_factory=VqaConfig)
     r_bench: RBenchConfig = field(default_factory=RBenchConfig)
     vbench: VBenchConfig = field(default_factory=VBenchConfig)
     likephys: LikePhysConfig = field(default_factory=LikePhysConfig)

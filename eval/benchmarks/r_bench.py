@@ -30,9 +30,10 @@ play no part.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -83,7 +84,6 @@ _TABLE_1 = {
 class RBenchConfig:
     folder: str = ""  # of the data set: prompts/, imgs/
     checkout: str = ""  # a clone of DAGroup-PKU/ReVidgen
-    dimensions: list[str] = field(default_factory=lambda: list(DIMENSIONS))
     motion: str = ""  # results/4_embodiments of the official motion steps; empty: leave motion out
 
 
@@ -100,6 +100,10 @@ class RBench(AskedBenchmark):
         )
         for model, values in _TABLE_1.items()
     )
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | {"dimensions": list(DIMENSIONS)}  # had a key of its own
 
     def requirements(self) -> list[Requirement]:
         settings = self.settings
@@ -130,17 +134,10 @@ class RBench(AskedBenchmark):
         return found
 
     def prompts(self) -> list[Task]:
-        """The prompts of `dimensions`. Raises ValueError for missing or bad files."""
+        """Raises ValueError for missing or bad files."""
         if not self.settings.folder:
             raise ValueError(f"run.r_bench.folder is empty: {DATA}")
-        tasks = []
-        for dimension in self.settings.dimensions:
-            if dimension not in DIMENSIONS:
-                raise ValueError(
-                    f"run.r_bench.dimensions: {dimension!r} is no dimension: use some of {', '.join(DIMENSIONS)}"
-                )
-            tasks += self._tasks(dimension)
-        return tasks
+        return [task for dimension in DIMENSIONS for task in self._tasks(dimension)]
 
     def _tasks(self, dimension: str) -> list[Task]:
         folder = _path(self.settings.folder)

@@ -35,7 +35,7 @@ import torch
 from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
 from eval.benchmarks.official_files import place
 from eval.judges.external_tool import Tool, ToolError, tool_environment
-from eval.prompts import read_prompts
+from eval.prompts import PromptsConfig, read_prompts
 from train.clips import ClipError, VideoConfig, read_clip
 from train.files import write_text
 
@@ -125,7 +125,8 @@ class VBench(Benchmark):
         """One task per prompt, in the order of the file."""
         if not self.settings.prompts_file:
             raise ValueError(f"run.vbench.prompts_file is empty: {self.requirements()[0].remedy}")
-        return [Task(one.key, one.text, image=one.image) for one in read_prompts([], [], self.settings.prompts_file)]
+        found = read_prompts(PromptsConfig(prompts_file=self.settings.prompts_file), "run.vbench")
+        return [Task(one.key, one.text, image=one.image) for one in found]
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """`videos/<key>-<seed>.mp4`, and prompts.json as VBench's --prompt_file reads it."""

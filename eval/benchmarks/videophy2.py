@@ -22,6 +22,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from eval.benchmarks.base import Published, Task
 from eval.benchmarks.videophy import Rated, RatedConfig, by_clip, once_each
@@ -30,7 +31,6 @@ from eval.judges.scores import refuse_caption
 from eval.prompts import make_key
 
 GOOD = 4  # the least rating that counts
-SPLITS = ("all", "hard")
 RULES = ("physics_rules_followed", "physics_rules_unfollowed", "physics_rules_cannot_be_determined")
 TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false", "")
 
@@ -76,7 +76,6 @@ _PERCENT = (*COUNTED, *(f"hard_{name}" for name in COUNTED))
 
 @dataclass
 class VideoPhy2Config(RatedConfig):
-    split: str = "all"  # all | hard: prompts to make clips of; the hard ones are among all
     upsampled: bool = False  # generate from the table's long captions; the judge sees the short ones
     rules: bool = False  # ask about the table's physical rules too: one question per rule, weights loaded once more
 
@@ -102,10 +101,11 @@ class VideoPhy2(Rated):
     rater = videophy2.NAME
     settings: VideoPhy2Config
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | {"split": "all"}  # had a key of its own
+
     def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
-        split = self.settings.split
-        if split not in SPLITS:
-            raise ValueError(f"run.videophy2.split={split!r} is no split: use one of {', '.join(SPLITS)}")
         needed = ["is_hard", *(["upsampled_caption"] if self.settings.upsampled else [])]
         for column in [*needed, *(RULES if self.settings.rules else [])]:
             if rows and column not in rows[0]:
@@ -116,11 +116,10 @@ class VideoPhy2(Rated):
             text = group[0]["upsampled_caption"].strip() if self.settings.upsampled else caption
             if not text:
                 raise ValueError(f"{self._table()}: {caption!r} has no upsampled_caption; use upsampled=false")
-            if split == "all" or hard:
-                facts = {"caption": caption, "hard": hard}
-                if self.settings.rules:
-                    facts["rules"] = list(dict.fromkeys(rule for row in group for rule in self._rules(row)))
-                tasks.append(Task(make_key(index, caption), text, group[0].get("category", ""), facts=facts))
+            facts = {"caption": caption, "hard": hard}
+            if self.settings.rules:
+                facts["rules"] = list(dict.fromkeys(rule for row in group for rule in self._rules(row)))
+            tasks.append(Task(make_key(index, caption), text, group[0].get("category", ""), facts=facts))
         return tasks
 
     def _is_hard(self, row: dict[str, str]) -> bool:

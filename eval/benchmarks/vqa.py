@@ -1,8 +1,8 @@
 """Yes-or-no questions about a clip, from the benchmark's own files: the Domain Score of PAI-Bench-G and of EZS-Bench.
 
-PAI-Bench-G (Zhou et al., 2025), its robot domain by default: image to video.
+PAI-Bench-G (Zhou et al., 2025), its robot domain: image to video.
 
-    recipe key              run.pai_bench.<field>, see PaiBenchConfig
+    recipe key              run.pai_bench.<field>, see VqaConfig
     data                    the data set shi-labs/physical-ai-bench-predict (now also -generation):
                             cosmos_predict2_bench_full_info.json, condition_image/, vqa/<video_id>.json
 
@@ -12,7 +12,7 @@ robot, 5 or 6 questions each.
 
 EZS-Bench (ABot-PhysWorld, Chen et al., 2026, arXiv 2603.23376): robots that no training set shows, image to video.
 
-    recipe key              run.ezs_bench.<field>, see EzsBenchConfig
+    recipe key              run.ezs_bench.<field>, see VqaConfig
     data                    the ModelScope data set amap_cvlab/EZS-Bench_data: data.jsonl and the first frames
 
 A line of data.jsonl holds `video` (the first frame; its stem is the video_id), `prompt` and `question`, a list
@@ -62,7 +62,7 @@ TEXT = (
     "These are frames of one video, in order. Look at all of them to see what happens in it, then answer this question"
     " about the video.\nQuestion: {question}\nAnswer with YES or NO."
 )
-DOMAINS = ("av", "common_sense", "human", "industry", "misc", "physics", "robot")
+DOMAIN = "robot"  # of PAI-Bench
 
 # PhysisForcing, Table 7: Domain, percent. The judge is Qwen3-VL-235B-A22B-Instruct.
 _TABLE_7 = {
@@ -95,14 +95,8 @@ _TABLE_8 = {
 
 
 @dataclass
-class EzsBenchConfig:
+class VqaConfig:
     folder: str = ""  # of the benchmark's data
-
-
-@dataclass
-class PaiBenchConfig:
-    folder: str = ""  # of the benchmark's data
-    domain: str = "robot"  # one of DOMAINS; empty: all
 
 
 class Vqa(AskedBenchmark):
@@ -156,18 +150,18 @@ class PaiBench(Vqa):
         "get it with 'hf download shi-labs/physical-ai-bench-predict --repo-type dataset' and name its folder in"
         " run.pai_bench.folder"
     )
-    settings: PaiBenchConfig
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded | {"domain": DOMAIN}  # had a key of its own
 
     def prompts(self) -> list[Task]:
         """Tasks of the domain, in the file's order. Raises ValueError for missing or bad files."""
-        domain = self.settings.domain
-        if domain not in (*DOMAINS, ""):
-            raise ValueError(f"run.pai_bench.domain={domain!r} is no domain: use one of {', '.join(DOMAINS)}, or none")
         file = self._file()
         records = read_records(file, ("video_id", "prompt_en", "image_name"), self.remedy)
-        chosen = [record for record in records if not domain or self._domain(record["video_id"], file) == domain]
+        chosen = [record for record in records if record["video_id"].startswith(f"{DOMAIN}_")]
         if not chosen:
-            raise ValueError(f"{file} has no prompt of the domain {domain!r}: {self.remedy}")
+            raise ValueError(f"{file} has no prompt of the domain {DOMAIN!r}: {self.remedy}")
         keys = make_keys([record["video_id"] for record in chosen], str(file))
         return [self._task(key, record) for key, record in zip(keys, chosen, strict=True)]
 
@@ -179,7 +173,7 @@ class PaiBench(Vqa):
         if not image.is_file():
             raise ValueError(f"{image}, the first frame of {name}, is not there: {self.remedy}")
         facts = {"video_id": name, "questions": questions}
-        return Task(key, record["prompt_en"].strip(), self._domain(name, file), image, facts)
+        return Task(key, record["prompt_en"].strip(), DOMAIN, image, facts)
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """<video_id>__<number>.mp4, a prompt's seeds numbered from 0: the official code looks for 0 to 4 only."""
@@ -191,12 +185,6 @@ class PaiBench(Vqa):
                 number = sorted(seeds[sample.task.key]).index(sample.seed)
                 place(sample.path, folder / f"{sample.task.facts['video_id']}__{number}.mp4")
         return folder
-
-    def _domain(self, video_id: str, file: Path) -> str:
-        for domain in DOMAINS:
-            if video_id.startswith(f"{domain}_"):
-                return domain
-        raise ValueError(f"{file}: {video_id!r} begins with no domain ({', '.join(DOMAINS)}): {self.remedy}")
 
 
 class EzsBench(Vqa):

@@ -28,6 +28,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,16 @@ from torch import Tensor
 from eval.prompt_refinement import questions
 from eval.prompts import Prompt, slug
 from eval.search.searcher import batches
-from eval.vlm.backend import SEED, TEMPERATURE, Backend, VlmConfig
-from eval.vlm.client import NoAnswer, Vlm, jpeg_frames
+from eval.vlm.backend import SEED, TEMPERATURE, Question, VlmConfig
+from eval.vlm.client import NoAnswer, Vlm, jpeg_frames, read_answer
 from train.clips import VideoConfig, read_clip, write_clip
 from train.files import digest, sha256, write_text
 
-EXAMPLE = "sentence-transformers/all-MiniLM-L6-v2"
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # compares prompts
+STAGES = ("predict", "rewrite", "clip", "critique")  # of a round, in order
+ANSWERS = {"predict": questions.Prediction, "rewrite": questions.NewPrompt, "critique": questions.Criticism}
 
-Generate = Callable[[list[Prompt], list[str]], Tensor]  # prompts, the texts to use -> (N,T,H,W,3) uint8
-Encoder = Callable[[list[str]], Any]  # N texts -> array (N, D), of any length
+Generate = Callable[[list[Prompt]], Tensor]  # one clip each: (N,T,H,W,3) uint8
 ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) uint8 -> (R,), lower is better
 
 
@@ -54,13 +56,11 @@ ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) u
 class PromptRefineConfig:
     rounds: int = 4  # clips per prompt, at most
     similarity: float = 0.95  # cosine from which a new prompt counts as the one before
-    encoder: str = EXAMPLE  # sentence-transformers model that compares prompts: hub id or folder
     batch_size: int = 8  # clips asked of the generator together
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds} must be 1 or more")
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity={self.similarity} is a cosine: use -1 to 1, such as 0.95")
 
@@ -93,9 +93,6 @@ class Refinement:
     def clip(self, number: int) -> Path:
         return self.folder / f"round-{number:02d}.mp4"
 
-    def has_clip(self, number: int) -> bool:
-        return number <= len(self.rounds) and self.rounds[number - 1].clip_bytes > 0
-
     @property
     def clips(self) -> list[int]:
         """Numbers of the rounds with a clip."""
@@ -103,11 +100,11 @@ class Refinement:
 
 
 class PromptRefiner:
-    """Refines prompts into `folder`. backend: instead of the one that `vlm` names.
+    """Refines prompts into `folder`.
 
-    generate: makes one clip per prompt from the text that it is given, best with the same noise in every round; its
-    image is `Prompt.image`. made_with: whatever else the clips depend on (model, sampler, seed), in words; clips of
-    other settings are made anew. encoder: instead of config.encoder. ValueError for settings that cannot work.
+    generate: makes one clip per prompt, best with the same noise in every round. made_with: whatever else the clips
+    depend on (model, sampler, seed), in words; clips of other settings are made anew. ValueError for settings that
+    cannot work.
     """
 
     def __init__(
@@ -119,13 +116,10 @@ class PromptRefiner:
         generate: Generate,
         *,
         made_with: str,
-        encoder: Encoder | None = None,
-        backend: Backend | None = None,
     ):
         self.config, self.video, self.folder = config, video, Path(folder)
         self.generate, self.made_with = generate, made_with
-        self.vlm = Vlm(vlm, backend)
-        self._encoder = encoder
+        self.vlm = Vlm(vlm)
         self._all: list[Refinement] = []
 
     def run(self, prompts: Sequence[Prompt], scorer: ClipScorer | None = None) -> list[Refinement]:
@@ -133,11 +127,14 @@ class PromptRefiner:
 
         Raises VlmUnavailable, a ValueError, where a model as a whole does not answer; running again continues.
         """
-        stages = {"predict": self._predict, "rewrite": self._rewrite, "clip": self._clip, "critique": self._critique}
         self._all = found = [self._load(prompt) for prompt in prompts]
-        while waiting := [(one, stage) for one in found if (stage := self._stage(one)) in stages]:
-            first = next(name for name in stages if any(name == stage for _, stage in waiting))
-            stages[first]([one for one, stage in waiting if stage == first])
+        while waiting := [(one, stage) for one in found if (stage := self._stage(one)) in STAGES]:
+            first = min((stage for _, stage in waiting), key=STAGES.index)
+            chosen = [one for one, stage in waiting if stage == first]
+            if first == "clip":
+                self._clip(chosen)
+            else:
+                self._ask(first, chosen)
         for one in found:
             one.ended = self._stage(one)
             self._choose(one, scorer)
@@ -169,96 +166,63 @@ class PromptRefiner:
 
     # The stages
 
-    def _predict(self, waiting: list[Refinement]) -> None:
-        async def ask(one: Refinement) -> str:
-            frames = await asyncio.to_thread(self._first_frame, one.prompt)
-            return await self.vlm.ask(questions.predict_question(one.prompt.text, frames), questions.read_prediction)
-
-        for one, answer in zip(waiting, self.vlm.run(ask, waiting), strict=True):
-            self._record(one, answer, lambda last, text: setattr(last, "prediction", text))
-
-    def _rewrite(self, waiting: list[Refinement]) -> None:
-        async def ask(one: Refinement) -> str:
-            last = one.rounds[-1]
-            if last.number == 1:
-                question = questions.rewrite_question(one.prompt.text, last.prediction)
-            else:
-                before = one.rounds[-2]
-                question = questions.rewrite_question(
-                    one.prompt.text, before.description, last=before.prompt, violations=before.violations
-                )
-            return await self.vlm.ask(question, questions.read_prompt)
-
-        answers = self.vlm.run(ask, waiting)
-        for one, answer in zip(waiting, answers, strict=True):
-            if isinstance(answer, str) and len(one.rounds) > 1:
-                one.rounds[-1].similarity = self.similarity(one.rounds[-2].prompt, answer)
-            self._record(one, answer, lambda last, text: setattr(last, "prompt", text))
-
     def _clip(self, waiting: list[Refinement]) -> None:
         """Clips that are made together change each other by rounding, so batches are formed by place among all prompts,
         and those of a round are made as a whole: a run that was stopped makes the clips that it would have made."""
         for everyone in batches(self._all, self.config.batch_size):
             missing = [one for one in everyone if one in waiting]
             for number in sorted({one.rounds[-1].number for one in missing}):
-                part = [one for one in everyone if one.has_clip(number) or one in missing and len(one.rounds) == number]
+                part = [one for one in everyone if number in one.clips or one in missing and len(one.rounds) == number]
                 told = [one.rounds[number - 1] for one in part]
-                clips = self.generate([one.prompt for one in part], [now.prompt for now in told])
-                if len(clips) != len(part):
-                    raise ValueError(f"generate made {len(clips)} clips of {len(part)} prompts: it must make one each")
+                clips = self.generate(
+                    [replace(one.prompt, text=now.prompt) for one, now in zip(part, told, strict=True)]
+                )
                 for one, now, frames in zip(part, told, clips, strict=True):
                     if not now.clip_bytes:
                         write_clip(one.clip(number), frames, self.video.fps)
                         now.clip_bytes = one.clip(number).stat().st_size
                         self._save(one)
 
-    def _critique(self, waiting: list[Refinement]) -> None:
+    def _ask(self, stage: str, waiting: list[Refinement]) -> None:
+        """Keep each one's answer, whose fields are those of a round, or why there is none, and write the round."""
+
         async def ask(one: Refinement) -> dict[str, Any]:
-            last = one.rounds[-1]
-            frames = await asyncio.to_thread(self._clip_frames, one.clip(last.number))
-            question = questions.critique_question(one.prompt.text, last.prompt, frames)
-            return await self.vlm.ask(question, questions.read_critique)
+            question = await asyncio.to_thread(self._question, stage, one)  # it may decode frames
+            return await self.vlm.ask(question, lambda reply: read_answer(reply, ANSWERS[stage]).model_dump())
 
         for one, answer in zip(waiting, self.vlm.run(ask, waiting), strict=True):
-            self._record(one, answer, lambda last, found: last.__dict__.update(found))
+            last = one.rounds[-1]
+            if isinstance(answer, NoAnswer):
+                last.failure = f"{answer}" + (f"; it wrote: {answer.raw}" if answer.raw else "")
+            else:
+                vars(last).update(answer)
+                if stage == "rewrite" and last.number > 1:
+                    last.similarity = similarity(one.rounds[-2].prompt, last.prompt)
+            self._save(one)
 
-    def _record(self, one: Refinement, answer: Any, keep: Callable[[Round, Any], None]) -> None:
-        """Keep an answer, or why there is none, and write the round."""
-        if isinstance(answer, NoAnswer):
-            one.rounds[-1].failure = f"{answer}" + (f"; it wrote: {answer.raw}" if answer.raw else "")
-        else:
-            keep(one.rounds[-1], answer)
-        self._save(one)
-
-    def similarity(self, before: str, after: str) -> float:
-        """Cosine of two prompts' embeddings; 1 for equal prompts, whatever the encoder."""
-        if before == after:
-            return 1.0
-        if self._encoder is None:
-            self._encoder = load_encoder(self.config.encoder)
-        vectors = np.asarray(self._encoder([before, after]), dtype=np.float64)
-        lengths = np.linalg.norm(vectors, axis=1)
-        if vectors.shape[0] != 2 or not np.isfinite(lengths).all() or not lengths.all():
-            raise ValueError(f"the encoder gave vectors of lengths {lengths.tolist()} for two prompts: use another one")
-        return float(vectors[0] @ vectors[1] / lengths.prod())
-
-    def _first_frame(self, prompt: Prompt) -> list[bytes]:
-        if prompt.image is None:
-            return []
-        return jpeg_frames(read_clip(prompt.image, replace(self.video, num_frames=1)), 1, self.vlm.config.frame_height)
-
-    def _clip_frames(self, path: Path) -> list[bytes]:
-        return jpeg_frames(read_clip(path, self.video), self.vlm.config.frames, self.vlm.config.frame_height)
+    def _question(self, stage: str, one: Refinement) -> Question:
+        text, image, last = one.prompt.text, one.prompt.image, one.rounds[-1]
+        count, height = self.vlm.config.frames, self.vlm.config.frame_height
+        if stage == "predict":
+            first = jpeg_frames(read_clip(image, replace(self.video, num_frames=1)), 1, height) if image else []
+            return questions.predict_question(text, first)
+        if stage == "critique":
+            frames = jpeg_frames(read_clip(one.clip(last.number), self.video), count, height)
+            return questions.critique_question(text, last.prompt, frames)
+        if last.number == 1:
+            return questions.rewrite_question(text, last.prediction)
+        before = one.rounds[-2]
+        return questions.rewrite_question(text, before.description, before.prompt, before.violations)
 
     # On disk
 
     def _digest(self, one: Refinement, number: int) -> str:
         """Of all that a round depends on: the settings, apart from when rounds end, and the round before."""
-        config, vlm, prompt = self.config, self.vlm.config, one.prompt
+        vlm, prompt = self.vlm.config, one.prompt
         models = [[vlm.model, vlm.frames, vlm.frame_height, TEMPERATURE, SEED], ["", 8, 360, 0.0, 0]]
         image = sha256(prompt.image) if prompt.image else ""
         rules = [questions.PREDICT, questions.CRITIQUE, questions.REWRITE]
-        settings = [prompt.text, image, models, config.encoder, questions.PROMPT_CHARS, rules]
+        settings = [prompt.text, image, models, ENCODER, questions.PROMPT_CHARS, rules]
         settings += [self.made_with, asdict(self.video), [asdict(before) for before in one.rounds[: number - 1][-1:]]]
         return digest(settings)
 
@@ -269,7 +233,7 @@ class PromptRefiner:
         one = Refinement(prompt, self.folder / prompt.key, [])
         for number in range(1, self.config.rounds + 1):
             try:
-                record = json.loads(_round_file(one.folder, number).read_text(encoding="utf-8"))
+                record = json.loads(one.clip(number).with_suffix(".json").read_text(encoding="utf-8"))
                 if record.pop("digest") != self._digest(one, number):
                     break
                 last = Round(**record)
@@ -289,7 +253,7 @@ class PromptRefiner:
     def _save(self, one: Refinement) -> None:
         last = one.rounds[-1]
         record = {"digest": self._digest(one, last.number)} | asdict(last)
-        _write_json(_round_file(one.folder, last.number), record)
+        _write_json(one.clip(last.number).with_suffix(".json"), record)
 
     def _choose(self, one: Refinement, scorer: ClipScorer | None) -> None:
         if one.clips:
@@ -306,23 +270,27 @@ class PromptRefiner:
         _write_json(one.folder / "choice.json", choice)
 
 
-def load_encoder(name: str) -> Encoder:
-    """A sentence transformer; safetensors only, no code of a checkpoint's own. ValueError where it cannot be loaded."""
+def similarity(before: str, after: str) -> float:
+    """Cosine of two prompts' embeddings; 1 for equal prompts, whatever the encoder."""
+    if before == after:
+        return 1.0
+    vectors = np.asarray(load_encoder()([before, after]), dtype=np.float64)
+    return float(vectors[0] @ vectors[1] / np.linalg.norm(vectors, axis=1).prod())
+
+
+@cache
+def load_encoder() -> Callable[[list[str]], np.ndarray]:
+    """N texts -> (N, D), by ENCODER; safetensors only, no code of its own. ValueError where it cannot be loaded."""
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(name, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        model = SentenceTransformer(ENCODER, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"encoder={name!r} cannot be loaded ({error}): give the folder or the hub id of a sentence-transformers"
-            f" model with *.safetensors, such as {EXAMPLE}"
+            f"{ENCODER}, which compares prompts, cannot be loaded ({error}): get it once with hf download {ENCODER}"
         ) from error
     return lambda texts: model.encode(texts, show_progress_bar=False, convert_to_numpy=True)
-
-
-def _round_file(folder: Path, number: int) -> Path:
-    return folder / f"round-{number:02d}.json"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

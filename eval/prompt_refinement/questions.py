@@ -11,12 +11,12 @@ types and lengths that were asked for, or it is Malformed, which `eval.vlm.clien
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from eval.vlm.backend import Malformed, Question, Reply
-from eval.vlm.client import quoted, read_answer, schema_of, sound
+from eval.vlm.backend import Question
+from eval.vlm.client import quoted, schema_of, sound
 
 TEXT_CHARS = 2000  # of any text but a prompt
 PROMPT_CHARS = 800  # of a prompt that a model writes; a longer one is asked for again
@@ -68,8 +68,18 @@ was wrong with it. Answer with one JSON object: {{"prompt": "..."}}."""
 Text = Annotated[str, Field(max_length=TEXT_CHARS), AfterValidator(sound)]
 
 
+def as_prompt(text: str) -> str:
+    """One line of at most PROMPT_CHARS characters; ValueError for what is none."""
+    prompt = " ".join(sound(text).split())
+    if len(prompt) > PROMPT_CHARS:
+        raise ValueError(f"the prompt has {len(prompt)} characters; at most {PROMPT_CHARS}")
+    if not prompt.isprintable():
+        raise ValueError("the prompt holds characters that are not printed")
+    return prompt
+
+
 class Prediction(BaseModel, extra="forbid"):
-    prediction: Text
+    prediction: Annotated[Text, AfterValidator(str.strip)]
 
 
 class Violation(BaseModel, extra="forbid"):
@@ -83,7 +93,7 @@ class Criticism(BaseModel, extra="forbid"):
 
 
 class NewPrompt(BaseModel, extra="forbid"):
-    prompt: Text
+    prompt: Annotated[str, Field(max_length=TEXT_CHARS), AfterValidator(as_prompt)]
 
 
 def predict_question(description: str, frames: Sequence[bytes]) -> Question:
@@ -98,7 +108,7 @@ def critique_question(description: str, prompt: str, frames: Sequence[bytes]) ->
 
 
 def rewrite_question(
-    description: str, notes: str, *, last: str = "", violations: Sequence[dict[str, str]] = ()
+    description: str, notes: str, last: str = "", violations: Sequence[dict[str, str]] = ()
 ) -> Question:
     """notes: a prediction or a critique's description. last: the prompt before."""
     lines = [f"Description: {quoted(description)}", f"Notes: {quoted(notes)}"]
@@ -106,23 +116,3 @@ def rewrite_question(
         wrong = "; ".join(f"{one['law']}: {one['seen']}" for one in violations)
         lines += [f"Last prompt: {quoted(last)}", f"What its video got wrong: {quoted(wrong)}"]
     return Question("\n".join(lines), REWRITE.format(limit=PROMPT_CHARS), schema=schema_of(NewPrompt))
-
-
-def read_prediction(reply: Reply) -> str:
-    """Raises Malformed, as the two below do, with the answer, for anything but what was asked for."""
-    return read_answer(reply, Prediction).prediction.strip()
-
-
-def read_critique(reply: Reply) -> dict[str, Any]:
-    """violations, a list of {law, seen}, and description."""
-    return read_answer(reply, Criticism).model_dump()
-
-
-def read_prompt(reply: Reply) -> str:
-    """One line of at most PROMPT_CHARS characters."""
-    prompt = " ".join(read_answer(reply, NewPrompt).prompt.split())
-    if len(prompt) > PROMPT_CHARS:
-        raise Malformed(f"the prompt has {len(prompt)} characters; at most {PROMPT_CHARS}", reply.text)
-    if not prompt.isprintable():
-        raise Malformed("the prompt holds characters that are not printed", reply.text)
-    return prompt

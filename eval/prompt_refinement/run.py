@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +25,26 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import recipes
-from eval.judges import JudgeConfig, Judging
-from eval.judges.external_tool import RatersConfig
-from eval.maker import TUNED, Lora, Model, Request, first_frame, read_lora
+from eval.config import ClipsConfig
+from eval.judges import Judging
+from eval.maker import TUNED, Model, Request, condition, read_lora
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
-from eval.prompts import Prompt, make_key, read_prompts
+from eval.prompts import Prompt, PromptsConfig, make_key, read_prompts
 from eval.search import searcher
 from eval.search.candidates import Candidates
-from eval.search.config import SearchConfig
 from eval.search.scorers import SCORERS
 from eval.search.searcher import decoder
-from eval.vlm.backend import VlmConfig
 from train import entry
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, BackboneConfig, Conditioning
+from train.backbones.base import Backbone, Conditioning
 from train.checkpoint import attach_trained
-from train.clips import VideoConfig, from_pixels
+from train.clips import from_pixels
 from train.files import digest, lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig
 
 
 @dataclass
-class RunConfig(PromptRefineConfig):
-    prompts: list[str] = field(default_factory=list)  # descriptions
-    prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
-    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture per prompt; first frame is used
+class RunConfig(PromptRefineConfig, PromptsConfig):
     lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: the base model
     folder: str = "${output}/refined_prompts"  # everything goes here
     chosen_by: str = ""  # scorer that chooses among a prompt's rounds; empty: the last round's clip
@@ -58,19 +53,9 @@ class RunConfig(PromptRefineConfig):
 
 
 @dataclass
-class Config:
-    recipe: str = ""  # name or path of a recipe
-    output: str = "runs/default"  # everything goes below this folder
+class Config(ClipsConfig):
     seed: int = 0  # of the initial noise
-    dry_run: bool = False  # print what would be made and stop
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     refine_prompts: RunConfig = field(default_factory=RunConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)  # of refine_prompts.search, .refine and .chosen_by
-    vlm: VlmConfig = field(default_factory=VlmConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
@@ -78,8 +63,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
     settings = config.refine_prompts
     if settings.chosen_by and settings.chosen_by not in SCORERS:
         raise ValueError(f"refine_prompts.chosen_by={settings.chosen_by!r} is no scorer: use {', '.join(SCORERS)}")
-    searcher.check(strategy_of(settings), config.search, config.sampler, "refine_prompts")
-    prompts = read_prompts(settings.prompts, settings.images, settings.prompts_file, section="refine_prompts")
+    config.check("refine_prompts")
+    prompts = read_prompts(settings, "refine_prompts")
     results = None
     with entry.launched("refinement") as accelerator:
         if not config.dry_run:
@@ -87,7 +72,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
                 results = refine(config, prompts, accelerator)
         elif accelerator.is_main_process:
             print(f"{len(prompts)} prompts, at most {settings.rounds} clips each, {config.sampler.steps} steps a clip")
-            print(f"search: {searcher.describe(strategy_of(settings), config.search)}")
+            print(f"search: {searcher.describe(config.method('refine_prompts'), config.search)}")
     return results
 
 
@@ -118,34 +103,26 @@ class Generator:
     def __init__(self, config: Config, device: torch.device, *, images: bool):
         self.config, self.device, self.images = config, device, images  # images: prompts have one, all or none
         fingerprint = load_backbone(config.backbone, "cpu", parts=()).fingerprint
-        path, strategy = config.refine_prompts.lora, strategy_of(config.refine_prompts)
-        self.lora: Lora | None = read_lora(path, fingerprint, key="refine_prompts.lora") if path else None
-        self.model = searcher.searching(Model(TUNED), strategy, config.search, Judging.of(config))
+        self.lora = read_lora(config.refine_prompts.lora, fingerprint, key="refine_prompts.lora")
+        self.model = config.searching(Model(TUNED), "refine_prompts")
         backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
         weights = self.lora.sha256 if self.lora else ""
         self.digest = digest([backbone, config.sampler.settings(), weights, self.model.settings])
-        self._backbone: Backbone | None = None
 
-    @property
+    @cached_property
     def backbone(self) -> Backbone:
-        if self._backbone is None:
-            self._backbone = load_backbone(self.config.backbone, self.device)
-            if self.lora:
-                attach_trained(self.lora.path, self._backbone.experts, fingerprint=self._backbone.fingerprint)
-        return self._backbone
+        backbone = load_backbone(self.config.backbone, self.device)
+        if self.lora:
+            attach_trained(self.lora.path, backbone.experts, fingerprint=backbone.fingerprint)
+        return backbone
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Prompt], texts: list[str]) -> Tensor:
-        video, backbone = self.config.video, self.backbone
-        conditionings = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            frame = first_frame(prompt, video) if prompt.image else None
-            conditionings.append(backbone.condition([text], frame, num_frames=video.num_frames))
-        negative = backbone.condition([self.config.sampler.negative_prompt])
-        told = [Prompt(prompt.key, text, prompt.image) for prompt, text in zip(prompts, texts, strict=True)]
-        requests = [Request(None, prompt, self.config.seed, video) for prompt in told]
-        conditioning = Conditioning.cat(conditionings)
-        latents, _ = self.model.strategy(backbone, conditioning, requests, self.config.sampler, negative)
+    def __call__(self, prompts: list[Prompt]) -> Tensor:
+        config, backbone = self.config, self.backbone
+        conditioning = Conditioning.cat([condition(backbone, prompt, config.video) for prompt in prompts])
+        negative = backbone.condition([config.sampler.negative_prompt])
+        requests = [Request(None, prompt, config.seed, config.video) for prompt in prompts]
+        latents, _ = self.model.strategy(backbone, conditioning, requests, config.sampler, negative)
         return decoder(backbone, 1)(latents)
 
     def scorer(self) -> ClipScorer:
@@ -164,10 +141,6 @@ class Generator:
             return score(Candidates(key, description, latents, conditioning, lambda _: clips, fps))
 
         return values
-
-
-def strategy_of(settings: RunConfig) -> searcher.Method:
-    return searcher.Method(settings.search, settings.refine)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ one, or the base model. Runs whose benchmark settings differ are refused.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
@@ -97,17 +95,9 @@ class Run:
 
     def benchmark(self, name: str) -> Benchmark:
         """The benchmark as it was set; keys that it no longer has do not count."""
-        known = {field.name for field in fields(getattr(BenchmarkSettings(), name))}
-        kept = self.results["settings"]["run"].get(name)
-        if isinstance(kept, dict):
-            kept = {key: value for key, value in kept.items() if key in known}
-        try:
-            given = OmegaConf.create({name: kept})
-            settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkSettings), given))
-        except OmegaConfBaseException as error:
-            problem = f"{error.full_key}: {str(error).splitlines()[0]}"
-            raise ValueError(f"{self.name} was made with other settings ({problem}); run eval.run again") from None
-        return BENCHMARKS[name](getattr(settings, name), self.results["settings"]["video"])
+        kept, kind = json.dumps(self.results["settings"]["run"].get(name, {})), type(getattr(BenchmarkSettings(), name))
+        settings = parse_json(kept, kind, name=f"{self.name}: run.{name}", remedy="run eval.run again")
+        return BENCHMARKS[name](settings, self.results["settings"]["video"])
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
@@ -171,10 +161,8 @@ def compare_benchmark(name: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _pairs(rows: Sequence[Score], others: Sequence[Score]) -> bool:
     """Whether any prompt and seed stands in both."""
-    return bool(
-        {(row["key"], row["seed"], row["prompt"]) for row in rows}
-        & {(row["key"], row["seed"], row["prompt"]) for row in others}
-    )
+    ours, theirs = ({(row["key"], row["seed"], row["prompt"]) for row in part} for part in (rows, others))
+    return not ours.isdisjoint(theirs)
 
 
 if __name__ == "__main__":

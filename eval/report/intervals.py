@@ -13,6 +13,7 @@ columns' means, and all replicates are made at once.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -118,8 +119,9 @@ def paired_test(first: Clustered, second: Clustered, derive: Derive) -> dict[str
 
     seen = {name: float(value) for name, (value,) in differences(np.ones((1, clusters))).items()}
     exact = 2**clusters <= RESAMPLES
+    every = np.array(list(product((0, 1), repeat=clusters))) if exact else None
     extreme, drawn = dict.fromkeys(seen, 0), 0
-    for kept in _all_signs(clusters) if exact else _random_signs(clusters):
+    for kept in [every] if exact else _draws(clusters, 0, RESAMPLES, below=2):
         drawn += len(kept)
         for name, values in differences(kept).items():
             extreme[name] += int((np.abs(values) >= abs(seen[name]) - 1e-9 * max(1, abs(seen[name]))).sum())
@@ -144,11 +146,11 @@ def _divide(columns: Sequence[str], sums: np.ndarray, counts: np.ndarray) -> dic
     return {column: means[:, number] for number, column in enumerate(columns)}
 
 
-def _draws(size: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """Drawn numbers (at most AT_ONCE, size), `resamples` rows in all."""
+def _draws(size: int, seed: int, resamples: int, *, below: int | None = None) -> Iterator[np.ndarray]:
+    """Numbers from 0 below `size`, or `below`: (at most AT_ONCE, size), `resamples` rows in all."""
     generator = np.random.default_rng(seed)
     for start in range(0, resamples, AT_ONCE):
-        yield generator.integers(0, size, (min(AT_ONCE, resamples - start), size))
+        yield generator.integers(0, below or size, (min(AT_ONCE, resamples - start), size))
 
 
 def _counted(drawn: np.ndarray) -> np.ndarray:
@@ -156,14 +158,3 @@ def _counted(drawn: np.ndarray) -> np.ndarray:
     count, size = drawn.shape
     flat = (drawn + size * np.arange(count)[:, None]).ravel()
     return np.bincount(flat, minlength=count * size).reshape(count, size).astype(np.float64)
-
-
-def _all_signs(size: int) -> Iterator[np.ndarray]:
-    numbers = np.arange(2**size)
-    yield ((numbers[:, None] >> np.arange(size)) & 1).astype(np.float64)
-
-
-def _random_signs(size: int) -> Iterator[np.ndarray]:
-    generator = np.random.default_rng(0)
-    for start in range(0, RESAMPLES, AT_ONCE):
-        yield generator.integers(0, 2, (min(AT_ONCE, RESAMPLES - start), size)).astype(np.float64)

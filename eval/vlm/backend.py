@@ -20,6 +20,7 @@ TOP_LOGPROBS = 20  # alternatives of the first token; as many as OpenAI and vLLM
 BACKENDS = ("openai", "transformers")
 SENDS = ("images", "video")
 TEMPERATURE, SEED = 0.0, 0  # of a question's first try
+GIVE_UP = 32  # questions in a row without an answer after which the server or the model counts as unfit
 
 
 @dataclass
@@ -33,7 +34,6 @@ class VlmConfig:
     concurrency: int = 64  # questions in flight, per process
     timeout_s: float = 120.0  # seconds for one request
     retries: int = 5  # further tries of a question
-    give_up: int = 32  # questions in a row without an answer after which the server or the model counts as unfit
     max_tokens: int = 1024  # of an answer
     cache: str = ""  # folder of the answers, for all runs; empty: none kept
     frames: int = 8  # of a clip that the model sees, evenly spaced
@@ -43,8 +43,8 @@ class VlmConfig:
 
 
 def recorded(config: VlmConfig) -> dict[str, Any]:
-    """The settings as digests of finished work hold them: three that are constants now had keys of their own."""
-    return asdict(config) | {"backoff": 1.0, "temperature": TEMPERATURE, "seed": SEED}
+    """The settings as digests of finished work hold them: four that are constants now had keys of their own."""
+    return asdict(config) | {"backoff": 1.0, "temperature": TEMPERATURE, "seed": SEED, "give_up": 32}
 
 
 def check_config(config: VlmConfig) -> None:
@@ -65,7 +65,7 @@ def check_config(config: VlmConfig) -> None:
         raise ValueError("vlm.api_key_env is no name of an environment variable; put the key into one and name that")
     if key and not os.environ.get(key):
         raise ValueError(f"vlm.api_key_env={key}, but the environment has no such variable: export {key}=...")
-    for name in ("concurrency", "give_up", "max_tokens", "frames", "frame_height"):
+    for name in ("concurrency", "max_tokens", "frames", "frame_height"):
         if getattr(config, name) < 1:
             raise ValueError(f"vlm.{name}={getattr(config, name)} must be 1 or more")
     if config.retries < 0:

@@ -34,6 +34,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from eval.vlm.backend import (
+    GIVE_UP,
     SEED,
     TEMPERATURE,
     Backend,
@@ -225,9 +226,9 @@ class Vlm:
                 await asyncio.sleep(min(wait, MAX_WAIT))
         self.counts.refusals += 1
         self._unanswered += 1
-        if self._unanswered >= self.config.give_up:
+        if self._unanswered >= GIVE_UP:
             raise VlmUnavailable(
-                f"{self._unanswered} questions in a row (vlm.give_up) got no answer from {self.config.model!r}; the"
+                f"{self._unanswered} questions in a row got no answer from {self.config.model!r}; the"
                 f" last: {reason}: {detail}. See to the server or the model, then run again: answers are"
                 f" {'kept' if self._cache is not None else 'not kept, set vlm.cache'}"
             )

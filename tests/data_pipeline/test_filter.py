@@ -148,7 +148,8 @@ def test_a_hundred_words_are_fine_and_an_empty_parse_too():
     assert len(answer.extended.split()) == 100 and answer.parse["penalties"] == list(PENALTIES)
 
 
-def test_malformed_answers_are_asked_for_again_then_refused_with_their_words():
+def test_malformed_answers_are_asked_for_again_then_refused_with_their_words(monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.GIVE_UP", 1000)
     bad = {name: text for name, text in MALFORMED.items() if text}
 
     def answer(request):
@@ -158,7 +159,7 @@ def test_malformed_answers_are_asked_for_again_then_refused_with_their_words():
 
     prompts = ["good", *bad, *(f"heals {name}" for name in bad)]
     with StubServer(answer) as server:
-        chosen = cot_filter(server, give_up=1000)
+        chosen = cot_filter(server)
         results = dict(zip(prompts, chosen.run(items(*prompts)), strict=True))
     assert [result.key for result in results.values()] == [f"key-{number}" for number in range(len(prompts))]
     for prompt, result in results.items():

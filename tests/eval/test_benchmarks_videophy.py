@@ -150,12 +150,11 @@ def test_videophy2_counts_ratings_of_4_and_5_on_all_and_on_hard_prompts(table2, 
     assert list((tmp_path / "scores").iterdir()) == []
 
 
-def test_videophy2_prompts_by_split_and_length(table2):
-    hard = build(VideoPhy2, table2, split="hard", upsampled=True).prompts()
-    assert [task.text for task in hard] == ["A man dives into a pool.", "A top spins."]
-    assert [task.facts["caption"] for task in hard] == [CAPTIONS[2], CAPTIONS[4]]
-    everything = build(VideoPhy2, table2).prompts()
-    assert {task.key for task in hard} < {task.key for task in everything}
+def test_videophy2_prompts_by_length(table2):
+    upsampled = build(VideoPhy2, table2, upsampled=True).prompts()
+    assert [task.text for task in upsampled][2::2] == ["A man dives into a pool.", "A top spins."]
+    assert [task.facts["caption"] for task in upsampled] == CAPTIONS
+    assert [task.key for task in upsampled] == [task.key for task in build(VideoPhy2, table2).prompts()]
 
 
 def test_rules_of_the_table_are_judged_one_by_one(installed, tmp_path):
@@ -266,8 +265,6 @@ def test_what_is_missing_is_said_with_where_to_get_it(table2):
         list(bare.score([], Path(table2.folder) / "scores"))
     with pytest.raises(ValueError, match="videophy_test_public.csv cannot be read as a table"):
         build(VideoPhy, table2).prompts()
-    with pytest.raises(ValueError, match="run.videophy2.split='easy' is no split"):
-        build(VideoPhy2, table2, split="easy").prompts()
 
 
 @pytest.mark.parametrize(

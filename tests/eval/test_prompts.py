@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eval import generate
-from eval.prompts import read_prompts
+from eval.prompts import PromptsConfig, read_prompts
 from train.backbones.tiny import write_tiny_pipeline
 
 
@@ -26,7 +26,7 @@ from train.backbones.tiny import write_tiny_pipeline
 def test_prompt_files(name, text, expected, tmp_path):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8", newline="")
-    prompts = read_prompts([], [], str(path))
+    prompts = read_prompts(PromptsConfig(prompts_file=str(path)), "generate")
     assert [(prompt.key, prompt.text) for prompt in prompts] == expected
     assert all(prompt.image is None for prompt in prompts)
 
@@ -70,7 +70,7 @@ def test_bad_prompt_files(name, text, message, tmp_path):
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     with pytest.raises(ValueError, match=message) as caught:
-        read_prompts([], [], str(path))
+        read_prompts(PromptsConfig(prompts_file=str(path)), "generate")
     assert str(path) in str(caught.value)
 
 
@@ -87,12 +87,12 @@ def test_prompts_that_the_text_encoder_cuts_are_named_before_a_clip_is_made(tmp_
 
 def test_comments_are_counted(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("# balls\na ball\n#a cube\n", encoding="utf-8")
-    read_prompts([], [], str(tmp_path / "a.txt"))
+    read_prompts(PromptsConfig(prompts_file=str(tmp_path / "a.txt")), "generate")
     assert "a.txt: 2 lines that begin with # are comments" in capsys.readouterr().out
 
 
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.csv").write_text("prompt,image\nx,~/b.png\n", encoding="utf-8")
-    (prompt,) = read_prompts([], [], "~/a.csv")
+    (prompt,) = read_prompts(PromptsConfig(prompts_file="~/a.csv"), "generate")
     assert prompt.image == Path(tmp_path, "b.png")

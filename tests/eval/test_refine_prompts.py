@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.prompt_refinement import prompts as refinement
 from eval.prompt_refinement.prompts import PromptRefineConfig, PromptRefiner, load_encoder
 from eval.prompt_refinement.questions import MAX_VIOLATIONS, TEXT_CHARS
 from eval.prompts import Prompt
@@ -54,9 +55,9 @@ class Generator:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, prompts, texts):
-        self.calls.append(list(zip([prompt.key for prompt in prompts], texts, strict=True)))
-        return torch.full((len(texts), 5, 16, 16, 3), 40 * len(self.calls), dtype=torch.uint8)
+    def __call__(self, prompts):
+        self.calls.append([(prompt.key, prompt.text) for prompt in prompts])
+        return torch.full((len(prompts), 5, 16, 16, 3), 40 * len(self.calls), dtype=torch.uint8)
 
 
 def distinct(texts):
@@ -65,11 +66,16 @@ def distinct(texts):
     return np.array([places[text] for text in texts])
 
 
-def refiner(server, folder, generate, encoder=distinct, **settings):
+@pytest.fixture(autouse=True)
+def encoder(monkeypatch):
+    monkeypatch.setattr(refinement, "load_encoder", lambda: distinct)
+
+
+def refiner(server, folder, generate, **settings):
     vlm = {"retries": 1} | settings.pop("vlm", {})
     vlm = VlmConfig(base_url=server.url, model="eyes", frames=3, **vlm)
     config = PromptRefineConfig(**settings)
-    return PromptRefiner(config, vlm, VIDEO, folder, generate, made_with="stub", encoder=encoder)
+    return PromptRefiner(config, vlm, VIDEO, folder, generate, made_with="stub")
 
 
 def record(folder, number, key="ball"):
@@ -175,11 +181,11 @@ def test_a_run_that_is_stopped_continues_where_it_was(tmp_path, stop_after):
         return Models()(request)
 
     class Stopping(Generator):
-        def __call__(self, prompts, texts):
-            work.append(texts[0])
+        def __call__(self, prompts):
+            work.append(prompts[0].text)
             if len(work) == stop_after:
                 raise KeyboardInterrupt
-            return super().__call__(prompts, texts)
+            return super().__call__(prompts)
 
     with StubServer(models) as server:
         with pytest.raises((VlmUnavailable, KeyboardInterrupt)):
@@ -293,12 +299,10 @@ def test_whitespace_and_fences_are_forgiven(tmp_path):
     assert found.rounds[0].prompt == "A ball falls."
 
 
-def test_equal_prompts_converge_without_an_encoder(tmp_path):
-    def fails(texts):
-        raise AssertionError
-
+def test_equal_prompts_converge_without_an_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(refinement, "load_encoder", None)
     with StubServer(Models(**{"write prompts": json.dumps({"prompt": "same"})})) as server:
-        (found,) = refiner(server, tmp_path, Generator(), encoder=fails).run([BALL])
+        (found,) = refiner(server, tmp_path, Generator()).run([BALL])
     assert found.ended == "converged" and found.clips == [1]
 
 
@@ -306,11 +310,6 @@ def test_what_a_user_can_get_wrong_is_named(tmp_path):
     with StubServer(Models()) as server:
         with pytest.raises(ValueError, match="key '../up' is to name a folder"):
             refiner(server, tmp_path, Generator()).run([Prompt("../up", "A ball.", None)])
-        with pytest.raises(ValueError, match="the encoder gave vectors of lengths"):
-            refiner(server, tmp_path, Generator(), encoder=lambda texts: np.zeros((2, 3))).run([BALL])
-        with pytest.raises(ValueError, match="generate made 2 clips of 1 prompts"):
-            empty = torch.zeros(2, 5, 16, 16, 3, dtype=torch.uint8)
-            refiner(server, tmp_path / "two", lambda prompts, texts: empty).run([BALL])
         with pytest.raises(ValueError, match="the scorer gave"):
             refiner(server, tmp_path / "three", Generator(), rounds=1).run([BALL], lambda text, clips: torch.zeros(7))
     for bad in ({"rounds": 0}, {"similarity": 1.5}):
@@ -319,6 +318,7 @@ def test_what_a_user_can_get_wrong_is_named(tmp_path):
 
 
 @pytest.mark.slow  # imports sentence-transformers
-def test_a_missing_encoder_is_named():
-    with pytest.raises(ValueError, match="encoder='runs/no such model' cannot be loaded"):
-        load_encoder("runs/no such model")
+def test_a_missing_encoder_is_named(monkeypatch):
+    monkeypatch.setattr(refinement, "ENCODER", "runs/no such model")
+    with pytest.raises(ValueError, match="runs/no such model, which compares prompts, cannot be loaded"):
+        load_encoder()

@@ -44,7 +44,7 @@ def arguments(model, output, url, *more):
 
 
 def test_rounds_are_kept_searched_chosen_from_and_resumed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.prompt_refinement.prompts.PromptRefiner.similarity", lambda self, a, b: float(a == b))
+    monkeypatch.setattr("eval.prompt_refinement.prompts.similarity", lambda a, b: float(a == b))
     search = ["refine_prompts.search=best_of_n", "search.num_candidates=2", "search.chosen_by=most_motion"]
     search += ["search.residuals.levels=1", "search.residuals.draws=1"]
     with StubServer(answer) as server:

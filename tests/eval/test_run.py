@@ -504,19 +504,21 @@ def test_bad_settings_are_refused(tuned, change, message):
 
 
 def test_a_batch_is_fixed_by_place_whatever_is_finished(tmp_path):
-    def request(number, frames=2):
-        clip = making.Clip("base", tmp_path / f"{number}.mp4", {"number": number}, lossless=True)
+    def request(number, frames=2, searched=False):
+        settings = {"number": number} | ({"strategy": "best_of_n"} if searched else {})
+        clip = making.Clip("base", tmp_path / f"{number}.mp4", settings, lossless=True)
         return making.Request(clip, None, 0, VideoConfig(16, 16, frames, 8.0))
 
     requests = [request(number) for number in range(5)] + [request(5, frames=3)]
     whole = [requests[:2], requests[2:4], requests[4:5], requests[5:]]
-    assert making.batches(making.Model("base"), requests, 2) == whole
+    assert making.batches(requests, 2) == whole
     for number in (0, 1, 3):
         frames, facts = torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"seconds": 1.0, "passes": 2}
         requests[number].clip.write(frames, 8.0, facts)
-    assert making.batches(making.Model("base"), requests, 2) == whole[1:]
-    searched = making.Model("base-best_of_n", strategy=lambda *_: None)  # samples its clips one by one
-    assert making.batches(searched, requests, 2) == [[requests[2], requests[4]], [requests[5]]]
+    assert making.batches(requests, 2) == whole[1:]
+    searched = [request(number, searched=True) for number in range(5)]  # samples its clips one by one
+    searched[1].clip.write(frames, 8.0, facts)
+    assert making.batches(searched, 2) == [[searched[0], searched[2]], searched[3:]]
 
 
 @pytest.fixture(scope="module")

@@ -261,11 +261,12 @@ def test_a_server_that_starts_again_loses_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(("answer", "last"), [(Response(status=503), "server"), (Response("{"), "malformed")])
-def test_a_server_that_is_down_for_good_stops_the_run_and_keeps_what_it_gave(tmp_path, answer, last):
+def test_a_server_that_is_down_for_good_stops_the_run_and_keeps_what_it_gave(tmp_path, monkeypatch, answer, last):
+    monkeypatch.setattr("eval.vlm.client.GIVE_UP", 10)
     texts = [f"number {number}" for number in range(100)]
     with StubServer(lambda request: echo(request) if server.number <= 20 else answer) as server:
-        vlm = Vlm(configured(server, retries=1, concurrency=2, give_up=10, cache=str(tmp_path)))
-        with pytest.raises(VlmUnavailable, match=rf"10 questions in a row \(vlm.give_up\).*{last}.*answers are kept"):
+        vlm = Vlm(configured(server, retries=1, concurrency=2, cache=str(tmp_path)))
+        with pytest.raises(VlmUnavailable, match=rf"10 questions in a row got no answer.*{last}.*answers are kept"):
             ask_all(vlm, texts)
         assert server.number < 50
     with StubServer(echo) as server:

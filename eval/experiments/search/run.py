@@ -27,21 +27,15 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 import recipes
+from eval.config import ClipsConfig
 from eval.experiments.search import page, report, strategy_report
 from eval.experiments.search.work import Job, Work
-from eval.judges import JudgeConfig
-from eval.judges.external_tool import RatersConfig
 from eval.prompts import make_key
 from eval.sandbox.splits import list_clips
-from eval.search.config import SearchConfig
 from eval.search.searcher import check_batches, check_scorers
-from eval.vlm.backend import VlmConfig
 from train import entry
-from train.backbones.base import BackboneConfig
-from train.clips import VideoConfig
 from train.files import lock, write_text
 from train.parallel import any_rank
-from train.sampling import SamplerConfig
 
 SEEDS_A_PROMPT = 10_000  # so that more candidates add to fewer
 
@@ -60,20 +54,9 @@ class ExperimentConfig:
 
 
 @dataclass
-class Config:
-    recipe: str = ""  # name or path of a recipe
-    output: str = "runs/default"  # everything goes below this folder
+class Config(ClipsConfig):
     seed: int = 0  # of the candidates' noise
-    dry_run: bool = False  # print what would be made and stop
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
     search_experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
-    # Of the scorer "judge":
-    vlm: VlmConfig = field(default_factory=VlmConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    raters: RatersConfig = field(default_factory=RatersConfig)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:

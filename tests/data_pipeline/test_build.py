@@ -27,12 +27,13 @@ from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as sandbox_judge
 from eval.judges.scores import Scores, Unjudged
 from eval.sandbox.splits import list_clips, simulate_block
+from tests.synthetic_groups import verify
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip
 from train.files import lock
-from train.groups import GroupSet, verify
+from train.groups import GroupSet
 from train.sampling import SamplerConfig, sample_clips
 
 ROOT = Path(__file__).parents[2]

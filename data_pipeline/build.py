@@ -30,7 +30,6 @@ import torch
 
 import recipes
 from data_pipeline import tables
-from data_pipeline.conditioning import takes_first_frame
 from data_pipeline.config import Config, Setup
 from data_pipeline.stages import STAGES
 from data_pipeline.stages.filter import NO_PHYSICS
@@ -60,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 def check(config: Config) -> None:
     """ValueError for settings that cannot work, before any work."""
     settings = config.pipeline
-    if family := BACKBONES.get(config.backbone.family):
-        takes_first_frame(family, settings.first_frame)
+    if config.backbone.family in BACKBONES:
+        Setup(config, "cpu").first_frame  # noqa: B018
     chosen = selected(settings.stage)
     if settings.array_count > 1 and len(chosen) > 1:
         raise ValueError(
@@ -90,19 +89,17 @@ def selected(stage: str) -> tuple[str, ...]:
 def plan(config: Config) -> str:
     """The derived numbers, without weights. Raises ValueError where the video size does not suit the backbone."""
     video, settings, losers = config.video, config.pipeline, config.pipeline.num_losers
-    architecture = _architecture(config.backbone)
+    setup, architecture = Setup(config, "cpu"), _architecture(config.backbone)
     size = (video.height, video.width, video.num_frames)
     channels, frames, rows, columns = latent_shape(architecture, *size)
     family = BACKBONES[config.backbone.family]
     # Image latents that are stacked on the input are a whole video, others the first frame.
     stacked = family.input_channels(architecture) > channels
-    image = (frames if stacked else 1) if takes_first_frame(family, settings.first_frame) else 0
+    image = (frames if stacked else 1) if setup.first_frame else 0
     clip_bytes = 2 * channels * frames * rows * columns  # bfloat16
     group_bytes = (1 + losers) * clip_bytes + clip_bytes // frames * image
     text_bytes = 2 * config.backbone.text_length * architecture["transformer"]["text_dim"]
-    pieces = [
-        (len(kept), len(dropped)) for kept, dropped in read_pool(Setup(config, "cpu").sources(), tables.TABLE_ROWS)
-    ]
+    pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(setup.sources(), tables.TABLE_ROWS)]
     usable = sum(kept for kept, _ in pieces)
     most = min(usable, settings.resample.budget or usable)
     lines = {

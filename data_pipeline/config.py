@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import recipes
-from data_pipeline.conditioning import takes_first_frame
 from data_pipeline.scores import Scores, read_scores
 from data_pipeline.sources import Source, open_sources
 from data_pipeline.store import Store
@@ -149,7 +148,15 @@ class Setup:
 
     @property
     def first_frame(self) -> bool:
-        return takes_first_frame(BACKBONES[self.config.backbone.family], self.pipeline.first_frame)
+        """Whether groups hold their clip's first frame. ValueError where the family has no such way."""
+        family, asked = BACKBONES[self.config.backbone.family], self.pipeline.first_frame
+        if asked is None:
+            return family.first_frame[0]
+        if asked not in family.first_frame:
+            key = f"pipeline.first_frame={str(asked).lower()}"
+            way = "begins every clip with an image" if family.first_frame[0] else "generates from text alone"
+            raise ValueError(f"{key}: this backbone.family {way}; leave the key out")
+        return asked
 
     @cached_property
     def winner_settings(self) -> dict[str, Any]:
@@ -173,22 +180,15 @@ class Setup:
         return self.winner_settings | more
 
     @property
-    def loser_settings(self) -> dict[str, Any]:
-        return self.clip_settings(self.pipeline.num_losers)
-
-    @property
     def losers(self) -> Store:
         """The losers that the generate stage keeps: {"losers": (M, C, F, H, W) bfloat16} per row."""
-        return Store(self.folder / "generate" / "losers")
-
-    @property
-    def target_settings(self) -> dict[str, Any]:
-        return {"targets": outcome_settings(asdict(self.config.targets)), "video": asdict(self.video)}
+        return Store(self.folder / "generate" / "losers", self.clip_settings(self.pipeline.num_losers))
 
     @property
     def targets(self) -> Store:
         """The tensors that the targets stage keeps."""
-        return Store(self.folder / "targets" / "tensors")
+        settings = {"targets": outcome_settings(asdict(self.config.targets)), "video": asdict(self.video)}
+        return Store(self.folder / "targets" / "tensors", settings)
 
 
 def outcome_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol
 import pyarrow as pa
 
 from data_pipeline.config import Setup
-from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, dropped_table, read_marker
+from data_pipeline.store import Store
+from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, dropped_table, read_marker, read_rows
 
 
 class Stage(Protocol):
@@ -20,6 +21,8 @@ class Stage(Protocol):
     name: ClassVar[str]  # of its folder below <output>/pipeline
     whole: ClassVar[bool] = False
     shown: ClassVar[bool] = True  # in progress bars and summaries
+
+    store: Store | None = None  # of the tensors that belong to the rows of its table
 
     def __init__(self, setup: Setup):
         self.setup, self.folder = setup, setup.folder / self.name
@@ -54,7 +57,9 @@ class Stage(Protocol):
 
     def is_intact(self, unit: Unit, marker: Marker) -> bool:
         """Whether what a finished unit has beside its table is there too."""
-        return True
+        lost = self.store.lost() if self.store else ()
+        records = read_rows(self.folder, unit.number).to_pylist() if lost else []
+        return all(self.store.digest(record) not in lost for record in records)
 
     def is_worth_a_retry(self, marker: Marker) -> bool:
         """Whether a finished unit dropped rows for a reason that may have passed."""

@@ -11,13 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from data_pipeline.conditioning import condition
 from data_pipeline.config import Setup
-from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest, make_missing
+from data_pipeline.frames import FrameReader
 from data_pipeline.store import Store
-from data_pipeline.tables import Advance
+from data_pipeline.tables import Advance, Bad, TableRow
 from train.backbones.base import Backbone, Conditioning
-from train.clips import VideoConfig
+from train.clips import VideoConfig, from_pixels
 from train.files import seed_of
 from train.sampling import SamplerConfig, sample_clips
 
@@ -30,7 +29,6 @@ class ClipMaker:
 
     def __init__(self, setup: Setup, store: Store, num_clips: int):
         self.setup, self.store, self.num_clips = setup, store, num_clips
-        self.settings = setup.clip_settings(num_clips)
         self.reader = FrameReader(setup.video, setup.device)
 
     @cached_property
@@ -41,21 +39,24 @@ class ClipMaker:
     def negative(self) -> Conditioning:
         return self.backbone.condition([self.setup.config.sampler.negative_prompt])
 
-    def make(self, rows: Sequence[TableRow], identities: Sequence[str], advance: Advance) -> Bad:
-        """Make what is missing; the places of rows whose clip cannot be read, with the reason and the detail."""
+    def make(self, rows: Sequence[TableRow], advance: Advance) -> Bad:
+        """Make what is missing, of rows with their `identity`; the places of rows whose clip cannot be read, with the
+        reason and the detail."""
         if not self.num_clips:
             return {}
-        digests = list(map(self.digest, rows, identities))
         read = self.reader.read_first if self.setup.first_frame else self.reader.check
         together = max(1, self.setup.pipeline.batch_size // self.num_clips)  # rows
-        return make_missing(self.store, digests, rows, read, self._make, together=together, advance=advance)
+        return self.store.make_missing(rows, read, self._make, together=together, advance=advance)
 
+    @torch.no_grad()
     def _make(self, rows: Sequence[TableRow], begins: list[Tensor]) -> list[dict[str, Tensor]]:
         setup = self.setup
-        first = torch.stack(begins) if setup.first_frame else None  # (B, H, W, 3)
+        first = None
+        if setup.first_frame:
+            first = from_pixels(torch.stack(begins)[:, None].to(self.backbone.device))[:, :, 0]  # (B, 3, H, W)
         made = generate_losers(
             self.backbone,
-            condition(self.backbone, [row["prompt"] for row in rows], first, num_frames=setup.video.num_frames),
+            self.backbone.condition([row["prompt"] for row in rows], first, num_frames=setup.video.num_frames),
             self.negative,
             list(map(self.seeds, rows)),
             setup.video,
@@ -63,9 +64,6 @@ class ClipMaker:
             batch_size=setup.pipeline.batch_size,
         )
         return [{"losers": latents} for latents in made]
-
-    def digest(self, row: TableRow, identity: str | None = None) -> str:
-        return clip_digest(self.settings, row, identity)
 
     def seeds(self, row: TableRow) -> list[int]:
         return [loser_seed(self.setup.config.seed, row["key"], number) for number in range(self.num_clips)]

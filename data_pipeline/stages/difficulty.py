@@ -32,7 +32,7 @@ class Difficulty(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.maker = ClipMaker(setup, Store(self.folder / "clips"), 1)
+        self.maker = ClipMaker(setup, Store(self.folder / "clips", setup.clip_settings(1)), 1)
 
     @classmethod
     def make(cls, setup: Setup) -> Stage:
@@ -57,7 +57,7 @@ class Difficulty(Stage):
                 return None
             rows = before.unit(number).take(pa.array(places[number], pa.int64())).to_pylist()
             identities = list(map(clip_identity, rows))
-            return [places[number], identities, self.maker.settings, self.setup.judge_settings]
+            return [places[number], identities, self.maker.store.settings, self.setup.judge_settings]
 
         return [replace(unit, places=places[unit.number]) for unit in before.units(depends_on)]
 
@@ -65,13 +65,12 @@ class Difficulty(Stage):
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Generate and judge the unit's representatives; those whose clip cannot be read are dropped."""
         records = rows.take(pa.array(unit.places, pa.int64())).to_pylist()
-        identities = list(map(clip_identity, records))
-        bad = self.maker.make(records, identities, advance)
+        records = [record | {"identity": clip_identity(record)} for record in records]
+        bad = self.maker.make(records, advance)
         made = [place for place in range(len(records)) if place not in bad]
         trials: list[float | None] = [None] * len(rows)
         if made:
-            digests = [self.maker.digest(records[place], identities[place]) for place in made]
-            latents = torch.cat([self.maker.store.load(digest)["losers"] for digest in digests])
+            latents = torch.cat([self.maker.store.load_of(records[place])["losers"] for place in made])
             decoded = self.maker.backbone.decode_latents(latents, batch_size=self.setup.pipeline.encode_batch)
             prompts = [records[place]["prompt"] for place in made]
             scores, failures = judge_clips(self.judge, to_pixels(decoded).cpu(), prompts)

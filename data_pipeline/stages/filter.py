@@ -25,8 +25,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from data_pipeline.config import Setup, outcome_settings
 from data_pipeline.contract import PassThrough, Stage
-from data_pipeline.frames import Bad, FrameReader, TableRow
-from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop
+from data_pipeline.frames import FrameReader
+from data_pipeline.tables import Advance, Bad, Made, Marker, Table, TableRow, Unit, add_columns, drop
 from eval.vlm.backend import recorded
 from eval.vlm.client import NoAnswer, Question, Vlm, jpeg_frames, quoted, read_answer, schema_of, sound
 

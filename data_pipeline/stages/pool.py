@@ -55,17 +55,13 @@ def read_pool(sources: Sequence[Source], table_rows: int) -> Iterator[Made]:
                     place_of |= {name: position for _, name in names}
             (kept if isinstance(row, Row) else dropped).append(row)
             if len(kept) + len(dropped) == table_rows:
-                yield _pool_table(kept), dropped_table(dropped)
+                yield pa.Table.from_pylist(list(map(vars, kept)), POOL), dropped_table(dropped)
                 kept, dropped = [], []
     if kept or dropped:
-        yield _pool_table(kept), dropped_table(dropped)
+        yield pa.Table.from_pylist(list(map(vars, kept)), POOL), dropped_table(dropped)
 
 
 def _same_clip(row: Row) -> str:
     """Equal for rows of one clip with one prompt and start, and like no key; nothing is opened."""
     offset = json.loads(row.place).get("offset")  # in a shard
     return "clip " + digest([os.path.normpath(row.path), offset, row.prompt, row.start])[:32]
-
-
-def _pool_table(rows: Sequence[Row]) -> pa.Table:
-    return pa.table({name: [getattr(row, name) for row in rows] for name in POOL.names}, POOL)

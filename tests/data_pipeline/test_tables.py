@@ -176,7 +176,7 @@ def test_a_stage_that_is_not_configured_passes_its_rows(tmp_path):
 
 
 def test_a_batch_counts_as_made_only_as_a_whole(tmp_path):
-    store, batch = Store(tmp_path), ["aa1", "bb2", "cc3"]
+    store, batch = Store(tmp_path, {}), ["aa1", "bb2", "cc3"]
     assert store.missing(batch) == batch
     store.save({name: {"x": torch.full((2,), float(number))} for number, name in enumerate(batch)})
     assert store.missing(batch) == [] and store.load("bb2")["x"].tolist() == [1.0, 1.0]
@@ -188,7 +188,7 @@ def test_a_batch_counts_as_made_only_as_a_whole(tmp_path):
 
 
 def test_a_damaged_file_of_the_store_is_named_and_made_anew(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, {})
     store.save({"aa1": {"x": torch.zeros(2)}, "bb2": {"x": torch.ones(2)}})
     store.path("aa1").write_bytes(b"half")
     assert store.missing(["aa1"]) == ["aa1"] and store.missing(["bb2"]) == []
@@ -203,7 +203,7 @@ def test_a_damaged_file_of_the_store_is_named_and_made_anew(tmp_path):
 
 
 def test_what_an_earlier_version_kept_without_checksums_is_not_made_again(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, {})
     for name in ("aa1", "aa2"):
         store.path(name).parent.mkdir(exist_ok=True)
         save_file({"x": torch.ones(2)}, store.path(name), {"batch": "aa1 aa2"})
@@ -213,7 +213,7 @@ def test_what_an_earlier_version_kept_without_checksums_is_not_made_again(tmp_pa
 
 
 def test_a_file_of_the_store_under_another_name_is_none(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, {})
     store.save({"aa1": {"x": torch.zeros(2)}, "aa2": {"x": torch.ones(2)}})
     store.path("aa1").write_bytes(store.path("aa2").read_bytes())
     assert store.missing(["aa1", "aa2"]) == ["aa1", "aa2"]
@@ -221,7 +221,7 @@ def test_a_file_of_the_store_under_another_name_is_none(tmp_path):
 
 @pytest.mark.parametrize("tries", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_changed_tensors_are_never_accepted(tmp_path, tries):
-    store, chance = Store(tmp_path), random.Random(0)
+    store, chance = Store(tmp_path, {}), random.Random(0)
     tensors = {"x": torch.arange(12).reshape(3, 4).bfloat16(), "flag": torch.tensor([True, False])}
     store.save({"aa1": tensors})
     whole, accepted = store.path("aa1").read_bytes(), 0

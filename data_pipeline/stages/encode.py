@@ -17,7 +17,7 @@ from data_pipeline.contract import Stage
 from data_pipeline.frames import FrameReader
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Marker, Table, TableRow, Unit, drop, unit_name
-from train.backbones.base import Backbone, Conditioning
+from train.backbones.base import Backbone
 from train.clips import from_pixels
 from train.groups import Group, Loser, ShardWriter, shard_record, write_index
 
@@ -33,7 +33,6 @@ class Encode(Stage):
         self.store, self.losers = Store(self.folder / "winners", setup.winner_settings), setup.losers
         self.targets = setup.targets if setup.config.targets.tracks else None
         self.reader = FrameReader(setup.video, setup.device)
-        self._checksum: dict[str, str] = {}  # of the shards of this process
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -46,8 +45,8 @@ class Encode(Stage):
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Encode what is missing and write the unit's shard; clips that cannot be read any more are dropped."""
         records, together = rows.to_pylist(), self.setup.pipeline.encode_batch
-        bad = self.store.make_missing(records, self.reader.read, self._make, together=together, advance=advance)
-        with ShardWriter(self.groups, unit.name) as writer:
+        bad = self.store.make_missing(records, self.reader.read, self.encode, together=together, advance=advance)
+        with ShardWriter(self.groups, unit_name(unit.number)) as writer:
             for place, record in enumerate(records):
                 if place not in bad:
                     group = self._group(record)
@@ -55,13 +54,17 @@ class Encode(Stage):
                         writer.write(group)
                     except ValueError as error:  # a network's numbers may overflow: that is this group's matter
                         bad[place] = ("unusable", str(error))
-        self._checksum[unit.name] = writer.record["sha256"]
         return drop(rows, bad)
 
-    def _make(self, records: Sequence[TableRow], frames: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+    @torch.no_grad()
+    def encode(self, records: Sequence[TableRow], frames: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+        """What is kept of each row and its clip (T, H, W, 3) uint8, all in one batch."""
+        video = from_pixels(torch.stack(frames).to(self.backbone.device))  # (B, 3, T, H, W)
+        first = video[:, :, 0] if self.setup.first_frame else None
         prompts = [record["prompt"] for record in records]
-        winners, conditioning = encode_clips(self.backbone, torch.stack(frames), prompts, self.setup.first_frame)
-        winners, stored = winners.to(torch.bfloat16).cpu(), conditioning.to("cpu", torch.bfloat16)
+        conditioning = self.backbone.condition(prompts, first, num_frames=video.shape[2])
+        winners = self.backbone.encode_video(video, batch_size=len(video)).to(torch.bfloat16).cpu()
+        stored = conditioning.to("cpu", torch.bfloat16)
         for number, winner in enumerate(winners):
             condition = {} if stored.image is None else {"condition": stored.image[number]}
             yield {"winner": winner, "text": unpad(stored.text[number]), **condition}
@@ -85,10 +88,10 @@ class Encode(Stage):
         )
 
     def notes(self, unit: Unit) -> dict[str, Any]:
-        return {"shard": self._checksum[unit.name]}
+        return {"shard": shard_record(self.groups, unit_name(unit.number))["sha256"]}
 
     def is_intact(self, unit: Unit, marker: Marker) -> bool:
-        shard = shard_record(self.groups, unit.name)
+        shard = shard_record(self.groups, unit_name(unit.number))
         return shard is not None and shard["sha256"] == marker.get("shard")
 
     def conclude(self, table: Table) -> None:
@@ -100,17 +103,6 @@ class Encode(Stage):
         index = write_index(self.groups, fingerprint=self.store.settings["fingerprint"], video=self.setup.video)
         count, total = index["num_groups"], index["total_bytes"]
         print(f"groups: {self.groups}, {count} groups, {total // count} bytes per group")
-
-
-@torch.no_grad()
-def encode_clips(
-    backbone: Backbone, frames: Tensor, prompts: Sequence[str], first_frame: bool
-) -> tuple[Tensor, Conditioning]:
-    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips)."""
-    video = from_pixels(frames.to(backbone.device))  # (B, 3, T, H, W)
-    first = video[:, :, 0] if first_frame else None
-    conditioning = backbone.condition(list(prompts), first, num_frames=frames.shape[1])
-    return backbone.encode_video(video, batch_size=len(video)), conditioning
 
 
 def unpad(text: Tensor) -> Tensor:

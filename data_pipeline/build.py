@@ -31,13 +31,14 @@ import torch
 import recipes
 from data_pipeline import tables
 from data_pipeline.config import Config, Setup
+from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.stages import STAGES
 from data_pipeline.stages.filter import NO_PHYSICS
 from data_pipeline.stages.pool import read_pool
 from data_pipeline.stages.resample import NOT_CHOSEN
 from data_pipeline.stages.targets import TargetMaker
 from data_pipeline.tables import Table, read_dropped, read_summary
-from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage, stage_table
+from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage
 from train import entry, files
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, latent_shape, num_tokens
@@ -148,7 +149,7 @@ def _run_stages(config: Config, team: Team) -> None:
         files.write_text(Path(settings.groups) / "build" / "recipe.yaml", recipes.to_yaml(config))
     before: Table | None = None
     for name in ORDER[: ORDER.index(chosen[-1]) + 1]:
-        stage, selected_now = STAGES[name].make(setup), name in chosen
+        stage, selected_now = _stage(setup, name), name in chosen
         units, todo = team.decide(partial(plan_stage, stage, before, retry=selected_now))
         if selected_now:
             table = run_stage(stage, units, todo, before, team)
@@ -158,7 +159,7 @@ def _run_stages(config: Config, team: Team) -> None:
                 f" are missing or do not fit the settings: run pipeline.stage={name} first"
             )
         else:
-            table = stage_table(stage, units)
+            table = stage.table(units)
         if table is None:
             return
         if team.is_first:
@@ -181,12 +182,16 @@ def _run_stages(config: Config, team: Team) -> None:
             print(warning)
 
 
+def _stage(setup: Setup, name: str) -> Stage:
+    return PassThrough(setup, name) if name in setup.left_out else STAGES[name](setup)
+
+
 def _check_stages(setup: Setup, chosen: Sequence[str]) -> None:
     """ValueError for what would stop one of the chosen stages, before any work."""
     judge, resample = setup.config.judge, setup.pipeline.resample
     setup.sources()
     for name in chosen:
-        STAGES[name].make(setup).check()
+        _stage(setup, name).check()
     if judge.name:
         setup.build_judge()
     if resample.tries_the_model and not judge.name:

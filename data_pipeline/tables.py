@@ -111,10 +111,6 @@ class Unit:
     count: int
     places: tuple[int, ...] = ()  # rows of the unit that the stage works on, where those are not all
 
-    @property
-    def name(self) -> str:
-        return unit_name(self.number)
-
 
 TableRow = Mapping[str, Any]  # a row of a table, by column
 Bad = dict[int, tuple[str, str]]  # by place: the reason and the detail of a row that cannot be used
@@ -155,16 +151,11 @@ class Table:
         """Some columns of all rows."""
         return pa.concat_tables([self.unit(number, names) for number in range(len(self.markers))])
 
-    def contents(self) -> list[str]:
-        """A digest of each unit's rows."""
-        return [marker["content"] for marker in self.markers]
-
     def units(self, depends_on: Callable[[int], Any]) -> list[Unit]:
         """A unit of the next stage for each one here; its digest covers the rows and `depends_on(number)`."""
-        spans = zip(self.firsts[:-1], self.firsts[1:], self.contents(), strict=True)
         return [
-            Unit(number, digest([content, depends_on(number)]), first, end - first)
-            for number, (first, end, content) in enumerate(spans)
+            Unit(number, digest([marker["content"], depends_on(number)]), self.firsts[number], marker["rows"])
+            for number, marker in enumerate(self.markers)
         ]
 
 

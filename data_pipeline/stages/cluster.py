@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 import recipes
 from data_pipeline.config import ClusterConfig, Setup
-from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.contract import Stage
 from data_pipeline.histogram import write_histogram
 from data_pipeline.tables import Advance, Made, Table, Unit, add_columns, dropped_table
 from train.entry import first_line
@@ -44,7 +43,7 @@ CHUNK = 8192  # prompts encoded and compared at once; bounds the memory
 GRID = 2.0**20  # embeddings are multiples of 1 / GRID
 DIGITS = 4  # of a score
 
-Encoder = Callable[[list[str]], np.ndarray | Tensor]  # N texts -> (N, D), of any length
+Encoder = Callable[[list[str]], np.ndarray]  # N texts -> (N, D), of any length
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,6 @@ class Cluster(Stage):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.config = setup.pipeline.cluster
-
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.pipeline.cluster.model else PassThrough(setup, cls.name)
 
     def check(self) -> None:
         ActionMatcher(self.config, self.setup.device)
@@ -135,10 +130,7 @@ class ActionMatcher:
         return {"action": names[found].tolist(), "category": categories[found].tolist(), "action_score": scores[rows]}
 
     def _embed(self, texts: list[str]) -> np.ndarray:
-        found = self.encoder(texts)
-        if isinstance(found, Tensor):
-            found = found.detach().float().cpu().numpy()
-        vectors = np.asarray(found, np.float64)  # (n, D)
+        vectors = np.asarray(self.encoder(texts), np.float64)  # (n, D)
         assert vectors.ndim == 2 and len(vectors) == len(texts), vectors.shape
         if not np.isfinite(vectors).all():
             text = texts[np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0]]
@@ -186,12 +178,7 @@ def load_encoder(config: ClusterConfig, device: torch.device | str) -> Encoder:
             f"{key} cannot be loaded ({first_line(error)}): "
             f"give the folder or the hub id of a sentence-transformers model with *.safetensors, such as {EXAMPLE}"
         ) from error
-    model.eval()
-
-    def encode(texts: list[str]) -> np.ndarray:
-        return model.encode(texts, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True)
-
-    return encode
+    return partial(model.eval().encode, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True)
 
 
 # ---- the list of actions ---------------------------------------------------------------------------------------------

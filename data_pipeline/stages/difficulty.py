@@ -10,6 +10,7 @@ Deviation: the paper does not say whose clips are judged; the model's own say wh
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from data_pipeline.config import Setup
-from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.contract import Stage
 from data_pipeline.frames import clip_identity
 from data_pipeline.own_clips import ClipMaker
 from data_pipeline.scores import judge_clips
@@ -34,10 +35,6 @@ class Difficulty(Stage):
         super().__init__(setup)
         self.maker = ClipMaker(setup, Store(self.folder / "clips", setup.clip_settings(1)), 1)
 
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.pipeline.resample.tries_the_model else PassThrough(setup, cls.name)
-
     @cached_property
     def judge(self) -> Judge:
         return self.setup.build_judge()
@@ -45,12 +42,10 @@ class Difficulty(Stage):
     def plan(self, before: Table) -> list[Unit]:
         columns = before.columns(("key", "action", "action_score"))
         actions, index = number_actions(columns["action"])
-        check_actions(actions)
         scores = columns["action_score"].to_numpy(zero_copy_only=False).astype(np.float64)
         most = self.setup.pipeline.resample.representatives
         wanted = representatives(index, scores, columns["key"].to_pylist(), most)
-        spans = zip(before.firsts[:-1], before.firsts[1:], strict=True)
-        places = [tuple(np.flatnonzero(wanted[first:end]).tolist()) for first, end in spans]
+        places = [tuple(np.flatnonzero(wanted[first:end]).tolist()) for first, end in pairwise(before.firsts)]
 
         def depends_on(number: int) -> Any:
             if not places[number]:
@@ -83,18 +78,15 @@ class Difficulty(Stage):
 
 
 def number_actions(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    """Distinct actions (A,), in alphabetical order, and each row's number among them (R,)."""
+    """Distinct actions (A,), in alphabetical order, and each row's number among them (R,). ValueError where no row has
+    an action."""
     names, index = np.unique(np.asarray(column.to_pylist(), dtype=object).astype(str), return_inverse=True)
-    return names.tolist(), index
-
-
-def check_actions(actions: Sequence[str]) -> None:
-    """ValueError where no row has an action."""
-    if set(actions) <= {""}:
+    if set(names.tolist()) <= {""}:
         raise ValueError(
             "pipeline.resample.budget is set, but no row has an action: set pipeline.cluster.model, or give the"
             " manifest a column action"
         )
+    return names.tolist(), index
 
 
 def representatives(index: np.ndarray, scores: np.ndarray, keys: Sequence[str], most: int) -> np.ndarray:

@@ -23,8 +23,9 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from data_pipeline.config import Setup, outcome_settings
-from data_pipeline.contract import PassThrough, Stage
+import recipes
+from data_pipeline.config import OPERATIONAL, Setup
+from data_pipeline.contract import Stage
 from data_pipeline.frames import FrameReader
 from data_pipeline.tables import Advance, Bad, Made, Marker, Table, TableRow, Unit, add_columns, drop
 from eval.vlm.backend import recorded
@@ -116,10 +117,6 @@ class Filter(Stage):
         self.threshold = setup.pipeline.filter.threshold
         self.reader = FrameReader(setup.video, setup.device)
 
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.pipeline.filter.enabled else PassThrough(setup, cls.name)
-
     def check(self) -> None:
         Vlm(self.config)
 
@@ -129,7 +126,7 @@ class Filter(Stage):
 
     def plan(self, before: Table) -> list[Unit]:
         settings = {"threshold": self.threshold, "max_prompt_chars": MAX_PROMPT_CHARS}
-        settings |= {"vlm": outcome_settings(recorded(self.config))}
+        settings |= {"vlm": recipes.without(recorded(self.config), OPERATIONAL)}
         return before.units(lambda number: settings)
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:

@@ -7,18 +7,17 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from data_pipeline import tables
-from data_pipeline.contract import Stage
+from data_pipeline.contract import WholeStage
 from data_pipeline.manifests import Row
 from data_pipeline.sources import Source
 from data_pipeline.tables import POOL, Dropped, Made, Table, Unit, dropped_table
 from train.files import digest
 
 
-class Pool(Stage):
+class Pool(WholeStage):
     """Sources are read from their beginning: by one process, and anew when one changed."""
 
     name = "pool"
-    whole = True
 
     def plan(self, before: Table | None) -> list[Unit]:
         identities = [source.identity() for source in self.setup.sources()]

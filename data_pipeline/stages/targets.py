@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import Setup
-from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.contract import Stage
 from data_pipeline.frames import FrameReader
 from data_pipeline.simulated_tracks import simulated_disparity, simulated_tracks
 from data_pipeline.tables import Advance, Made, Table, TableRow, Unit, add_columns, drop
@@ -28,10 +28,6 @@ class Targets(Stage):
         super().__init__(setup)
         self.store = setup.targets
         self.reader = FrameReader(setup.video, setup.device)
-
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.config.targets.tracks else PassThrough(setup, cls.name)
 
     def check(self) -> None:
         TargetMaker(self.setup.config.targets, self.setup.video, self.setup.device)

@@ -14,6 +14,7 @@ makes means and intervals of them. So a benchmark holds no loop over models, no 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from eval.judges.external_tool import RatersConfig
 from eval.vlm.backend import VlmConfig
+from recipes import read_yaml
 from train.backbones.base import Backbone
 from train.clips import VideoConfig
 
@@ -79,6 +81,22 @@ class Published:
     model: str
     values: Mapping[str, float]  # by figure, in this benchmark's units
     source: str  # paper and table
+
+
+@cache
+def _published_yaml() -> dict[str, Any]:
+    return read_yaml(Path(__file__).with_name("published.yaml"), "figures by benchmark")
+
+
+def read_published(name: str) -> tuple[Published, ...]:
+    """What published.yaml holds of the benchmark `name`, in its order."""
+    found = []
+    for table in _published_yaml()[name]:
+        scale = 100 if table.get("percent") else 1
+        for model, values in table["models"].items():
+            own = {figure: value / scale for figure, value in zip(table["figures"], values, strict=True)}
+            found.append(Published(model, own, table["source"]))
+    return tuple(found)
 
 
 class Benchmark(ABC):

@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place, read_records
 from eval.benchmarks.official_prompts import prompts
 from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
@@ -74,23 +74,6 @@ CHOICE_SCHEMA = YES_NO_SCHEMA | {
     "properties": {"Choice": {"type": "string", "enum": list(DESCRIPTIONS)}, "Reason": {"type": "string"}}
 }
 
-# mechanics, optics, thermal, material, average.
-_PHYGDPO = "PhyGDPO, Table 1b (half of two judges' scores, rounded down)"
-_README = "OpenGVLab/PhyGenBench, README (half of two judges' scores, rounded down)"
-_PUBLISHED = (
-    ("LaVie", (0.40, 0.44, 0.38, 0.32, 0.36), _PHYGDPO),
-    ("Wan2.1-14B", (0.36, 0.53, 0.36, 0.33, 0.40), _PHYGDPO),
-    ("Open-Sora", (0.43, 0.50, 0.44, 0.37, 0.44), _PHYGDPO),
-    ("Pika", (0.35, 0.56, 0.43, 0.39, 0.44), _PHYGDPO),
-    ("Vchitect-2.0", (0.41, 0.56, 0.44, 0.37, 0.45), _PHYGDPO),
-    ("PhyT2V", (0.45, 0.55, 0.43, 0.53, 0.50), _PHYGDPO),
-    ("VideoDPO", (0.48, 0.60, 0.47, 0.58, 0.54), _PHYGDPO),
-    ("PhyGDPO (Wan2.1-14B)", (0.55, 0.60, 0.58, 0.47, 0.55), _PHYGDPO),
-    ("CogVideoX 2B", (0.38, 0.43, 0.34, 0.39, 0.37), _README),
-    ("CogVideoX 5B", (0.43, 0.55, 0.40, 0.42, 0.45), _README),
-    ("Gen-3", (0.45, 0.57, 0.49, 0.51, 0.51), _README),
-    ("Kling", (0.45, 0.58, 0.50, 0.40, 0.49), _README),
-)
 _SCORED = ("mechanics", "optics", "thermal", "material")
 STAGES = ("detection", "order", "naturalness")
 
@@ -115,10 +98,7 @@ class PhyGenBench(AskedBenchmark):
     name = "phygenbench"
     columns = ("average", *_SCORED, *STAGES)
     figures = columns
-    published = tuple(
-        Published(model, dict(zip((*_SCORED, "average"), values, strict=True)), source)
-        for model, values, source in _PUBLISHED
-    )
+    published = read_published("phygenbench")
 
     def requirements(self) -> list[Requirement]:
         folder = self.settings.folder

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.physics_iq_frames import SECONDS, View, opencv, real_frames, score_view, trim
 from eval.benchmarks.physics_iq_metrics import METRICS, physics_iq
 from train.clips import ClipError, VideoConfig, write_clip
@@ -48,37 +48,6 @@ REMEDY = (
     "get it with the official physiq/download_physics_iq_data.py (gs://physics-iq-benchmark), or the verified one with"
     " 'hf download Anates-Labs-Research/Physics-IQ-Verified --repo-type dataset', and name its folder in"
     " run.physics_iq.folder"
-)
-
-_PROPRIO_2 = "Proprio, Table 2"
-_PROPRIO_3 = "Proprio, Table 3 (Turbo Wan2.2, image to video)"
-_LEADERBOARD = "google-deepmind/physics-IQ-benchmark, README, image to video"
-_PUBLISHED = (
-    ("Wan2.2 5B", 29.45, _PROPRIO_2),
-    ("Wan2.2 5B + WMReward search", 32.40, _PROPRIO_2),
-    ("Wan2.2 5B + Proprio search, hybrid", 32.46, _PROPRIO_2),
-    ("Turbo Wan2.2", 31.25, _PROPRIO_2),
-    ("Turbo Wan2.2 + WMReward search", 34.67, _PROPRIO_2),
-    ("Turbo Wan2.2 + Proprio search, hybrid", 35.13, _PROPRIO_2),
-    ("Hunyuan Video", 31.63, _PROPRIO_2),
-    ("Hunyuan Video + WMReward search", 34.75, _PROPRIO_2),
-    ("Hunyuan Video + Proprio search, motion", 36.09, _PROPRIO_2),
-    ("Turbo Wan2.2", 32.2, _PROPRIO_3),
-    ("Turbo Wan2.2 + WMReward guidance", 32.4, _PROPRIO_3),
-    ("Turbo Wan2.2 + Proprio refinement, motion", 35.8, _PROPRIO_3),
-    ("Turbo Wan2.2 + WMReward guidance, best of 8", 35.5, _PROPRIO_3),
-    ("Turbo Wan2.2 + Proprio refinement, motion, best of 8", 37.5, _PROPRIO_3),
-    ("Wan2.2", 38.3, _LEADERBOARD),
-    ("Wan2.2 + WMReward best of N", 44.4, _LEADERBOARD),
-    ("Sora 2", 42.3, _LEADERBOARD),
-    ("CogVideoX-5b", 32.3, _LEADERBOARD),
-    ("Magi-1", 30.2, _LEADERBOARD),
-)
-_VERIFIED = (
-    ("Wan2.2", 32.2),
-    ("Hunyuan Video 1.5", 33.4),
-    ("Magi-1 24B", 30.2),
-    ("Sora 2", 26.5),
 )
 
 
@@ -103,10 +72,7 @@ class PhysicsIQ(Benchmark):
     lower_is_better = ("mse",)
     unavailable = "what came before the switch as input (multiframe): no backbone here takes more than one frame"
     workers: ClassVar[int] = os.cpu_count() or 1  # processes; the real 4K videos need about 1 GB in each
-    published = (
-        *(Published(model, {"physics_iq": score}, source) for model, score, source in _PUBLISHED),
-        *(Published(model, {"physics_iq_verified": score}, f"{_LEADERBOARD} (verified)") for model, score in _VERIFIED),
-    )
+    published = read_published("physics_iq")
 
     def __init__(self, settings: PhysicsIQConfig, video: VideoConfig, *judges: Any):
         super().__init__(settings, video, *judges)

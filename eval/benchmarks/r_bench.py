@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place, read_records
 from eval.benchmarks.r_bench_questions import EMBODIMENTS, SCRIPTS, TASKS, Wording, rate_embodiment, rate_task
 from eval.benchmarks.vlm_rows import AskedBenchmark, judge_requirement, judge_rows
@@ -55,29 +55,6 @@ DATA = (
 CLONE = "clone https://github.com/DAGroup-PKU/ReVidgen and name the clone in run.r_bench.checkout"
 MOTION = "run steps 4 to 7 of ReVidgen's scripts/rbench_eval_4embodiments.sh on the laid-out clips"
 
-# PhysisForcing, Table 1, percent: average, then the nine in the order of DIMENSIONS.
-_TABLE_1 = {
-    "HunyuanVideo 1.5": (46.0, 44.2, 31.6, 31.2, 43.8, 36.4, 51.3, 52.6, 63.4, 59.5),
-    "LongCat-Video": (43.7, 37.2, 31.0, 22.0, 38.4, 18.6, 58.6, 57.6, 68.1, 62.1),
-    "Wan2.1-14B": (39.9, 34.4, 26.8, 28.2, 33.5, 20.5, 46.4, 49.7, 59.5, 59.9),
-    "LTX-2": (38.1, 28.4, 30.4, 23.3, 38.6, 16.4, 45.3, 42.4, 62.2, 55.5),
-    "CogVideoX_5B": (25.6, 11.6, 11.2, 9.8, 21.2, 7.9, 33.8, 38.5, 46.5, 49.6),
-    "Wan2.6": (60.7, 54.6, 65.6, 47.9, 51.4, 53.1, 66.6, 68.1, 72.3, 66.7),
-    "Veo 3.1": (59.9, 54.1, 47.4, 53.4, 59.2, 46.7, 67.0, 66.6, 74.3, 70.4),
-    "Sora v2 Pro": (36.2, 20.8, 26.8, 18.6, 25.5, 11.5, 47.6, 51.3, 66.4, 56.1),
-    "Cosmos3-Super": (58.1, 48.7, 64.2, 44.4, 59.1, 39.5, 61.5, 62.3, 73.9, 69.1),
-    "Abot-PhysWorld": (52.9, 48.6, 54.8, 43.4, 52.3, 45.4, 66.2, 66.8, 53.1, 45.5),
-    "Wan2.2-TI2V-5B": (38.0, 33.1, 31.3, 14.2, 31.8, 23.4, 43.6, 44.8, 59.0, 60.7),
-    "Wan2.2-TI2V-5B (ft)": (44.8, 39.6, 41.5, 24.9, 42.4, 28.8, 49.2, 52.7, 61.4, 62.6),
-    "Wan2.2-TI2V-5B + PhysisForcing": (47.5, 43.4, 42.6, 29.6, 47.5, 31.2, 51.6, 57.4, 59.7, 64.2),
-    "Wan2.2-I2V-A14B": (50.7, 38.1, 45.4, 37.3, 50.1, 33.0, 60.8, 58.2, 69.0, 64.8),
-    "Wan2.2-I2V-A14B (ft)": (57.9, 52.3, 62.8, 45.2, 54.5, 47.8, 64.2, 63.5, 65.6, 65.3),
-    "PF-Wan": (62.0, 56.4, 65.4, 49.1, 58.4, 52.4, 68.7, 69.6, 69.2, 68.5),
-    "Cosmos3-Nano": (58.4, 55.0, 67.0, 46.6, 57.6, 39.4, 59.1, 61.1, 73.1, 66.6),
-    "Cosmos3-Nano (ft)": (61.5, 57.8, 67.4, 49.2, 59.3, 48.5, 66.5, 67.1, 70.6, 67.1),
-    "PF-Cosmos": (63.8, 58.9, 69.7, 51.3, 60.8, 53.0, 69.3, 70.0, 72.2, 69.0),
-}
-
 
 @dataclass
 class RBenchConfig:
@@ -92,14 +69,7 @@ class RBench(AskedBenchmark):
     frame_height = None  # a grid of frames, see `rate`
     columns = (*DIMENSIONS, "task_completion", "visual_quality", "plausibility", "adherence", "stability")
     figures = ("average", "tasks", "embodiments", *columns)
-    published = tuple(
-        Published(
-            model,
-            {name: value / 100 for name, value in zip(("average", *DIMENSIONS), values, strict=True)},
-            "PhysisForcing, Table 1 (with motion; Qwen3-VL as judge)",
-        )
-        for model, values in _TABLE_1.items()
-    )
+    published = read_published("r_bench")
 
     def requirements(self) -> list[Requirement]:
         settings = self.settings

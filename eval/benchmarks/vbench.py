@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place
 from eval.judges.external_tool import Tool, ToolError, tool_environment
 from eval.prompts import read_prompts
@@ -59,21 +59,6 @@ FIND_SECONDS = 60.0
 # Of `accelerate launch`: with them the tool would wait for ranks that are not its own.
 OF_OUR_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_TABLE_6 = {
-    "VideoPhy-2 prompts (T2V)": (
-        ("Turbo Wan2.2", (0.92, 0.92, 0.99, 0.51, 0.67)),
-        ("Turbo Wan2.2 + Proprio refinement", (0.93, 0.93, 0.98, 0.51, 0.68)),
-        ("Turbo Wan2.2 + Proprio search", (0.95, 0.95, 0.99, 0.54, 0.68)),
-        ("Turbo Wan2.2 + Proprio refinement and search", (0.93, 0.93, 0.98, 0.52, 0.68)),
-    ),
-    "Physics-IQ prompts (I2V)": (
-        ("Turbo Wan2.2", (0.95, 0.96, 0.99, 0.49, 0.66)),
-        ("Turbo Wan2.2 + Proprio refinement", (0.95, 0.96, 0.99, 0.49, 0.66)),
-        ("Turbo Wan2.2 + Proprio search", (0.95, 0.96, 0.99, 0.48, 0.68)),
-        ("Turbo Wan2.2 + Proprio refinement and search", (0.96, 0.96, 0.99, 0.49, 0.66)),
-    ),
-}
-
 
 @dataclass
 class VBenchConfig:
@@ -85,11 +70,7 @@ class VBench(Benchmark):
     columns = DIMENSIONS
     figures = DIMENSIONS
     clips_a_call = 128  # scored together, and lost together if the run is stopped
-    published = tuple(
-        Published(model, dict(zip(DIMENSIONS, values, strict=False)), f"Proprio, Table 6, {prompts}")
-        for prompts, rows in _TABLE_6.items()
-        for model, values in rows
-    )
+    published = read_published("vbench")
 
     def __init__(self, settings: VBenchConfig, video: VideoConfig, *judges: Any):
         super().__init__(settings, video, *judges)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place, read_table
 from eval.judges import videocon_physics
 from eval.judges.external_tool import InstallationConfig, Tool, find_tool, write_table
@@ -28,18 +28,6 @@ from train.clips import ClipError, read_clip
 THRESHOLD = 0.5
 MAX_NAME = 200  # characters of a caption in a file name
 ENVIRONMENT = "the environment of its README (conda, Python 3.10, transformers 4.28)"
-
-# README of Hritikbansal/videophy, "Automatic LeaderBoard", percent: SA, PC.
-_LEADERBOARD = {
-    "CogVideoX-5B": (57, 41),
-    "Luma Dream Machine": (53, 30),
-    "VideoCrafter2": (47, 36),
-    "LaVIE": (47, 36),
-    "Mochi": (50, 31),
-    "CogVideoX-2B": (40, 39),
-    "HunyuanVideo": (42, 28),
-    "OpenSora": (21, 35),
-}
 
 
 @dataclass
@@ -198,14 +186,7 @@ class VideoPhy(Rated):
     name = "videophy"
     columns = ("joint", "semantic", "physical", "semantic_score", "physical_score")
     figures = ("joint", "semantic", "physical")
-    published = tuple(
-        Published(
-            model,
-            {"semantic": semantic / 100, "physical": physical / 100},
-            "Hritikbansal/videophy, README, automatic leaderboard (VideoCon-Physics)",
-        )
-        for model, (semantic, physical) in _LEADERBOARD.items()
-    )
+    published = read_published("videophy")
     table = "videophy_test_public.csv"
     source = "huggingface.co/datasets/videophysics/videophy_test_public"
     weights = "huggingface.co/videophysics/videocon_physics"

@@ -127,6 +127,18 @@ class Benchmark(ABC):
     def requirements(self) -> list[Requirement]:
         """What it needs; cheap. Nothing missing: the rest can run."""
 
+    def needs(self, key: str, what: str, licence: str, remedy: str, files: Sequence[str] = ("",)) -> Requirement:
+        """That the setting `key` names a folder with all of `files`, or a file."""
+        value = getattr(self.settings, key)
+        found = bool(value) and all((Path(value).expanduser() / one).exists() for one in files)
+        return Requirement(what, licence, f"run.{self.name}.{key}={value}", found, remedy)
+
+    def path(self, key: str, remedy: str) -> Path:
+        """The folder or file that the setting `key` names. ValueError, with the remedy, where it names none."""
+        if not (value := getattr(self.settings, key)):
+            raise ValueError(f"run.{self.name}.{key} is empty: {remedy}")
+        return Path(value).expanduser()
+
     def prompts(self) -> list[Task]:
         """Every clip to make, in a fixed order."""
         return []

@@ -42,7 +42,7 @@ import numpy as np
 from torch import Tensor
 
 from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
-from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.official_files import place_all, read_records
 from eval.benchmarks.official_prompts import prompts
 from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
 from eval.prompts import make_key
@@ -101,23 +101,16 @@ class PhyGenBench(AskedBenchmark):
     published = read_published("phygenbench")
 
     def requirements(self) -> list[Requirement]:
-        folder = self.settings.folder
-        found = bool(folder) and all((self._folder() / one).is_file() for one in (f"{DATA}/prompts.json", ORDER))
+        licence = "none is stated in the repository: ask its authors before passing it on"
+        files = (f"{DATA}/prompts.json", ORDER)
         return [
-            Requirement(
-                "PhyGenBench's prompts, questions and wording",
-                "none is stated in the repository: ask its authors before passing it on",
-                f"run.phygenbench.folder={folder}",
-                found,
-                REMEDY,
-            ),
+            self.needs("folder", "PhyGenBench's prompts, questions and wording", licence, REMEDY, files),
             judge_requirement(self.vlm, "GPT-4o, version 0513"),
         ]
 
     def prompts(self) -> list[Task]:
         """The 160 prompts with their questions. Raises ValueError for files that are not there or do not agree."""
-        if not self.settings.folder:
-            raise ValueError(f"run.phygenbench.folder is empty: {REMEDY}")
+        data = self.path("folder", REMEDY) / DATA
         keys = {
             "prompts": ("caption", "physical_laws", "main_category"),
             "explicit_prompts": ("caption", "explicit_caption"),
@@ -125,7 +118,7 @@ class PhyGenBench(AskedBenchmark):
             "multi_question": ("caption", "multiimage_question"),
             "video_question": ("caption", "video_question"),
         }
-        files = {name: self._folder() / DATA / f"{name}.json" for name in keys}
+        files = {name: data / f"{name}.json" for name in keys}
         columns = [read_records(path, keys[name], REMEDY) for name, path in files.items()]
         captions = [[record["caption"] for record in column] for column in columns]
         for path, column in zip(files.values(), captions, strict=True):
@@ -155,11 +148,7 @@ class PhyGenBench(AskedBenchmark):
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """seed-<seed>/output_video_<number>.mp4, as README asks for a model's folder of PhyVideos."""
-        for sample in samples:
-            if sample.path.is_file():
-                name = f"output_video_{sample.task.facts['number']}.mp4"
-                place(sample.path, folder / f"seed-{sample.seed}" / name)
-        return folder
+        return place_all(samples, folder, lambda one: f"seed-{one.seed}/output_video_{one.task.facts['number']}.mp4")
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         wording = self._wording()
@@ -179,7 +168,7 @@ class PhyGenBench(AskedBenchmark):
 
     def _wording(self) -> dict[str, Any]:
         """Official texts: of a question of stage 2, its ending, and both parts of stage 3."""
-        two, three = self._folder() / ORDER, self._folder() / NATURALNESS
+        two, three = (self.path("folder", REMEDY) / name for name in (ORDER, NATURALNESS))
         return {
             "question": prompts(two, "question1", REMEDY)[0],
             "ending": prompts(two, "pretrix", REMEDY)[0].fill({}),
@@ -198,9 +187,6 @@ class PhyGenBench(AskedBenchmark):
 
     def _jpeg(self, clip: Tensor, numbers: Sequence[int]) -> list[bytes]:
         return jpeg_frames(clip[list(numbers)], len(numbers), self.judge.frame_height)
-
-    def _folder(self) -> Path:
-        return Path(self.settings.folder).expanduser()
 
 
 async def shows(vlm: Vlm, picture: bytes, text: str) -> float:

@@ -38,7 +38,7 @@ import numpy as np
 from torch import Tensor
 
 from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
-from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.official_files import place_all, read_records
 from eval.benchmarks.r_bench_questions import EMBODIMENTS, SCRIPTS, TASKS, Wording, rate_embodiment, rate_task
 from eval.benchmarks.vlm_rows import AskedBenchmark, judge_requirement, judge_rows
 from eval.benchmarks.vqa import make_keys
@@ -72,73 +72,38 @@ class RBench(AskedBenchmark):
     published = read_published("r_bench")
 
     def requirements(self) -> list[Requirement]:
-        settings = self.settings
+        data, questions = "the data of R-Bench (prompts and first frames)", "the official questions"
         found = [
-            Requirement(
-                "the data of R-Bench (prompts and first frames)",
-                "see the data set's card",
-                f"run.r_bench.folder={settings.folder}",
-                bool(settings.folder) and (_path(settings.folder) / "prompts").is_dir(),
-                DATA,
-            ),
-            Requirement(
-                "the official questions",
-                "Apache 2.0 (README badge)",
-                f"run.r_bench.checkout={settings.checkout}",
-                bool(settings.checkout) and all((_path(settings.checkout) / one).is_file() for one in SCRIPTS),
-                CLONE,
-            ),
+            self.needs("folder", data, "see the data set's card", DATA, ("prompts",)),
+            self.needs("checkout", questions, "Apache 2.0 (README badge)", CLONE, SCRIPTS),
             judge_requirement(self.vlm, "GPT-5 and Qwen3-VL-235B-A22B-Instruct"),
         ]
-        if settings.motion:
-            there = _path(settings.motion).is_dir()
-            found.append(
-                Requirement(
-                    "motion smoothness and amplitude", "none", f"run.r_bench.motion={settings.motion}", there, MOTION
-                )
-            )
+        if self.settings.motion:
+            found.append(self.needs("motion", "motion smoothness and amplitude", "none", MOTION))
         return found
 
     def prompts(self) -> list[Task]:
         """The prompts of `dimensions`. Raises ValueError for missing or bad files."""
-        if not self.settings.folder:
-            raise ValueError(f"run.r_bench.folder is empty: {DATA}")
-        tasks = []
+        folder, tasks = self.path("folder", DATA), []
         for dimension in self.settings.dimensions:
             if dimension not in DIMENSIONS:
                 raise ValueError(
                     f"run.r_bench.dimensions: {dimension!r} is no dimension: use some of {', '.join(DIMENSIONS)}"
                 )
-            tasks += self._tasks(dimension)
-        return tasks
-
-    def _tasks(self, dimension: str) -> list[Task]:
-        folder = _path(self.settings.folder)
-        file = folder / "prompts" / f"{dimension}_prompts.json"
-        fields = ("view", *(TASKS[dimension].fields if dimension in TASKS else EMBODIMENTS[dimension]))
-        records = read_records(file, ("name", "prompt", "image_path", *fields), DATA)
-        keys = make_keys([f"{dimension} {record['name']}" for record in records], str(file))
-        tasks = []
-        for key, record in zip(keys, records, strict=True):
-            image = folder / "imgs" / record["image_path"]
-            if not image.is_file():
-                raise ValueError(f"{image}, the first frame of {record['name']} in {file.name}, is not there: {DATA}")
-            facts = {"name": str(record["name"]), "prompt": record["prompt"], **{one: record[one] for one in fields}}
-            tasks.append(Task(key, record["prompt"].strip(), dimension, image, facts))
+            tasks += _tasks(folder, dimension)
         return tasks
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """<model>-<seed>/<dimension>/videos/<name>.mp4: ReVidgen/data, with a model's seed as a model of its own."""
-        for sample in samples:
-            if sample.path.is_file():
-                place(sample.path, folder / _run(sample) / sample.task.category / "videos" / _file_name(sample))
-        return folder
+        return place_all(
+            samples,
+            folder,
+            lambda one: f"{_run(one)}/{one.task.category}/videos/{one.task.facts['name']}.mp4",
+        )
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Raises ValueError for a clone or motion results that cannot be read."""
-        if not self.settings.checkout:
-            raise ValueError(f"run.r_bench.checkout is empty: {CLONE}")
-        wording = Wording(_path(self.settings.checkout), CLONE)
+        wording = Wording(self.path("checkout", CLONE), CLONE)
         motion = self._motion(samples) if self.settings.motion else None
 
         async def judge(vlm: Vlm, sample: Sample, pictures: Sequence[bytes]) -> dict[str, float]:
@@ -158,7 +123,7 @@ class RBench(AskedBenchmark):
 
     def _motion(self, samples: Sequence[Sample]) -> Callable[[Sample], tuple[float, float] | None]:
         """Smoothness and amplitude of a sample, None where there are none."""
-        root = _path(self.settings.motion)
+        root = self.path("motion", MOTION)
 
         @cache
         def table(run: str, dimension: str) -> dict[str, tuple[float, float]]:
@@ -175,6 +140,21 @@ class RBench(AskedBenchmark):
         found = {"tasks": np.mean(tasks, axis=0), "embodiments": np.mean(embodiments, axis=0)}
         found["average"] = np.mean([*tasks, *embodiments], axis=0)
         return {name: found[name] if name in found else means[name] for name in self.figures}
+
+
+def _tasks(folder: Path, dimension: str) -> list[Task]:
+    file = folder / "prompts" / f"{dimension}_prompts.json"
+    fields = ("view", *(TASKS[dimension].fields if dimension in TASKS else EMBODIMENTS[dimension]))
+    records = read_records(file, ("name", "prompt", "image_path", *fields), DATA)
+    keys = make_keys([f"{dimension} {record['name']}" for record in records], str(file))
+    tasks = []
+    for key, record in zip(keys, records, strict=True):
+        image = folder / "imgs" / record["image_path"]
+        if not image.is_file():
+            raise ValueError(f"{image}, the first frame of {record['name']} in {file.name}, is not there: {DATA}")
+        facts = {"name": str(record["name"]), "prompt": record["prompt"], **{one: record[one] for one in fields}}
+        tasks.append(Task(key, record["prompt"].strip(), dimension, image, facts))
+    return tasks
 
 
 def pick(task: Task, clip: Tensor) -> list[bytes]:
@@ -200,14 +180,6 @@ def grid(clip: Tensor, chosen: Sequence[int], columns: int) -> bytes:
     return jpeg_frames(picture, 1, picture.shape[1])[0]
 
 
-def _path(folder: str) -> Path:
-    return Path(folder).expanduser()
-
-
 def _run(sample: Sample) -> str:
     """The official code's name of a model: ours, which is the folder of its clips, and the seed."""
     return f"{sample.path.parent.name}-{sample.seed}"
-
-
-def _file_name(sample: Sample) -> str:
-    return f"{sample.task.facts['name']}.mp4"

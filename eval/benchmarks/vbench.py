@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
-from eval.benchmarks.official_files import place
+from eval.benchmarks.official_files import place_all
 from eval.judges.external_tool import Tool, ToolError, tool_environment
 from eval.prompts import read_prompts
 from train.clips import ClipError, VideoConfig, read_clip
@@ -83,15 +83,9 @@ class VBench(Benchmark):
         return super().recorded | asdict(self.raters.vbench) | {"device": DEVICE}
 
     def requirements(self) -> list[Requirement]:
-        settings = self.settings
+        file = "name a file of prompts in run.vbench.prompts_file, as for generate.prompts_file"
         return [
-            Requirement(
-                "prompts of your own",
-                "yours",
-                f"run.vbench.prompts_file={settings.prompts_file}",
-                bool(settings.prompts_file) and Path(settings.prompts_file).is_file(),
-                "name a file of prompts in run.vbench.prompts_file, as for generate.prompts_file",
-            ),
+            self.needs("prompts_file", "prompts of your own", "yours", file),
             Requirement(
                 "VBench and a GPU",
                 "Apache 2.0; the weights that it downloads have licences of their own",
@@ -104,17 +98,13 @@ class VBench(Benchmark):
 
     def prompts(self) -> list[Task]:
         """One task per prompt, in the order of the file."""
-        if not self.settings.prompts_file:
-            raise ValueError(f"run.vbench.prompts_file is empty: {self.requirements()[0].remedy}")
+        self.path("prompts_file", self.requirements()[0].remedy)
         return [Task(one.key, one.text, image=one.image) for one in read_prompts([], [], self.settings.prompts_file)]
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """`videos/<key>-<seed>.mp4`, and prompts.json as VBench's --prompt_file reads it."""
-        prompts = {}
-        for sample in samples:
-            if sample.path.is_file():
-                place(sample.path, folder / "videos" / _name(sample))
-                prompts[_name(sample)] = sample.task.text
+        place_all(samples, folder / "videos", _name)
+        prompts = {_name(sample): sample.task.text for sample in samples if sample.path.is_file()}
         write_text(folder / "prompts.json", json.dumps(prompts, ensure_ascii=False, indent=1) + "\n")
         return folder
 

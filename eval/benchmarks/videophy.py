@@ -58,16 +58,11 @@ class Rated(Benchmark):
         return super().recorded | asdict(self.installation)
 
     def requirements(self) -> list[Requirement]:
-        key, settings, own = f"raters.{self.rater}", self.settings, self.installation
+        key, own = f"raters.{self.rater}", self.installation
+        get = f"get {self.table} from {self.source} and name its folder in run.{self.name}.folder"
         program = bool(own.checkout) and all((Path(own.checkout) / one).is_file() for one in self.programs)
         return [
-            Requirement(
-                f"the table {self.table}",
-                "MIT",
-                f"run.{self.name}.folder={settings.folder}",
-                bool(settings.folder) and self._table().is_file(),
-                f"get {self.table} from {self.source} and name its folder in run.{self.name}.folder",
-            ),
+            self.needs("folder", f"the table {self.table}", "MIT", get, (self.table,)),
             Requirement(
                 "the judge's program",
                 "MIT",
@@ -87,16 +82,16 @@ class Rated(Benchmark):
 
     def prompts(self) -> list[Task]:
         """One task per caption, in the order of the table. Raises ValueError for a table that cannot be read."""
-        if not self.settings.folder:
-            raise ValueError(f"run.{self.name}.folder is empty: name the folder of {self.table}, from {self.source}")
+        table = self.path("folder", f"name the folder of {self.table}, from {self.source}") / self.table
         remedy = f"give the {self.table} of {self.source} in run.{self.name}.folder"
-        tasks = self._tasks(read_table(self._table(), ["caption"], remedy))
+        tasks = self._tasks(read_table(table, ["caption"], remedy), table)
         if not tasks:
-            raise ValueError(f"{self._table()} holds no captions: {remedy}")
+            raise ValueError(f"{table} holds no captions: {remedy}")
         return tasks
 
     @abstractmethod
-    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]: ...
+    def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
+        """ValueError, naming `table`, for rows that are not as they should be."""
 
     @abstractmethod
     def _rate(
@@ -163,9 +158,6 @@ class Rated(Benchmark):
             return str(error).removeprefix(f"{sample.path}: ")
         return ""
 
-    def _table(self) -> Path:
-        return Path(self.settings.folder).expanduser() / self.table
-
 
 def once_each(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     """The table's rows by caption, in its order; rows without one are left out."""
@@ -195,7 +187,7 @@ class VideoPhy(Rated):
     programs = (videocon_physics.PREPARE, videocon_physics.INFERENCE)
     rater = videocon_physics.NAME
 
-    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
+    def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
         return [
             Task(make_key(index, caption), caption, group[0].get("states_of_matter", ""), facts={"caption": caption})
             for index, (caption, group) in enumerate(once_each(rows).items())

@@ -22,6 +22,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from eval.benchmarks.base import Task, read_published
 from eval.benchmarks.videophy import Rated, RatedConfig, by_clip, once_each
@@ -59,45 +60,26 @@ class VideoPhy2(Rated):
     rater = videophy2.NAME
     settings: VideoPhy2Config
 
-    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
+    def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
         split = self.settings.split
         if split not in SPLITS:
             raise ValueError(f"run.videophy2.split={split!r} is no split: use one of {', '.join(SPLITS)}")
         needed = ["is_hard", *(["upsampled_caption"] if self.settings.upsampled else [])]
         for column in [*needed, *(RULES if self.settings.rules else [])]:
             if rows and column not in rows[0]:
-                raise ValueError(f"{self._table()} has no column {column!r}: give the {self.table} of {self.source}")
+                raise ValueError(f"{table} has no column {column!r}: give the {self.table} of {self.source}")
         tasks = []
         for index, (caption, group) in enumerate(once_each(rows).items()):
-            hard = any(self._is_hard(row) for row in group)
+            hard = any(_is_hard(row, table) for row in group)
             text = group[0]["upsampled_caption"].strip() if self.settings.upsampled else caption
             if not text:
-                raise ValueError(f"{self._table()}: {caption!r} has no upsampled_caption; use upsampled=false")
+                raise ValueError(f"{table}: {caption!r} has no upsampled_caption; use upsampled=false")
             if split == "all" or hard:
                 facts = {"caption": caption, "hard": hard}
                 if self.settings.rules:
-                    facts["rules"] = list(dict.fromkeys(rule for row in group for rule in self._rules(row)))
+                    facts["rules"] = list(dict.fromkeys(rule for row in group for rule in _rules(row, table)))
                 tasks.append(Task(make_key(index, caption), text, group[0].get("category", ""), facts=facts))
         return tasks
-
-    def _is_hard(self, row: dict[str, str]) -> bool:
-        value = row["is_hard"].strip().lower()
-        if value not in (*TRUE, *FALSE):
-            raise ValueError(f"{self._table()}: is_hard is {row['is_hard']!r} for {row['caption']!r}, not 0 or 1")
-        return value in TRUE
-
-    def _rules(self, row: dict[str, str]) -> list[str]:
-        """The rules of a row, which writes them as Python lists of strings."""
-        found = []
-        for column in RULES:
-            try:
-                listed = ast.literal_eval(row[column].strip() or "[]")
-            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list ({error})") from error
-            if not isinstance(listed, list) or not all(isinstance(rule, str) for rule in listed):
-                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list of strings")
-            found += [rule.strip() for rule in listed if rule.strip()]
-        return found
 
     def _refuse(self, caption: str) -> str | None:
         return refuse_caption(caption, videophy2.RESERVED)
@@ -124,3 +106,24 @@ class VideoPhy2(Rated):
         values = {f"{name}_rating": ratings[name] for name in ("semantic", "physical")} | counted
         values |= {name: value for name, value in ratings.items() if name == "rules_followed"}
         return values | {f"hard_{name}": value for name, value in counted.items()} if task.facts["hard"] else values
+
+
+def _is_hard(row: dict[str, str], table: Path) -> bool:
+    value = row["is_hard"].strip().lower()
+    if value not in (*TRUE, *FALSE):
+        raise ValueError(f"{table}: is_hard is {row['is_hard']!r} for {row['caption']!r}, not 0 or 1")
+    return value in TRUE
+
+
+def _rules(row: dict[str, str], table: Path) -> list[str]:
+    """The rules of a row, which writes them as Python lists of strings."""
+    found = []
+    for column in RULES:
+        try:
+            listed = ast.literal_eval(row[column].strip() or "[]")
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError(f"{table}: {column} of {row['caption']!r} is no list ({error})") from error
+        if not isinstance(listed, list) or not all(isinstance(rule, str) for rule in listed):
+            raise ValueError(f"{table}: {column} of {row['caption']!r} is no list of strings")
+        found += [rule.strip() for rule in listed if rule.strip()]
+    return found

@@ -49,7 +49,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
-from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.official_files import place_all, read_records
 from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
 from eval.prompts import slug
 from eval.vlm.backend import Malformed, Question, Reply
@@ -92,19 +92,14 @@ class Vqa(AskedBenchmark):
         return super().recorded | {"frame_rate": self.frame_rate}
 
     def requirements(self) -> list[Requirement]:
-        folder = self.settings.folder
         what = f"the data of {self.title} (prompts, first frames, questions)"
-        where, found = f"run.{self.name}.folder={folder}", bool(folder) and self._file().is_file()
         return [
-            Requirement(what, self.licence, where, found, self.remedy),
+            self.needs("folder", what, self.licence, self.remedy, (self.file,)),
             judge_requirement(self.vlm, "Qwen2.5-VL-72B-Instruct"),
         ]
 
     def _file(self) -> Path:
-        """ValueError where no folder is named."""
-        if not self.settings.folder:
-            raise ValueError(f"run.{self.name}.folder is empty: {self.remedy}")
-        return Path(self.settings.folder).expanduser() / self.file
+        return self.path("folder", self.remedy) / self.file
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """`domain`, the share of a clip's questions that the judge answered as the benchmark expects."""
@@ -153,11 +148,11 @@ class PaiBench(Vqa):
         seeds = defaultdict(set)
         for sample in samples:
             seeds[sample.task.key].add(sample.seed)
-        for sample in samples:
-            if sample.path.is_file():
-                number = sorted(seeds[sample.task.key]).index(sample.seed)
-                place(sample.path, folder / f"{sample.task.facts['video_id']}__{number}.mp4")
-        return folder
+        return place_all(
+            samples,
+            folder,
+            lambda one: f"{one.task.facts['video_id']}__{sorted(seeds[one.task.key]).index(one.seed)}.mp4",
+        )
 
     def _domain(self, video_id: str, file: Path) -> str:
         for domain in DOMAINS:
@@ -198,10 +193,7 @@ class EzsBench(Vqa):
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """seed-<seed>/<video_id>.mp4: to the official code, which knows one clip per prompt, each seed is a method."""
-        for sample in samples:
-            if sample.path.is_file():
-                place(sample.path, folder / f"seed-{sample.seed}" / f"{sample.task.facts['video_id']}.mp4")
-        return folder
+        return place_all(samples, folder, lambda one: f"seed-{one.seed}/{one.task.facts['video_id']}.mp4")
 
 
 async def answer_questions(vlm: Vlm, sample: Sample, frames: list[bytes]) -> dict[str, float]:

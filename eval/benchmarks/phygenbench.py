@@ -32,7 +32,6 @@ the words, are at most `judge.frame_height` pixels high, and are always asked ab
 that is none is an error here; the official code leaves an earlier value in its place. `judge.frames` plays no part.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from torch import Tensor
 from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place_all, read_records
 from eval.benchmarks.official_prompts import prompts
-from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
+from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows, read_object
 from eval.prompts import make_key
 from eval.vlm.backend import Malformed, Question, Reply
 from eval.vlm.client import NoAnswer, Vlm, jpeg_frames, quoted
@@ -274,11 +273,10 @@ def overall(detected: int, ordered: int, natural: int) -> int:
 
 def choice(reply: Reply) -> str:
     """The field Choice of a JSON answer, which may stand in a code fence or have words around it."""
-    text = reply.text
-    try:
-        return json.loads(text[text.index("{") : text.rindex("}") + 1])["Choice"].lower()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Malformed(f"the answer is no JSON with a Choice ({error!r})", text) from error
+    said = read_object(reply).get("Choice")
+    if not isinstance(said, str):
+        raise Malformed(f"the answer is no JSON with a Choice ({said!r:.60})", reply.text)
+    return said.lower()
 
 
 def yes(reply: Reply) -> bool:

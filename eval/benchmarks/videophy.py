@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
@@ -42,25 +43,23 @@ class Rated(Benchmark):
     source: ClassVar[str]  # where to get it
     weights: ClassVar[str]  # of the judge
     laid_out: ClassVar[str]  # table of clips and captions for the official program
-    header: ClassVar[list[str]]  # of it
     dropped: ClassVar[str] = ""  # letters that a caption loses at its end to become a file's name
-    programs: ClassVar[tuple[str, ...]]
-    rater: ClassVar[str]  # field of RatersConfig
+    rater: ClassVar[ModuleType]  # of eval.judges
     clips_a_call: ClassVar[int] = 128  # rated together, and lost together if the run is stopped
     settings: RatedConfig
 
     @property
     def installation(self) -> InstallationConfig:
-        return getattr(self.raters, self.rater)
+        return getattr(self.raters, self.rater.NAME)
 
     @property
     def recorded(self) -> dict[str, Any]:
         return super().recorded | asdict(self.installation)
 
     def requirements(self) -> list[Requirement]:
-        key, own = f"raters.{self.rater}", self.installation
+        key, own = f"raters.{self.rater.NAME}", self.installation
         get = f"get {self.table} from {self.source} and name its folder in run.{self.name}.folder"
-        program = bool(own.checkout) and all((Path(own.checkout) / one).is_file() for one in self.programs)
+        program = bool(own.checkout) and all((Path(own.checkout) / one).is_file() for one in self.rater.PROGRAMS)
         return [
             self.needs("folder", f"the table {self.table}", "MIT", get, (self.table,)),
             Requirement(
@@ -93,11 +92,13 @@ class Rated(Benchmark):
     def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
         """ValueError, naming `table`, for rows that are not as they should be."""
 
-    @abstractmethod
     def _rate(
         self, tool: Tool, paths: Mapping[int, str], tasks: Sequence[Task], folder: Path
     ) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
-        """Clip number -> ratings by column, and clip number -> why it has none."""
+        """Clip number -> ratings by name, of clips that have all, and clip number -> why it has none."""
+        found, failures = self.rater.rate_files(tool, paths, [task.facts["caption"] for task in tasks], folder)
+        clips = set.intersection(*map(set, found.values())) - set(failures)
+        return {clip: {name: float(values[clip]) for name, values in found.items()} for clip in clips}, failures
 
     @abstractmethod
     def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]: ...
@@ -105,6 +106,7 @@ class Rated(Benchmark):
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """Clips as in the authors' examples, <caption with underscores>_<seed>.mp4, and their table."""
         names: set[str] = set()
+        header = self.rater.HEADER
         rows = []
         for sample in samples:
             if not sample.path.is_file():
@@ -121,12 +123,12 @@ class Rated(Benchmark):
             place(sample.path, target)
             rows.append({"caption": caption, "videopath": str(target)})
         folder.mkdir(parents=True, exist_ok=True)
-        write_table(folder / self.laid_out, self.header, [[row[name] for name in self.header] for row in rows])
+        write_table(folder / self.laid_out, header, [[row[name] for name in header] for row in rows])
         return folder
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Raises ValueError for an installation that is not there, ToolError when the judge fails as a whole."""
-        tool = find_tool(self.rater, self.installation, "cpu", self.programs)
+        tool = find_tool(self.rater.NAME, self.installation, "cpu", self.rater.PROGRAMS)
         folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(samples), self.clips_a_call):
             yield from self._call(tool, samples[start : start + self.clips_a_call], folder)
@@ -134,7 +136,7 @@ class Rated(Benchmark):
     def _call(self, tool: Tool, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         failures = {}
         for number, sample in enumerate(samples):  # one damaged file would end the judge's whole run
-            if reason := self._refuse(sample.task.facts["caption"]) or self._damage(sample):
+            if reason := self.rater.refuse(sample.task.facts["caption"]) or self._damage(sample):
                 failures[number] = reason
         paths = {number: str(sample.path.absolute()) for number, sample in enumerate(samples) if number not in failures}
         rated: dict[int, dict[str, float]] = {}
@@ -147,9 +149,6 @@ class Rated(Benchmark):
                 yield Row.of(sample, error=f"{sample.path}: {failures[number]}")
             else:
                 yield Row.of(sample, self._values(sample.task, rated[number]))
-
-    @abstractmethod
-    def _refuse(self, caption: str) -> str | None: ...
 
     def _damage(self, sample: Sample) -> str:
         try:
@@ -168,12 +167,6 @@ def once_each(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def by_clip(found: Mapping[str, Mapping[int, Any]], failures: Mapping[int, str]) -> dict[int, dict[str, float]]:
-    """Name -> clip -> value turned into clip -> name -> value, for clips that have all of them."""
-    clips = set.intersection(*(set(values) for values in found.values())) - set(failures)
-    return {clip: {name: float(values[clip]) for name, values in found.items()} for clip in clips}
-
-
 class VideoPhy(Rated):
     name = "videophy"
     columns = ("joint", "semantic", "physical", "semantic_score", "physical_score")
@@ -183,23 +176,13 @@ class VideoPhy(Rated):
     source = "huggingface.co/datasets/videophysics/videophy_test_public"
     weights = "huggingface.co/videophysics/videocon_physics"
     laid_out = "example.csv"
-    header = videocon_physics.HEADER
-    programs = (videocon_physics.PREPARE, videocon_physics.INFERENCE)
-    rater = videocon_physics.NAME
+    rater = videocon_physics
 
     def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
         return [
             Task(make_key(index, caption), caption, group[0].get("states_of_matter", ""), facts={"caption": caption})
             for index, (caption, group) in enumerate(once_each(rows).items())
         ]
-
-    def _refuse(self, caption: str) -> str | None:
-        return videocon_physics.refuse(caption)
-
-    def _rate(self, tool, paths, tasks, folder):
-        captions = [task.facts["caption"] for task in tasks]
-        found, failures = videocon_physics.score_files(tool, paths, captions, folder)
-        return by_clip(found, failures), failures
 
     def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]:
         semantic, physical = (ratings[name] >= THRESHOLD for name in ("semantic", "physical"))

@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.benchmarks.base import Task, read_published
-from eval.benchmarks.videophy import Rated, RatedConfig, by_clip, once_each
+from eval.benchmarks.videophy import Rated, RatedConfig, once_each
 from eval.judges import videophy2
-from eval.judges.scores import refuse_caption
 from eval.prompts import make_key
 
 GOOD = 4  # the least rating that counts
@@ -54,10 +53,8 @@ class VideoPhy2(Rated):
     source = "huggingface.co/datasets/videophysics/videophy2_test"
     weights = "huggingface.co/videophysics/videophy_2_auto"
     laid_out = "sa_pc.csv"
-    header = videophy2.HEADER
     dropped = "."
-    programs = (videophy2.INFERENCE,)
-    rater = videophy2.NAME
+    rater = videophy2
     settings: VideoPhy2Config
 
     def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
@@ -81,12 +78,8 @@ class VideoPhy2(Rated):
                 tasks.append(Task(make_key(index, caption), text, group[0].get("category", ""), facts=facts))
         return tasks
 
-    def _refuse(self, caption: str) -> str | None:
-        return refuse_caption(caption, videophy2.RESERVED)
-
     def _rate(self, tool, paths, tasks, folder):
-        found, failures = videophy2.rate_files(tool, paths, [task.facts["caption"] for task in tasks], folder)
-        ratings = by_clip(found, failures)
+        ratings, failures = super()._rate(tool, paths, tasks, folder)
         pairs = [(clip, rule) for clip in ratings for rule in tasks[clip].facts.get("rules", [])]
         verdicts = defaultdict(list)
         if pairs:

@@ -95,29 +95,16 @@ class PhysicsIQ(Benchmark):
         if self.settings.input == "image":
             needed.append(self.root / "switch-frames")
         there = bool(self.settings.folder) and all(folder.is_dir() for folder in needed)
+        where, descriptions = f"run.physics_iq.folder={self.settings.folder}", self._descriptions()
+        copy = (
+            "copy descriptions/descriptions_original.csv, or best_practice/descriptions_base.csv (verified), of"
+            " google-deepmind/physics-IQ-benchmark there"
+        )
+        found = importlib.util.find_spec("cv2") is not None
         return [
-            Requirement(
-                "Physics-IQ videos and switch frames",
-                "CC BY 4.0",
-                f"run.physics_iq.folder={self.settings.folder}",
-                there,
-                REMEDY,
-            ),
-            Requirement(
-                "Physics-IQ descriptions",
-                "CC BY 4.0",
-                f"{self._descriptions()}",
-                self._descriptions().is_file(),
-                "copy descriptions/descriptions_original.csv, or best_practice/descriptions_base.csv (verified), of"
-                " google-deepmind/physics-IQ-benchmark there",
-            ),
-            Requirement(
-                "OpenCV",
-                "Apache-2.0",
-                "the module cv2",
-                importlib.util.find_spec("cv2") is not None,
-                "pip install 'physalign[trackers]'",
-            ),
+            Requirement("Physics-IQ videos and switch frames", "CC BY 4.0", where, there, REMEDY),
+            Requirement("Physics-IQ descriptions", "CC BY 4.0", str(descriptions), descriptions.is_file(), copy),
+            Requirement("OpenCV", "Apache-2.0", "the module cv2", found, "pip install 'physalign[trackers]'"),
         ]
 
     @property
@@ -140,16 +127,12 @@ class PhysicsIQ(Benchmark):
         return next((folder for folder in tried if folder.is_dir()), tried[-2])
 
     def _video(self, facts: Mapping[str, Any], take: int) -> Path:
-        folder = self._videos()
-        name = f"{facts['take_2'] if take == 2 else facts['id']}_testing-videos_{folder.name}"
-        return folder / f"{name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
+        return _real_file(self._videos(), "testing-videos", facts, take)
 
     def _shipped_masks(self, facts: Mapping[str, Any], take: int) -> Path | None:
         """The benchmark's own masks of a real video, which the official code prefers to making them."""
         folder = self.root / "video-masks" / "real" / f"{self.fps}FPS"
-        name = f"{facts['take_2'] if take == 2 else facts['id']}_video-masks_{folder.name}"
-        path = folder / f"{name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
-        return path if folder.is_dir() else None
+        return _real_file(folder, "video-masks", facts, take) if folder.is_dir() else None
 
     # What to make
 
@@ -298,6 +281,12 @@ class PhysicsIQ(Benchmark):
             figures[f"physics_iq_verified{ending}"] = 100 * here["verified"]
             figures |= {f"{name}{ending}": here[name] for name in METRICS}
         return figures
+
+
+def _real_file(folder: Path, kind: str, facts: Mapping[str, Any], take: int) -> Path:
+    """What the benchmark ships of one take, `folder` being called by the rate."""
+    number = facts["take_2"] if take == 2 else facts["id"]
+    return folder / f"{number}_{kind}_{folder.name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
 
 
 def _row(sample: Sample, views: Mapping[str, View]) -> Row:

@@ -143,11 +143,8 @@ class VBench(Benchmark):
         if self._package is None:
             needed = self.requirements()[1]
             raise ValueError(f"{needed.where} has no package vbench: {needed.remedy}")
-        environment = {
-            name: value
-            for name, value in tool_environment(os.environ, torch.device(DEVICE)).items()
-            if name not in OF_OUR_RANKS
-        }
+        own = {name: value for name, value in os.environ.items() if name not in OF_OUR_RANKS}
+        environment = tool_environment(own, torch.device(DEVICE))
         environment["MASTER_PORT"] = str(_free_port())
         return Tool(
             name=self.name,

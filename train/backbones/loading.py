@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -23,19 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from train.backbones.attention_kernels import attention_seconds
+from train.parallel import Sharding
 
 WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file, for the fingerprint
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-
-
-class Sharding(Protocol):
-    """How a network is spread over ranks while it is made: see `train.parallel.Sharding`."""
-
-    reads: bool  # whether what this rank reads goes to all
-
-    def take(self, parameters: list[nn.Parameter]) -> None:
-        """Leave this rank its share of each parameter, of the values of the rank that reads."""
 
 
 def resolve_folder(path: str, revision: str = "") -> Path:
@@ -217,7 +209,7 @@ def _fill(
     # Position tables are buffers that no checkpoint holds: computed anew, in float32.
     rope = model.rope
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
-    return _frozen(model)
+    return model.eval().requires_grad_(False)
 
 
 def choose_attention(network: WanTransformer3DModel, name: str, device: torch.device) -> None:
@@ -334,7 +326,7 @@ def _load(model_class: type, folder: Path, name: str, device: torch.device, **dt
             **dtype,
         )
     _check_keys(folder, name, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
-    return _frozen(model)
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -357,7 +349,3 @@ def _check_keys(folder: Path, name: str, *, missing: Iterable[str], unexpected: 
         if keys:
             named = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ValueError(f"backbone.path={folder}: the component {name} {problem} ({named}): download it again")
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    return model.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from train.backbones import loading
 from train.backbones.base import Backbone, BackboneConfig
@@ -94,7 +95,7 @@ def load_backbone(
             for name in wanted
         }
         if "vae" in parts:
-            loaded["vae"] = loading.load_vae(folder, device)
+            loaded["vae"] = loading.load_component(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
     for network in experts.values():
         loading.choose_attention(network, config.attention, device)
     return family(config, architecture, device, fingerprint, experts, boundary, **loaded)

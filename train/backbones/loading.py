@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -136,11 +136,6 @@ def load_transformer(
         return _fill(model, device, dtype, read, sharding)
 
 
-def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
-    """The VAE, always in float32."""
-    return _load(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
-
-
 def load_text(folder: Path, device: torch.device, dtype: torch.dtype, text_dim: int) -> UMT5EncoderModel:
     """The text encoder; ValueError when its width is not the one the transformer reads."""
     width = _read_config(folder, "text_encoder").get("d_model")
@@ -149,7 +144,7 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype, text_dim: 
             f"backbone.path={folder}: the text encoder has width {width}, but the transformer reads {text_dim}: "
             "the two belong to different pipelines"
         )
-    return _load(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
+    return load_component(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -313,7 +308,7 @@ def _stored(folder: Path, name: str) -> dict[str, _Stored]:
     return stored
 
 
-def _load(model_class: type, folder: Path, name: str, device: torch.device, **dtype: torch.dtype) -> Any:
+def load_component(model_class: type, folder: Path, name: str, device: torch.device, **dtype: torch.dtype) -> Any:
     """A component with its weights on the device; ValueError when they are missing, unreadable or of another config."""
     _stored(folder, name)  # refuses what from_pretrained would load wrong
     with _named(folder, name), torch.random.fork_rng(devices=[]):  # initial values are drawn before the real are read

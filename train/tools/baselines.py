@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -83,18 +84,10 @@ def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], rep
     pass. batch: of one loser; its terms are not read."""
     network = backbone.transformer
     network.reset_attention_backend()
-    targets = "|".join(target.replace(".", r"\.") for target in config.lora.targets)
-    network.add_adapter(
-        LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            target_modules=rf".*\.({targets})",
-            init_lora_weights="gaussian",
-        )
-    )
-    weights = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
-    for weight in weights:
-        weight.data = weight.data.float()
+    rank, alpha, targets = config.lora.rank, config.lora.alpha, config.lora.targets
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))
+    cast_training_params(network)
+    weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
     network.train()
     network.enable_gradient_checkpointing()
     clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[0]  # (2,C,F,H,W)

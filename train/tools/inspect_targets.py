@@ -27,10 +27,10 @@ from train import checkpoint, entry, files, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.clips import to_pixels
-from train.data import pad_text
+from train.data import Sample, pad_text
 from train.groups import Group, GroupSet
 from train.teachers.points import unpack
-from train.terms.physics import build_heads, feature_block, student_tokens, student_tracks, target_tensors
+from train.terms.physics import build_heads, feature_block, prepare, student_tokens, student_tracks
 
 FRAMES = 4  # columns of the first row
 
@@ -73,12 +73,12 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
             " recipe=<its folder>/recipe.yaml"
         )
     checkpoint.load_heads(path.parent, heads)
-    sizes = {"num_frames": group.winner.shape[1], "max_tokens": config.targets.max_tokens}
 
     def batch(tensor: Tensor) -> Tensor:
         return tensor[None].to(backbone.device)
 
-    targets = {name: batch(tensor) for name, tensor in target_tensors(config.physics, group.extra, **sizes).items()}
+    prepared = prepare(config, Sample(0, group, 0), torch.Generator())
+    targets = {name: batch(tensor) for name, tensor in prepared.items()}
     clean, text = batch(group.winner).float(), batch(pad_text(group.text, config.backbone.text_length))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)
     t = torch.full((1,), config.inspect.t, device=clean.device)

@@ -23,7 +23,7 @@ from eval.clips import Clip
 from eval.prompts import Prompt
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
-from train.checkpoint import attach_trained, lora_config, read_weights_metadata, weights_path
+from train.checkpoint import attach_trained, lora_config, read_ours, weights_path
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels
 from train.files import sha256
 from train.fused.inference import fuse
@@ -52,7 +52,7 @@ def read_lora(path: str, fingerprint: str, *, key: str) -> Lora | None:
         return None
     try:
         file = weights_path(path)
-        metadata = read_weights_metadata(file)
+        metadata = read_ours(file)
     except ValueError as error:
         raise ValueError(f"{key}={path}: {error}; exports and LoRAs of other tools are not read") from None
     if fingerprint and metadata["fingerprint"] != fingerprint:

@@ -134,29 +134,36 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
             path = PRESETS / f"{name_}.yaml"
             layers.insert(len(layers) - 1, (str(path), read_yaml(path, CONTENT)))
 
-    fields = _fields(config_class)
     merged = _defaults(config_class)
-    for source, layer in layers:
-        kept = {}
-        for key, value in layer.items():
-            if key in fields:
-                _check_keys(fields[key], key, value, source)
-                kept[key] = value
-            elif key not in SECTIONS and key not in KEYS:
-                raise ValueError(f"{source}: unknown section {key!r}; {suggest(key, [*SECTIONS, *fields])}")
-            elif source == "the command line" and MOVED.get(key) in fields:
-                raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
-            elif source == "the command line" and key != "recipe" and value != {"preset": preset}:
-                print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
-        try:
-            merged = OmegaConf.merge(merged, kept)
-        except OmegaConfBaseException as error:
-            raise ValueError(redacted(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}")) from error
     try:
+        for source, layer in layers:
+            merged = OmegaConf.merge(merged, _known(config_class, layer, source))
+        source = f"recipe {name!r}" if name else "the command line"
         return OmegaConf.to_object(merged)  # resolves ${...} and makes the dataclasses
     except OmegaConfBaseException as error:
-        origin = f"recipe {name!r}" if name else "the command line"
-        raise ValueError(redacted(f"{origin}: {error.full_key or ''}: {str(error).splitlines()[0]}")) from error
+        raise ValueError(redacted(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}")) from error
+
+
+def _known(config_class: type, layer: dict[str, Any], source: str) -> dict[str, Any]:
+    """What of a layer `config_class` reads. ValueError for what nothing reads; for other commands' keys in an argument,
+    a warning."""
+    fields, kept = _fields(config_class), {}
+    for key, value in layer.items():
+        if key in fields:
+            _check_keys(fields[key], key, value, source)
+            kept[key] = value
+        elif key not in SECTIONS and key not in KEYS:
+            raise ValueError(f"{source}: unknown section {key!r}; {suggest(key, [*SECTIONS, *fields])}")
+        elif source == "the command line" and MOVED.get(key) in fields:
+            raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
+        elif source == "the command line" and key != "recipe" and not _is_preset(value):
+            print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
+    return kept
+
+
+def _is_preset(value: Any) -> bool:
+    """Whether a section holds `objective.preset` alone, which every command reads."""
+    return isinstance(value, dict) and list(value) == ["preset"]
 
 
 def to_yaml(config: Any) -> str:
@@ -227,7 +234,7 @@ def _parse(argv: list[str]) -> dict[str, Any]:
             raise ValueError(
                 redacted(f"argument {pair!r} cannot be read ({detail}): quote lists and texts, as 'key=[a, b]'")
             ) from None
-    return _plain(layer)
+    return OmegaConf.to_container(layer)
 
 
 def _find(name: str) -> Path:
@@ -249,11 +256,7 @@ def read_yaml(path: Path, what: str) -> dict[Any, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(layer, DictConfig):
         raise ValueError(f"{path} must hold {what}, found {type(layer).__name__}")
-    return _plain(layer)
-
-
-def _plain(layer: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(layer, resolve=False)
+    return OmegaConf.to_container(layer)
 
 
 def _fields(config_class: type) -> dict[str, Any]:

@@ -232,17 +232,6 @@ def weights_metadata(switch: Trainable, *, fingerprint: str, expert: str) -> dic
     return {**switch.describe(), "fingerprint": fingerprint, "expert": expert}
 
 
-def read_lora_metadata(path: Path) -> dict[str, str]:
-    """Metadata of the LoRA that `path` names (see `lora_path`); ValueError when it is missing, not one of ours, or
-    describes other adapters than it holds."""
-    return read_ours(lora_path(path), (LoraSwitch.format,))
-
-
-def read_weights_metadata(path: Path) -> dict[str, str]:
-    """Metadata of the LoRA or full weights at `path` (see `weights_path`); ValueError as for a LoRA."""
-    return read_ours(weights_path(path))
-
-
 def load_weights(path: Path, switch: Trainable, *, fingerprint: str, expert: str) -> None:
     """Load a weight file; ValueError when it differs from `switch` in kind, backbone, expert, rank, alpha or layers."""
     metadata, ours = read_ours(path), switch.describe()
@@ -314,9 +303,11 @@ def weights_path(path: Path | str, names: Sequence[str] = (LoraSwitch.file, Full
     return path
 
 
-def lora_path(path: Path | str) -> Path:
-    """`weights_path` of a LoRA."""
-    return weights_path(path, (LoraSwitch.file,))
+def find_lora(path: Path | str) -> tuple[Path, dict[str, str]]:
+    """The LoRA that `path` names (see `weights_path`) and its metadata; ValueError when it is missing, not one of
+    ours, or describes other adapters than it holds."""
+    file = weights_path(path, (LoraSwitch.file,))
+    return file, read_ours(file, (LoraSwitch.format,))
 
 
 def _trained(switch: Trainable, heads: nn.Module | None) -> dict[str, nn.Parameter]:

@@ -99,11 +99,9 @@ def _is_whole_library(file) -> bool:
 def _open_files() -> set[tuple[int, int]]:
     """(device, inode) of every file that a process on this host has open, as far as this user may see."""
     found = set()
-    for process in psutil.process_iter():
-        try:
-            for entry in process.open_files():
+    for process in psutil.process_iter(["open_files"]):
+        for entry in process.info["open_files"] or ():  # None of another user's process
+            with suppress(OSError):
                 state = os.stat(entry.path)
                 found.add((state.st_dev, state.st_ino))
-        except (psutil.Error, OSError):
-            continue
     return found

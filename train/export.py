@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from train import entry, files
 from train.backbones.loading import fingerprint, load_transformer, resolve_folder
-from train.checkpoint import lora_path, read_lora_metadata
-from train.lora_switch import adapter_shapes, check_shapes
-from train.weight_files import lora_config, read_tensors, write_tensors
+from train.checkpoint import attach_trained, find_lora
+from train.lora_switch import SwitchedLinear
+from train.weight_files import read_tensors, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,7 +47,7 @@ ORIGINAL_NAMES = {
 
 def to_diffusers(source: Path, target: Path) -> Path:
     """Write the LoRA as diffusers and peft expect it, with rank, alpha and targets as metadata, to file `target`."""
-    metadata = read_lora_metadata(source)
+    path, metadata = find_lora(source)
     adapter = {
         "r": int(metadata["rank"]),
         "lora_alpha": float(metadata["alpha"]),
@@ -57,7 +57,7 @@ def to_diffusers(source: Path, target: Path) -> Path:
     with files.atomic(target) as aside:
         WanPipeline.save_lora_weights(
             aside.parent,
-            transformer_lora_layers=read_tensors(lora_path(source)),
+            transformer_lora_layers=read_tensors(path),
             transformer_lora_adapter_metadata=adapter,
             weight_name=aside.name,
         )
@@ -72,9 +72,9 @@ def to_comfyui(source: Path, target: Path) -> Path:
 
     ValueError for a layer that has no name there.
     """
-    metadata = read_lora_metadata(source)
+    path, metadata = find_lora(source)
     tensors: dict[str, Tensor] = {}
-    for name, weight in read_tensors(lora_path(source)).items():
+    for name, weight in read_tensors(path).items():
         layer, matrix = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
         in_block = re.fullmatch(r"(blocks\.\d+)\.(.+)", layer)
         if in_block is None or in_block[2] not in ORIGINAL_NAMES:
@@ -97,26 +97,22 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
     The sum is made in float32 and then rounded to `dtype`. ValueError when `base` is not the backbone that the LoRA was
     trained on.
     """
-    metadata = read_lora_metadata(source)
+    path, metadata = find_lora(source)
     scale = float(metadata["alpha"]) / float(metadata["rank"])
     pipeline = resolve_folder(base)
     found = fingerprint(metadata["fingerprint"].partition("-")[0], pipeline)
     if found != metadata["fingerprint"]:
         raise ValueError(
-            f"LoRA {lora_path(source)} was trained on backbone {metadata['fingerprint']}, {base} is {found}."
+            f"LoRA {path} was trained on backbone {metadata['fingerprint']}, {base} is {found}."
             " Merge into the pipeline that it was trained on."
         )
     name = {"transformer": "transformer", "high_noise": "transformer", "low_noise": "transformer_2"}[metadata["expert"]]
     network = load_transformer(pipeline, name, torch.device("cpu"), dtype)
-    adapters = read_tensors(lora_path(source))
-    shapes = {key: tuple(tensor.shape) for key, tensor in adapters.items()}
-    check_shapes(shapes, adapter_shapes(network, lora_config(metadata)), source=f"LoRA {lora_path(source)}")
+    attach_trained(path, {metadata["expert"]: network}, fingerprint=found)
     with torch.no_grad():
-        for name in sorted(adapters):
-            if name.endswith(".lora_A.weight"):
-                layer = network.get_submodule(name.removesuffix(".lora_A.weight"))
-                update = adapters[name.replace("lora_A", "lora_B")] @ adapters[name]
-                layer.weight.copy_(layer.weight.float() + scale * update)
+        for layer in network.modules():
+            if isinstance(layer, SwitchedLinear):
+                layer.weight.copy_(layer.weight.float() + scale * (layer.lora_up @ layer.lora_down))
     return save_network(network, target)
 
 
@@ -153,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         is_file = arguments.target.suffix == ".safetensors"
         written = to_diffusers(arguments.source, arguments.target if is_file else arguments.target / DIFFUSERS_FILE)
-    expert = read_lora_metadata(arguments.source)["expert"]
+    expert = find_lora(arguments.source)[1]["expert"]
     print(f"wrote {written}" + ("" if expert == "transformer" else f", for the {expert} expert"))
 
 

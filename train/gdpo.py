@@ -144,34 +144,39 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
-    """Tensors of one training sample (M' = 1 loser, or all of them): latents, text, scores, and the drawn t and noise.
+def winner_tensors(config: Config, sample: Sample, *, draws: int = 1) -> dict[str, Tensor]:
+    """winner (C,F,H,W), text (L,D), t (), noise (draws,C,F,H,W) float32, condition (optional), and what the terms add.
 
-    winner (C,F,H,W), losers (M',C,F,H,W), text (L,D), t (), noise (1+M',C,F,H,W) float32 (winner's first), semantic
-    and physical (M',), group_size (), condition (optional), and what the terms add. Drawn on the
-    CPU from a generator seeded by (seed, position): the same on any device and rank.
+    Drawn on the CPU from a generator seeded by (seed, position): the same on any device and rank.
     """
-    group, objective = sample.group, config.objective
-    chosen = [sample.loser_index] if objective.loss == "bound" else list(range(len(group.losers)))
+    group = sample.group
     generator = torch.Generator().manual_seed(draw_seed(config.seed, sample.position))
-    t = draw_time(objective, generator)
-    draws = 1 if objective.noise == "shared" else 1 + len(chosen)
-    noise = torch.randn(draws, *group.winner.shape, generator=generator).expand(1 + len(chosen), *group.winner.shape)
     tensors = {
         "winner": group.winner,
-        "losers": group.losers[chosen],
         "text": pad_text(group.text, config.backbone.text_length),
-        "t": t,
-        "noise": noise,
-        "semantic": torch.tensor([group.losers_info[j].semantic for j in chosen]),
-        "physical": torch.tensor([group.losers_info[j].physical for j in chosen]),
-        "group_size": torch.tensor(float(len(group.losers))),
+        "t": draw_time(config.objective, generator),
+        "noise": torch.randn(draws, *group.winner.shape, generator=generator),
     }
     if config.train.reference_cache:
         tensors["position"] = torch.tensor(sample.position)
     for term in TERMS.values():
         tensors |= term.prepare(config, sample, generator)
     return tensors if group.condition is None else tensors | {"condition": group.condition}
+
+
+def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
+    """Tensors of one training sample with M' = 1 loser, or all of them: `winner_tensors` with noise (1+M',C,F,H,W), the
+    winner's first; losers (M',C,F,H,W), semantic and physical (M',), group_size ()."""
+    group, objective = sample.group, config.objective
+    chosen = [sample.loser_index] if objective.loss == "bound" else list(range(len(group.losers)))
+    tensors = winner_tensors(config, sample, draws=1 if objective.noise == "shared" else 1 + len(chosen))
+    return tensors | {
+        "losers": group.losers[chosen],
+        "noise": tensors["noise"].expand(1 + len(chosen), *group.winner.shape),
+        "semantic": torch.tensor([group.losers_info[j].semantic for j in chosen]),
+        "physical": torch.tensor([group.losers_info[j].physical for j in chosen]),
+        "group_size": torch.tensor(float(len(group.losers))),
+    }
 
 
 def draw_seed(seed: int, position: int) -> int:

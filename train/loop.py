@@ -90,7 +90,7 @@ def fit(
     accelerator, folder = start(config), Path(config.train.folder)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with resume.claimed(folder, accelerator):
-        newest = resume.newest(config, accelerator)
+        newest = resume.newest(config)
         live = LiveTargets(config, device, accelerator.print) if lacks_targets(config) else None
         validation = Validation(config, accelerator, folder / "validation")
         backbone = load(config, accelerator, clips=validation.enabled, vae=validation.enabled or live is not None)
@@ -134,8 +134,8 @@ def fit(
                 report_skipped(config, run, loader.dataset.stream, accelerator)
             done, stop = run.step == config.optim.steps, asked_to_stop.item() > 0
             if done or stop or run.step % config.train.checkpoint_every == 0:
-                with stopping.held():
-                    run.save_on_all_ranks()
+                with stopping.held(), parallel.together(device):
+                    run.save()
             if stop and not done:
                 accelerator.print(f"stopped by signal after step {run.step}; run the same command to continue")
                 break

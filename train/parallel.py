@@ -8,6 +8,8 @@ of network passes.
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -132,11 +134,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(value.item() > 0)
 
 
-def same_on_all_ranks(number: int, device: torch.device) -> bool:
-    """Whether every rank has the same `number`; the same answer on all."""
-    mean = torch.tensor([number], dtype=torch.float64, device=device)
-    average_([mean])
-    return not any_rank(mean.item() != number, device)
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """A ValueError or OSError inside, on whichever rank, ends all: see `stop_together`. Enter on every rank."""
+    problem = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = error
+    stop_together(problem, device)
 
 
 def stop_together(problem: Exception | None, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from train.backbones.architecture import latent_shape, num_tokens, parameter_cou
 from train.fused.memory import GATHERED, GIB, Sizes, choose_levels, predict
 from train.groups import GroupSet
 from train.loop import accumulation_steps, gradient_sets
-from train.lora_switch import targeted_layers
+from train.lora_switch import adapter_shapes
 from train.parallel import build_accelerator
 from train.terms.physics import feature_block
 
@@ -118,8 +118,7 @@ def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:
     """Trained parameters, counted by attaching the adapters' shapes to a network without storage."""
     with torch.device("meta"):
         network = WanTransformer3DModel(**architecture["transformer"])
-    layers = targeted_layers(network, lora.targets)
-    return sum(lora.rank * (layer.in_features + layer.out_features) for _, layer in layers)
+    return sum(rows * columns for rows, columns in adapter_shapes(network, lora).values())
 
 
 def memory_estimate(

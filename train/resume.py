@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 import recipes
 from train import checkpoint, files, parallel
@@ -31,22 +32,18 @@ def claimed(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the output folder `folder` for this run. Where another run holds it, the main process raises ValueError
     and the other ranks end. Call on every rank."""
     with ExitStack() as held:
-        problem = None
-        try:
+        with parallel.together(accelerator.device):
             if accelerator.is_main_process:
                 held.enter_context(files.lock(folder))
-        except (ValueError, OSError) as error:
-            problem = error
-        parallel.stop_together(problem, accelerator.device)
         yield
 
 
-def newest(config: Any, accelerator: Accelerator) -> Path | None:
+def newest(config: Any) -> Path | None:
     """The newest whole checkpoint of the run's folder, or None. ValueError where there may be none, or ranks see
     different ones."""
     folder = checkpoint_folder(config)
     found = checkpoint.latest(folder)
-    if not parallel.same_on_all_ranks(int(found.name[-8:]) if found else 0, accelerator.device):
+    if len(set(gather_object([found and found.name]))) > 1:
         raise ValueError(
             f"the newest checkpoint in {folder} is {found.name if found else 'none'} here and another one for other"
             f" ranks: output={config.output} must lie on one file system that all nodes share"
@@ -131,15 +128,6 @@ class Checkpoint:
             heads=self.policy.heads,
         )
         self._saved = self.step
-
-    def save_on_all_ranks(self) -> None:
-        """`save`; where it fails, all ranks end."""
-        problem = None
-        try:
-            self.save()
-        except ValueError as error:
-            problem = error
-        parallel.stop_together(problem, self.accelerator.device)
 
 
 def check(config: Any, path: Path, state: checkpoint.State, groups: GroupSet, accelerator: Accelerator) -> None:

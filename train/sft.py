@@ -12,16 +12,14 @@ The last three, off by default, are those of train/terms; with trajectory and re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 import recipes
 from train import entry, gdpo
-from train.data import Sample, pad_text
+from train.data import Sample
 from train.loop import fit
 from train.plan import print_plan
 from train.policy import Policy, gradients, predict, winner_passes
-from train.terms import TERMS
 from train.terms.physics import feature_block
 
 
@@ -41,20 +39,9 @@ class Config(gdpo.Config):
 
 
 def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
-    """winner (C,F,H,W), text (L,D), t (), noise (C,F,H,W) float32, condition (optional): the draws of
-    `gdpo.prepare`'s winner; and what the terms add."""
-    group = sample.group
-    generator = torch.Generator().manual_seed(gdpo.draw_seed(config.seed, sample.position))
-    t = gdpo.draw_time(config.objective, generator)
-    tensors = {
-        "winner": group.winner,
-        "text": pad_text(group.text, config.backbone.text_length),
-        "t": t,
-        "noise": torch.randn(group.winner.shape, generator=generator),
-    }
-    for term in TERMS.values():
-        tensors |= term.prepare(config, sample, generator)
-    return tensors if group.condition is None else tensors | {"condition": group.condition}
+    """`gdpo.winner_tensors` with noise (C,F,H,W): the draws of `gdpo.prepare`'s winner."""
+    tensors = gdpo.winner_tensors(config, sample)
+    return tensors | {"noise": tensors["noise"][0]}
 
 
 def step(config: Config, policy: Policy, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

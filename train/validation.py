@@ -25,9 +25,8 @@ from train.sampling import sample_clips
 @dataclass
 class ValidationConfig:
     prompts: list[str] = field(default_factory=list)  # none: no validation clips
-    images: list[str] = field(
-        default_factory=list
-    )  # image-to-video families: a clip or picture per prompt, its first frame is used
+    # Image-to-video families: a clip or picture per prompt, of which the first frame is used.
+    images: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])  # clips per prompt
     every: int = 500  # steps; also before the first and after the last
 
@@ -43,9 +42,8 @@ class Validation:
             self.conditioning, self.negative = self._encode()
         jobs = [(p, s) for p in range(len(config.validation.prompts)) for s in config.validation.seeds]
         rank, world = accelerator.process_index, accelerator.num_processes
-        rounds = -(-len(jobs) // world)
-        self.jobs = [jobs[min(i * world + rank, len(jobs) - 1)] for i in range(rounds)] if jobs else []
-        self.own = [i * world + rank < len(jobs) for i in range(rounds)]
+        own, rounds = jobs[rank::world], -(-len(jobs) // world)
+        self.jobs, self.own = own + jobs[-1:] * (rounds - len(own)), len(own)
         self.base: list[torch.Tensor] = []
 
     def due(self, step: int) -> bool:
@@ -53,8 +51,8 @@ class Validation:
 
     def catch_up(self, step: int, policy: Any) -> None:
         """Make the clips of `step`, from which training starts, unless a run before made all of them."""
-        wanted = [self._clip_path(step, *job) for job, own in zip(self.jobs, self.own, strict=True) if own]
-        wanted += [self._sheet_path(step)] if any(self.own) else []
+        wanted = [self._clip_path(step, *job) for job in self.jobs[: self.own]]
+        wanted += [self._sheet_path(step)] if self.own else []
         missing = step == 0 or not all(path.exists() for path in wanted)
         if parallel.any_rank(self.enabled and missing, self.accelerator.device):
             self.run(step, policy)
@@ -70,16 +68,12 @@ class Validation:
                 self.base = [self._clip(backbone, *job) for job in self.jobs]
         tuned = [self._clip(backbone, *job) for job in self.jobs]
         backbone.vae.to("cpu")
-        for (prompt, seed), own, base, clip in zip(self.jobs, self.own, self.base, tuned, strict=True):
-            if own:
-                both = side_by_side([base, clip], ["base", f"step {step}"])
-                write_clip(self._clip_path(step, prompt, seed), both, self.config.video.fps)
-        rows = [
-            (f"{label} {self.config.validation.prompts[prompt][:60]} (seed {seed})", clip)
-            for (prompt, seed), own, base, tuned_clip in zip(self.jobs, self.own, self.base, tuned, strict=True)
-            if own
-            for label, clip in (("base:", base), ("tuned:", tuned_clip))
-        ]
+        rows = []
+        for (prompt, seed), base, clip in list(zip(self.jobs, self.base, tuned, strict=True))[: self.own]:
+            both = side_by_side([base, clip], ["base", f"step {step}"])
+            write_clip(self._clip_path(step, prompt, seed), both, self.config.video.fps)
+            title = f"{self.config.validation.prompts[prompt][:60]} (seed {seed})"
+            rows += [(f"base: {title}", base), (f"tuned: {title}", clip)]
         if rows:
             contact_sheet(self._sheet_path(step), rows)  # last: what `catch_up` finds is whole
         self.accelerator.wait_for_everyone()

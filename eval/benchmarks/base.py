@@ -14,6 +14,7 @@ makes means and intervals of them. So a benchmark holds no loop over models, no 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from eval.judges.external_tool import RatersConfig
 from eval.vlm.backend import VlmConfig
+from recipes import read_yaml
 from train.backbones.base import Backbone
 from train.clips import VideoConfig
 
@@ -81,6 +83,22 @@ class Published:
     source: str  # paper and table
 
 
+@cache
+def _published_yaml() -> dict[str, Any]:
+    return read_yaml(Path(__file__).with_name("published.yaml"), "figures by benchmark")
+
+
+def read_published(name: str) -> tuple[Published, ...]:
+    """What published.yaml holds of the benchmark `name`, in its order."""
+    found = []
+    for table in _published_yaml()[name]:
+        scale = 100 if table.get("percent") else 1
+        for model, values in table["models"].items():
+            own = {figure: value / scale for figure, value in zip(table["figures"], values, strict=True)}
+            found.append(Published(model, own, table["source"]))
+    return tuple(found)
+
+
 class Benchmark(ABC):
     """A benchmark with its settings. Building it reads nothing; `prompts` and `score` raise ValueError for bad data."""
 
@@ -108,6 +126,18 @@ class Benchmark(ABC):
     @abstractmethod
     def requirements(self) -> list[Requirement]:
         """What it needs; cheap. Nothing missing: the rest can run."""
+
+    def needs(self, key: str, what: str, licence: str, remedy: str, files: Sequence[str] = ("",)) -> Requirement:
+        """That the setting `key` names a folder with all of `files`, or a file."""
+        value = getattr(self.settings, key)
+        found = bool(value) and all((Path(value).expanduser() / one).exists() for one in files)
+        return Requirement(what, licence, f"run.{self.name}.{key}={value}", found, remedy)
+
+    def path(self, key: str, remedy: str) -> Path:
+        """The folder or file that the setting `key` names. ValueError, with the remedy, where it names none."""
+        if not (value := getattr(self.settings, key)):
+            raise ValueError(f"run.{self.name}.{key} is empty: {remedy}")
+        return Path(value).expanduser()
 
     def prompts(self) -> list[Task]:
         """Every clip to make, in a fixed order."""

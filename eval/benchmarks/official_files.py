@@ -4,10 +4,11 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.base import Sample
 from train.files import atomic, temporary
 
 
@@ -44,6 +45,14 @@ def read_records(path: Path, keys: Sequence[str], remedy: str) -> list[dict[str,
         if missing := [key for key in keys if key not in record]:
             raise ValueError(f"{path}, record {number}, has no {missing[0]!r}: {remedy}")
     return records
+
+
+def place_all(samples: Sequence[Sample], folder: Path, name: Callable[[Sample], str]) -> Path:
+    """The clips that are there, below `folder` under the official code's name of each; returns `folder`."""
+    for sample in samples:
+        if sample.path.is_file():
+            place(sample.path, folder / name(sample))
+    return folder
 
 
 def place(source: Path, target: Path) -> None:

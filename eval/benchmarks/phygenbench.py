@@ -32,7 +32,6 @@ the words, are at most `judge.frame_height` pixels high, and are always asked ab
 that is none is an error here; the official code leaves an earlier value in its place. `judge.frames` plays no part.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +40,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
-from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
+from eval.benchmarks.official_files import place_all, read_records
 from eval.benchmarks.official_prompts import prompts
-from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
+from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows, read_object
 from eval.prompts import make_key
 from eval.vlm.backend import Malformed, Question, Reply
 from eval.vlm.client import NoAnswer, Vlm, jpeg_frames, quoted
@@ -74,23 +73,6 @@ CHOICE_SCHEMA = YES_NO_SCHEMA | {
     "properties": {"Choice": {"type": "string", "enum": list(DESCRIPTIONS)}, "Reason": {"type": "string"}}
 }
 
-# mechanics, optics, thermal, material, average.
-_PHYGDPO = "PhyGDPO, Table 1b (half of two judges' scores, rounded down)"
-_README = "OpenGVLab/PhyGenBench, README (half of two judges' scores, rounded down)"
-_PUBLISHED = (
-    ("LaVie", (0.40, 0.44, 0.38, 0.32, 0.36), _PHYGDPO),
-    ("Wan2.1-14B", (0.36, 0.53, 0.36, 0.33, 0.40), _PHYGDPO),
-    ("Open-Sora", (0.43, 0.50, 0.44, 0.37, 0.44), _PHYGDPO),
-    ("Pika", (0.35, 0.56, 0.43, 0.39, 0.44), _PHYGDPO),
-    ("Vchitect-2.0", (0.41, 0.56, 0.44, 0.37, 0.45), _PHYGDPO),
-    ("PhyT2V", (0.45, 0.55, 0.43, 0.53, 0.50), _PHYGDPO),
-    ("VideoDPO", (0.48, 0.60, 0.47, 0.58, 0.54), _PHYGDPO),
-    ("PhyGDPO (Wan2.1-14B)", (0.55, 0.60, 0.58, 0.47, 0.55), _PHYGDPO),
-    ("CogVideoX 2B", (0.38, 0.43, 0.34, 0.39, 0.37), _README),
-    ("CogVideoX 5B", (0.43, 0.55, 0.40, 0.42, 0.45), _README),
-    ("Gen-3", (0.45, 0.57, 0.49, 0.51, 0.51), _README),
-    ("Kling", (0.45, 0.58, 0.50, 0.40, 0.49), _README),
-)
 _SCORED = ("mechanics", "optics", "thermal", "material")
 STAGES = ("detection", "order", "naturalness")
 
@@ -115,29 +97,19 @@ class PhyGenBench(AskedBenchmark):
     name = "phygenbench"
     columns = ("average", *_SCORED, *STAGES)
     figures = columns
-    published = tuple(
-        Published(model, dict(zip((*_SCORED, "average"), values, strict=True)), source)
-        for model, values, source in _PUBLISHED
-    )
+    published = read_published("phygenbench")
 
     def requirements(self) -> list[Requirement]:
-        folder = self.settings.folder
-        found = bool(folder) and all((self._folder() / one).is_file() for one in (f"{DATA}/prompts.json", ORDER))
+        licence = "none is stated in the repository: ask its authors before passing it on"
+        files = (f"{DATA}/prompts.json", ORDER)
         return [
-            Requirement(
-                "PhyGenBench's prompts, questions and wording",
-                "none is stated in the repository: ask its authors before passing it on",
-                f"run.phygenbench.folder={folder}",
-                found,
-                REMEDY,
-            ),
+            self.needs("folder", "PhyGenBench's prompts, questions and wording", licence, REMEDY, files),
             judge_requirement(self.vlm, "GPT-4o, version 0513"),
         ]
 
     def prompts(self) -> list[Task]:
         """The 160 prompts with their questions. Raises ValueError for files that are not there or do not agree."""
-        if not self.settings.folder:
-            raise ValueError(f"run.phygenbench.folder is empty: {REMEDY}")
+        data = self.path("folder", REMEDY) / DATA
         keys = {
             "prompts": ("caption", "physical_laws", "main_category"),
             "explicit_prompts": ("caption", "explicit_caption"),
@@ -145,7 +117,7 @@ class PhyGenBench(AskedBenchmark):
             "multi_question": ("caption", "multiimage_question"),
             "video_question": ("caption", "video_question"),
         }
-        files = {name: self._folder() / DATA / f"{name}.json" for name in keys}
+        files = {name: data / f"{name}.json" for name in keys}
         columns = [read_records(path, keys[name], REMEDY) for name, path in files.items()]
         captions = [[record["caption"] for record in column] for column in columns]
         for path, column in zip(files.values(), captions, strict=True):
@@ -175,11 +147,7 @@ class PhyGenBench(AskedBenchmark):
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """seed-<seed>/output_video_<number>.mp4, as README asks for a model's folder of PhyVideos."""
-        for sample in samples:
-            if sample.path.is_file():
-                name = f"output_video_{sample.task.facts['number']}.mp4"
-                place(sample.path, folder / f"seed-{sample.seed}" / name)
-        return folder
+        return place_all(samples, folder, lambda one: f"seed-{one.seed}/output_video_{one.task.facts['number']}.mp4")
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         wording = self._wording()
@@ -199,7 +167,7 @@ class PhyGenBench(AskedBenchmark):
 
     def _wording(self) -> dict[str, Any]:
         """Official texts: of a question of stage 2, its ending, and both parts of stage 3."""
-        two, three = self._folder() / ORDER, self._folder() / NATURALNESS
+        two, three = (self.path("folder", REMEDY) / name for name in (ORDER, NATURALNESS))
         return {
             "question": prompts(two, "question1", REMEDY)[0],
             "ending": prompts(two, "pretrix", REMEDY)[0].fill({}),
@@ -218,9 +186,6 @@ class PhyGenBench(AskedBenchmark):
 
     def _jpeg(self, clip: Tensor, numbers: Sequence[int]) -> list[bytes]:
         return jpeg_frames(clip[list(numbers)], len(numbers), self.judge.frame_height)
-
-    def _folder(self) -> Path:
-        return Path(self.settings.folder).expanduser()
 
 
 async def shows(vlm: Vlm, picture: bytes, text: str) -> float:
@@ -308,11 +273,10 @@ def overall(detected: int, ordered: int, natural: int) -> int:
 
 def choice(reply: Reply) -> str:
     """The field Choice of a JSON answer, which may stand in a code fence or have words around it."""
-    text = reply.text
-    try:
-        return json.loads(text[text.index("{") : text.rindex("}") + 1])["Choice"].lower()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Malformed(f"the answer is no JSON with a Choice ({error!r})", text) from error
+    said = read_object(reply).get("Choice")
+    if not isinstance(said, str):
+        raise Malformed(f"the answer is no JSON with a Choice ({said!r:.60})", reply.text)
+    return said.lower()
 
 
 def yes(reply: Reply) -> bool:

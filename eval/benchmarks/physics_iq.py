@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.physics_iq_frames import SECONDS, View, opencv, real_frames, score_view, trim
 from eval.benchmarks.physics_iq_metrics import METRICS, physics_iq
 from train.clips import ClipError, VideoConfig, write_clip
@@ -48,37 +48,6 @@ REMEDY = (
     "get it with the official physiq/download_physics_iq_data.py (gs://physics-iq-benchmark), or the verified one with"
     " 'hf download Anates-Labs-Research/Physics-IQ-Verified --repo-type dataset', and name its folder in"
     " run.physics_iq.folder"
-)
-
-_PROPRIO_2 = "Proprio, Table 2"
-_PROPRIO_3 = "Proprio, Table 3 (Turbo Wan2.2, image to video)"
-_LEADERBOARD = "google-deepmind/physics-IQ-benchmark, README, image to video"
-_PUBLISHED = (
-    ("Wan2.2 5B", 29.45, _PROPRIO_2),
-    ("Wan2.2 5B + WMReward search", 32.40, _PROPRIO_2),
-    ("Wan2.2 5B + Proprio search, hybrid", 32.46, _PROPRIO_2),
-    ("Turbo Wan2.2", 31.25, _PROPRIO_2),
-    ("Turbo Wan2.2 + WMReward search", 34.67, _PROPRIO_2),
-    ("Turbo Wan2.2 + Proprio search, hybrid", 35.13, _PROPRIO_2),
-    ("Hunyuan Video", 31.63, _PROPRIO_2),
-    ("Hunyuan Video + WMReward search", 34.75, _PROPRIO_2),
-    ("Hunyuan Video + Proprio search, motion", 36.09, _PROPRIO_2),
-    ("Turbo Wan2.2", 32.2, _PROPRIO_3),
-    ("Turbo Wan2.2 + WMReward guidance", 32.4, _PROPRIO_3),
-    ("Turbo Wan2.2 + Proprio refinement, motion", 35.8, _PROPRIO_3),
-    ("Turbo Wan2.2 + WMReward guidance, best of 8", 35.5, _PROPRIO_3),
-    ("Turbo Wan2.2 + Proprio refinement, motion, best of 8", 37.5, _PROPRIO_3),
-    ("Wan2.2", 38.3, _LEADERBOARD),
-    ("Wan2.2 + WMReward best of N", 44.4, _LEADERBOARD),
-    ("Sora 2", 42.3, _LEADERBOARD),
-    ("CogVideoX-5b", 32.3, _LEADERBOARD),
-    ("Magi-1", 30.2, _LEADERBOARD),
-)
-_VERIFIED = (
-    ("Wan2.2", 32.2),
-    ("Hunyuan Video 1.5", 33.4),
-    ("Magi-1 24B", 30.2),
-    ("Sora 2", 26.5),
 )
 
 
@@ -103,10 +72,7 @@ class PhysicsIQ(Benchmark):
     lower_is_better = ("mse",)
     unavailable = "what came before the switch as input (multiframe): no backbone here takes more than one frame"
     workers: ClassVar[int] = os.cpu_count() or 1  # processes; the real 4K videos need about 1 GB in each
-    published = (
-        *(Published(model, {"physics_iq": score}, source) for model, score, source in _PUBLISHED),
-        *(Published(model, {"physics_iq_verified": score}, f"{_LEADERBOARD} (verified)") for model, score in _VERIFIED),
-    )
+    published = read_published("physics_iq")
 
     def __init__(self, settings: PhysicsIQConfig, video: VideoConfig, *judges: Any):
         super().__init__(settings, video, *judges)
@@ -129,29 +95,16 @@ class PhysicsIQ(Benchmark):
         if self.settings.input == "image":
             needed.append(self.root / "switch-frames")
         there = bool(self.settings.folder) and all(folder.is_dir() for folder in needed)
+        where, descriptions = f"run.physics_iq.folder={self.settings.folder}", self._descriptions()
+        copy = (
+            "copy descriptions/descriptions_original.csv, or best_practice/descriptions_base.csv (verified), of"
+            " google-deepmind/physics-IQ-benchmark there"
+        )
+        found = importlib.util.find_spec("cv2") is not None
         return [
-            Requirement(
-                "Physics-IQ videos and switch frames",
-                "CC BY 4.0",
-                f"run.physics_iq.folder={self.settings.folder}",
-                there,
-                REMEDY,
-            ),
-            Requirement(
-                "Physics-IQ descriptions",
-                "CC BY 4.0",
-                f"{self._descriptions()}",
-                self._descriptions().is_file(),
-                "copy descriptions/descriptions_original.csv, or best_practice/descriptions_base.csv (verified), of"
-                " google-deepmind/physics-IQ-benchmark there",
-            ),
-            Requirement(
-                "OpenCV",
-                "Apache-2.0",
-                "the module cv2",
-                importlib.util.find_spec("cv2") is not None,
-                "pip install 'physalign[trackers]'",
-            ),
+            Requirement("Physics-IQ videos and switch frames", "CC BY 4.0", where, there, REMEDY),
+            Requirement("Physics-IQ descriptions", "CC BY 4.0", str(descriptions), descriptions.is_file(), copy),
+            Requirement("OpenCV", "Apache-2.0", "the module cv2", found, "pip install 'physalign[trackers]'"),
         ]
 
     @property
@@ -174,16 +127,12 @@ class PhysicsIQ(Benchmark):
         return next((folder for folder in tried if folder.is_dir()), tried[-2])
 
     def _video(self, facts: Mapping[str, Any], take: int) -> Path:
-        folder = self._videos()
-        name = f"{facts['take_2'] if take == 2 else facts['id']}_testing-videos_{folder.name}"
-        return folder / f"{name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
+        return _real_file(self._videos(), "testing-videos", facts, take)
 
     def _shipped_masks(self, facts: Mapping[str, Any], take: int) -> Path | None:
         """The benchmark's own masks of a real video, which the official code prefers to making them."""
         folder = self.root / "video-masks" / "real" / f"{self.fps}FPS"
-        name = f"{facts['take_2'] if take == 2 else facts['id']}_video-masks_{folder.name}"
-        path = folder / f"{name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
-        return path if folder.is_dir() else None
+        return _real_file(folder, "video-masks", facts, take) if folder.is_dir() else None
 
     # What to make
 
@@ -332,6 +281,12 @@ class PhysicsIQ(Benchmark):
             figures[f"physics_iq_verified{ending}"] = 100 * here["verified"]
             figures |= {f"{name}{ending}": here[name] for name in METRICS}
         return figures
+
+
+def _real_file(folder: Path, kind: str, facts: Mapping[str, Any], take: int) -> Path:
+    """What the benchmark ships of one take, `folder` being called by the rate."""
+    number = facts["take_2"] if take == 2 else facts["id"]
+    return folder / f"{number}_{kind}_{folder.name}_{facts['view']}_take-{take}_{facts['scenario']}.mp4"
 
 
 def _row(sample: Sample, views: Mapping[str, View]) -> Row:

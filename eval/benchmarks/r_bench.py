@@ -38,8 +38,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
-from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
+from eval.benchmarks.official_files import place_all, read_records
 from eval.benchmarks.r_bench_questions import EMBODIMENTS, SCRIPTS, TASKS, Wording, rate_embodiment, rate_task
 from eval.benchmarks.vlm_rows import AskedBenchmark, judge_requirement, judge_rows
 from eval.benchmarks.vqa import make_keys
@@ -56,29 +56,6 @@ DATA = (
 CLONE = "clone https://github.com/DAGroup-PKU/ReVidgen and name the clone in run.r_bench.checkout"
 MOTION = "run steps 4 to 7 of ReVidgen's scripts/rbench_eval_4embodiments.sh on the laid-out clips"
 
-# PhysisForcing, Table 1, percent: average, then the nine in the order of DIMENSIONS.
-_TABLE_1 = {
-    "HunyuanVideo 1.5": (46.0, 44.2, 31.6, 31.2, 43.8, 36.4, 51.3, 52.6, 63.4, 59.5),
-    "LongCat-Video": (43.7, 37.2, 31.0, 22.0, 38.4, 18.6, 58.6, 57.6, 68.1, 62.1),
-    "Wan2.1-14B": (39.9, 34.4, 26.8, 28.2, 33.5, 20.5, 46.4, 49.7, 59.5, 59.9),
-    "LTX-2": (38.1, 28.4, 30.4, 23.3, 38.6, 16.4, 45.3, 42.4, 62.2, 55.5),
-    "CogVideoX_5B": (25.6, 11.6, 11.2, 9.8, 21.2, 7.9, 33.8, 38.5, 46.5, 49.6),
-    "Wan2.6": (60.7, 54.6, 65.6, 47.9, 51.4, 53.1, 66.6, 68.1, 72.3, 66.7),
-    "Veo 3.1": (59.9, 54.1, 47.4, 53.4, 59.2, 46.7, 67.0, 66.6, 74.3, 70.4),
-    "Sora v2 Pro": (36.2, 20.8, 26.8, 18.6, 25.5, 11.5, 47.6, 51.3, 66.4, 56.1),
-    "Cosmos3-Super": (58.1, 48.7, 64.2, 44.4, 59.1, 39.5, 61.5, 62.3, 73.9, 69.1),
-    "Abot-PhysWorld": (52.9, 48.6, 54.8, 43.4, 52.3, 45.4, 66.2, 66.8, 53.1, 45.5),
-    "Wan2.2-TI2V-5B": (38.0, 33.1, 31.3, 14.2, 31.8, 23.4, 43.6, 44.8, 59.0, 60.7),
-    "Wan2.2-TI2V-5B (ft)": (44.8, 39.6, 41.5, 24.9, 42.4, 28.8, 49.2, 52.7, 61.4, 62.6),
-    "Wan2.2-TI2V-5B + PhysisForcing": (47.5, 43.4, 42.6, 29.6, 47.5, 31.2, 51.6, 57.4, 59.7, 64.2),
-    "Wan2.2-I2V-A14B": (50.7, 38.1, 45.4, 37.3, 50.1, 33.0, 60.8, 58.2, 69.0, 64.8),
-    "Wan2.2-I2V-A14B (ft)": (57.9, 52.3, 62.8, 45.2, 54.5, 47.8, 64.2, 63.5, 65.6, 65.3),
-    "PF-Wan": (62.0, 56.4, 65.4, 49.1, 58.4, 52.4, 68.7, 69.6, 69.2, 68.5),
-    "Cosmos3-Nano": (58.4, 55.0, 67.0, 46.6, 57.6, 39.4, 59.1, 61.1, 73.1, 66.6),
-    "Cosmos3-Nano (ft)": (61.5, 57.8, 67.4, 49.2, 59.3, 48.5, 66.5, 67.1, 70.6, 67.1),
-    "PF-Cosmos": (63.8, 58.9, 69.7, 51.3, 60.8, 53.0, 69.3, 70.0, 72.2, 69.0),
-}
-
 
 @dataclass
 class RBenchConfig:
@@ -92,80 +69,41 @@ class RBench(AskedBenchmark):
     frame_height = None  # a grid of frames, see `rate`
     columns = (*DIMENSIONS, "task_completion", "visual_quality", "plausibility", "adherence", "stability")
     figures = ("average", "tasks", "embodiments", *columns)
-    published = tuple(
-        Published(
-            model,
-            {name: value / 100 for name, value in zip(("average", *DIMENSIONS), values, strict=True)},
-            "PhysisForcing, Table 1 (with motion; Qwen3-VL as judge)",
-        )
-        for model, values in _TABLE_1.items()
-    )
+    published = read_published("r_bench")
 
     @property
     def recorded(self) -> dict[str, Any]:
         return super().recorded | {"dimensions": list(DIMENSIONS)}  # had a key of its own
 
     def requirements(self) -> list[Requirement]:
-        settings = self.settings
+        data, questions = "the data of R-Bench (prompts and first frames)", "the official questions"
         found = [
-            Requirement(
-                "the data of R-Bench (prompts and first frames)",
-                "see the data set's card",
-                f"run.r_bench.folder={settings.folder}",
-                bool(settings.folder) and (_path(settings.folder) / "prompts").is_dir(),
-                DATA,
-            ),
-            Requirement(
-                "the official questions",
-                "Apache 2.0 (README badge)",
-                f"run.r_bench.checkout={settings.checkout}",
-                bool(settings.checkout) and all((_path(settings.checkout) / one).is_file() for one in SCRIPTS),
-                CLONE,
-            ),
+            self.needs("folder", data, "see the data set's card", DATA, ("prompts",)),
+            self.needs("checkout", questions, "Apache 2.0 (README badge)", CLONE, SCRIPTS),
             judge_requirement(self.vlm, "GPT-5 and Qwen3-VL-235B-A22B-Instruct"),
         ]
-        if settings.motion:
-            there = _path(settings.motion).is_dir()
-            found.append(
-                Requirement(
-                    "motion smoothness and amplitude", "none", f"run.r_bench.motion={settings.motion}", there, MOTION
-                )
-            )
+        if self.settings.motion:
+            found.append(self.needs("motion", "motion smoothness and amplitude", "none", MOTION))
         return found
 
     def prompts(self) -> list[Task]:
         """Raises ValueError for missing or bad files."""
-        if not self.settings.folder:
-            raise ValueError(f"run.r_bench.folder is empty: {DATA}")
-        return [task for dimension in DIMENSIONS for task in self._tasks(dimension)]
-
-    def _tasks(self, dimension: str) -> list[Task]:
-        folder = _path(self.settings.folder)
-        file = folder / "prompts" / f"{dimension}_prompts.json"
-        fields = ("view", *(TASKS[dimension].fields if dimension in TASKS else EMBODIMENTS[dimension]))
-        records = read_records(file, ("name", "prompt", "image_path", *fields), DATA)
-        keys = make_keys([f"{dimension} {record['name']}" for record in records], str(file))
-        tasks = []
-        for key, record in zip(keys, records, strict=True):
-            image = folder / "imgs" / record["image_path"]
-            if not image.is_file():
-                raise ValueError(f"{image}, the first frame of {record['name']} in {file.name}, is not there: {DATA}")
-            facts = {"name": str(record["name"]), "prompt": record["prompt"], **{one: record[one] for one in fields}}
-            tasks.append(Task(key, record["prompt"].strip(), dimension, image, facts))
+        folder, tasks = self.path("folder", DATA), []
+        for dimension in DIMENSIONS:
+            tasks += _tasks(folder, dimension)
         return tasks
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """<model>-<seed>/<dimension>/videos/<name>.mp4: ReVidgen/data, with a model's seed as a model of its own."""
-        for sample in samples:
-            if sample.path.is_file():
-                place(sample.path, folder / _run(sample) / sample.task.category / "videos" / _file_name(sample))
-        return folder
+        return place_all(
+            samples,
+            folder,
+            lambda one: f"{_run(one)}/{one.task.category}/videos/{one.task.facts['name']}.mp4",
+        )
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Raises ValueError for a clone or motion results that cannot be read."""
-        if not self.settings.checkout:
-            raise ValueError(f"run.r_bench.checkout is empty: {CLONE}")
-        wording = Wording(_path(self.settings.checkout), CLONE)
+        wording = Wording(self.path("checkout", CLONE), CLONE)
         motion = self._motion(samples) if self.settings.motion else None
 
         async def judge(vlm: Vlm, sample: Sample, pictures: Sequence[bytes]) -> dict[str, float]:
@@ -185,7 +123,7 @@ class RBench(AskedBenchmark):
 
     def _motion(self, samples: Sequence[Sample]) -> Callable[[Sample], tuple[float, float] | None]:
         """Smoothness and amplitude of a sample, None where there are none."""
-        root = _path(self.settings.motion)
+        root = self.path("motion", MOTION)
 
         @cache
         def table(run: str, dimension: str) -> dict[str, tuple[float, float]]:
@@ -202,6 +140,21 @@ class RBench(AskedBenchmark):
         found = {"tasks": np.mean(tasks, axis=0), "embodiments": np.mean(embodiments, axis=0)}
         found["average"] = np.mean([*tasks, *embodiments], axis=0)
         return {name: found[name] if name in found else means[name] for name in self.figures}
+
+
+def _tasks(folder: Path, dimension: str) -> list[Task]:
+    file = folder / "prompts" / f"{dimension}_prompts.json"
+    fields = ("view", *(TASKS[dimension].fields if dimension in TASKS else EMBODIMENTS[dimension]))
+    records = read_records(file, ("name", "prompt", "image_path", *fields), DATA)
+    keys = make_keys([f"{dimension} {record['name']}" for record in records], str(file))
+    tasks = []
+    for key, record in zip(keys, records, strict=True):
+        image = folder / "imgs" / record["image_path"]
+        if not image.is_file():
+            raise ValueError(f"{image}, the first frame of {record['name']} in {file.name}, is not there: {DATA}")
+        facts = {"name": str(record["name"]), "prompt": record["prompt"], **{one: record[one] for one in fields}}
+        tasks.append(Task(key, record["prompt"].strip(), dimension, image, facts))
+    return tasks
 
 
 def pick(task: Task, clip: Tensor) -> list[bytes]:
@@ -227,14 +180,6 @@ def grid(clip: Tensor, chosen: Sequence[int], columns: int) -> bytes:
     return jpeg_frames(picture, 1, picture.shape[1])[0]
 
 
-def _path(folder: str) -> Path:
-    return Path(folder).expanduser()
-
-
 def _run(sample: Sample) -> str:
     """The official code's name of a model: ours, which is the folder of its clips, and the seed."""
     return f"{sample.path.parent.name}-{sample.seed}"
-
-
-def _file_name(sample: Sample) -> str:
-    return f"{sample.task.facts['name']}.mp4"

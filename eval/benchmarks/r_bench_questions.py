@@ -3,7 +3,6 @@
 What comes from where stands in `r_bench`.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from eval.benchmarks.base import Task
 from eval.benchmarks.official_prompts import Prompt, prompts
-from eval.benchmarks.vlm_rows import ask
+from eval.benchmarks.vlm_rows import ask, read_object
 from eval.vlm.backend import Malformed, Question, Reply
 from eval.vlm.client import Vlm
 
@@ -60,43 +59,17 @@ class Wording:
         def text(script: str, name: str) -> list[Prompt]:
             return prompts(checkout / script, name, remedy)
 
-        self._tasks = {task: text(f"eval/5_tasks/{task}.py", "create_prompt")[0] for task in TASKS}
-        self._chain = text("eval/5_tasks/visual_reasoning.py", "create_question_chain")[0]
+        self.tasks = {task: text(f"eval/5_tasks/{task}.py", "create_prompt")[0] for task in TASKS}
+        self.chain = text("eval/5_tasks/visual_reasoning.py", "create_question_chain")[0]
         self._relation = text("eval/5_tasks/spatial_relationship.py", "spatial_text")[-1]
-        self._plausibility = text(PLAUSIBILITY, "create_prompt")[0]
-        self._adherence = text(ADHERENCE, "create_prompt")[0]
-        self._object = text(STABILITY, "Q2")[0]
+        self.plausibility = text(PLAUSIBILITY, "create_prompt")[0]
+        self.adherence = text(ADHERENCE, "create_prompt")[0]
+        self.object = text(STABILITY, "Q2")[0]
         robots, worst = text(STABILITY, "Q1"), text(STABILITY, "analyze_phrase")
         if len(robots) < 2 or len(worst) < 4:
             raise ValueError(f"{checkout / STABILITY} is another version than the one meant: {remedy}")
         self._with_hand, self._without_hand = robots[:2]
         self._worst = worst[:4]  # what E means for a gripper or arm, for a hand, for a robot, for anything else
-
-    def chain(self, task: Task) -> str:
-        return self._chain.fill({"prompt": task.facts["prompt"]})
-
-    def task(self, task: Task, questions: str = "") -> str:
-        blanks = self._blanks(task)
-        if task.category == "visual_reasoning":
-            blanks["questions"] = questions
-        elif task.category == "multi-entity_collaboration":
-            blanks |= {name: str(task.facts[name]) for name in ("entity1", "entity2")}
-        elif task.category == "long-horizon_planning":
-            events = [f"{number}) {event}" for number, event in enumerate(task.facts["event_list"], start=1)]
-            blanks["events_formatted"] = "\n".join(events)
-            blanks["len(events_formatted)"] = str(len(blanks["events_formatted"]))  # letters, not events, as there
-        elif task.category == "spatial_relationship":
-            relation = task.facts["Spatial Relationship"]
-            names = {"spatial": "spatial", "obj1": "object1", "obj2": "object2"}
-            parts = {blank: str(relation.get(name, "")) for blank, name in names.items()}
-            blanks |= {**parts, "spatial_text": self._relation.fill(parts)}
-        return self._tasks[task.category].fill(blanks)
-
-    def plausibility(self, task: Task) -> str:
-        return self._plausibility.fill(self._blanks(task))
-
-    def adherence(self, task: Task) -> str:
-        return self._adherence.fill(self._blanks(task))
 
     def robot(self, phrase: str) -> str:
         def has(word: str) -> bool:
@@ -107,26 +80,34 @@ class Wording:
         question = self._with_hand if has("gripper") or has("hand") else self._without_hand
         return question.fill({"phrase_1": phrase, "E1": worst})
 
-    def object(self, phrase: str) -> str:
-        return self._object.fill({"phrase_2": phrase})
-
-    def _blanks(self, task: Task) -> dict[str, str]:
-        facts = {"view": task.facts["view"], "description": task.facts["prompt"]}
-        names = {"robotic_manipulator": "robotic manipulator", "manipulated_object": "manipulated object"}
-        facts |= {blank: task.facts[name] for blank, name in names.items() if name in task.facts}
-        return {blank: str(value) for blank, value in facts.items()}
+    def blanks(self, task: Task) -> dict[str, str]:
+        """What fills the questions about a task, as far as its facts go, but for the answers to the chain."""
+        facts = task.facts
+        found = {"view": facts["view"], "description": facts["prompt"]}
+        names = {"_".join(name.split()): name for name in (*MANIPULATION, "entity1", "entity2")}
+        found |= {blank: facts[name] for blank, name in names.items() if name in facts}
+        if "event_list" in facts:
+            events = "\n".join(f"{number}) {event}" for number, event in enumerate(facts["event_list"], start=1))
+            found |= {"events_formatted": events, "len(events_formatted)": len(events)}  # letters, not events, as there
+        if "Spatial Relationship" in facts:
+            relation = facts["Spatial Relationship"]
+            parts = {"spatial": "spatial", "obj1": "object1", "obj2": "object2"}
+            parts = {blank: str(relation.get(name, "")) for blank, name in parts.items()}
+            found |= {**parts, "spatial_text": self._relation.fill(parts)}
+        return {blank: str(value) for blank, value in found.items()}
 
 
 async def rate_task(vlm: Vlm, task: Task, picture: bytes, wording: Wording) -> float:
     """Score of a task, 0 to 1. Raises NoAnswer."""
-    questions = ""
+    blanks = wording.blanks(task)
     if task.category == "visual_reasoning":
-        questions = await ask(vlm, "chain of questions", Question(wording.chain(task)), words)
-    question = Question(wording.task(task, questions), frames=(picture,))
+        chain = wording.chain.fill({"prompt": task.facts["prompt"]})
+        blanks["questions"] = await ask(vlm, "chain of questions", Question(chain), words)
+    question = Question(wording.tasks[task.category].fill(blanks), frames=(picture,))
     first, second = TASKS[task.category].decisive
 
     def score(reply: Reply) -> float:
-        answer = read_json(reply)
+        answer = read_object(reply)
         marks = [mark(answer.get(name), name, reply) for name in (first, second, "total")]
         return task_score(*marks)
 
@@ -146,14 +127,17 @@ async def rate_embodiment(
     pictures: six frames; the first frame beside a later one. motion: smoothness and amplitude, None: not measured.
     """
     six, pair = pictures
-    texts = {"plausibility": wording.plausibility(task), "adherence": wording.adherence(task)}
     found = {}
-    for name, text in texts.items():
-        found[name] = (await ask(vlm, name, Question(text, frames=(six,)), lambda reply: score_field(reply, 1)) - 1) / 4
+    for name, prompt in {"plausibility": wording.plausibility, "adherence": wording.adherence}.items():
+        question = Question(prompt.fill(wording.blanks(task)), frames=(six,))
+        score = await ask(vlm, name, question, lambda reply: mark(read_object(reply), "the answer", reply, 1))
+        found[name] = (score - 1) / 4
     robot, thing = (str(task.facts[name]) for name in MANIPULATION)
     letters = await ask(vlm, "stability of the robot", Question(wording.robot(robot), frames=(pair,)), letter)
     if thing.strip().lower() not in ("none", ""):
-        letters += await ask(vlm, "stability of the object", Question(wording.object(thing), frames=(pair,)), letter)
+        letters += await ask(
+            vlm, "stability of the object", Question(wording.object.fill({"phrase_2": thing}), frames=(pair,)), letter
+        )
     found["stability"] = stability(letters)
     found["task_completion"] = (found["plausibility"] + found["adherence"]) / 2
     found["visual_quality"] = visual_quality(found["stability"], letters, motion)
@@ -182,18 +166,6 @@ def still_penalty(amplitude: float) -> float:
     return NEARLY_STILL - amplitude + (STILL_PENALTY if amplitude < STILL else 0.0)
 
 
-def read_json(reply: Reply) -> dict[str, Any]:
-    """The JSON object of an answer, from its first brace to its last; Malformed where there is none."""
-    text = reply.text
-    try:
-        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"the answer is no JSON ({error})", text) from error
-    if not isinstance(found, dict):
-        raise Malformed("the answer is no JSON object", text)
-    return found
-
-
 def mark(value: Any, name: str, reply: Reply, least: float = 0.0) -> float:
     """The number under `score`, from `least` to 5."""
     try:
@@ -205,13 +177,9 @@ def mark(value: Any, name: str, reply: Reply, least: float = 0.0) -> float:
     return number
 
 
-def score_field(reply: Reply, least: float) -> float:
-    return mark(read_json(reply), "the answer", reply, least)
-
-
 def letter(reply: Reply) -> str:
     """The letter under `adjust`, which the model chooses after explaining its first one."""
-    found = str(read_json(reply).get("adjust", "")).strip().upper()
+    found = str(read_object(reply).get("adjust", "")).strip().upper()
     if len(found) != 1 or found not in LETTERS:
         raise Malformed(f"the answer's adjust is {found[:20]!r}, not a letter from A to E", reply.text)
     return found

@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
-from eval.benchmarks.official_files import place
+from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
+from eval.benchmarks.official_files import place_all
 from eval.judges.external_tool import Tool, ToolError, tool_environment
 from eval.prompts import PromptsConfig, read_prompts
 from train.clips import ClipError, VideoConfig, read_clip
@@ -59,21 +59,6 @@ FIND_SECONDS = 60.0
 # Of `accelerate launch`: with them the tool would wait for ranks that are not its own.
 OF_OUR_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_TABLE_6 = {
-    "VideoPhy-2 prompts (T2V)": (
-        ("Turbo Wan2.2", (0.92, 0.92, 0.99, 0.51, 0.67)),
-        ("Turbo Wan2.2 + Proprio refinement", (0.93, 0.93, 0.98, 0.51, 0.68)),
-        ("Turbo Wan2.2 + Proprio search", (0.95, 0.95, 0.99, 0.54, 0.68)),
-        ("Turbo Wan2.2 + Proprio refinement and search", (0.93, 0.93, 0.98, 0.52, 0.68)),
-    ),
-    "Physics-IQ prompts (I2V)": (
-        ("Turbo Wan2.2", (0.95, 0.96, 0.99, 0.49, 0.66)),
-        ("Turbo Wan2.2 + Proprio refinement", (0.95, 0.96, 0.99, 0.49, 0.66)),
-        ("Turbo Wan2.2 + Proprio search", (0.95, 0.96, 0.99, 0.48, 0.68)),
-        ("Turbo Wan2.2 + Proprio refinement and search", (0.96, 0.96, 0.99, 0.49, 0.66)),
-    ),
-}
-
 
 @dataclass
 class VBenchConfig:
@@ -85,11 +70,7 @@ class VBench(Benchmark):
     columns = DIMENSIONS
     figures = DIMENSIONS
     clips_a_call = 128  # scored together, and lost together if the run is stopped
-    published = tuple(
-        Published(model, dict(zip(DIMENSIONS, values, strict=False)), f"Proprio, Table 6, {prompts}")
-        for prompts, rows in _TABLE_6.items()
-        for model, values in rows
-    )
+    published = read_published("vbench")
 
     def __init__(self, settings: VBenchConfig, video: VideoConfig, *judges: Any):
         super().__init__(settings, video, *judges)
@@ -102,15 +83,9 @@ class VBench(Benchmark):
         return super().recorded | asdict(self.raters.vbench) | {"device": DEVICE}
 
     def requirements(self) -> list[Requirement]:
-        settings = self.settings
+        file = "name a file of prompts in run.vbench.prompts_file, as for generate.prompts_file"
         return [
-            Requirement(
-                "prompts of your own",
-                "yours",
-                f"run.vbench.prompts_file={settings.prompts_file}",
-                bool(settings.prompts_file) and Path(settings.prompts_file).is_file(),
-                "name a file of prompts in run.vbench.prompts_file, as for generate.prompts_file",
-            ),
+            self.needs("prompts_file", "prompts of your own", "yours", file),
             Requirement(
                 "VBench and a GPU",
                 "Apache 2.0; the weights that it downloads have licences of their own",
@@ -123,18 +98,14 @@ class VBench(Benchmark):
 
     def prompts(self) -> list[Task]:
         """One task per prompt, in the order of the file."""
-        if not self.settings.prompts_file:
-            raise ValueError(f"run.vbench.prompts_file is empty: {self.requirements()[0].remedy}")
+        self.path("prompts_file", self.requirements()[0].remedy)
         found = read_prompts(PromptsConfig(prompts_file=self.settings.prompts_file), "run.vbench")
         return [Task(one.key, one.text, image=one.image) for one in found]
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """`videos/<key>-<seed>.mp4`, and prompts.json as VBench's --prompt_file reads it."""
-        prompts = {}
-        for sample in samples:
-            if sample.path.is_file():
-                place(sample.path, folder / "videos" / _name(sample))
-                prompts[_name(sample)] = sample.task.text
+        place_all(samples, folder / "videos", _name)
+        prompts = {_name(sample): sample.task.text for sample in samples if sample.path.is_file()}
         write_text(folder / "prompts.json", json.dumps(prompts, ensure_ascii=False, indent=1) + "\n")
         return folder
 
@@ -173,11 +144,8 @@ class VBench(Benchmark):
         if self._package is None:
             needed = self.requirements()[1]
             raise ValueError(f"{needed.where} has no package vbench: {needed.remedy}")
-        environment = {
-            name: value
-            for name, value in tool_environment(os.environ, torch.device(DEVICE)).items()
-            if name not in OF_OUR_RANKS
-        }
+        own = {name: value for name, value in os.environ.items() if name not in OF_OUR_RANKS}
+        environment = tool_environment(own, torch.device(DEVICE))
         environment["MASTER_PORT"] = str(_free_port())
         return Tool(
             name=self.name,

@@ -16,9 +16,10 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
-from eval.benchmarks.base import Benchmark, Published, Requirement, Row, Sample, Task
+from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place, read_table
 from eval.judges import videocon_physics
 from eval.judges.external_tool import InstallationConfig, Tool, find_tool, write_table
@@ -28,18 +29,6 @@ from train.clips import ClipError, read_clip
 THRESHOLD = 0.5
 MAX_NAME = 200  # characters of a caption in a file name
 ENVIRONMENT = "the environment of its README (conda, Python 3.10, transformers 4.28)"
-
-# README of Hritikbansal/videophy, "Automatic LeaderBoard", percent: SA, PC.
-_LEADERBOARD = {
-    "CogVideoX-5B": (57, 41),
-    "Luma Dream Machine": (53, 30),
-    "VideoCrafter2": (47, 36),
-    "LaVIE": (47, 36),
-    "Mochi": (50, 31),
-    "CogVideoX-2B": (40, 39),
-    "HunyuanVideo": (42, 28),
-    "OpenSora": (21, 35),
-}
 
 
 @dataclass
@@ -54,32 +43,25 @@ class Rated(Benchmark):
     source: ClassVar[str]  # where to get it
     weights: ClassVar[str]  # of the judge
     laid_out: ClassVar[str]  # table of clips and captions for the official program
-    header: ClassVar[list[str]]  # of it
     dropped: ClassVar[str] = ""  # letters that a caption loses at its end to become a file's name
-    programs: ClassVar[tuple[str, ...]]
-    rater: ClassVar[str]  # field of RatersConfig
+    rater: ClassVar[ModuleType]  # of eval.judges
     clips_a_call: ClassVar[int] = 128  # rated together, and lost together if the run is stopped
     settings: RatedConfig
 
     @property
     def installation(self) -> InstallationConfig:
-        return getattr(self.raters, self.rater)
+        return getattr(self.raters, self.rater.NAME)
 
     @property
     def recorded(self) -> dict[str, Any]:
         return super().recorded | asdict(self.installation)
 
     def requirements(self) -> list[Requirement]:
-        key, settings, own = f"raters.{self.rater}", self.settings, self.installation
-        program = bool(own.checkout) and all((Path(own.checkout) / one).is_file() for one in self.programs)
+        key, own = f"raters.{self.rater.NAME}", self.installation
+        get = f"get {self.table} from {self.source} and name its folder in run.{self.name}.folder"
+        program = bool(own.checkout) and all((Path(own.checkout) / one).is_file() for one in self.rater.PROGRAMS)
         return [
-            Requirement(
-                f"the table {self.table}",
-                "MIT",
-                f"run.{self.name}.folder={settings.folder}",
-                bool(settings.folder) and self._table().is_file(),
-                f"get {self.table} from {self.source} and name its folder in run.{self.name}.folder",
-            ),
+            self.needs("folder", f"the table {self.table}", "MIT", get, (self.table,)),
             Requirement(
                 "the judge's program",
                 "MIT",
@@ -99,22 +81,24 @@ class Rated(Benchmark):
 
     def prompts(self) -> list[Task]:
         """One task per caption, in the order of the table. Raises ValueError for a table that cannot be read."""
-        if not self.settings.folder:
-            raise ValueError(f"run.{self.name}.folder is empty: name the folder of {self.table}, from {self.source}")
+        table = self.path("folder", f"name the folder of {self.table}, from {self.source}") / self.table
         remedy = f"give the {self.table} of {self.source} in run.{self.name}.folder"
-        tasks = self._tasks(read_table(self._table(), ["caption"], remedy))
+        tasks = self._tasks(read_table(table, ["caption"], remedy), table)
         if not tasks:
-            raise ValueError(f"{self._table()} holds no captions: {remedy}")
+            raise ValueError(f"{table} holds no captions: {remedy}")
         return tasks
 
     @abstractmethod
-    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]: ...
+    def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
+        """ValueError, naming `table`, for rows that are not as they should be."""
 
-    @abstractmethod
     def _rate(
         self, tool: Tool, paths: Mapping[int, str], tasks: Sequence[Task], folder: Path
     ) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
-        """Clip number -> ratings by column, and clip number -> why it has none."""
+        """Clip number -> ratings by name, of clips that have all, and clip number -> why it has none."""
+        found, failures = self.rater.rate_files(tool, paths, [task.facts["caption"] for task in tasks], folder)
+        clips = set.intersection(*map(set, found.values())) - set(failures)
+        return {clip: {name: float(values[clip]) for name, values in found.items()} for clip in clips}, failures
 
     @abstractmethod
     def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]: ...
@@ -122,6 +106,7 @@ class Rated(Benchmark):
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """Clips as in the authors' examples, <caption with underscores>_<seed>.mp4, and their table."""
         names: set[str] = set()
+        header = self.rater.HEADER
         rows = []
         for sample in samples:
             if not sample.path.is_file():
@@ -138,12 +123,12 @@ class Rated(Benchmark):
             place(sample.path, target)
             rows.append({"caption": caption, "videopath": str(target)})
         folder.mkdir(parents=True, exist_ok=True)
-        write_table(folder / self.laid_out, self.header, [[row[name] for name in self.header] for row in rows])
+        write_table(folder / self.laid_out, header, [[row[name] for name in header] for row in rows])
         return folder
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Raises ValueError for an installation that is not there, ToolError when the judge fails as a whole."""
-        tool = find_tool(self.rater, self.installation, "cpu", self.programs)
+        tool = find_tool(self.rater.NAME, self.installation, "cpu", self.rater.PROGRAMS)
         folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(samples), self.clips_a_call):
             yield from self._call(tool, samples[start : start + self.clips_a_call], folder)
@@ -151,7 +136,7 @@ class Rated(Benchmark):
     def _call(self, tool: Tool, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         failures = {}
         for number, sample in enumerate(samples):  # one damaged file would end the judge's whole run
-            if reason := self._refuse(sample.task.facts["caption"]) or self._damage(sample):
+            if reason := self.rater.refuse(sample.task.facts["caption"]) or self._damage(sample):
                 failures[number] = reason
         paths = {number: str(sample.path.absolute()) for number, sample in enumerate(samples) if number not in failures}
         rated: dict[int, dict[str, float]] = {}
@@ -165,18 +150,12 @@ class Rated(Benchmark):
             else:
                 yield Row.of(sample, self._values(sample.task, rated[number]))
 
-    @abstractmethod
-    def _refuse(self, caption: str) -> str | None: ...
-
     def _damage(self, sample: Sample) -> str:
         try:
             read_clip(sample.path, self.model_video)
         except ClipError as error:
             return str(error).removeprefix(f"{sample.path}: ")
         return ""
-
-    def _table(self) -> Path:
-        return Path(self.settings.folder).expanduser() / self.table
 
 
 def once_each(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
@@ -188,45 +167,22 @@ def once_each(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def by_clip(found: Mapping[str, Mapping[int, Any]], failures: Mapping[int, str]) -> dict[int, dict[str, float]]:
-    """Name -> clip -> value turned into clip -> name -> value, for clips that have all of them."""
-    clips = set.intersection(*(set(values) for values in found.values())) - set(failures)
-    return {clip: {name: float(values[clip]) for name, values in found.items()} for clip in clips}
-
-
 class VideoPhy(Rated):
     name = "videophy"
     columns = ("joint", "semantic", "physical", "semantic_score", "physical_score")
     figures = ("joint", "semantic", "physical")
-    published = tuple(
-        Published(
-            model,
-            {"semantic": semantic / 100, "physical": physical / 100},
-            "Hritikbansal/videophy, README, automatic leaderboard (VideoCon-Physics)",
-        )
-        for model, (semantic, physical) in _LEADERBOARD.items()
-    )
+    published = read_published("videophy")
     table = "videophy_test_public.csv"
     source = "huggingface.co/datasets/videophysics/videophy_test_public"
     weights = "huggingface.co/videophysics/videocon_physics"
     laid_out = "example.csv"
-    header = videocon_physics.HEADER
-    programs = (videocon_physics.PREPARE, videocon_physics.INFERENCE)
-    rater = videocon_physics.NAME
+    rater = videocon_physics
 
-    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
+    def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
         return [
             Task(make_key(index, caption), caption, group[0].get("states_of_matter", ""), facts={"caption": caption})
             for index, (caption, group) in enumerate(once_each(rows).items())
         ]
-
-    def _refuse(self, caption: str) -> str | None:
-        return videocon_physics.refuse(caption)
-
-    def _rate(self, tool, paths, tasks, folder):
-        captions = [task.facts["caption"] for task in tasks]
-        found, failures = videocon_physics.score_files(tool, paths, captions, folder)
-        return by_clip(found, failures), failures
 
     def _values(self, task: Task, ratings: Mapping[str, float]) -> dict[str, float]:
         semantic, physical = (ratings[name] >= THRESHOLD for name in ("semantic", "physical"))

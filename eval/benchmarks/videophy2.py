@@ -22,56 +22,19 @@ import ast
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Published, Task
-from eval.benchmarks.videophy import Rated, RatedConfig, by_clip, once_each
+from eval.benchmarks.base import Task, read_published
+from eval.benchmarks.videophy import Rated, RatedConfig, once_each
 from eval.judges import videophy2
-from eval.judges.scores import refuse_caption
 from eval.prompts import make_key
 
 GOOD = 4  # the least rating that counts
 RULES = ("physics_rules_followed", "physics_rules_unfollowed", "physics_rules_cannot_be_determined")
 TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false", "")
 
-# joint and hard_joint, as shares.
-_PHYGDPO_1 = "PhyGDPO, Table 1a"
-_PHYGDPO_2C = "PhyGDPO, Table 2c"
-_PHYGDPO = (
-    ("VideoCrafter2", 0.1034, 0.0222, _PHYGDPO_1),
-    ("Wan2.1-14B", 0.1288, 0.0111, _PHYGDPO_1),
-    ("HunyuanVideo", 0.1356, 0.0222, _PHYGDPO_1),
-    ("VideoDPO", 0.1373, 0.0167, _PHYGDPO_1),
-    ("PhyT2V", 0.1492, 0.0389, _PHYGDPO_1),
-    ("Sora2", 0.1508, 0.0389, _PHYGDPO_1),
-    ("Veo3.1", 0.1525, 0.0444, _PHYGDPO_1),
-    ("PhyGDPO (Wan2.1-14B)", 0.1627, 0.0500, _PHYGDPO_1),
-    ("Wan2.1-14B + LoRA-SR", 0.1458, 0.0278, "PhyGDPO, Table 2b"),
-    ("Wan2.1-14B + LoRA-SR + groupwise", 0.1559, 0.0389, "PhyGDPO, Table 2b"),
-    ("VideoDPO (Wan2.1-1.3B)", 0.1305, 0.0278, _PHYGDPO_2C),
-    ("PhyGDPO (Wan2.1-1.3B)", 0.1407, 0.0444, _PHYGDPO_2C),
-)
-# Percent: SA, PC, joint, then the same on the hard split.
-_PROPRIO_1 = "Proprio, Table 1 (180 sampled prompts of each split; not all 590)"
-_PROPRIO_3 = "Proprio, Table 3 (180 sampled prompts of each split; not all 590)"
-_PROPRIO = (
-    ("Wan2.2 5B, random of 16", (65.4, 58.1, 48.6, 31.7, 44.4, 19.4), _PROPRIO_1),
-    ("Wan2.2 5B + Qwen 7B search", (67.0, 63.7, 52.0, 35.0, 42.2, 18.9), _PROPRIO_1),
-    ("Wan2.2 5B + WMReward search", (62.2, 66.1, 51.1, 33.9, 47.8, 20.6), _PROPRIO_1),
-    ("Wan2.2 5B + Proprio search, hybrid", (66.5, 69.8, 55.3, 33.3, 52.8, 22.8), _PROPRIO_1),
-    ("Turbo Wan14B, random of 16", (67.2, 68.3, 56.1, 32.2, 47.8, 23.3), _PROPRIO_1),
-    ("Turbo Wan14B + Qwen 7B search", (65.6, 69.4, 55.0, 32.8, 46.1, 22.2), _PROPRIO_1),
-    ("Turbo Wan14B + WMReward search", (63.9, 73.3, 53.9, 30.0, 53.9, 20.0), _PROPRIO_1),
-    ("Turbo Wan14B + Proprio search, hybrid", (64.2, 74.9, 56.4, 33.3, 58.3, 23.9), _PROPRIO_1),
-    ("Hunyuan Video, random of 16", (61.1, 75.0, 50.0, 29.4, 61.1, 20.0), _PROPRIO_1),
-    ("Hunyuan Video + Proprio search, hybrid", (58.9, 78.3, 50.6, 28.9, 71.7, 25.0), _PROPRIO_1),
-    ("Turbo Wan2.2", (65.6, 67.2, 55.0, 31.1, 45.6, 19.4), _PROPRIO_3),
-    ("Turbo Wan2.2 + WMReward guidance", (67.3, 67.2, 55.6, 32.8, 45.0, 21.7), _PROPRIO_3),
-    ("Turbo Wan2.2 + Proprio refinement, hybrid", (65.6, 71.7, 54.4, 32.2, 50.6, 21.1), _PROPRIO_3),
-    ("Turbo Wan2.2 + Proprio refinement, hybrid, best of 8", (66.1, 74.4, 57.8, 29.6, 54.2, 20.7), _PROPRIO_3),
-)
 COUNTED = ("semantic", "physical", "joint")
-_PERCENT = (*COUNTED, *(f"hard_{name}" for name in COUNTED))
 
 
 @dataclass
@@ -82,71 +45,40 @@ class VideoPhy2Config(RatedConfig):
 
 class VideoPhy2(Rated):
     name = "videophy2"
-    columns = ("semantic_rating", "physical_rating", *_PERCENT, "rules_followed")
+    columns = ("semantic_rating", "physical_rating", *COUNTED, *(f"hard_{name}" for name in COUNTED), "rules_followed")
     figures = ("joint", "semantic", "physical", "hard_joint", "hard_semantic", "hard_physical", "rules_followed")
-    published = (
-        *(Published(model, {"joint": joint, "hard_joint": hard}, source) for model, joint, hard, source in _PHYGDPO),
-        *(
-            Published(model, {name: value / 100 for name, value in zip(_PERCENT, values, strict=True)}, source)
-            for model, values, source in _PROPRIO
-        ),
-    )
+    published = read_published("videophy2")
     table = "videophy2_test.csv"
     source = "huggingface.co/datasets/videophysics/videophy2_test"
     weights = "huggingface.co/videophysics/videophy_2_auto"
     laid_out = "sa_pc.csv"
-    header = videophy2.HEADER
     dropped = "."
-    programs = (videophy2.INFERENCE,)
-    rater = videophy2.NAME
+    rater = videophy2
     settings: VideoPhy2Config
 
     @property
     def recorded(self) -> dict[str, Any]:
         return super().recorded | {"split": "all"}  # had a key of its own
 
-    def _tasks(self, rows: list[dict[str, str]]) -> list[Task]:
+    def _tasks(self, rows: list[dict[str, str]], table: Path) -> list[Task]:
         needed = ["is_hard", *(["upsampled_caption"] if self.settings.upsampled else [])]
         for column in [*needed, *(RULES if self.settings.rules else [])]:
             if rows and column not in rows[0]:
-                raise ValueError(f"{self._table()} has no column {column!r}: give the {self.table} of {self.source}")
+                raise ValueError(f"{table} has no column {column!r}: give the {self.table} of {self.source}")
         tasks = []
         for index, (caption, group) in enumerate(once_each(rows).items()):
-            hard = any(self._is_hard(row) for row in group)
+            hard = any(_is_hard(row, table) for row in group)
             text = group[0]["upsampled_caption"].strip() if self.settings.upsampled else caption
             if not text:
-                raise ValueError(f"{self._table()}: {caption!r} has no upsampled_caption; use upsampled=false")
+                raise ValueError(f"{table}: {caption!r} has no upsampled_caption; use upsampled=false")
             facts = {"caption": caption, "hard": hard}
             if self.settings.rules:
-                facts["rules"] = list(dict.fromkeys(rule for row in group for rule in self._rules(row)))
+                facts["rules"] = list(dict.fromkeys(rule for row in group for rule in _rules(row, table)))
             tasks.append(Task(make_key(index, caption), text, group[0].get("category", ""), facts=facts))
         return tasks
 
-    def _is_hard(self, row: dict[str, str]) -> bool:
-        value = row["is_hard"].strip().lower()
-        if value not in (*TRUE, *FALSE):
-            raise ValueError(f"{self._table()}: is_hard is {row['is_hard']!r} for {row['caption']!r}, not 0 or 1")
-        return value in TRUE
-
-    def _rules(self, row: dict[str, str]) -> list[str]:
-        """The rules of a row, which writes them as Python lists of strings."""
-        found = []
-        for column in RULES:
-            try:
-                listed = ast.literal_eval(row[column].strip() or "[]")
-            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list ({error})") from error
-            if not isinstance(listed, list) or not all(isinstance(rule, str) for rule in listed):
-                raise ValueError(f"{self._table()}: {column} of {row['caption']!r} is no list of strings")
-            found += [rule.strip() for rule in listed if rule.strip()]
-        return found
-
-    def _refuse(self, caption: str) -> str | None:
-        return refuse_caption(caption, videophy2.RESERVED)
-
     def _rate(self, tool, paths, tasks, folder):
-        found, failures = videophy2.rate_files(tool, paths, [task.facts["caption"] for task in tasks], folder)
-        ratings = by_clip(found, failures)
+        ratings, failures = super()._rate(tool, paths, tasks, folder)
         pairs = [(clip, rule) for clip in ratings for rule in tasks[clip].facts.get("rules", [])]
         verdicts = defaultdict(list)
         if pairs:
@@ -166,3 +98,24 @@ class VideoPhy2(Rated):
         values = {f"{name}_rating": ratings[name] for name in ("semantic", "physical")} | counted
         values |= {name: value for name, value in ratings.items() if name == "rules_followed"}
         return values | {f"hard_{name}": value for name, value in counted.items()} if task.facts["hard"] else values
+
+
+def _is_hard(row: dict[str, str], table: Path) -> bool:
+    value = row["is_hard"].strip().lower()
+    if value not in (*TRUE, *FALSE):
+        raise ValueError(f"{table}: is_hard is {row['is_hard']!r} for {row['caption']!r}, not 0 or 1")
+    return value in TRUE
+
+
+def _rules(row: dict[str, str], table: Path) -> list[str]:
+    """The rules of a row, which writes them as Python lists of strings."""
+    found = []
+    for column in RULES:
+        try:
+            listed = ast.literal_eval(row[column].strip() or "[]")
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError(f"{table}: {column} of {row['caption']!r} is no list ({error})") from error
+        if not isinstance(listed, list) or not all(isinstance(rule, str) for rule in listed):
+            raise ValueError(f"{table}: {column} of {row['caption']!r} is no list of strings")
+        found += [rule.strip() for rule in listed if rule.strip()]
+    return found

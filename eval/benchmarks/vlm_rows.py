@@ -7,6 +7,7 @@ has no row of its own but an error: never a zero, which official code often coun
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task
-from eval.vlm.backend import Question, Reply, VlmConfig, recorded
+from eval.vlm.backend import Malformed, Question, Reply, VlmConfig, recorded
 from eval.vlm.client import NoAnswer, Vlm
 from recipes import redacted
 from train.clips import ClipError, VideoConfig, read_clip
@@ -54,6 +55,18 @@ async def ask(vlm: Vlm, name: str, question: Question, check: Callable[[Reply], 
         return await vlm.ask(question, check)
     except NoAnswer as refusal:
         raise NoAnswer(refusal.reason, f"{name}: {refusal.detail}", refusal.raw) from refusal
+
+
+def read_object(reply: Reply) -> dict[str, Any]:
+    """The JSON object of an answer, from its first brace to its last; Malformed where there is none."""
+    text = reply.text
+    try:
+        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the answer is no JSON ({error})", text) from error
+    if not isinstance(found, dict):
+        raise Malformed("the answer is no JSON object", text)
+    return found
 
 
 class AskedBenchmark(Benchmark):

@@ -48,8 +48,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from eval.benchmarks.base import Published, Requirement, Row, Sample, Task
-from eval.benchmarks.official_files import place, read_records
+from eval.benchmarks.base import Requirement, Row, Sample, Task, read_published
+from eval.benchmarks.official_files import place_all, read_records
 from eval.benchmarks.vlm_rows import AskedBenchmark, ask, judge_requirement, judge_rows
 from eval.prompts import slug
 from eval.vlm.backend import Malformed, Question, Reply
@@ -63,35 +63,6 @@ TEXT = (
     " about the video.\nQuestion: {question}\nAnswer with YES or NO."
 )
 DOMAIN = "robot"  # of PAI-Bench
-
-# PhysisForcing, Table 7: Domain, percent. The judge is Qwen3-VL-235B-A22B-Instruct.
-_TABLE_7 = {
-    "Wan2.5": 86.44,
-    "GigaWorld-0": 85.83,
-    "Veo 3.1": 83.50,
-    "WoW-Wan 14B": 83.01,
-    "Sora v2 Pro": 76.26,
-    "Abot-PhysWorld": 93.06,
-    "Wan2.2-I2V-A14B": 81.70,
-    "Wan2.2-I2V-A14B (ft)": 84.42,
-    "PF-Wan": 88.20,
-    "Cosmos3-Nano (ft)": 91.54,
-    "PF-Cosmos": 93.26,
-}
-# PhysisForcing, Table 8: Domain, percent. The judge is Qwen2.5-VL-72B-Instruct.
-_TABLE_8 = {
-    "WoW-Wan 14B": 79.51,
-    "GigaWorld-0": 78.26,
-    "Cosmos-Predict 2.5": 76.98,
-    "UnifoLM-WMA-0": 52.32,
-    "Kling 2.6 Pro": 80.72,
-    "Abot-PhysWorld": 83.66,
-    "Wan2.2-I2V-A14B": 77.42,
-    "Wan2.2-I2V-A14B (ft)": 81.95,
-    "PF-Wan": 84.49,
-    "Cosmos3-Nano (ft)": 83.16,
-    "PF-Cosmos": 85.20,
-}
 
 
 @dataclass
@@ -115,19 +86,14 @@ class Vqa(AskedBenchmark):
         return super().recorded | {"frame_rate": self.frame_rate}
 
     def requirements(self) -> list[Requirement]:
-        folder = self.settings.folder
         what = f"the data of {self.title} (prompts, first frames, questions)"
-        where, found = f"run.{self.name}.folder={folder}", bool(folder) and self._file().is_file()
         return [
-            Requirement(what, self.licence, where, found, self.remedy),
+            self.needs("folder", what, self.licence, self.remedy, (self.file,)),
             judge_requirement(self.vlm, "Qwen2.5-VL-72B-Instruct"),
         ]
 
     def _file(self) -> Path:
-        """ValueError where no folder is named."""
-        if not self.settings.folder:
-            raise ValueError(f"run.{self.name}.folder is empty: {self.remedy}")
-        return Path(self.settings.folder).expanduser() / self.file
+        return self.path("folder", self.remedy) / self.file
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """`domain`, the share of a clip's questions that the judge answered as the benchmark expects."""
@@ -138,13 +104,9 @@ class Vqa(AskedBenchmark):
         return jpeg_frames(clip, count, self.judge.frame_height)
 
 
-def from_table(table: dict[str, float], source: str) -> tuple[Published, ...]:
-    return tuple(Published(model, {"domain": value / 100}, source) for model, value in table.items())
-
-
 class PaiBench(Vqa):
     name, title, licence, frame_rate = "pai_bench", "PAI-Bench-G", "CC BY-NC 4.0", 2.0
-    published = from_table(_TABLE_7, "PhysisForcing, Table 7 (robot domain, Qwen3-VL-235B as judge)")
+    published = read_published("pai_bench")
     file = "cosmos_predict2_bench_full_info.json"
     remedy = (
         "get it with 'hf download shi-labs/physical-ai-bench-predict --repo-type dataset' and name its folder in"
@@ -180,17 +142,17 @@ class PaiBench(Vqa):
         seeds = defaultdict(set)
         for sample in samples:
             seeds[sample.task.key].add(sample.seed)
-        for sample in samples:
-            if sample.path.is_file():
-                number = sorted(seeds[sample.task.key]).index(sample.seed)
-                place(sample.path, folder / f"{sample.task.facts['video_id']}__{number}.mp4")
-        return folder
+        return place_all(
+            samples,
+            folder,
+            lambda one: f"{one.task.facts['video_id']}__{sorted(seeds[one.task.key]).index(one.seed)}.mp4",
+        )
 
 
 class EzsBench(Vqa):
     name, title, frame_rate = "ezs_bench", "EZS-Bench", 3.0
     licence = "MIT (the repository's; the data set's card may differ)"
-    published = from_table(_TABLE_8, "PhysisForcing, Table 8 (Qwen2.5-VL-72B as judge)")
+    published = read_published("ezs_bench")
     file = "data.jsonl"
     remedy = (
         "get it with 'git clone https://www.modelscope.cn/datasets/amap_cvlab/EZS-Bench_data.git' (git lfs) and name"
@@ -219,10 +181,7 @@ class EzsBench(Vqa):
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """seed-<seed>/<video_id>.mp4: to the official code, which knows one clip per prompt, each seed is a method."""
-        for sample in samples:
-            if sample.path.is_file():
-                place(sample.path, folder / f"seed-{sample.seed}" / f"{sample.task.facts['video_id']}.mp4")
-        return folder
+        return place_all(samples, folder, lambda one: f"seed-{one.seed}/{one.task.facts['video_id']}.mp4")
 
 
 async def answer_questions(vlm: Vlm, sample: Sample, frames: list[bytes]) -> dict[str, float]:

@@ -178,18 +178,19 @@ def tool_environment(own: Mapping[str, str], device: torch.device) -> dict[str, 
 
 
 def rate_clips(
-    clips: Tensor,
-    prompts: Sequence[str],
     fps: float,
     refuse: Callable[[str], str | None],
     rate: Callable[..., tuple[dict[str, dict[int, Any]], dict[int, str]]],
     make: Callable[[dict[str, list[Any]]], Scores],
+    clips: Tensor,
+    prompts: Sequence[str],
 ) -> Scores:
     """The scores of clips (N, T, H, W, 3) uint8 by a program that reads files.
 
     refuse: why a caption cannot be asked about, None where it can. rate: of paths by clip number, all prompts and a new
     folder, ratings by name and clip number, and why clips have none. make: scores of the ratings by name. Raises
-    ValueError for clips of another form, and `Unjudged` where some have no score.
+    ValueError for clips of another form, `Unjudged` where some have no score, and ToolError where the tool fails or
+    writes what is not its table.
     """
     check_clips(clips, prompts)
     failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse(prompt))}
@@ -198,21 +199,16 @@ def rate_clips(
     if chosen:
         with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
             folder = Path(temporary)
-            found, unrated = rate(write_clips(folder, clips, chosen, fps), prompts, folder)
+            paths = {clip: str(folder / f"clip-{clip:05d}.mp4") for clip in chosen}
+            for clip, path in paths.items():
+                write_clip(path, clips[clip], fps)
+            found, unrated = rate(paths, prompts, folder)
             failures |= unrated
     judged = [clip for clip in chosen if clip not in failures]
     scores = make({name: [values[clip] for clip in judged] for name, values in found.items()})
     if failures:
         raise Unjudged(failures, prompts, scores)
     return scores
-
-
-def write_clips(folder: Path, clips: Tensor, chosen: Sequence[int], fps: float) -> dict[int, str]:
-    """Write the chosen clips of (N, T, H, W, 3) uint8 as mp4 files called by number: clip number -> absolute path."""
-    paths = {clip: str(folder / f"clip-{clip:05d}.mp4") for clip in chosen}
-    for clip, path in paths.items():
-        write_clip(path, clips[clip], fps)
-    return paths
 
 
 def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, rate_clips, write_table
 from eval.judges.scores import Judge, Scores, refuse_caption, unit_score
@@ -31,30 +30,25 @@ PREPARE = "utils/prepare_data.py"
 INFERENCE = "videocon/training/pipeline_video/entailment_inference.py"
 HEADER = ["videopath", "caption"]
 TABLES = {"semantic": "sa_testing.csv", "physical": "physics_testing.csv"}  # as PREPARE calls them
+PROGRAMS = (PREPARE, INFERENCE)
 RESERVED = ("<|video|>", "<image>", "AI: ", "\nHuman: ")  # where the tool splits a question into turns and media
 BATCH_SIZE = 16  # questions that the tool answers at once, 32 frames of 224x224 each
 CAPTION_TOKENS = 120  # what 256 leave beside 65 for the video and about 65 for the question's own words
 
 
 def build(config: InstallationConfig, fps: float, device: torch.device | str) -> Judge:
-    """The judge of clips of `fps` frames a second: score(clips (N, T, H, W, 3) uint8, prompts) -> Scores.
+    """The judge of clips of `fps` frames a second, see `external_tool.rate_clips`.
 
-    Raises ValueError, before any work, for an installation that is not there. `score` raises ValueError for clips of
-    another shape or type, `Unjudged` for clips with a caption that the tool cannot take, without a score, or with one
-    outside [0, 1], and `external_tool.ToolError` when the tool fails or writes what is not its table.
+    Raises ValueError, before any work, for an installation that is not there.
     """
-    tool = find_tool(NAME, config, device, (PREPARE, INFERENCE))
-
-    def make(found: dict[str, list[float]]) -> Scores:
-        return Scores(*(torch.tensor(found[name], dtype=torch.float32) for name in ("semantic", "physical")))
-
-    def score(clips: Tensor, prompts: list[str]) -> Scores:
-        return rate_clips(clips, prompts, fps, refuse, partial(score_files, tool), make)
-
-    return score
+    return partial(rate_clips, fps, refuse, partial(rate_files, find_tool(NAME, config, device, PROGRAMS)), _scores)
 
 
-def score_files(
+def _scores(found: dict[str, list[float]]) -> Scores:
+    return Scores(*(torch.tensor(found[name], dtype=torch.float32) for name in ("semantic", "physical")))
+
+
+def rate_files(
     tool: Tool, paths: Mapping[int, str], prompts: Sequence[str], folder: Path
 ) -> tuple[dict[str, dict[int, float]], dict[int, str]]:
     """Scores of clips that lie in files: name of TABLES -> clip number -> [0, 1]; clip number -> why it has none.

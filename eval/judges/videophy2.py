@@ -35,6 +35,7 @@ RULE_HEADER = ["videopath", "rule"]
 RULE_ANSWER_HEADER = ["", *RULE_HEADER, "score"]
 BROKEN, FOLLOWED, UNSEEN = 0, 1, 2  # a rule that the clip breaks, follows, or does not show
 RESERVED = ("<|video|>", "<image>")  # where the tool puts media into a question
+PROGRAMS = (INFERENCE,)
 RATINGS = range(1, 6)
 
 
@@ -45,23 +46,21 @@ class VideoPhy2Scores(Scores):
 
 
 def build(config: InstallationConfig, fps: float, device: torch.device | str) -> Judge:
-    """The judge of clips of `fps` frames a second: score(clips (N, T, H, W, 3) uint8, prompts) -> VideoPhy2Scores.
+    """The judge of clips of `fps` frames a second, which gives VideoPhy2Scores; see `external_tool.rate_clips`.
 
-    Raises ValueError, before any work, for an installation that is not there. `score` raises ValueError for clips of
-    another shape or type, `Unjudged` for clips with a caption that the tool cannot take or without a rating from 1 to
-    5, and `external_tool.ToolError` when the tool fails or writes what is not its table.
+    Raises ValueError, before any work, for an installation that is not there.
     """
-    tool = find_tool(NAME, config, device, (INFERENCE,))
+    return partial(rate_clips, fps, refuse, partial(rate_files, find_tool(NAME, config, device, PROGRAMS)), _scores)
 
-    def make(ratings: dict[str, list[int]]) -> VideoPhy2Scores:
-        semantic, physical = (torch.tensor(ratings[name], dtype=torch.int64) for name in ("semantic", "physical"))
-        return VideoPhy2Scores((semantic.float() - 1) / 4, (physical.float() - 1) / 4, semantic, physical)
 
-    def score(clips: Tensor, prompts: list[str]) -> Scores:
-        refuse = partial(refuse_caption, reserved=RESERVED)
-        return rate_clips(clips, prompts, fps, refuse, partial(rate_files, tool), make)
+def _scores(ratings: dict[str, list[int]]) -> VideoPhy2Scores:
+    semantic, physical = (torch.tensor(ratings[name], dtype=torch.int64) for name in ("semantic", "physical"))
+    return VideoPhy2Scores((semantic.float() - 1) / 4, (physical.float() - 1) / 4, semantic, physical)
 
-    return score
+
+def refuse(prompt: str) -> str | None:
+    """Why the tool cannot take a prompt, None if it can."""
+    return refuse_caption(prompt, RESERVED)
 
 
 def rate_files(

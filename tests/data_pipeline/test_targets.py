@@ -13,7 +13,7 @@ from eval.sandbox.world import FIRST_OBJECT, GROUND, LAYER_DEPTH, PANEL, PIVOT_H
 from losses.regions import motion_magnitude, select_tracks
 from train.clips import VideoConfig
 from train.groups import Group, Loser, check_group
-from train.teachers import TRACKERS
+from train.teachers import ENCODERS, TRACKERS
 from train.teachers.points import look_up, query_grid, unpack
 from train.teachers.targets import TargetsConfig
 from train.teachers.vjepa2 import VJepa2Config
@@ -220,7 +220,7 @@ def test_relation_tokens_are_those_that_moving_points_visit(encoder):
     clip = clips("collision", 1)
     making = maker(**SIMULATED, relation="vjepa2", vjepa2=encoder)
     made = making.make(clip.frames[0], clip)
-    tokens = making._encode(clip.frames[0])
+    tokens = ENCODERS["vjepa2"].build(encoder, "cpu")(clip.frames[0])
     assert made["relation_grid"].tolist() == [4, 8, 8]
     indices = made["relation_indices"].long()
     assert made["relation_tokens"].dtype == torch.bfloat16 and made["relation_indices"].dtype == torch.int32

@@ -153,7 +153,7 @@ def test_the_manifest_says_how_each_clip_was_made(made, model, lora):
     assert [(r["path"], r["which"], r["seed"]) for r in records] == [
         (f"{which}/{file}.mp4", which, int(file.split("-")[-1])) for file in FILES for which in ("base", "tuned")
     ]
-    file = checkpoint.lora_path(lora)
+    file = checkpoint.find_lora(lora)[0]
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     for record in records:
         tuned = record["which"] == "tuned"
@@ -161,7 +161,7 @@ def test_the_manifest_says_how_each_clip_was_made(made, model, lora):
         assert record["lora_sha256"] == (sha256 if tuned else None) and record.get("lora") == (
             str(file) if tuned else None
         )
-        assert record["backbone"] == checkpoint.read_lora_metadata(lora)["fingerprint"]
+        assert record["backbone"] == checkpoint.find_lora(lora)[1]["fingerprint"]
         assert (record["sampler"]["steps"], record["sampler"]["guidance"], record["seconds"] > 0) == (2, 2.0, True)
         assert record["bytes"] == (made / "clips" / record["path"]).stat().st_size
         sidecar = (made / "clips" / record["path"]).with_suffix(".json")
@@ -178,7 +178,7 @@ def test_a_clip_is_what_the_backbone_samples_from_its_seed(made, model):
 
 def test_a_zero_lora_changes_nothing(model, tmp_path):
     zero = write_lora(tmp_path / "zero", model, scale=0)
-    generate.main(arguments(model, tmp_path, f"generate.lora={checkpoint.lora_path(zero)}", prompts=PROMPTS[:1]))
+    generate.main(arguments(model, tmp_path, f"generate.lora={checkpoint.find_lora(zero)[0]}", prompts=PROMPTS[:1]))
     clips = contents(tmp_path)
     assert len(clips) == 6
     for file in FILES[:2]:
@@ -388,7 +388,7 @@ def test_images_are_checked_before_any_weights_are_loaded(image_model, tmp_path,
 
 def test_a_lora_of_another_backbone_or_none_of_ours_is_refused(lora, tmp_path, no_weights):
     other = write_tiny_pipeline("wan21", tmp_path / "other", seed=1)
-    trained_on = checkpoint.read_lora_metadata(lora)["fingerprint"]
+    trained_on = checkpoint.find_lora(lora)[1]["fingerprint"]
     with pytest.raises(ValueError, match=f"trained on backbone {trained_on}.* is wan21-"):
         generate.main(arguments(other, tmp_path, f"generate.lora={lora}"))
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")

@@ -101,7 +101,7 @@ def test_no_base_weights_and_nothing_pickled(tmp_path):
     total = sum(file.stat().st_size for file in path.iterdir())
     assert total < 3 * 4 * adapters + 6500  # weights and two moments in float32, and headers
     assert total < 4 * sum(p.numel() for p in run.network.parameters())
-    metadata = checkpoint.read_lora_metadata(path)
+    metadata = checkpoint.find_lora(path)[1]
     assert metadata["rank"] == "2" and metadata["alpha"] == "2.0" and metadata["fingerprint"] == BACKBONE
     assert json.loads(metadata["targets"]) == ["attn1.to_q"] and metadata["expert"] == "transformer"
 
@@ -411,7 +411,7 @@ def test_damaged_adapters_are_named(tmp_path, change, said):
     change(tensors, name)
     save_file(tensors, path, metadata=run.metadata)
     with pytest.raises(ValueError, match=rf"{path}.*{said}"):
-        checkpoint.load_weights(checkpoint.lora_path(path), run.switch, fingerprint=BACKBONE, expert="transformer")
+        checkpoint.load_weights(checkpoint.find_lora(path)[0], run.switch, fingerprint=BACKBONE, expert="transformer")
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,9 @@ def test_what_is_no_lora_of_ours_is_refused(tmp_path):
         (tmp_path, "no checkpoint in"),
     ):
         with pytest.raises(ValueError, match=said):
-            checkpoint.load_weights(checkpoint.lora_path(path), run.switch, fingerprint=BACKBONE, expert="transformer")
+            checkpoint.load_weights(
+                checkpoint.find_lora(path)[0], run.switch, fingerprint=BACKBONE, expert="transformer"
+            )
 
 
 def test_a_lora_is_found_by_file_checkpoint_or_run(tmp_path):
@@ -505,4 +507,4 @@ def test_a_lora_is_found_by_file_checkpoint_or_run(tmp_path):
     run.save(1)
     file = run.save(2) / LoraSwitch.file
     for path in (file, file.parent, tmp_path / "checkpoints", tmp_path, str(tmp_path)):
-        assert checkpoint.lora_path(path) == file
+        assert checkpoint.find_lora(path)[0] == file

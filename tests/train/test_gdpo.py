@@ -462,7 +462,7 @@ def test_thirty_steps_raise_margin_and_accuracy(tiny, tmp_path, configure):
     positions = range(32)  # of the 60 that training saw: every group with every loser
     _, reference_before = measure(fresh, config, positions)
     checkpoint.load_weights(
-        checkpoint.lora_path(checkpoints), fresh.switch, fingerprint=backbone.fingerprint, expert="transformer"
+        checkpoint.find_lora(checkpoints)[0], fresh.switch, fingerprint=backbone.fingerprint, expert="transformer"
     )
     after, reference_after = measure(fresh, config, positions)
     assert torch.equal(reference_before, reference_after)  # the reference has not moved by a bit

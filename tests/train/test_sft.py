@@ -73,7 +73,7 @@ def test_twenty_steps_lower_the_error(tiny, tmp_path, config, policy):
         before = [error(policy, sample) for sample in prepared(config, range(8))]
     checkpoints = tiny.train(tmp_path, "optim.steps=20", "optim.lr=0.01", "optim.lr_end=0.01", entry=sft)
     options = {"fingerprint": policy.backbone.fingerprint, "expert": "transformer"}
-    checkpoint.load_weights(checkpoint.lora_path(checkpoints), policy.switch, **options)
+    checkpoint.load_weights(checkpoint.find_lora(checkpoints)[0], policy.switch, **options)
     with torch.no_grad():
         after = [error(policy, sample) for sample in prepared(config, range(8))]
     assert sum(after) < 0.9 * sum(before)

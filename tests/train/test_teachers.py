@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import DepthAnythingConfig as DepthModelConfig
 from transformers import DepthAnythingForDepthEstimation, Dinov2Config, VJEPA2Config, VJEPA2Model
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from eval.sandbox.clips import simulate
 from losses.regions import rasterize
@@ -333,8 +334,8 @@ def test_depth_preprocessing_equals_transformers(shape):
         keep_aspect_ratio=True,
         ensure_multiple_of=14,
         resample=3,
-        image_mean=depth_anything.MEAN,
-        image_std=depth_anything.STD,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
     )
     frame = textured(*shape)
     expected = processor(frame.numpy(), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
@@ -401,7 +402,9 @@ def test_tokens_are_the_encoder_s(vjepa2_config):
     tokens = ENCODERS["vjepa2"].build(vjepa2_config, "cpu")(frames)
     model = VJEPA2Model.from_pretrained(vjepa2_config.path).eval()
     pixels = frames.permute(0, 3, 1, 2).double() / 255  # at the model's own size: nothing is resampled
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (vjepa2.MEAN, vjepa2.STD))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
     with torch.no_grad():
         expected = model.get_vision_features(((pixels - mean) / std).float()[None])[0]
     torch.testing.assert_close(tokens.values, expected, atol=1e-5, rtol=1e-5)
@@ -436,7 +439,7 @@ def test_the_whole_frame_is_seen():
     frame = torch.zeros(1, 40, 100, 3, dtype=torch.uint8)
     frame[:, :20, :50, 0] = frame[:, :20, 50:, 1] = frame[:, 20:, :50, 2] = 255
     pixels = vjepa2.preprocess(frame, 16)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (vjepa2.MEAN, vjepa2.STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     shown = (pixels[0] * std + mean)[:, [0, 0, -1, -1], [0, -1, 0, -1]]  # the four corners
     torch.testing.assert_close(shown.T, torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]), atol=1e-5, rtol=0)
 

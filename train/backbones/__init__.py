@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 
 from train.backbones import loading
 from train.backbones.base import Backbone, BackboneConfig
 from train.backbones.wan21 import Wan21
 from train.backbones.wan22_a14b import Wan22I2V, Wan22T2V
 from train.backbones.wan22_ti2v import Wan22TI2V
+from train.parallel import Sharding
 
 BACKBONES: dict[str, type[Backbone]] = {
     "wan21": Wan21,
@@ -38,7 +40,7 @@ def load_backbone(
     device: torch.device | str,
     *,
     parts: Sequence[str] = ("text", "vae", "transformer"),
-    sharding: loading.Sharding | None = None,
+    sharding: Sharding | None = None,
 ) -> Backbone:
     """A backbone with the named parts on the device, in eval mode and frozen.
 
@@ -57,6 +59,7 @@ def load_backbone(
     expert = family.training_expert(config)
     wanted = list(family.expert_folders) if "transformer" in parts else [expert] if "expert" in parts else []
 
+    loaded: dict[str, Any] = {}
     if config.random_weights:
         if not set(parts) <= {"transformer", "expert"}:
             raise ValueError(
@@ -65,46 +68,37 @@ def load_backbone(
             )
         if config.path:
             warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
-        architecture = find_architecture(config)
+        architecture, boundary = find_architecture(config), family.default_boundary
+        fingerprint = f"{config.family}-random-{config.architecture}"
         experts = {
             name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed, sharding=sharding)
             for seed, name in enumerate(family.expert_folders)
             if name in wanted
         }
-        for network in experts.values():
-            loading.choose_attention(network, config.attention, device)
-        name = f"{config.family}-random-{config.architecture}"
-        return family(config, architecture, device, name, experts=experts, boundary=family.default_boundary)
-
-    folder = loading.resolve_folder(config.path, config.revision)
-    model_index, architecture = loading.read_pipeline(folder)
-    if problem := family.mismatch(model_index, architecture):
-        fitting = [name for name, other in BACKBONES.items() if not other.mismatch(model_index, architecture)]
-        remedy = f"set backbone.family={fitting[0]}" if fitting else "give a pipeline of that family"
-        raise ValueError(
-            f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
-        )
-    text_encoder = tokenizer = None
-    if "text" in parts or "tokenizer" in parts:
-        tokenizer = loading.load_tokenizer(folder)
-    if "text" in parts:
-        text_encoder = loading.load_text(folder, device, dtype, architecture["transformer"]["text_dim"])
-    experts = {
-        name: loading.load_transformer(folder, family.expert_folders[name], device, dtype, sharding) for name in wanted
-    }
+    else:
+        folder = loading.resolve_folder(config.path, config.revision)
+        model_index, architecture = loading.read_pipeline(folder)
+        if problem := family.mismatch(model_index, architecture):
+            fitting = [name for name, other in BACKBONES.items() if not other.mismatch(model_index, architecture)]
+            remedy = f"set backbone.family={fitting[0]}" if fitting else "give a pipeline of that family"
+            raise ValueError(
+                f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
+            )
+        fingerprint, boundary = loading.fingerprint(config.family, folder), model_index.get("boundary_ratio")
+        if "text" in parts or "tokenizer" in parts:
+            loaded["tokenizer"] = loading.load_tokenizer(folder)
+        if "text" in parts:
+            text_dim = architecture["transformer"]["text_dim"]
+            loaded["text_encoder"] = loading.load_text(folder, device, dtype, text_dim)
+        experts = {
+            name: loading.load_transformer(folder, family.expert_folders[name], device, dtype, sharding)
+            for name in wanted
+        }
+        if "vae" in parts:
+            loaded["vae"] = loading.load_component(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
     for network in experts.values():
         loading.choose_attention(network, config.attention, device)
-    return family(
-        config,
-        architecture,
-        device,
-        loading.fingerprint(config.family, folder),
-        experts=experts,
-        boundary=model_index.get("boundary_ratio"),
-        vae=loading.load_vae(folder, device) if "vae" in parts else None,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-    )
+    return family(config, architecture, device, fingerprint, experts, boundary, **loaded)
 
 
 def _check(key: str, value: str, known: Iterable[str]) -> None:

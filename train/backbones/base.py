@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -100,6 +100,7 @@ def _cached(expert: nn.Module, name: str) -> AbstractContextManager[None]:
     return expert.cache_context(name) if getattr(expert, "is_cache_enabled", False) else nullcontext()
 
 
+@dataclass(eq=False, repr=False)
 class Backbone:
     """A loaded (or partly loaded) generator; subclasses say what their network is fed.
 
@@ -113,27 +114,18 @@ class Backbone:
     first_frame: ClassVar[tuple[bool, ...]] = (False,)  # may clips begin with an image, must they; first the default
     default_boundary: ClassVar[float | None] = None  # two experts: high_noise where t >= boundary
 
-    def __init__(
-        self,
-        config: BackboneConfig,
-        architecture: dict[str, Any],
-        device: torch.device,
-        fingerprint: str,
-        *,
-        experts: dict[str, nn.Module],
-        boundary: float | None = None,
-        vae: AutoencoderKLWan | None = None,
-        text_encoder: UMT5EncoderModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        self.architecture = architecture
-        self.device = device
-        self.fingerprint = fingerprint
-        self.text_length = config.text_length
-        self.expert = self.training_expert(config)
-        self.experts = experts
-        self.boundary = boundary
-        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+    config: InitVar[BackboneConfig]
+    architecture: dict[str, Any]
+    device: torch.device
+    fingerprint: str
+    experts: dict[str, nn.Module]
+    boundary: float | None = None
+    vae: AutoencoderKLWan | None = None
+    text_encoder: UMT5EncoderModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self, config: BackboneConfig) -> None:
+        self.text_length, self.expert = config.text_length, self.training_expert(config)
 
     # What a family is
 
@@ -155,27 +147,24 @@ class Backbone:
     @classmethod
     def mismatch(cls, model_index: dict[str, Any], architecture: dict[str, Any]) -> str:
         """Why a pipeline (its model_index.json and what its configs say) is not of this family; empty when it is."""
-        transformer, z_dim, problems = architecture["transformer"], architecture["z_dim"], []
-        wanted = cls.input_channels(architecture)
+        transformer, z_dim = architecture["transformer"], architecture["z_dim"]
+        channels, outputs, wanted = transformer["in_channels"], transformer["out_channels"], len(cls.expert_folders)
         num_experts = 2 if (model_index.get("transformer_2") or [None])[0] else 1
-        if num_experts != len(cls.expert_folders):
-            problems.append(f"model_index.json lists {num_experts} expert(s), not {len(cls.expert_folders)}")
-        if bool(model_index.get("expand_timesteps")) != cls.expand_timesteps:
-            problems.append(f"model_index.json has expand_timesteps={bool(model_index.get('expand_timesteps'))}")
-        if transformer["in_channels"] != wanted:
-            found = transformer["in_channels"]
-            problems.append(
-                f"the transformer has in_channels={found}, but beside a VAE of z_dim={z_dim} needs {wanted}"
-            )
-        if transformer["out_channels"] != z_dim:
-            problems.append(
-                f"the transformer has out_channels={transformer['out_channels']}, but the VAE z_dim={z_dim}"
-            )
-        if transformer.get("image_dim") is not None:
-            problems.append("the transformer needs a CLIP image encoder (Wan2.1 I2V), which no family here has")
-        if cls.default_boundary is not None and model_index.get("boundary_ratio") is None:
-            problems.append("model_index.json has no boundary_ratio")
-        return "; ".join(problems)
+        per_token, inputs = bool(model_index.get("expand_timesteps")), cls.input_channels(architecture)
+        lacks_boundary = cls.default_boundary is not None and model_index.get("boundary_ratio") is None
+        problems = {
+            f"model_index.json lists {num_experts} expert(s), not {wanted}": num_experts != wanted,
+            f"model_index.json has expand_timesteps={per_token}": per_token != cls.expand_timesteps,
+            f"the transformer has in_channels={channels}, but beside a VAE of z_dim={z_dim} needs {inputs}": (
+                channels != inputs
+            ),
+            f"the transformer has out_channels={outputs}, but the VAE z_dim={z_dim}": outputs != z_dim,
+            "the transformer needs a CLIP image encoder (Wan2.1 I2V), which no family here has": (
+                transformer.get("image_dim") is not None
+            ),
+            "model_index.json has no boundary_ratio": lacks_boundary,
+        }
+        return "; ".join(problem for problem, found in problems.items() if found)
 
     # Parts
 

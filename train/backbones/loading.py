@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -23,19 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from train.backbones.attention_kernels import attention_seconds
+from train.parallel import Sharding
 
 WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file, for the fingerprint
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-
-
-class Sharding(Protocol):
-    """How a network is spread over ranks while it is made: see `train.parallel.Sharding`."""
-
-    reads: bool  # whether what this rank reads goes to all
-
-    def take(self, parameters: list[nn.Parameter]) -> None:
-        """Leave this rank its share of each parameter, of the values of the rank that reads."""
 
 
 def resolve_folder(path: str, revision: str = "") -> Path:
@@ -144,11 +136,6 @@ def load_transformer(
         return _fill(model, device, dtype, read, sharding)
 
 
-def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
-    """The VAE, always in float32."""
-    return _load(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
-
-
 def load_text(folder: Path, device: torch.device, dtype: torch.dtype, text_dim: int) -> UMT5EncoderModel:
     """The text encoder; ValueError when its width is not the one the transformer reads."""
     width = _read_config(folder, "text_encoder").get("d_model")
@@ -157,7 +144,7 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype, text_dim: 
             f"backbone.path={folder}: the text encoder has width {width}, but the transformer reads {text_dim}: "
             "the two belong to different pipelines"
         )
-    return _load(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
+    return load_component(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -217,7 +204,7 @@ def _fill(
     # Position tables are buffers that no checkpoint holds: computed anew, in float32.
     rope = model.rope
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
-    return _frozen(model)
+    return model.eval().requires_grad_(False)
 
 
 def choose_attention(network: WanTransformer3DModel, name: str, device: torch.device) -> None:
@@ -321,7 +308,7 @@ def _stored(folder: Path, name: str) -> dict[str, _Stored]:
     return stored
 
 
-def _load(model_class: type, folder: Path, name: str, device: torch.device, **dtype: torch.dtype) -> Any:
+def load_component(model_class: type, folder: Path, name: str, device: torch.device, **dtype: torch.dtype) -> Any:
     """A component with its weights on the device; ValueError when they are missing, unreadable or of another config."""
     _stored(folder, name)  # refuses what from_pretrained would load wrong
     with _named(folder, name), torch.random.fork_rng(devices=[]):  # initial values are drawn before the real are read
@@ -334,7 +321,7 @@ def _load(model_class: type, folder: Path, name: str, device: torch.device, **dt
             **dtype,
         )
     _check_keys(folder, name, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
-    return _frozen(model)
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -357,7 +344,3 @@ def _check_keys(folder: Path, name: str, *, missing: Iterable[str], unexpected: 
         if keys:
             named = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ValueError(f"backbone.path={folder}: the component {name} {problem} ({named}): download it again")
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    return model.eval().requires_grad_(False)

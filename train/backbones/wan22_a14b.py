@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train.backbones.architecture import wan_architecture
@@ -44,9 +45,7 @@ class Wan22I2V(Wan22T2V):
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor:
         """First frame (B, 3, H, W) in [-1, 1] -> VAE latents (B, C, F, H, W) of that frame, then zeros (mid grey)."""
-        first_frame = first_frame.unsqueeze(2)
-        rest = first_frame.new_zeros(1).expand(*first_frame.shape[:2], num_frames - 1, *first_frame.shape[3:])
-        return self.encode_video(torch.cat([first_frame, rest], dim=2))
+        return self.encode_video(F.pad(first_frame.unsqueeze(2), (0, 0, 0, 0, 0, num_frames - 1)))
 
     def _network_input(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         if conditioning.image is None:

@@ -114,25 +114,25 @@ class Attention(NamedTuple):
 
 
 STAGES = (
-    Between(modulated_norm(0), ("hidden",), "self_input"),
+    Between(partial(modulated_norm, 0), ("hidden",), "self_input"),
     Products(("attn1.to_q", "attn1.to_k", "attn1.to_v"), "self_input", ("query", "key", "value")),
-    Between(rotate("attn1.norm_q.weight"), ("query",), "query_heads"),
-    Between(rotate("attn1.norm_k.weight"), ("key",), "key_heads"),
+    Between(partial(rotate, "attn1.norm_q.weight"), ("query",), "query_heads"),
+    Between(partial(rotate, "attn1.norm_k.weight"), ("key",), "key_heads"),
     Between(lambda settings, frozen, value: heads(settings, value), ("value",), "value_heads"),
     Attention(("query_heads", "key_heads", "value_heads"), ("attended", "logsumexp")),
     Products(("attn1.to_out.0",), "attended", ("self_output",)),
-    Between(gated(2), ("hidden", "self_output"), "after_self"),
+    Between(partial(gated, 2), ("hidden", "self_output"), "after_self"),
     Between(cross_norm, ("after_self",), "cross_input"),
     Products(("attn2.to_q",), "cross_input", ("cross_query",)),
     Products(("attn2.to_k", "attn2.to_v"), "text", ("text_key", "text_value")),
     Between(cross_attend, ("cross_query", "text_key", "text_value"), "cross_attended"),
     Products(("attn2.to_out.0",), "cross_attended", ("cross_output",)),
     Between(lambda settings, frozen, hidden, out: hidden + out, ("after_self", "cross_output"), "after_cross"),
-    Between(modulated_norm(3), ("after_cross",), "wide_input"),
+    Between(partial(modulated_norm, 3), ("after_cross",), "wide_input"),
     Products(("ffn.net.0.proj",), "wide_input", ("wide",)),
     Between(gelu, ("wide",), "activated"),
     Products(("ffn.net.2",), "activated", ("narrow",)),
-    Between(gated(5), ("after_cross", "narrow"), "output"),
+    Between(partial(gated, 5), ("after_cross", "narrow"), "output"),
 )
 LAYERS = frozenset(layer for stage in STAGES if isinstance(stage, Products) for layer in stage.layers)
 

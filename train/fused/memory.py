@@ -36,6 +36,7 @@ GATHERED = 2  # blocks whole at once under ZeRO-3: the one that runs and one tha
 FLOAT8_WORKSPACE = 6.0  # hidden states u more with 8-bit products: their quantised operands
 
 _passes: ContextVar[int] = ContextVar("passes whose activations wait for their backward at once", default=1)
+passes_waiting = _passes.get  # () -> as the innermost `waiting` says
 
 
 @contextmanager
@@ -46,11 +47,6 @@ def waiting(passes: int) -> Iterator[None]:
         yield
     finally:
         _passes.reset(before)
-
-
-def passes_waiting() -> int:
-    """As the innermost `waiting` says, else 1."""
-    return _passes.get()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What lies between the products of Wan's transformer block: norms, modulation, gates, rotary and cross-attention.
 
-Plain tensor functions of (settings, frozen, *inputs). Hidden states are (B, N, D): B batch, N tokens, D width.
+Plain tensor functions of (settings, frozen, *inputs), some with a constant before these. Hidden states are (B, N, D): B
+batch, N tokens, D width.
 """
 
 import math
@@ -43,23 +44,15 @@ def _root_mean_square_norm(settings: Settings, x: Tensor, weight: Tensor) -> Ten
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + settings.eps) * weight.float()
 
 
-def modulated_norm(first: int):
+def modulated_norm(first: int, settings: Settings, frozen: Frozen, hidden: Tensor) -> Tensor:
     """Layer norm with the modulation's rows `first` (shift) and the next (scale)."""
-
-    def run(settings: Settings, frozen: Frozen, hidden: Tensor) -> Tensor:
-        x = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=settings.eps)
-        return (x * (1 + _modulation(frozen, first + 1)) + _modulation(frozen, first)).to(hidden.dtype)
-
-    return run
+    x = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=settings.eps)
+    return (x * (1 + _modulation(frozen, first + 1)) + _modulation(frozen, first)).to(hidden.dtype)
 
 
-def gated(index: int):
+def gated(index: int, settings: Settings, frozen: Frozen, hidden: Tensor, out: Tensor) -> Tensor:
     """Residual addition of what a row of the modulation scales."""
-
-    def run(settings: Settings, frozen: Frozen, hidden: Tensor, out: Tensor) -> Tensor:
-        return (hidden.float() + out.float() * _modulation(frozen, index)).to(hidden.dtype)
-
-    return run
+    return (hidden.float() + out.float() * _modulation(frozen, index)).to(hidden.dtype)
 
 
 def gelu(settings: Settings, frozen: Frozen, wide: Tensor) -> Tensor:
@@ -75,17 +68,14 @@ def cross_norm(settings: Settings, frozen: Frozen, hidden: Tensor) -> Tensor:
     return F.layer_norm(hidden.float(), hidden.shape[-1:], weight, bias, settings.eps).to(hidden.dtype)
 
 
-def rotate(name: str):
-    """Norm over all heads and rotary embedding of channel pairs (2i, 2i + 1): (B, N, D) -> (B, heads, N, D / heads)."""
-
-    def run(settings: Settings, frozen: Frozen, x: Tensor) -> Tensor:
-        cos, sin = frozen["cos"], frozen["sin"]  # (1, N, 1, D / heads), each pair's value twice
-        sign = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
-        y = _root_mean_square_norm(settings, x, frozen[name]).unflatten(2, (settings.heads, -1))
-        swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return (y * cos + swapped * (sin * sign)).to(x.dtype).transpose(1, 2)
-
-    return run
+def rotate(name: str, settings: Settings, frozen: Frozen, x: Tensor) -> Tensor:
+    """Norm over all heads, by the weight `name`, and rotary embedding of channel pairs (2i, 2i + 1): (B, N, D) ->
+    (B, heads, N, D / heads)."""
+    cos, sin = frozen["cos"], frozen["sin"]  # (1, N, 1, D / heads), each pair's value twice
+    sign = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
+    y = _root_mean_square_norm(settings, x, frozen[name]).unflatten(2, (settings.heads, -1))
+    swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (y * cos + swapped * (sin * sign)).to(x.dtype).transpose(1, 2)
 
 
 def cross_attend(settings: Settings, frozen: Frozen, cross_query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.teachers.weights import check_path, load_model, read_config
+from train.teachers.weights import check_path, load_model, normalise, read_config
 
 KEY, EXAMPLE = "depth_anything.path", "depth-anything/Depth-Anything-V2-Large-hf"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB
 
 
 @dataclass
@@ -67,5 +66,4 @@ def preprocess(frame: Tensor, side: int, patch: int) -> Tensor:
     size = tuple(max(1, round(scale * length / patch)) * patch for length in (height, width))
     image = frame.permute(2, 0, 1)[None].float() / 255  # (1,3,H,W)
     image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    return (image - mean) / std
+    return normalise(image)

@@ -14,12 +14,12 @@ from losses.regions import rasterize
 STEPS = 65535  # of a stored coordinate
 
 
-def query_grid(side: int, *, device: torch.device | str = "cpu") -> Tensor:
+def query_grid(side: int) -> Tensor:
     """The centres of side x side equal cells, row by row: (side^2, 2) float32, the points to be tracked from frame 0.
 
     By hand: side 2 gives (0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75).
     """
-    centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
+    centres = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 

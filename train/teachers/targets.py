@@ -19,8 +19,8 @@ student's features to relation_grid, and compares at relation_indices. K is 0 in
 The shard builder's own maker (`data_pipeline/stages/targets.py`) knows the simulator as well.
 """
 
+import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -63,6 +63,7 @@ class TargetMaker:
 
     def __init__(self, config: TargetsConfig, video: VideoConfig, device: torch.device | str):
         self.config, self.video, self.device = config, video, device
+        self._built: dict[str, Any] = {}
         for name in ("grid", "top_k", "max_tokens"):
             if getattr(config, name) < 1:
                 raise ValueError(f"targets.{name}={getattr(config, name)}: use 1 or more")
@@ -87,20 +88,11 @@ class TargetMaker:
             except ValueError as error:
                 raise ValueError(f"targets.{name}={chosen}: {error}") from error
 
-    @cached_property
-    def _track(self) -> Any:
-        return self._build(TRACKERS, self.config.tracks)
-
-    @cached_property
-    def _disparity(self) -> Any:
-        return self._build(DEPTHS, self.config.depth)
-
-    @cached_property
-    def _encode(self) -> Any:
-        return self._build(ENCODERS, self.config.relation)
-
-    def _build(self, teachers: dict[str, ModuleType], name: str) -> Any:
-        return teachers[name].build(getattr(self.config, name), self.device)
+    def _teacher(self, teachers: dict[str, ModuleType], name: str) -> Any:
+        """The model of that name, built when the first clip needs it."""
+        if name not in self._built:
+            self._built[name] = teachers[name].build(getattr(self.config, name), self.device)
+        return self._built[name]
 
     def make(self, frames: Tensor) -> dict[str, Tensor]:
         """The targets of one clip, on the CPU; empty without `tracks`."""
@@ -122,7 +114,7 @@ class TargetMaker:
         motion = motion_magnitude(tracks[None], aspect=video.width / video.height)  # (1,N)
         keep = made["keep"] = select_tracks(motion, foreground[None], rule=config.rule, top_k=config.top_k)[0]
         if config.relation:
-            tokens = self._encode(frames)
+            tokens = self._teacher(ENCODERS, config.relation)(frames)
             mask = token_mask(tracks, visible, keep, tokens.frames.cpu(), tokens.grid[1:])  # (F,H,W)
             chosen = choose_tokens(mask, config.max_tokens)
             made["relation_tokens"] = tokens.values[chosen.to(tokens.values.device)].to("cpu", torch.bfloat16)
@@ -132,12 +124,12 @@ class TargetMaker:
 
     def _tracks(self, frames: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Tracks (T,N,2) and visibility (T,N) of the clip, on the CPU."""
-        tracks, visible = self._track(frames, queries)
+        tracks, visible = self._teacher(TRACKERS, self.config.tracks)(frames, queries)
         return tracks.cpu(), visible.cpu()
 
     def _nearness(self, frames: Tensor) -> Tensor:
         """Disparity (H,W) of the first frame, on the CPU."""
-        return self._disparity(frames[0]).cpu()
+        return self._teacher(DEPTHS, self.config.depth)(frames[0]).cpu()
 
     def describe(self) -> str:
         """A line for each tensor of a group, with its bytes, and their sum. Reads no weights, but an encoder's config.
@@ -155,21 +147,20 @@ class TargetMaker:
         if self.config.depth:
             shapes["disparity"] = (points,), torch.float16
         shapes["keep"] = (points,), torch.bool
-        unread = ""
+        unread = []
         if self.config.relation:
             try:
                 grid, width = ENCODERS[self.config.relation].shape(getattr(self.config, self.config.relation))
             except ValueError as error:
-                unread = f"relation tokens come on top: {error}"
-        if self.config.relation and not unread:
-            tokens = min(self.config.max_tokens, grid[0] * grid[1] * grid[2])
-            shapes["relation_tokens"] = (tokens, width), torch.bfloat16
-            shapes["relation_indices"] = (tokens,), torch.int32
-            shapes["relation_grid"] = (3,), torch.int32
+                unread = [f"relation tokens come on top: {error}"]
+            else:
+                tokens = min(self.config.max_tokens, math.prod(grid))
+                shapes["relation_tokens"] = (tokens, width), torch.bfloat16
+                shapes["relation_indices"] = (tokens,), torch.int32
+                shapes["relation_grid"] = (3,), torch.int32
         lines, total = [], 0
         for name, (shape, dtype) in shapes.items():
             size = torch.empty(shape, dtype=dtype, device="meta").nbytes
             total += size
             lines.append(f"{name:<18}{str(shape):<16}{str(dtype).removeprefix('torch.'):<10}{size:>9} bytes")
-        lines += [unread] if unread else []
-        return "\n".join([*lines, f"targets: at most {total} bytes per group"])
+        return "\n".join([*lines, *unread, f"targets: at most {total} bytes per group"])

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.teachers.weights import check_path, load_model, read_config
+from train.teachers.weights import check_path, load_model, normalise, read_config
 
 KEY, EXAMPLE = "vjepa2.path", "facebook/vjepa2-vitl-fpc64-256"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB
 
 
 @dataclass
@@ -80,6 +79,4 @@ def sample_frames(num_frames: int, wanted: int) -> Tensor:
 def preprocess(frames: Tensor, side: int) -> Tensor:
     """(T,H,W,3) uint8 -> (T,3,side,side) float32, antialiased bilinear, ImageNet-normalised."""
     images = frames.permute(0, 3, 1, 2).float() / 255
-    images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    return (images - mean) / std
+    return normalise(F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False))

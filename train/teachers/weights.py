@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from train.entry import first_line
 
@@ -56,3 +56,11 @@ REMEDY = "check the name, the network, and that config.json and *.safetensors ar
 def _place(path: str) -> str:
     folder = Path(path).expanduser()
     return str(folder) if folder.is_dir() else path
+
+
+def normalise(images: Tensor) -> Tensor:
+    """RGB images (..., 3, H, W) in [0, 1] by ImageNet's mean and standard deviation."""
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (images - mean) / std

@@ -1,11 +1,10 @@
 """What a preference step is measured against: the device's ceilings, plain code, and a copied reference."""
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -17,37 +16,17 @@ from train.backbones.architecture import num_tokens
 from train.backbones.attention_kernels import kernels_on
 from train.backbones.base import Backbone
 from train.entry import first_line
+from train.full_parameters import FullParameters
 from train.tools.breakdown import seconds, sustained, time_step
 from train.tracking import transformer_flops
 
 
-class CopiedReference:
-    """Full fine-tuning against a frozen copy: what stands in a LoRA switch's place without it. Same interface for
-    `gdpo.step`."""
+class CopiedReference(FullParameters):
+    """Full fine-tuning against a frozen copy, in whatever dtype the weights have: for speed, not for training."""
 
-    def __init__(self, backbone: Backbone, copy: nn.Module):
-        self.backbone, self.copy = backbone, copy
-        backbone.transformer.requires_grad_(True)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.backbone.transformer.parameters())
-
-    @contextmanager
-    def frozen_reference(self):
-        experts, name = self.backbone.experts, self.backbone.expert
-        policy, experts[name] = experts[name], self.copy
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            experts[name] = policy
-
-    def share_graph(self) -> None:
-        """Nothing to share: the two networks are two."""
-
-    @staticmethod
-    def checkpoint(function: Callable, *args):
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+    def __init__(self, network: nn.Module):
+        self.weights = dict(network.requires_grad_(True).named_parameters())
+        self._frozen = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
 
 def measure_ceilings(config: gdpo.Config, backbone: Backbone) -> dict[str, float]:
@@ -75,10 +54,9 @@ def measure_ceilings(config: gdpo.Config, backbone: Backbone) -> dict[str, float
         forward = partial(kernel.forward, query, key, value)
         try:
             backward = partial(kernel.backward, grad, query, key, value, *forward())
-            rates[f"attention_{name}"] = flops / seconds(forward, backbone.device, 5) / 1e12
-            rates[f"attention_{name}_backward"] = 2.5 * flops / seconds(backward, backbone.device, 5) / 1e12
-            rates[f"attention_{name}_sustained"] = flops / sustained(forward, backbone.device) / 1e12
-            rates[f"attention_{name}_backward_sustained"] = 2.5 * flops / sustained(backward, backbone.device) / 1e12
+            for kind, measured in (("", partial(seconds, repeats=5)), ("_sustained", sustained)):
+                rates[f"attention_{name}{kind}"] = flops / measured(forward, backbone.device) / 1e12
+                rates[f"attention_{name}_backward{kind}"] = 2.5 * flops / measured(backward, backbone.device) / 1e12
         except Exception as error:  # as in `attention_seconds`: whatever another package's compiler raises
             print(f"attention kernel {name} does not run here: {first_line(error)}")
             del kernels[name]
@@ -106,18 +84,10 @@ def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], rep
     pass. batch: of one loser; its terms are not read."""
     network = backbone.transformer
     network.reset_attention_backend()
-    targets = "|".join(target.replace(".", r"\.") for target in config.lora.targets)
-    network.add_adapter(
-        LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            target_modules=rf".*\.({targets})",
-            init_lora_weights="gaussian",
-        )
-    )
-    weights = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
-    for weight in weights:
-        weight.data = weight.data.float()
+    rank, alpha, targets = config.lora.rank, config.lora.alpha, config.lora.targets
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))
+    cast_training_params(network)
+    weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
     network.train()
     network.enable_gradient_checkpointing()
     clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[0]  # (2,C,F,H,W)

@@ -45,12 +45,13 @@ from train.backbones.base import Backbone
 from train.data import Sample
 from train.files import write_text
 from train.fused.prepare import prepare_network
+from train.groups import Loser
+from train.loop import set_gradients
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
 from train.parallel import average_, build_accelerator, partition, release, sharding
 from train.policy import Policy
 from train.teachers.points import pack, query_grid
-from train.terms import TERMS
 from train.terms.physics import build_heads
 from train.tools.baselines import CopiedReference, limit, measure_ceilings, plain
 from train.tools.breakdown import draw_chart, time_step
@@ -58,6 +59,19 @@ from train.tools.breakdown import draw_chart, time_step
 PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score", "zero3")
 KINDS = ("", "_sustained")  # of ceilings
 LOSERS = 4  # of `groupwise`
+# What the recipe's step is measured with, by section, and what else some parts change.
+NO_TERMS = {
+    "objective": {"loss": "bound"},
+    "physics": {"trajectory": 0.0, "relational": 0.0},
+    "self_score": {"weight": 0.0},
+}
+CHANGES = {
+    "low_memory": {"train": {"memory_budget_gib": 1e-3}},
+    "float8": {"train": {"float8": True}},
+    "groupwise": {"objective": {"loss": "plackett_luce"}},
+    "physics": {"physics": {"trajectory": 1.0, "relational": 1.0}},
+    "self_score": {"self_score": {"weight": 1.0}},
+}
 RELATION_GRID, RELATION_WIDTH = (32, 16, 16), 1024  # of `physics`: V-JEPA 2 ViT-L's tokens; a group has 512 of them
 
 
@@ -73,30 +87,24 @@ class Config(gdpo.Config):
 
 
 def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, Tensor]:
-    """One group of random latents in the shapes that `gdpo.prepare` gives, on the device; with the recipe's terms."""
-    video, device = config.video, backbone.device
+    """A batch of one group of random latents, as training makes it, on the device; with the recipe's terms."""
+    video = config.video
     shape = backbone.latent_shape(video.height, video.width, video.num_frames)
     generator = torch.Generator().manual_seed(config.seed)
-    clips = torch.randn(1, 1 + losers, *shape, generator=generator).to(device, torch.bfloat16)
-    width = backbone.architecture["transformer"]["text_dim"]
-    text = torch.randn(1, config.backbone.text_length, width, generator=generator)
-    batch = {
-        "winner": clips[:, 0],
-        "losers": clips[:, 1:],
-        "text": text.to(device, torch.bfloat16),
-        "t": torch.full((1,), 0.6, device=device),
-        "noise": torch.randn(1, 1, *shape, generator=generator).to(device).expand(1, 1 + losers, *shape),
-        "semantic": torch.full((1, losers), 0.5, device=device),
-        "physical": torch.full((1, losers), 0.5, device=device),
-        "group_size": torch.full((1,), float(losers), device=device),
-    }
-    if config.backbone.family == "wan22_i2v":
-        batch["condition"] = torch.randn(1, *shape, generator=generator).to(device, torch.bfloat16)
-    group = SimpleNamespace(winner=clips[0, 0], extra=random_targets(config, generator))
-    terms: dict[str, Tensor] = {}
-    for term in TERMS.values():
-        terms |= term.prepare(config, Sample(0, group, 0), generator)
-    return batch | {name: tensor[None].to(device) for name, tensor in terms.items()}
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    group = SimpleNamespace(
+        winner=random(*shape),
+        losers=random(losers, *shape),
+        losers_info=[Loser(seed, semantic=0.5, physical=0.5) for seed in range(losers)],
+        text=random(config.backbone.text_length, backbone.architecture["transformer"]["text_dim"]),
+        condition=random(*shape) if config.backbone.family == "wan22_i2v" else None,
+        extra=random_targets(config, generator),
+    )
+    tensors = gdpo.prepare(config, Sample(0, group, 0))
+    return {name: tensor[None].to(backbone.device) for name, tensor in tensors.items()}
 
 
 def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tensor]:
@@ -116,25 +124,8 @@ def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tens
     }
 
 
-def ours(
-    config: Config,
-    backbone: Backbone,
-    *,
-    losers: int = 1,
-    loss: str = "bound",
-    physics: bool = False,
-    self_score: bool = False,
-    ranks: Accelerator | None = None,
-) -> dict[str, float]:
-    """`gdpo.step`, optimizer included; with the terms that are asked for and no others, whatever the recipe's. `ranks`:
-    those to shard the frozen network over."""
-    weight = 1.0 if physics else 0.0
-    config = replace(
-        config,
-        objective=replace(config.objective, loss=loss),
-        physics=replace(config.physics, trajectory=weight, relational=weight),
-        self_score=replace(config.self_score, weight=1.0 if self_score else 0.0),
-    )
+def ours(config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelerator | None = None) -> dict[str, float]:
+    """`gdpo.step`, optimizer included. `ranks`: those to shard the frozen network over."""
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
     policy = Policy(backbone, switch, build_heads(config, backbone))
     engine = None if ranks is None else partition(ranks, backbone.transformer)
@@ -155,13 +146,9 @@ def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str
 
 
 def copied(config: Config, backbone: Backbone) -> dict[str, float]:
-    """Full fine-tuning with a copied reference: the same step and losses, without terms."""
-    config = replace(config, physics=replace(config.physics, trajectory=0.0, relational=0.0))
-    config = replace(config, self_score=replace(config.self_score, weight=0.0))
-    reference = load_backbone(config.backbone, backbone.device, parts=("expert",)).transformer
-    switch = CopiedReference(backbone, reference)
-    for network in (reference, backbone.transformer):
-        prepare_network(network, switch, config.train)
+    """Full fine-tuning with a copied reference: the same step and losses."""
+    switch = CopiedReference(backbone.transformer)
+    prepare_network(backbone.transformer, switch, config.train)
     return _preference_step(config, Policy(backbone, switch), 1)
 
 
@@ -172,14 +159,11 @@ def _preference_step(config: Config, policy: Policy, losers: int, engine: nn.Mod
 
     def run() -> None:
         gradients, metrics = gdpo.step(config, policy, batch)
+        release(engine)
         if engine is not None:
-            release(engine)
             average_(gradients)
         gaps.append(abs(metrics["policy_winner"] - metrics["reference_winner"]).item())
-        for weight, gradient in zip(policy.parameters(), gradients, strict=True):
-            weight.grad = gradient
-        nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm)
-        nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm)
+        set_gradients(config, policy, optimizer, gradients, 0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         assert torch.isfinite(metrics["loss"]).item()
@@ -235,29 +219,19 @@ def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, An
     """Figures of one of PARTS, from a network of its own."""
     spread = sharding(accelerator) if part == "zero3" else None
     backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=spread)
-    match part:
-        case "ceilings":
-            rates = measure_ceilings(config, backbone)
-            both = {f"pair_limit{kind}_seconds": limit(config, rates, clips=2, kind=kind) for kind in KINDS}
-            return rates | both
-        case "plain":
-            return plain(config, backbone, random_batch(config, backbone, 1), config.benchmark.repeats)
-        case "ours":
-            return ours(config, backbone)
-        case "low_memory":
-            return ours(replace(config, train=replace(config.train, memory_budget_gib=1e-3)), backbone)
-        case "float8":
-            return ours(replace(config, train=replace(config.train, float8=True)), backbone)
-        case "groupwise":
-            return ours(config, backbone, losers=LOSERS, loss="plackett_luce")
-        case "copy":
-            return copied(config, backbone)
-        case "physics":
-            return ours(config, backbone, physics=True)
-        case "self_score":
-            return ours(config, backbone, self_score=True)
-        case "zero3":
-            return ours(config, backbone, ranks=accelerator)
+    if part == "ceilings":
+        rates = measure_ceilings(config, backbone)
+        both = {f"pair_limit{kind}_seconds": limit(config, rates, clips=2, kind=kind) for kind in KINDS}
+        return rates | both
+    if part == "plain":
+        return plain(config, backbone, random_batch(config, backbone, 1), config.benchmark.repeats)
+    for changes in (NO_TERMS, CHANGES.get(part, {})):
+        sections = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+        config = replace(config, **sections)
+    if part == "copy":
+        return copied(config, backbone)
+    losers = LOSERS if part == "groupwise" else 1
+    return ours(config, backbone, losers=losers, ranks=accelerator if part == "zero3" else None)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,6 +25,7 @@ KINDS = {
     "matrix": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "addmm", "aten::mm", "aten::bmm"),
 }
 REST = "elementwise"
+COLOURS = ("#9467bd", "#b0558c", "#f0b35a", "#3b6ea5", "#79b4a9")  # of KINDS
 BESIDE = ("communication", "copies")  # they run while the others do
 
 
@@ -86,8 +89,7 @@ def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, f
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as profiler:
         run()
-        if cuda:
-            torch.cuda.synchronize(device)
+        _synchronize(device)
     totals = dict.fromkeys(KINDS, 0.0)
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -98,49 +100,40 @@ def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, f
 def draw_chart(results: dict[str, Any], path: Path) -> None:
     """Seconds per step of each measured part, beside the limit, and its peak memory. Seconds are stacked by kind where
     that was measured; a thin bar is what ran beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     parts = {name: part for name, part in results.items() if isinstance(part, dict) and "seconds" in part}
-    shape = {"figsize": (9, 0.7 * len(parts) + 1.8), "width_ratios": (2, 1), "layout": "constrained"}
-    figure, (spent, memory) = pyplot.subplots(1, 2, sharey=True, **shape)
-    colours = ("#9467bd", "#b0558c", "#f0b35a", "#3b6ea5", "#79b4a9", "#dddddd")
-    colours = dict(zip([*KINDS, "idle"], colours, strict=True))
-    shown = set()
-    for row, part in enumerate(parts.values()):
-        kinds = part.get("time") or {}
-        computing = sum(seconds for kind, seconds in kinds.items() if kind not in BESIDE)
-        scale = part["seconds"] / max(computing, part["seconds"])
-        ends = {True: 0.0, False: 0.0}  # of the thin bar and of the wide one
-        for kind, seconds in kinds.items():
-            if seconds > 0:
-                thin, label = kind in BESIDE, None if kind in shown else kind
-                place, height = (row + 0.46, 0.1) if thin else (row, 0.8)
-                spent.barh(place, seconds * scale, height, left=ends[thin], color=colours[kind], label=label)
-                ends[thin] += seconds * scale
-                shown.add(kind)
-        spent.barh(row, part["seconds"] - ends[False], left=ends[False], color=colours["idle"])
-        spent.text(part["seconds"], row, f" {part['seconds']:.3g}", va="center")
-        if "limit_seconds" in part:
-            label = None if "limit" in shown else "arithmetic limit"
-            spent.plot([part["limit_seconds"]] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2, label=label)
-            shown.add("limit")
-        memory.barh(row, part["memory_gib"], color="#8c8c8c")
-        memory.text(part["memory_gib"], row, f" {part['memory_gib']:.3g}", va="center")
+    rows, total = np.arange(len(parts)), np.array([part["seconds"] for part in parts.values()])
+    times = {kind: np.array([part.get("time", {}).get(kind, 0.0) for part in parts.values()]) for kind in KINDS}
+    computing = sum(seconds for kind, seconds in times.items() if kind not in BESIDE)
+    scale = total / np.maximum(computing, total)
+    figure = Figure(figsize=(9, 0.7 * len(parts) + 1.8), layout="constrained")
+    spent, memory = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    ends = {True: np.zeros(len(parts)), False: np.zeros(len(parts))}  # of the thin bars and of the wide ones
+    for (kind, seconds), colour in zip(times.items(), COLOURS, strict=True):
+        thin = kind in BESIDE
+        if seconds.any():
+            place, height = (rows + 0.46, 0.1) if thin else (rows, 0.8)
+            spent.barh(place, seconds * scale, height, left=ends[thin], color=colour, label=kind)
+            ends[thin] += seconds * scale
+    spent.barh(rows, total - ends[False], left=ends[False], color="#dddddd")
+    limits = [(row, part["limit_seconds"]) for row, part in enumerate(parts.values()) if "limit_seconds" in part]
+    if limits:
+        places, seconds = np.transpose(limits)
+        spent.vlines(seconds, places - 0.4, places + 0.4, color="black", linewidth=2, label="arithmetic limit")
+    peaks = [part["memory_gib"] for part in parts.values()]
+    memory.barh(rows, peaks, color="#8c8c8c")
+    for axes, values in ((spent, total), (memory, peaks)):
+        for row, value in enumerate(values):
+            axes.text(value, row, f" {value:.3g}", va="center")
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
     labels = [name + (f", {part['ranks']} GPUs" if "ranks" in part else "") for name, part in parts.items()]
-    spent.set_yticks(range(len(parts)), labels)
+    spent.set_yticks(rows, labels)
     spent.invert_yaxis()
     spent.set_xlabel("seconds per step")
     memory.set_xlabel("peak memory, GiB")
-    for axes in (spent, memory):
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    rows, columns, frames = results["video"]
-    title = f"{results['architecture']}, {rows}x{columns}x{frames}, {results['device']}, torch {results['torch']}"
+    height, width, frames = results["video"]
+    title = f"{results['architecture']}, {height}x{width}x{frames}, {results['device']}, torch {results['torch']}"
     figure.suptitle(title, fontsize=10)
-    if shown:
+    if spent.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

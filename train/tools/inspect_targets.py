@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -27,10 +27,10 @@ from train import checkpoint, entry, files, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.clips import to_pixels
-from train.data import pad_text
+from train.data import Sample, pad_text
 from train.groups import Group, GroupSet
 from train.teachers.points import unpack
-from train.terms.physics import build_heads, feature_block, student_tokens, student_tracks, target_tensors
+from train.terms.physics import build_heads, feature_block, prepare, student_tokens, student_tracks
 
 FRAMES = 4  # columns of the first row
 
@@ -73,17 +73,18 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
             " recipe=<its folder>/recipe.yaml"
         )
     checkpoint.load_heads(path.parent, heads)
-    sizes = {"num_frames": group.winner.shape[1], "max_tokens": config.targets.max_tokens}
-    tensors = target_tensors(config.physics, group.extra, **sizes)
-    targets = {name: tensor[None].to(backbone.device) for name, tensor in tensors.items()}
-    clean = group.winner[None].to(backbone.device).float()
+
+    def batch(tensor: Tensor) -> Tensor:
+        return tensor[None].to(backbone.device)
+
+    prepared = prepare(config, Sample(0, group, 0), torch.Generator())
+    targets = {name: batch(tensor) for name, tensor in prepared.items()}
+    clean, text = batch(group.winner).float(), batch(pad_text(group.text, config.backbone.text_length))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)
     t = torch.full((1,), config.inspect.t, device=clean.device)
-    text = pad_text(group.text, config.backbone.text_length)[None].to(clean.device)
-    condition = None if group.condition is None else group.condition[None].to(clean.device)
+    conditioning = Conditioning(text, None if group.condition is None else batch(group.condition))
     block = feature_block(config.physics, len(backbone.blocks))
-    x_t = interpolate(clean, noise, t)
-    _, features = backbone.velocity(x_t, t, Conditioning(text, condition), features_at=block)
+    _, features = backbone.velocity(interpolate(clean, noise, t), t, conditioning, features_at=block)
     made = {}
     if config.physics.trajectory > 0:
         made["tracks"] = student_tracks(heads, features, targets["tracks"][:, 0])[0].cpu()
@@ -131,10 +132,10 @@ def draw_student(axes: Any, group: Group, frames: Tensor, made: dict[str, Tensor
     if "tracks" in made:
         stride = (len(frames) - 1) // max(len(made["tracks"]) - 1, 1)
         reference, visible = reference[::stride], visible[::stride]
-        counted = keep & visible  # (F,N)
-        error = (made["tracks"] - reference).norm(dim=-1)[1:][counted[1:]]
-        for axis, paths, name in ((axes[0], reference, "reference"), (axes[1], made["tracks"], "predicted")):
-            show(axis, frames[0], f"{name} tracks" + ("" if axis is axes[0] else f", {error.mean():.3f} sides apart"))
+        apart = (made["tracks"] - reference).norm(dim=-1)[1:][(keep & visible)[1:]].mean()
+        titles = "reference tracks", f"predicted tracks, {apart:.3f} sides apart"
+        for axis, paths, title in zip(axes[:2], (reference, made["tracks"]), titles, strict=True):
+            show(axis, frames[0], title)
             draw_paths(axis, paths, visible, keep, frames.shape)
     if "tokens" in made:
         teacher = cosines(group.extra["relation_tokens"].float()[None])[0]
@@ -145,6 +146,7 @@ def draw_student(axes: Any, group: Group, frames: Tensor, made: dict[str, Tensor
 
 def show(axis: Axes, frame: Tensor, title: str) -> None:
     axis.imshow(frame.numpy())
+    axis.autoscale(False)  # what leaves the frame is not drawn
     axis.set_title(title, fontsize=9)
     axis.set_axis_off()
 
@@ -155,15 +157,13 @@ def draw_paths(
     """Paths of the chosen points: tracks (T,N,2), visible (T,N), chosen (N,); `shape` of the frames (T,H,W,3)."""
     size = torch.tensor([shape[2], shape[1]])
     pixels = torch.where(visible.unsqueeze(-1), tracks * size - 0.5, torch.nan)[:, chosen]  # pixel i: centre at i
-    colours = ScalarMappable(cmap="plasma").to_rgba(torch.linspace(0, 1, pixels.shape[1]).numpy(), norm=False)
-    for number in range(pixels.shape[1]):
-        x, y = pixels[:, number].unbind(-1)
-        style = {"color": "0.6", "alpha": 0.4, "linewidth": 0.5} if grey else {"color": colours[number], "linewidth": 1}
-        axis.plot(x.numpy(), y.numpy(), **style)
-        if not grey:
-            axis.plot(x[-1:].numpy(), y[-1:].numpy(), ".", color=colours[number], markersize=4)
-    axis.set_xlim(-0.5, shape[2] - 0.5)
-    axis.set_ylim(shape[1] - 0.5, -0.5)
+    x, y = pixels.unbind(-1)  # (T,N)
+    if grey:
+        axis.plot(x, y, color="0.6", alpha=0.4, linewidth=0.5)
+    elif chosen.any():
+        axis.set_prop_cycle(color=colormaps["plasma"](torch.linspace(0, 1, x.shape[1])))
+        axis.plot(x, y, linewidth=1)
+        axis.plot(x[-1:], y[-1:], ".", markersize=4)
 
 
 def scatter(axis: Axes, frames: Tensor, points: Tensor, title: str, values: Tensor | None = None) -> None:

@@ -89,7 +89,7 @@ def selected(stage: str) -> tuple[str, ...]:
 
 def plan(config: Config) -> str:
     """The derived numbers, without weights. Raises ValueError where the video size does not suit the backbone."""
-    video, settings, losers = config.video, config.pipeline, config.pipeline.num_losers
+    video, settings, losers = config.video, config.pipeline, config.pipeline.losers.count
     setup, architecture = Setup(config, "cpu"), _architecture(config.backbone)
     size = (video.height, video.width, video.num_frames)
     channels, frames, rows, columns = latent_shape(architecture, *size)

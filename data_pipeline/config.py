@@ -1,7 +1,7 @@
 """The settings of a build, and what its stages are made from."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,46 @@ class ResampleConfig:
         return self.budget > 0 and self.tau > 0
 
 
+STARTS = ("noise", "winner")
+
+
+@dataclass
+class LosersConfig:
+    """How losers are sampled: as the section `sampler` says but for the keys that are set here. Null: as there.
+
+    Cheap ones do: on the sandbox one loser of a third of the steps with twice the training is better than four whole
+    ones, at a thirteenth of their passes (eval/sandbox/README.md).
+    """
+
+    count: int = 4  # M, of each group; 0 for supervised training, which needs no transformer here
+    solver: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    guided: list[float] | None = None
+    cache: float | None = None
+    start: str = "noise"  # noise | winner: the real clip, noised to start_time
+    start_time: float = 0.9  # on the sandbox losers from 0.7 teach nothing
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"pipeline.losers.count={self.count}: use 0 or more")
+        if self.start not in STARTS:
+            raise ValueError(f"pipeline.losers.start={self.start!r}: must be one of {', '.join(STARTS)}")
+        if not 0 < self.start_time < 1:
+            raise ValueError(f"pipeline.losers.start_time={self.start_time}: must lie in (0, 1), such as 0.9")
+
+    @property
+    def from_winner(self) -> bool:
+        return self.start == "winner"
+
+    def sampler(self, evaluation: SamplerConfig) -> SamplerConfig:
+        """ValueError for settings that cannot work."""
+        own = {name: getattr(self, name) for name in ("solver", "steps", "guidance", "guided", "cache")}
+        found = replace(evaluation, **{name: value for name, value in own.items() if value is not None})
+        found.check("pipeline.losers")
+        return found
+
+
 @dataclass
 class PipelineConfig:
     manifest: Any = ""  # where the clips come from, see sources.py; several joined with commas, or a list
@@ -79,7 +119,7 @@ class PipelineConfig:
     # Whether groups hold their clip's first frame and losers begin with it (image-to-video). A choice of wan22_ti2v;
     # null: the family's own way, with it for wan22_i2v and from text alone for all others.
     first_frame: bool | None = None
-    num_losers: int = 4  # M, generated clips per group; 0 for supervised training, which needs no transformer here
+    losers: LosersConfig = field(default_factory=LosersConfig)
     unit_size: int = 16  # rows per unit from generate on: one shard; its losers are judged together
     batch_size: int = 1  # losers sampled together, per GPU; an interruption costs at most these
     encode_batch: int = 1  # clips encoded or decoded together, per GPU
@@ -92,7 +132,7 @@ class PipelineConfig:
     array_count: int = 1
 
     def __post_init__(self) -> None:
-        least = {"num_losers": 0, "unit_size": 1, "batch_size": 1, "encode_batch": 1, "array_count": 1}
+        least = {"unit_size": 1, "batch_size": 1, "encode_batch": 1, "array_count": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"pipeline.{name}={getattr(self, name)}: use {bound} or more")
@@ -141,7 +181,7 @@ class Setup:
 
     def sources(self) -> list[Source]:
         return open_sources(
-            self.pipeline.manifest, num_losers=self.pipeline.num_losers, video=self.video, seed=self.config.seed
+            self.pipeline.manifest, num_losers=self.pipeline.losers.count, video=self.video, seed=self.config.seed
         )
 
     def load(self, parts: Sequence[str]) -> Backbone:
@@ -186,16 +226,25 @@ class Setup:
         first_frame = {"first_frame": self.first_frame}
         return settings | first_frame if len(shell.first_frame) > 1 else settings  # it says nothing of other families
 
-    def clip_settings(self, num_losers: int) -> dict[str, Any]:
-        """Of the model's own clips, `num_losers` per row."""
-        config = self.config
-        more = {"sampler": config.sampler.settings(), "seed": config.seed, "num_losers": num_losers}
+    def clip_settings(self, sampler: SamplerConfig, count: int) -> dict[str, Any]:
+        """Of the model's own clips, `count` per row."""
+        more = {"sampler": sampler.settings(), "seed": self.config.seed, "num_losers": count}
         return self.winner_settings | more
+
+    @cached_property
+    def loser_sampler(self) -> SamplerConfig:
+        return self.pipeline.losers.sampler(self.config.sampler)
+
+    @property
+    def loser_settings(self) -> dict[str, Any]:
+        losers = self.pipeline.losers
+        start = {"start": [losers.start, losers.start_time]} if losers.from_winner else {}
+        return self.clip_settings(self.loser_sampler, losers.count) | start
 
     @property
     def losers(self) -> Store:
         """The losers that the generate stage keeps: {"losers": (M, C, F, H, W) bfloat16} per row."""
-        return Store(self.folder / "generate" / "losers", self.clip_settings(self.pipeline.num_losers))
+        return Store(self.folder / "generate" / "losers", self.loser_settings)
 
     @property
     def targets(self) -> Store:

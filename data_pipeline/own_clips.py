@@ -18,22 +18,30 @@ from data_pipeline.tables import Advance, Bad, TableRow
 from train.backbones.base import Backbone, Conditioning
 from train.clips import from_pixels
 from train.files import seed_of
-from train.sampling import sample_clips
+from train.fused.inference import fuse
+from train.sampling import SamplerConfig, sample_clips
 
 PARTS = ("text", "vae", "transformer")
 
 
 class ClipMaker:
     """Makes `num_clips` clips per row and keeps them in `store`: {"losers": (M, C, F, H, W) bfloat16} each. Whole rows
-    are sampled together where pipeline.batch_size covers more than one."""
+    are sampled together where pipeline.batch_size covers more than one. start_time: begin with the row's own clip,
+    noised to this time; None: with noise."""
 
-    def __init__(self, setup: Setup, store: Store, num_clips: int):
+    def __init__(
+        self, setup: Setup, store: Store, num_clips: int, sampler: SamplerConfig, *, start_time: float | None = None
+    ):
         self.setup, self.store, self.num_clips = setup, store, num_clips
+        self.sampler, self.start_time = sampler, start_time
         self.reader = FrameReader(setup.video, setup.device)
 
     @cached_property
     def backbone(self) -> Backbone:
-        return self.setup.load(PARTS)
+        backbone = self.setup.load(PARTS)
+        if self.setup.config.backbone.compile and (reason := fuse(backbone)):
+            print(f"blocks are not fused: {reason}")
+        return backbone
 
     @cached_property
     def negative(self) -> Conditioning:
@@ -45,14 +53,19 @@ class ClipMaker:
         if not self.num_clips:
             return {}
         read = self.reader.read_first if self.setup.first_frame else self.reader.check
+        read = read if self.start_time is None else self.reader.read
         together = max(1, self.setup.pipeline.batch_size // self.num_clips)  # rows
         return self.store.make_missing(rows, read, self.generate, together=together, advance=advance)
 
     @torch.no_grad()
     def generate(self, rows: Sequence[TableRow], begins: list[Tensor | None]) -> list[dict[str, Tensor]]:
-        """What is kept of each row, `pipeline.batch_size` clips at a time. begins: their first frames (H, W, 3) uint8,
-        where the model's clips begin with them."""
-        setup, size, first = self.setup, self.setup.pipeline.batch_size, None
+        """What is kept of each row, `pipeline.batch_size` clips at a time. begins: their first frames (H, W, 3) uint8
+        where the model's clips begin with them; all frames (T, H, W, 3) with a start_time."""
+        setup, size, first, clean = self.setup, self.setup.pipeline.batch_size, None, None
+        if self.start_time is not None:
+            frames = from_pixels(torch.stack(begins).to(self.backbone.device))  # (B, 3, T, H, W)
+            clean = self.backbone.encode_video(frames, batch_size=setup.pipeline.encode_batch).cpu()
+            begins = [clip[0] for clip in begins]
         if setup.first_frame:
             first = from_pixels(torch.stack(begins)[:, None].to(self.backbone.device))[:, :, 0]  # (B, 3, H, W)
         prompts = [row["prompt"] for row in rows]
@@ -65,8 +78,10 @@ class ClipMaker:
                 Conditioning.cat([conditioning[place : place + 1] for place, _ in batch]),
                 [seed for _, seed in batch],
                 setup.video,
-                setup.config.sampler,
+                self.sampler,
                 negative=self.negative,
+                clean=None if clean is None else clean[[place for place, _ in batch]],
+                start=1.0 if self.start_time is None else self.start_time,
                 progress=False,
             )
             latents.append(made.cpu())

@@ -71,7 +71,6 @@ class GenerateConfig(PromptsConfig):
     base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips
     folder: str = "${output}/clips"  # everything goes here
     batch_size: int = 1  # clips sampled together, per GPU; with a search: search.batch_size
-    fused: bool = False  # training's fused blocks: faster after a minute's compilation; see train.fused.inference
     search: str = ""  # best_of_n | race | prune: the best of search.num_candidates; see eval.search.searcher
     refine: str = ""  # proprio | guidance: of the chosen one's noise, or of every candidate
 
@@ -120,7 +119,7 @@ def generate(config: Config, accelerator: Accelerator) -> None:
         made = len(work.missing())
         todo = [batch for requests in work.requests.values() for batch in batches(requests, settings.batch_size)]
         todo, lora = broadcast_object_list([todo, work.lora])
-        make_clips(config, models(config, lora), todo, lora, accelerator, fused=settings.fused)
+        make_clips(config, models(config, lora), todo, lora, accelerator)
         any_rank(False, accelerator.device)  # an all-reduce, so all are done; accelerate's own waiting skips CPU ranks
         found = zip(work.comparisons, work.pairs, strict=False)
         (unfinished,) = broadcast_object_list([[(clip, pair) for clip, pair in found if not clip.is_finished()]])

@@ -184,7 +184,6 @@ def make_clips(
     accelerator: Accelerator,
     *,
     decode_batch: int = 1,
-    fused: bool = False,
 ) -> None:
     """Make this rank's share of the batches, which are the same on all ranks; what is finished in them stays.
 
@@ -198,7 +197,7 @@ def make_clips(
     known, requests = {model.name: model for model in models}, [request for batch in mine for request in batch]
     if main := accelerator.is_main_process:
         print(f"encoding prompts and loading the network for {len(requests)} clips on this rank")
-    maker = Maker(config, lora, requests, device, decode_batch=decode_batch, fused=fused)
+    maker = Maker(config, lora, requests, device, decode_batch=decode_batch)
     with tqdm(total=len(requests), desc="clips", unit="clip", smoothing=0, disable=not main) as bar:
         for batch in mine:
             maker.make(known[batch[0].clip.which], batch)
@@ -222,7 +221,6 @@ class Maker:
         device: torch.device,
         *,
         decode_batch: int,
-        fused: bool,
     ):
         self.sampler, self.decode_batch = config.sampler, decode_batch
         images = any(request.prompt.image for request in requests)
@@ -241,7 +239,7 @@ class Maker:
         self.switch = None
         if lora:
             self.switch = attach_trained(lora.path, self.backbone.experts, fingerprint=self.backbone.fingerprint)
-        if fused and (reason := fuse(self.backbone, self.switch)):
+        if config.backbone.compile and (reason := fuse(self.backbone, self.switch)):
             print(f"blocks are not fused: {reason}")
 
     def _count(self, network: nn.Module, inputs: tuple, output: Any) -> None:

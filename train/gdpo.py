@@ -296,7 +296,7 @@ def check_groups(config: Config, groups: GroupSet) -> None:
         raise ValueError(
             f"objective.loss=plackett_luce needs equally many losers in every group, {groups.folder} has"
             f" {min(counts)} to {max(counts)}: use objective.loss=bound, or build the groups"
-            " with one pipeline.num_losers"
+            " with one pipeline.losers.count"
         )
 
 

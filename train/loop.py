@@ -48,15 +48,14 @@ class TrainConfig:
     parameters: str = "lora"  # lora | full: all weights of the network, in float32
     pairs_per_pass: int = 1  # groups in one network pass, per GPU; 1 keeps one sample's activations at a time
     activation_checkpointing: bool = True  # keep only each block's input, recompute the rest in backward
-    compile: bool = False  # torch.compile the transformer block, once for all layers
-    # With compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of recomputed, each
-    # block's input at least. 0: nine tenths of the GPU, on a CPU no limit; never more than 95 % of the GPU.
+    # With backbone.compile and LoRA: the peak that a step may reach, GiB per GPU; what fits is kept instead of
+    # recomputed, each block's input at least. 0: nine tenths of the GPU, on a CPU no limit; never more than 95 % of it.
     memory_budget_gib: float = 0.0
-    # With compile and LoRA on a GPU: host memory, page-locked, per GPU, for activations that go there and come back
-    # while other blocks compute. Less is taken where less does, or where the host has less. 0: none.
+    # With backbone.compile and LoRA on a GPU: host memory, page-locked, per GPU, for activations that go there and come
+    # back while other blocks compute. Less is taken where less does, or where the host has less. 0: none.
     offload_gib: float = 0.0
-    # With compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.fused.float8). Faster; the
-    # adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
+    # With backbone.compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.fused.float8). Faster;
+    # the adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
     float8: bool = False
     # Folder of the reference's flow errors: read where a run with the same groups and seed has left them, else written.
     # Then beta, learning rate, anchor or rank may change without their passes. Empty: none.
@@ -101,7 +100,9 @@ def fit(
         if config.train.reference_cache:
             policy.cache = ReferenceCache(config, groups, clips, accelerator)
         sets, heads = gradient_sets(config, clips, passes), policy.head_parameters()
-        prepare_network(backbone.transformer, policy.switch, config.train, gradients=sets)
+        prepare_network(
+            backbone.transformer, policy.switch, config.train, compiled=config.backbone.compile, gradients=sets
+        )
         weights, head_lr = policy.switch.parameters(), config.physics.head_lr
         optimizer = build_optimizer(config.optim, weights, heads=heads, head_lr=head_lr)
         run = resume.Checkpoint(config, policy, optimizer, groups, accelerator)

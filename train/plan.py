@@ -61,7 +61,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
         f"loading         at most {(memory['weights'] + largest) / GIB:.1f} GiB a device: its weights and one tensor",
     ]
-    if config.train.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
+    if config.backbone.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
         gradients = gradient_sets(config, config.objective.clips_per_group(LOSERS), accumulation)
         resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
         resident += memory.get("gathered", 0)

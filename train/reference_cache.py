@@ -28,12 +28,11 @@ from train.groups import GroupSet
 DRAWN = ("loss", "winner", "noise", "timesteps", "logit_mean", "logit_std", "timestep_shift", "t_min", "t_max")
 KEYS = {
     "objective": DRAWN,
-    "backbone": ("dtype", "text_length", "attention", "expert"),
+    "backbone": ("dtype", "text_length", "attention", "expert", "compile"),
     "train": (
         "parameters",
         "pairs_per_pass",
         "activation_checkpointing",
-        "compile",
         "float8",
         "memory_budget_gib",
         "offload_gib",

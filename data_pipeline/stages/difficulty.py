@@ -33,7 +33,8 @@ class Difficulty(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.maker = ClipMaker(setup, Store(self.folder / "clips", setup.clip_settings(1)), 1)
+        sampler = setup.config.sampler
+        self.maker = ClipMaker(setup, Store(self.folder / "clips", setup.clip_settings(sampler, 1)), 1, sampler)
 
     @cached_property
     def judge(self) -> Judge:

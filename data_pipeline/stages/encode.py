@@ -72,7 +72,7 @@ class Encode(Stage):
     def _group(self, record: TableRow) -> Group:
         made = self.store.load_of(record)
         losers = made["winner"][None][:0]  # (0, C, F, H, W)
-        if self.setup.pipeline.num_losers:
+        if self.setup.pipeline.losers.count:
             losers = self.losers.load_of(record)["losers"]
         scored = zip(record["seeds"], record["semantic"], record["physical"], strict=True)
         return Group(

@@ -23,7 +23,9 @@ class Generate(Stage):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.store = setup.losers
-        self.maker = ClipMaker(setup, self.store, setup.pipeline.num_losers)
+        losers = setup.pipeline.losers
+        start_time = losers.start_time if losers.from_winner else None
+        self.maker = ClipMaker(setup, self.store, losers.count, setup.loser_sampler, start_time=start_time)
 
     def plan(self, before: Table) -> list[Unit]:
         units = []

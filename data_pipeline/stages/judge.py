@@ -43,7 +43,7 @@ class JudgeLosers(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.losers, self.num_losers = setup.losers, setup.pipeline.num_losers
+        self.losers, self.num_losers = setup.losers, setup.pipeline.losers.count
         self.judges = bool(setup.config.judge.name)
         self.scores = setup.scores
         self.save_to = Path(setup.config.output) / "losers" if setup.pipeline.save_losers else None

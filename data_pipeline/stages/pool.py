@@ -21,7 +21,7 @@ class Pool(WholeStage):
 
     def plan(self, before: Table | None) -> list[Unit]:
         identities = [source.identity() for source in self.setup.sources()]
-        return [Unit(0, digest([identities, self.setup.pipeline.num_losers, tables.TABLE_ROWS]), 0, 0)]
+        return [Unit(0, digest([identities, self.setup.pipeline.losers.count, tables.TABLE_ROWS]), 0, 0)]
 
     def parts(self, before: Table | None) -> Iterator[Made]:
         return read_pool(self.setup.sources(), tables.TABLE_ROWS)

@@ -86,7 +86,7 @@ def arguments(model: Path, manifest: Path, output: Path, *more: str) -> list[str
         "video.fps=8",
         "sampler.steps=2",
         "sampler.guidance=2",
-        "pipeline.num_losers=2",
+        "pipeline.losers.count=2",
         "pipeline.unit_size=2",
         f"pipeline.manifest={manifest}",
         *more,
@@ -345,7 +345,7 @@ def test_jsonl_with_scores_for_each_loser(model, clips, tmp_path):
 def test_groups_from_an_image_keep_the_first_frames_latents(family, clips, tmp_path, capsys):
     model = write_tiny_pipeline(family, tmp_path / "model")
     manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:1])
-    more = (f"backbone.family={family}", "pipeline.num_losers=1", "pipeline.first_frame=true")
+    more = (f"backbone.family={family}", "pipeline.losers.count=1", "pipeline.first_frame=true")
     build.main(arguments(model, manifest, tmp_path / "out", *more, "--dry-run"))
     planned = capsys.readouterr().out
     build.main(arguments(model, manifest, tmp_path / "out", *more))
@@ -364,7 +364,7 @@ def test_ti2v_groups_are_from_text_unless_a_first_frame_is_asked_for(clips, tmp_
     """In the same folder: the change makes winners and losers anew, the same ones on the way back."""
     model = write_tiny_pipeline("wan22_ti2v", tmp_path / "model")
     manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:1])
-    more = ("backbone.family=wan22_ti2v", "pipeline.num_losers=1")
+    more = ("backbone.family=wan22_ti2v", "pipeline.losers.count=1")
     build.main(arguments(model, manifest, tmp_path / "out", *more, "--dry-run"))
     planned = capsys.readouterr().out
     build.main(arguments(model, manifest, tmp_path / "out", *more))
@@ -405,7 +405,7 @@ def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypa
     asked = []
     real = config.load_backbone
     monkeypatch.setattr(config, "load_backbone", lambda *a, parts: asked.append(parts) or real(*a, parts=parts))
-    build.main(simulated(model, tmp_path / "out", "pipeline.num_losers=0"))
+    build.main(simulated(model, tmp_path / "out", "pipeline.losers.count=0"))
     assert set(asked) == {(), ("text", "vae")}  # no transformer
     groups = by_key(tmp_path / "out")
     assert verify(tmp_path / "out" / "groups") == []
@@ -422,13 +422,13 @@ def test_simulated_clips_come_without_files_and_losers(model, tmp_path, monkeypa
 
     # More clips: the old ones stay, and what is built is not built again. Another seed gives other clips.
     before = shards(tmp_path / "out")
-    more = simulated(model, tmp_path / "out", "pipeline.num_losers=0", "pipeline.manifest=sandbox:mixed:8")
+    more = simulated(model, tmp_path / "out", "pipeline.losers.count=0", "pipeline.manifest=sandbox:mixed:8")
     build.main(more)
     after = shards(tmp_path / "out")
     assert after["unit-00000.tar"] == before["unit-00000.tar"]
     grown = by_key(tmp_path / "out")
     assert len(grown) == 8 and all(torch.equal(grown[key].winner, groups[key].winner) for key in groups)
-    build.main(simulated(model, tmp_path / "other", "pipeline.num_losers=0", "seed=1"))
+    build.main(simulated(model, tmp_path / "other", "pipeline.losers.count=0", "seed=1"))
     other = by_key(tmp_path / "other")
     assert all(key not in other or not torch.equal(other[key].winner, groups[key].winner) for key in groups)
 
@@ -475,7 +475,7 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
 
 @pytest.mark.slow
 def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
-    more = ("targets.tracks=simulator", "targets.grid=4", "pipeline.num_losers=0")
+    more = ("targets.tracks=simulator", "targets.grid=4", "pipeline.losers.count=0")
     build.main(simulated(model, tmp_path / "out", *more))
     before = by_key(tmp_path / "out")
     for group in before.values():
@@ -508,7 +508,7 @@ def test_prompts_that_the_text_encoder_cuts_are_counted_and_named(model, clips, 
     lengths = [len(read.tokenizer(row["prompt"]).input_ids) for row in rows]
     over = sum(length > 32 for length in lengths)
     assert 0 < over < 4
-    build.main(arguments(model, *out, "pipeline.num_losers=0"))
+    build.main(arguments(model, *out, "pipeline.losers.count=0"))
     first = next(row["clip"] for row, length in zip(rows, lengths, strict=True) if length > 32)
     line = f"warning: {over} prompts are longer than the 32 tokens that the text encoder reads, and cut there; "
     assert f"{line}the first is that of {clips / first}.mp4 (key {first})\n" in capsys.readouterr().out
@@ -591,7 +591,7 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
     [
         ("video.height=60", "height=60 is no multiple of 16.*64"),
         ("video.num_frames=10", "num_frames=10"),
-        ("pipeline.num_losers=-1", "pipeline.num_losers=-1: use 0 or more"),
+        ("pipeline.losers.count=-1", "pipeline.losers.count=-1: use 0 or more"),
         ("pipeline.encode_batch=0", "pipeline.encode_batch=0: use 1 or more"),
         ("pipeline.manifest=sandbox:mixed", "sandbox:<scene>:<count>.*projectile"),
         ("pipeline.manifest=sandbox:mixed:0", "sandbox:<scene>:<count>"),

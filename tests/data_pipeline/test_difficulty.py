@@ -68,7 +68,7 @@ def manifest(tmp_path):
 def run(model, manifest, output, *more):
     fixed = ("backbone.architecture=tiny", "backbone.dtype=float32", "backbone.text_length=32", "video.height=32")
     fixed += ("video.width=32", "video.num_frames=9", "video.fps=4", "sampler.steps=1", "sampler.guidance=1")
-    sizes = ("pipeline.num_losers=1", "pipeline.unit_size=4", "judge.name=sandbox")
+    sizes = ("pipeline.losers.count=1", "pipeline.unit_size=4", "judge.name=sandbox")
     chosen = ("pipeline.resample.budget=12", "pipeline.resample.representatives=2", "pipeline.stage=pool..resample")
     places = (f"output={output}", f"backbone.path={model}", f"pipeline.manifest={manifest}")
     build.main([*places, *fixed, *sizes, *chosen, *more])

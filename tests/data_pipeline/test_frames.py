@@ -78,7 +78,7 @@ def test_each_stage_decodes_what_it_needs_of_a_clip(family, more, decoded, tmp_p
     arguments = [f"output={tmp_path / 'out'}", f"pipeline.manifest={tmp_path / 'clips.jsonl'}", "sampler.steps=1"]
     arguments += [f"backbone.family={family}", f"backbone.path={model}", "backbone.architecture=tiny"]
     arguments += ["backbone.dtype=float32", "backbone.text_length=16", "video.height=32", "video.width=32"]
-    arguments += ["video.num_frames=9", "video.fps=4", "sampler.guidance=1", "pipeline.num_losers=1"]
+    arguments += ["video.num_frames=9", "video.fps=4", "sampler.guidance=1", "pipeline.losers.count=1"]
     arguments += ["targets.tracks=lucas_kanade", "targets.grid=4", *more]
     found = {}
     for stage in ("pool..resample", "generate", "judge", "targets", "encode"):

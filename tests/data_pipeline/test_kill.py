@@ -57,7 +57,7 @@ def arguments(inputs: Path, output: Path) -> list[str]:
         "sampler.steps": 4,
         "sampler.guidance": 2,
         "pipeline.manifest": inputs / "clips.csv",
-        "pipeline.num_losers": 2,
+        "pipeline.losers.count": 2,
         "pipeline.unit_size": 5,
         "pipeline.batch_size": 4,  # two rows together: their last bits depend on each other
         "pipeline.encode_batch": 2,

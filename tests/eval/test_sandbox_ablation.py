@@ -53,7 +53,7 @@ class Fake:
         if (module, place.name) in self.fail:
             raise StepFailed(f"{module} ended with status 1\n  its last words")
         if module == "data_pipeline.build":
-            (place / "index.json").write_text(json.dumps({"losers": given["pipeline.num_losers"]}), encoding="utf-8")
+            (place / "index.json").write_text(json.dumps({"losers": given["pipeline.losers.count"]}), encoding="utf-8")
         elif module == "eval.run":
             (place / "eval").mkdir(exist_ok=True)
             name, seed = place.name.rsplit("-", 1)

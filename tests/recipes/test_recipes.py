@@ -226,18 +226,18 @@ def test_the_preset_reaches_every_command(capsys):
 
 def test_the_command_line_goes_over_the_recipe():
     arguments = ["recipe=tiny", "seed=7", "video.fps=12", "lora.targets=[attn1.to_q]", "validation.seeds=[8,9]"]
-    config = load(*arguments, "--optim.lr=0.5", "train.compile=true", "sampler.guidance_low=2")
+    config = load(*arguments, "--optim.lr=0.5", "backbone.compile=true", "sampler.guidance_low=2")
     assert config.seed == 7 and config.video.fps == 12.0 and isinstance(config.video.fps, float)
     assert config.lora.targets == ["attn1.to_q"] and config.lora.rank == 8
     assert config.validation.seeds == [8, 9] and config.optim.lr == 0.5
-    assert config.train.compile is True and config.sampler.guidance_low == 2.0
+    assert config.backbone.compile is True and config.sampler.guidance_low == 2.0
     assert load("recipe=tiny", "sampler.guidance_low=null").sampler.guidance_low is None
 
 
 def test_dry_run_and_other_flags():
     assert load("recipe=tiny", "--dry-run").dry_run is True
     assert load("--dry_run").dry_run is True
-    assert load("--train.compile").train.compile is True
+    assert load("--backbone.compile").backbone.compile is True
 
 
 def test_no_arguments_means_the_command_lines(monkeypatch):
@@ -306,7 +306,7 @@ def test_the_saved_recipe_keeps_what_was_set_over_a_preset(tmp_path):
         (["optim.steps=1.5"], "the command line: optim.steps: "),
         (["seed=x"], "the command line: seed: "),
         (["video.fps=fast"], "the command line: video.fps: .*'fast'.*[Ff]loat"),
-        (["train.compile=perhaps"], "the command line: train.compile: .*'perhaps'"),
+        (["backbone.compile=perhaps"], "the command line: backbone.compile: .*'perhaps'"),
         (["validation.seeds=[9,x]"], r"the command line: validation.seeds.*: "),
         (["lora.targets=attn1.to_q"], r"lora.targets='attn1.to_q' must be a list: lora.targets=\[attn1.to_q\]"),
         (["validation.prompts=A ball"], r"validation.prompts='A ball' must be a list: validation.prompts=\[A ball\]"),

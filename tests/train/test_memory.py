@@ -109,7 +109,7 @@ def test_a_larger_batch_keeps_less():
 def test_a_negative_budget_is_refused():
     for key in ("memory_budget_gib", "offload_gib"):
         with pytest.raises(ValueError, match=f"train.{key}=-1: give GiB per GPU"):
-            prepare_network(network(), None, loop.TrainConfig(**{key: -1}))
+            prepare_network(network(), None, loop.TrainConfig(**{key: -1}), compiled=False)
 
 
 def config(float8):
@@ -117,8 +117,8 @@ def config(float8):
 
 
 def test_float8_is_refused_without_fused_blocks():
-    with pytest.raises(ValueError, match="train.float8 needs compiled blocks with LoRA, but train.compile is false"):
-        prepare_network(network(), None, loop.TrainConfig(float8=True))
+    with pytest.raises(ValueError, match="train.float8 needs compiled blocks with LoRA, but backbone.compile is false"):
+        prepare_network(network(), None, loop.TrainConfig(float8=True), compiled=False)
 
 
 def test_blocks_that_zero3_gathers_count():

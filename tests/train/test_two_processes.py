@@ -147,7 +147,7 @@ def test_zero3_shards_the_network_and_equals_one_process(tiny, one_process, zero
 def test_zero3_gathers_fused_blocks_for_both_passes(tiny, tmp_path, one_process, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # fused, but run as written
     expected, _ = one_process
-    gradients, facts = measured_by("zero3", tiny, tmp_path, "train.compile=true", "train.memory_budget_gib=1e-9")
+    gradients, facts = measured_by("zero3", tiny, tmp_path, "backbone.compile=true", "train.memory_budget_gib=1e-9")
     assert all(facts[f"partitioned after {name}"] for name in gradients)
     for name, tensors in gradients.items():
         assert distance(tensors, expected[name]) < 1e-5, name

@@ -132,7 +132,7 @@ def test_checkpointing_and_one_graph_change_no_gradient(configure, entry):
 
 @pytest.mark.parametrize("entry", [gdpo, sft])
 def test_fused_blocks_change_no_gradient(configure, entry):
-    """What train.compile puts in the blocks' place: features, heads and the judge's own gradient pass through it."""
+    """What backbone.compile puts in the blocks' place: features, heads and the judge's own gradient pass through it."""
     config = configure(*PHYSICS, *SELF, *MILD, entry=entry)
     batch = default_collate(samples(config, [0], entry))
     expected, metrics = entry.step(config, make_policy(config), batch)

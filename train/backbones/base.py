@@ -41,6 +41,7 @@ class BackboneConfig:
     dtype: str = "bfloat16"  # of the frozen weights: bfloat16 | float32 (the VAE is always float32)
     expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise
     attention: str = "auto"  # a diffusers attention backend; auto: the fastest here, measured
+    compile: bool = False  # torch.compile, in training and wherever clips are made: fused blocks where they fit
     text_length: int = 512  # text tokens after zero padding; Wan was trained with 512
 
 

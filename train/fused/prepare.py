@@ -12,17 +12,17 @@ from train.fused.fused_block import fuse_blocks, unfit
 from train.fused.offload import HostStore, affordable
 
 
-def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: int = 2) -> None:
-    """Switch on activation checkpointing and compilation, as the train section `config` says; `switch` holds what
-    trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a step holds at once,
-    for the memory plan.
+def prepare_network(network: nn.Module, switch: Any, config: Any, *, compiled: bool, gradients: int = 2) -> None:
+    """Switch on activation checkpointing and compilation, as the train section `config` and `compiled`, which is
+    backbone.compile, say; `switch` holds what trains (`train.policy.Reference`), `gradients` counts the sets of the
+    adapters' gradients that a step holds at once, for the memory plan.
 
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """
     for key in ("memory_budget_gib", "offload_gib"):
         if getattr(config, key) < 0:
             raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
-    reason = unfit(network, switch) if config.compile else "train.compile is false"
+    reason = unfit(network, switch) if compiled else "backbone.compile is false"
     if not reason:
         adapters = switch.parameters()
         device = adapters[0].device
@@ -37,7 +37,7 @@ def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: 
         raise ValueError(f"train.float8 needs compiled blocks with LoRA, but {reason}: set it to false")
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
-    if config.compile:
+    if compiled:
         compile_cache.heal()
         switch.share_graph()
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph

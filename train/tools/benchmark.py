@@ -63,14 +63,14 @@ LOSERS = 4  # of `groupwise`
 NO_TERMS = {
     "objective": {"loss": "bound"},
     "physics": {"trajectory": 0.0, "relational": 0.0},
-    "self_score": {"weight": 0.0},
+    "self_score": {"strength": 0.0},
 }
 CHANGES = {
     "low_memory": {"train": {"memory_budget_gib": 1e-3}},
     "float8": {"train": {"float8": True}},
     "groupwise": {"objective": {"loss": "plackett_luce"}},
     "physics": {"physics": {"trajectory": 1.0, "relational": 1.0}},
-    "self_score": {"self_score": {"weight": 1.0}},
+    "self_score": {"self_score": {"strength": 1.0}},
 }
 RELATION_GRID, RELATION_WIDTH = (32, 16, 16), 1024  # of `physics`: V-JEPA 2 ViT-L's tokens; a group has 512 of them
 
@@ -129,7 +129,7 @@ def ours(config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelera
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
     policy = Policy(backbone, switch, build_heads(config, backbone))
     engine = None if ranks is None else partition(ranks, backbone.transformer)
-    prepare_network(backbone.transformer, switch, config.train, gradients=1 + losers)
+    prepare_network(backbone.transformer, switch, config.train, compiled=config.backbone.compile, gradients=1 + losers)
     measured = _preference_step(config, policy, losers, engine)
     return measured if ranks is None else measured | {"ranks": ranks.num_processes}
 
@@ -148,7 +148,7 @@ def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str
 def copied(config: Config, backbone: Backbone) -> dict[str, float]:
     """Full fine-tuning with a copied reference: the same step and losses."""
     switch = CopiedReference(backbone.transformer)
-    prepare_network(backbone.transformer, switch, config.train)
+    prepare_network(backbone.transformer, switch, config.train, compiled=config.backbone.compile)
     return _preference_step(config, Policy(backbone, switch), 1)
 
 

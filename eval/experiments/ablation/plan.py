@@ -28,7 +28,7 @@ ON_GPU = {
     "eval.run": ("run.batch_size=128",),
 }
 # Keys that tell one run from another: set here for each, and not by --set.
-OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.num_losers", "train.groups")
+OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.losers.count", "train.groups")
 OWN_KEYS += ("targets.tracks", "targets.rule")
 OWN_KEYS += ("train.folder", "run.lora", "run.folder", "run.sandbox.clips", "run.sandbox.seed")
 OWN_KEYS += ("run.seeds", "benchmarks")

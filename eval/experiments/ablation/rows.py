@@ -57,10 +57,10 @@ TARGETS = (
     "targets.vjepa2.path=eval/sandbox/world_model",
 )
 GROUPS = {
-    "groups": ("pipeline.num_losers=4",),
-    "pairs": ("pipeline.num_losers=1",),
-    "targets": ("pipeline.num_losers=4", *TARGETS),
-    "everywhere": ("pipeline.num_losers=4", *TARGETS, "targets.rule=all"),
+    "groups": ("pipeline.losers.count=4",),
+    "pairs": ("pipeline.losers.count=1",),
+    "targets": ("pipeline.losers.count=4", *TARGETS),
+    "everywhere": ("pipeline.losers.count=4", *TARGETS, "targets.rule=all"),
 }
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     )
 
 
-FUSED = ("backbone.dtype=bfloat16", "train.compile=true")  # as the large recipes; float8 needs a GPU
+FUSED = ("backbone.dtype=bfloat16", "backbone.compile=true")  # as the large recipes; float8 needs a GPU
 
 
 def precision(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:

@@ -32,7 +32,7 @@ from train.fused.prepare import prepare_network
 from train.groups import GroupSet
 from train.optimizer import build_optimizer, learning_rate
 from train.policy import Policy, attach_parameters
-from train.reference_cache import ReferenceCache
+from train.reference_cache import open_cache
 from train.terms.live_targets import LiveTargets
 from train.terms.physics import build_heads, lacks_targets
 from train.tracking import Pace, Tracker, check_trackers
@@ -97,14 +97,11 @@ def fit(
         check_groups(config, groups)
         policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
-        if config.train.reference_cache:
-            policy.cache = ReferenceCache(config, groups, clips, accelerator)
+        policy.cache = open_cache(config, groups, clips, accelerator)
         sets, heads = gradient_sets(config, clips, passes), policy.head_parameters()
-        prepare_network(
-            backbone.transformer, policy.switch, config.train, compiled=config.backbone.compile, gradients=sets
-        )
-        weights, head_lr = policy.switch.parameters(), config.physics.head_lr
-        optimizer = build_optimizer(config.optim, weights, heads=heads, head_lr=head_lr)
+        prepare_network(backbone.transformer, policy.switch, config, gradients=sets)
+        weights = policy.switch.parameters()
+        optimizer = build_optimizer(config.optim, weights, heads=heads, head_lr=config.physics.head_lr)
         run = resume.Checkpoint(config, policy, optimizer, groups, accelerator)
         run.load(newest)
         loader = build_loader(config, groups, prepare, start=run.samples_seen, rank=rank, world=world)

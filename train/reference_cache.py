@@ -52,6 +52,11 @@ def dependencies(config: Any, groups: GroupSet, device: torch.device) -> dict[st
     return found | made | {"device": name, "torch": torch.__version__}
 
 
+def open_cache(config: Any, groups: GroupSet, clips: int, accelerator: Accelerator) -> "ReferenceCache | None":
+    """The recipe's, of 1 + M' = `clips` errors per sample; None where it has none."""
+    return ReferenceCache(config, groups, clips, accelerator) if config.train.reference_cache else None
+
+
 class ReferenceCache:
     """Errors (B, 1 + M') float32 by position. `clips` is 1 + M', the same in every group.
 

@@ -600,7 +600,7 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
         ("pipeline.manifest=''", "pipeline.manifest is empty"),
         ("pipeline.manifest=none.csv", "pipeline.manifest=none.csv: no such file"),
         ("pipeline.scores=none.csv", "pipeline.scores=none.csv: no such file"),
-        ("pipeline.num_loosers=3", "did you mean 'num_losers'"),
+        ("pipeline.loosers=3", "did you mean 'losers'"),
         ("pipeline.judge.name=sandbox", "unknown key pipeline.judge; it is judge, .* now"),
         ("pipeline.targets.tracks=simulator", "unknown key pipeline.targets; it is targets now"),
         ("pipeline.filter.vlm.model=m", "pipeline.filter.vlm; it is vlm .and pipeline.filter.enabled=true. now"),

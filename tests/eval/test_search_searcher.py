@@ -207,7 +207,7 @@ def test_two_experts_an_image_and_a_lora(tmp_path):
     picture = tmp_path / "start.mp4"
     write_clip(picture, torch.full((2, 64, 64, 3), 90, dtype=torch.uint8), 8)
     more = ["backbone.family=wan22_i2v", f"generate.images=[{picture}]", f"generate.lora={tmp_path / 'train'}"]
-    more += ["generate.search=race", "generate.refine=proprio", "search.refine.best=2", "generate.fused=true"]
+    more += ["generate.search=race", "generate.refine=proprio", "search.refine.best=2", "backbone.compile=true"]
     generate.main(arguments(folder, tmp_path, *more))
     found = {}
     for name in ("base-race-proprio", "tuned-race-proprio"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train import loop
+from train import gdpo, loop
 from train.fused import memory
 from train.fused.memory import GIB, Sizes, choose_levels, predict
 from train.fused.offload import affordable
@@ -106,10 +106,14 @@ def test_a_larger_batch_keeps_less():
     assert sum(small) > sum(large)
 
 
+def settings(**train):
+    return gdpo.Config(train=loop.TrainConfig(**train))
+
+
 def test_a_negative_budget_is_refused():
     for key in ("memory_budget_gib", "offload_gib"):
         with pytest.raises(ValueError, match=f"train.{key}=-1: give GiB per GPU"):
-            prepare_network(network(), None, loop.TrainConfig(**{key: -1}), compiled=False)
+            prepare_network(network(), None, settings(**{key: -1}))
 
 
 def config(float8):
@@ -118,7 +122,7 @@ def config(float8):
 
 def test_float8_is_refused_without_fused_blocks():
     with pytest.raises(ValueError, match="train.float8 needs compiled blocks with LoRA, but backbone.compile is false"):
-        prepare_network(network(), None, loop.TrainConfig(float8=True), compiled=False)
+        prepare_network(network(), None, settings(float8=True))
 
 
 def test_blocks_that_zero3_gathers_count():

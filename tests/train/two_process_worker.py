@@ -76,7 +76,7 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
         for weight in switch.parameters():
             weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
     engine = parallel.partition(accelerator, network)
-    prepare_network(network, switch, config.train, compiled=config.backbone.compile)
+    prepare_network(network, switch, config)
     measured = {}
     rank, world = accelerator.process_index, accelerator.num_processes
     facts = {"type": accelerator.distributed_type.value, "ranks": world}

@@ -12,13 +12,14 @@ from train.fused.fused_block import fuse_blocks, unfit
 from train.fused.offload import HostStore, affordable
 
 
-def prepare_network(network: nn.Module, switch: Any, config: Any, *, compiled: bool, gradients: int = 2) -> None:
-    """Switch on activation checkpointing and compilation, as the train section `config` and `compiled`, which is
-    backbone.compile, say; `switch` holds what trains (`train.policy.Reference`), `gradients` counts the sets of the
-    adapters' gradients that a step holds at once, for the memory plan.
+def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: int = 2) -> None:
+    """Switch on activation checkpointing and compilation, as a recipe's train section and backbone.compile say; `switch`
+    holds what trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a step
+    holds at once, for the memory plan.
 
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """
+    compiled, config = config.backbone.compile, config.train
     for key in ("memory_budget_gib", "offload_gib"):
         if getattr(config, key) < 0:
             raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")

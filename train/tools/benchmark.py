@@ -129,7 +129,7 @@ def ours(config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelera
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
     policy = Policy(backbone, switch, build_heads(config, backbone))
     engine = None if ranks is None else partition(ranks, backbone.transformer)
-    prepare_network(backbone.transformer, switch, config.train, compiled=config.backbone.compile, gradients=1 + losers)
+    prepare_network(backbone.transformer, switch, config, gradients=1 + losers)
     measured = _preference_step(config, policy, losers, engine)
     return measured if ranks is None else measured | {"ranks": ranks.num_processes}
 
@@ -148,7 +148,7 @@ def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str
 def copied(config: Config, backbone: Backbone) -> dict[str, float]:
     """Full fine-tuning with a copied reference: the same step and losses."""
     switch = CopiedReference(backbone.transformer)
-    prepare_network(backbone.transformer, switch, config.train, compiled=config.backbone.compile)
+    prepare_network(backbone.transformer, switch, config)
     return _preference_step(config, Policy(backbone, switch), 1)
 
 

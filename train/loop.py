@@ -98,10 +98,9 @@ def fit(
         policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
         policy.cache = open_cache(config, groups, clips, accelerator)
-        sets, heads = gradient_sets(config, clips, passes), policy.head_parameters()
-        prepare_network(backbone.transformer, policy.switch, config, gradients=sets)
-        weights = policy.switch.parameters()
-        optimizer = build_optimizer(config.optim, weights, heads=heads, head_lr=config.physics.head_lr)
+        prepare_network(backbone.transformer, policy.switch, config, gradients=gradient_sets(config, clips, passes))
+        rates = {"heads": policy.head_parameters(), "head_lr": config.physics.head_lr}
+        optimizer = build_optimizer(config.optim, policy.switch.parameters(), **rates)
         run = resume.Checkpoint(config, policy, optimizer, groups, accelerator)
         run.load(newest)
         loader = build_loader(config, groups, prepare, start=run.samples_seen, rank=rank, world=world)

@@ -13,9 +13,9 @@ from train.fused.offload import HostStore, affordable
 
 
 def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: int = 2) -> None:
-    """Switch on activation checkpointing and compilation, as a recipe's train section and backbone.compile say; `switch`
-    holds what trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a step
-    holds at once, for the memory plan.
+    """Switch on activation checkpointing and compilation, as a recipe's train section and backbone.compile say.
+    `switch` holds what trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a
+    step holds at once, for the memory plan.
 
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """

@@ -48,7 +48,6 @@ DEFAULTS = {
     "lam": 0.6,
 }
 
-
 # The group sets: arguments of the build.
 TARGETS = (
     "targets.tracks=simulator",

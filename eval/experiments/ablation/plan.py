@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from eval.experiments.ablation.rows import GROUPS, SUITES, Row, Suite
+from eval.experiments.ablation.rows import CORRUPTED, GROUPS, SUITES, Row, Suite
 from train.files import digest, sha256
 
 RECIPE = "sandbox"
@@ -70,10 +70,13 @@ class Plan:
         device = ON_GPU.get(module, ()) if self.on_gpu else ()
         return [f"recipe={RECIPE}", *device, *chosen, *own]
 
-    def build_arguments(self, name: str, seed: int) -> list[str]:
+    def build_command(self, name: str, seed: int) -> tuple[str, list[str]]:
+        """Module and arguments that make a group set."""
         place = self.place(name, seed)
+        if name == CORRUPTED:
+            return "eval.experiments.ablation.corrupted", [str(self.place("groups", seed)), str(place), str(seed)]
         own = (f"output={place}", f"pipeline.groups={place}", *GROUPS[name])
-        return self.arguments("data_pipeline.build", *own, f"seed={seed}")
+        return "data_pipeline.build", self.arguments("data_pipeline.build", *own, f"seed={seed}")
 
     def train_arguments(self, row: Row, seed: int) -> list[str]:
         own = (f"output={self.place(row.name, seed)}", f"seed={seed}", f"train.groups={self.place(row.groups, seed)}")

@@ -4,6 +4,8 @@ preference   the objectives of PhyGDPO's comparison, and sweeps of its hyperpara
 physics      PhysisForcing's two terms and the self-score regulariser, on SFT and on PhyGDPO
 precision    the recipe in float32, bfloat16 and with 8-bit products
 timesteps    where t is drawn: the distributions of the large recipes, of the released code, and of this one
+losers       how losers are made, and what they cost in network passes
+transfer     whether the anchor's best weight stays where it is when beta, the number of losers or the loss change
 """
 
 from collections.abc import Callable, Mapping
@@ -62,6 +64,28 @@ GROUPS = {
     "everywhere": ("pipeline.losers.count=4", *TARGETS, "targets.rule=all"),
 }
 
+
+def losers(count: int, **keys: Any) -> tuple[str, ...]:
+    """Arguments of a build with `count` losers, sampled by these keys of pipeline.losers."""
+    return (f"pipeline.losers.count={count}", *(f"pipeline.losers.{key}={value}" for key, value in keys.items()))
+
+
+CORRUPTED = "corrupted"  # made of the set "groups", by `ablation.corrupted`
+GROUPS |= {f"{count}x{steps}": losers(count, steps=steps) for count, steps in ((4, 5), (4, 3), (4, 2), (4, 1))}
+GROUPS |= {
+    "1x5": losers(1, steps=5),
+    "1x3": losers(1, steps=3),
+    "1x2": losers(1, steps=2),
+    "1x3_unipc": losers(1, steps=3, solver="unipc"),
+    "1x3_guided": losers(1, steps=3, guidance=2),
+    "1x3_interval": losers(1, steps=3, guidance=2, guided="[0.8,1]"),
+    "cached": losers(4, cache=0.15),
+    **{f"winner_{t}": losers(4, steps=4, start="winner", start_time=f"0.{t}") for t in (80, 85, 90, 95)},
+    "wide_1x3": (*losers(1, steps=3), "pipeline.manifest=sandbox:mixed:512"),
+    "wide_4x3": (*losers(4, steps=3), "pipeline.manifest=sandbox:mixed:512"),
+    CORRUPTED: (),
+}
+
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 
@@ -75,6 +99,7 @@ class Row:
     groups: str = "groups"  # a key of GROUPS
     sweep: tuple[str, float] | None = None  # (key, value)
     against: str = "sft"  # the row that it is compared with
+    passes: float | None = None  # network passes per prompt, for its losers
 
 
 @dataclass(frozen=True)
@@ -223,11 +248,76 @@ def timesteps(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, {}, "logit_normal_3")
 
 
+LONG, LONGER = ("optim.steps=450",), ("optim.steps=600",)
+ASKED_SELDOM = ("self_score.every=4", *ASKED[1:])
+
+
+def loser_rows(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """The recipe's PhyGDPO with losers that cost less, or none, and with the time that this saves spent on training."""
+
+    def row(name: str, label: str, groups: str, passes: float, overrides: tuple[str, ...] = (), **options) -> Row:
+        return Row(name, label, "train.gdpo", overrides, groups=groups, passes=passes, **{"against": "gdpo"} | options)
+
+    def asked(strength: float) -> tuple[str, ...]:
+        return (*ASKED_SELDOM, f"self_score.strength={strength:g}")
+
+    rows = [
+        Row("base", "base model", "", against="gdpo"),
+        Row("sft", "LoRA-SFT", "train.sft", against="gdpo", passes=0),
+        row("gdpo", "4 of 10 steps (recipe)", "groups", 40, against="sft"),
+        row("gdpo_long", "the same, 600 training steps", "groups", 40, LONGER),
+        *(row(f"4x{steps}", f"4 of {steps}", f"4x{steps}", 4 * steps) for steps in (5, 3, 2, 1)),
+        *(row(f"1x{steps}", f"1 of {steps}", f"1x{steps}", steps) for steps in (5, 3, 2)),
+        row("1x3_450", "1 of 3, 450 training steps", "1x3", 3, LONG),
+        row("1x3_600", "1 of 3, 600 training steps", "1x3", 3, LONGER),
+        row("1x2_450", "1 of 2, 450 training steps", "1x2", 2, LONG),
+        row("1x3_unipc", "1 of 3, UniPC", "1x3_unipc", 3),
+        row("1x3_guided", "1 of 3, guidance 2", "1x3_guided", 6),
+        row("1x3_interval", "1 of 3, guidance 2 at t >= 0.8", "1x3_interval", 5),
+        row("cached", "4 of 10, residual cache", "cached", None),
+        *(row(f"winner_{t}", f"4 of 4 from the winner at t = 0.{t}", f"winner_{t}", 16) for t in (80, 85, 90, 95)),
+        row("corrupted", "4 winners with frames in another order", "corrupted", 0),
+        row("wide_1x3", "512 prompts, 1 of 3, 600 training steps", "wide_1x3", 3, LONGER),
+        row("wide_4x3", "512 prompts, 4 of 3, 600 training steps", "wide_4x3", 12, LONGER),
+        row("gdpo_self", "recipe + self-score every 4th step", "groups", 40, asked(30)),
+        row("1x3_self", "1 of 3 + self-score every 4th step", "1x3", 3, asked(30)),
+        row("1x3_450_self", "the same, 450 training steps", "1x3", 3, (*LONG, *asked(30))),
+        row("1x3_self_120", "1 of 3 + self-score 120 every 4th step", "1x3", 3, asked(120)),
+        row("1x3_self_each", "1 of 3 + self-score every step", "1x3", 3, (*ASKED, "self_score.strength=30")),
+    ]
+    return Suite({row.name: row for row in rows}, {}, "gdpo")
+
+
+ANCHORS = (0.3, 1, 3)
+SETTINGS = {
+    "recipe": ("beta 50, 4 losers, eq. 13", "groups", ()),
+    "beta_17": ("beta 17", "groups", ("objective.beta=17",)),
+    "beta_150": ("beta 150", "groups", ("objective.beta=150",)),
+    "pairs": ("1 loser", "pairs", ()),
+    "plackett_luce": ("eq. 6", "groups", ("objective.loss=plackett_luce",)),
+}
+
+
+def transfer(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """The anchor's weight, in units of the slope, where beta, the losers or the loss are others than the recipe's."""
+    rows = [Row("base", "base model", "", against="recipe_1")]
+    for name, (label, groups, overrides) in SETTINGS.items():
+        for anchor in ANCHORS:
+            own = (f"objective.anchor={anchor}", *overrides)
+            against = f"{name}_1" if anchor != 1 else "recipe_1"
+            rows.append(
+                Row(f"{name}_{anchor}", f"{label}, anchor {anchor}", "train.gdpo", own, groups=groups, against=against)
+            )
+    return Suite({row.name: row for row in rows}, {}, "recipe_1")
+
+
 SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {
     "preference": preference,
     "physics": physics,
     "precision": precision,
     "timesteps": timesteps,
+    "losers": loser_rows,
+    "transfer": transfer,
 }
 
 

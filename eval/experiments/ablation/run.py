@@ -87,6 +87,7 @@ def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[s
         "label": row.label,
         "trainer": row.trainer,
         "overrides": list(row.overrides),
+        "passes": row.passes,
         "sweep": dict(zip(("key", "value"), row.sweep, strict=True)) if row.sweep else None,
         "seeds": {
             str(seed): {name: float(own(r, name).mean()) for name in SCORES} | {"seconds": r["seconds"]}

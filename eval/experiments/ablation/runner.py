@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.experiments.ablation.plan import SCORES, Plan, read_result
-from eval.experiments.ablation.rows import METHODS, Row
+from eval.experiments.ablation.rows import CORRUPTED, METHODS, Row
 from train.files import digest, write_text
 
 
@@ -72,7 +72,8 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
         names, builds = {}, {}
         for name, seed in dict.fromkeys((row.groups, seed) for row, seed in todo if row.trainer):
             log = plan.place(name, seed) / "log.txt"
-            builds[name, seed] = pool.submit(run, "data_pipeline.build", plan.build_arguments(name, seed), log)
+            source = builds.get(("groups", seed)) if name == CORRUPTED else None
+            builds[name, seed] = pool.submit(run_build, run, plan.build_command(name, seed), log, source)
             names[builds[name, seed]] = log.parent.name
         # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them.
         for row, seed in sorted(todo, key=lambda pair: pair[0].trainer != ""):
@@ -90,6 +91,13 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
             stop()
             raise
     return failed
+
+
+def run_build(run: Run, command: tuple[str, list[str]], log: Path, source: Future | None) -> None:
+    """Make a group set, of another one where there is a `source`, once that is made."""
+    if source is not None and source.exception() is not None:  # waits
+        raise StepFailed(f"the groups that {log.parent} is made of failed")
+    run(*command, log)
 
 
 def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) -> None:
@@ -124,7 +132,7 @@ def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) ->
         timed("train", row.trainer, plan.train_arguments(row, seed))
         if not is_trained():  # a trainer that was asked to stop ends without an error
             raise StepFailed(f"{row.trainer} stopped before its last step: run the same command to continue")
-    _share_base_clips(plan.place(METHODS[0].name, seed), place)
+    _share_base(plan.place(METHODS[0].name, seed), place)
     timed("evaluate", "eval.run", plan.eval_arguments(row, seed))
     scores = read_scores(place / "eval" / "scores.jsonl", plan.clips)
     own = {"row": row.name, "seed": seed, "overrides": [*plan.overrides, *row.overrides]}
@@ -135,13 +143,19 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content) + "\n")
 
 
-def _share_base_clips(base: Path, place: Path) -> None:
-    """Give the run the base row's clips of its seed, so that eval.run, which checks what they were made with, samples
-    the base model once per seed."""
-    source, target = (folder / "eval" / "sandbox" / "clips" / "base" for folder in (base, place))
-    if source.exists() and source != target:
-        with suppress(OSError):  # where there are no links they are sampled again
-            shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
+def _share_base(base: Path, place: Path) -> None:
+    """Give the run what the base row of its seed has: the base model's clips, the true ones, and their scores. So
+    eval.run, which checks what they were made with, samples and scores them once per seed."""
+    source, target = (folder / "eval" / "sandbox" for folder in (base, place))
+    if source == target or not source.exists():
+        return
+    with suppress(OSError):  # where there are no links they are made again
+        for name in ("clips/base", "references"):
+            if (source / name).exists():
+                shutil.copytree(source / name, target / name, copy_function=_link, dirs_exist_ok=True)
+        for name in ("rows-base.jsonl", "rows-true.jsonl"):
+            if (source / name).exists() and not (target / name).exists():
+                shutil.copy2(source / name, target / name)
 
 
 def _link(source: str, target: str) -> None:

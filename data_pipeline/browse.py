@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from data_pipeline.gallery import CLIPS, choose, load_vae, write_gallery
 from train import entry
-from train.groups import Group, GroupSet, survey
+from train.groups import Group, GroupSet, Loser, dtype_name, survey, tensors_of
 
 BAR = 40  # characters of the longest bar
 BINS = 10  # of a histogram
@@ -45,9 +44,7 @@ class Facts:
     """What the summary needs of one group."""
 
     action: str
-    num_losers: int
-    semantic: list[float]  # of each loser, in [0, 1]
-    physical: list[float]
+    losers: list[Loser]
     physics_richness: float | None
     tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
@@ -109,21 +106,9 @@ def _report(problems: list[str]) -> list[str]:
 
 
 def _facts(group: Group) -> Facts:
-    tensors = {"winner": group.winner, "losers": group.losers, "text": group.text}
-    tensors |= {} if group.condition is None else {"condition": group.condition}
-    tensors |= {f"extra.{name}": tensor for name, tensor in group.extra.items()}
-    return Facts(
-        action=group.action,
-        num_losers=len(group.losers),
-        semantic=[loser.semantic for loser in group.losers_info],
-        physical=[loser.physical for loser in group.losers_info],
-        physics_richness=group.physics_richness,
-        tensors={name: (_dtype(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()},
-    )
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    tensors = tensors_of(group).items()
+    forms = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors}
+    return Facts(group.action, group.losers_info, group.physics_richness, forms)
 
 
 def describe(groups: GroupSet) -> str:
@@ -133,7 +118,7 @@ def describe(groups: GroupSet) -> str:
         "folder": groups.folder,
         "fingerprint": groups.fingerprint,
         "video": ", ".join(f"{name} {value}" for name, value in groups.video.items()),
-        "latent shape": f"{groups.latent_shape} {_dtype(groups.latent_dtype)}",
+        "latent shape": f"{groups.latent_shape} {dtype_name(groups.latent_dtype)}",
         "groups": len(groups),
         "shards": len(groups.index["shards"]),
         "bytes per group": f"{num_bytes / len(groups):.0f}",
@@ -158,13 +143,13 @@ def summarize(facts: Sequence[Facts]) -> str:
     if rare := actions[ACTIONS:]:
         actions = [*actions[:ACTIONS], (f"({len(rare)} more)", sum(count for _, count in rare))]
     richness = [one.physics_richness for one in facts if one.physics_richness is not None]
-    losers = sorted(Counter(one.num_losers for one in facts).items())
+    losers = sorted(Counter(len(one.losers) for one in facts).items())
     parts = [
         "\n".join(lines),
         bars("action", actions),
         bars("losers per group", losers),
-        histogram("semantic score", [score for one in facts for score in one.semantic], 0.0, 1.0),
-        histogram("physical score", [score for one in facts for score in one.physical], 0.0, 1.0),
+        histogram("semantic score", [loser.semantic for one in facts for loser in one.losers], 0.0, 1.0),
+        histogram("physical score", [loser.physical for one in facts for loser in one.losers], 0.0, 1.0),
         histogram("physics richness", richness, min(richness, default=0.0), max(richness, default=0.0)),
     ]
     return "\n\n".join(parts) + "\n"

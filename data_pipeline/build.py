@@ -30,15 +30,15 @@ import torch
 
 import recipes
 from data_pipeline import tables
-from data_pipeline.conditioning import takes_first_frame
 from data_pipeline.config import Config, Setup
+from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.stages import STAGES
 from data_pipeline.stages.filter import NO_PHYSICS
 from data_pipeline.stages.pool import read_pool
 from data_pipeline.stages.resample import NOT_CHOSEN
 from data_pipeline.stages.targets import TargetMaker
 from data_pipeline.tables import Table, read_dropped, read_summary
-from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage, stage_table
+from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage
 from train import entry, files
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, latent_shape, num_tokens
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
 def check(config: Config) -> None:
     """ValueError for settings that cannot work, before any work."""
     settings = config.pipeline
-    if family := BACKBONES.get(config.backbone.family):
-        takes_first_frame(family, settings.first_frame)
+    if config.backbone.family in BACKBONES:
+        Setup(config, "cpu").first_frame  # noqa: B018
     chosen = selected(settings.stage)
     if settings.array_count > 1 and len(chosen) > 1:
         raise ValueError(
@@ -90,19 +90,17 @@ def selected(stage: str) -> tuple[str, ...]:
 def plan(config: Config) -> str:
     """The derived numbers, without weights. Raises ValueError where the video size does not suit the backbone."""
     video, settings, losers = config.video, config.pipeline, config.pipeline.num_losers
-    architecture = _architecture(config.backbone)
+    setup, architecture = Setup(config, "cpu"), _architecture(config.backbone)
     size = (video.height, video.width, video.num_frames)
     channels, frames, rows, columns = latent_shape(architecture, *size)
     family = BACKBONES[config.backbone.family]
     # Image latents that are stacked on the input are a whole video, others the first frame.
     stacked = family.input_channels(architecture) > channels
-    image = (frames if stacked else 1) if takes_first_frame(family, settings.first_frame) else 0
+    image = (frames if stacked else 1) if setup.first_frame else 0
     clip_bytes = 2 * channels * frames * rows * columns  # bfloat16
     group_bytes = (1 + losers) * clip_bytes + clip_bytes // frames * image
     text_bytes = 2 * config.backbone.text_length * architecture["transformer"]["text_dim"]
-    pieces = [
-        (len(kept), len(dropped)) for kept, dropped in read_pool(Setup(config, "cpu").sources(), tables.TABLE_ROWS)
-    ]
+    pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(setup.sources(), tables.TABLE_ROWS)]
     usable = sum(kept for kept, _ in pieces)
     most = min(usable, settings.resample.budget or usable)
     lines = {
@@ -151,7 +149,7 @@ def _run_stages(config: Config, team: Team) -> None:
         files.write_text(Path(settings.groups) / "build" / "recipe.yaml", recipes.to_yaml(config))
     before: Table | None = None
     for name in ORDER[: ORDER.index(chosen[-1]) + 1]:
-        stage, selected_now = STAGES[name].make(setup), name in chosen
+        stage, selected_now = _stage(setup, name), name in chosen
         units, todo = team.decide(partial(plan_stage, stage, before, retry=selected_now))
         if selected_now:
             table = run_stage(stage, units, todo, before, team)
@@ -161,7 +159,7 @@ def _run_stages(config: Config, team: Team) -> None:
                 f" are missing or do not fit the settings: run pipeline.stage={name} first"
             )
         else:
-            table = stage_table(stage, units)
+            table = stage.table(units)
         if table is None:
             return
         if team.is_first:
@@ -184,12 +182,16 @@ def _run_stages(config: Config, team: Team) -> None:
             print(warning)
 
 
+def _stage(setup: Setup, name: str) -> Stage:
+    return PassThrough(setup, name) if name in setup.left_out else STAGES[name](setup)
+
+
 def _check_stages(setup: Setup, chosen: Sequence[str]) -> None:
     """ValueError for what would stop one of the chosen stages, before any work."""
     judge, resample = setup.config.judge, setup.pipeline.resample
     setup.sources()
     for name in chosen:
-        STAGES[name].make(setup).check()
+        _stage(setup, name).check()
     if judge.name:
         setup.build_judge()
     if resample.tries_the_model and not judge.name:

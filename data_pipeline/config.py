@@ -1,6 +1,6 @@
 """The settings of a build, and what its stages are made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import recipes
-from data_pipeline.conditioning import takes_first_frame
 from data_pipeline.scores import Scores, read_scores
 from data_pipeline.sources import Source, open_sources
 from data_pipeline.store import Store
@@ -23,7 +22,7 @@ from train.clips import VideoConfig
 from train.sampling import SamplerConfig
 from train.teachers.targets import TargetsConfig
 
-# Settings of servers and tools that do not change an answer.
+# Settings of servers and tools that do not change an answer: their change makes nothing outdated.
 OPERATIONAL = {"api_key_env", "backoff", "base_url", "cache", "concurrency", "retries", "timeout_s"}
 OPERATIONAL |= {"batch_size", "checkout", "python", "timeout"}
 
@@ -127,6 +126,19 @@ class Setup:
         self.config, self.pipeline, self.video, self.device = config, config.pipeline, config.video, device
         self.folder = Path(config.output) / "pipeline"
 
+    @property
+    def left_out(self) -> set[str]:
+        """The stages that are not configured: they pass all rows on as they are."""
+        resample = self.pipeline.resample
+        wanted = {
+            "filter": self.pipeline.filter.enabled,
+            "cluster": self.pipeline.cluster.model,
+            "difficulty": resample.tries_the_model,
+            "resample": resample.budget,
+            "targets": self.config.targets.tracks,
+        }
+        return {name for name, value in wanted.items() if not value}
+
     def sources(self) -> list[Source]:
         return open_sources(
             self.pipeline.manifest, num_losers=self.pipeline.num_losers, video=self.video, seed=self.config.seed
@@ -141,7 +153,7 @@ class Setup:
     @property
     def judge_settings(self) -> Any:
         name = self.config.judge.name
-        return [name, outcome_settings(judge_settings(Judging.of(self.config))[name])] if name else None
+        return [name, recipes.without(judge_settings(Judging.of(self.config))[name], OPERATIONAL)] if name else None
 
     @cached_property
     def scores(self) -> Scores:
@@ -149,7 +161,15 @@ class Setup:
 
     @property
     def first_frame(self) -> bool:
-        return takes_first_frame(BACKBONES[self.config.backbone.family], self.pipeline.first_frame)
+        """Whether groups hold their clip's first frame. ValueError where the family has no such way."""
+        family, asked = BACKBONES[self.config.backbone.family], self.pipeline.first_frame
+        if asked is None:
+            return family.first_frame[0]
+        if asked not in family.first_frame:
+            key = f"pipeline.first_frame={str(asked).lower()}"
+            way = "begins every clip with an image" if family.first_frame[0] else "generates from text alone"
+            raise ValueError(f"{key}: this backbone.family {way}; leave the key out")
+        return asked
 
     @cached_property
     def winner_settings(self) -> dict[str, Any]:
@@ -173,24 +193,12 @@ class Setup:
         return self.winner_settings | more
 
     @property
-    def loser_settings(self) -> dict[str, Any]:
-        return self.clip_settings(self.pipeline.num_losers)
-
-    @property
     def losers(self) -> Store:
         """The losers that the generate stage keeps: {"losers": (M, C, F, H, W) bfloat16} per row."""
-        return Store(self.folder / "generate" / "losers")
-
-    @property
-    def target_settings(self) -> dict[str, Any]:
-        return {"targets": outcome_settings(asdict(self.config.targets)), "video": asdict(self.video)}
+        return Store(self.folder / "generate" / "losers", self.clip_settings(self.pipeline.num_losers))
 
     @property
     def targets(self) -> Store:
         """The tensors that the targets stage keeps."""
-        return Store(self.folder / "targets" / "tensors")
-
-
-def outcome_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of settings without those that say how fast, not what: their change makes nothing outdated."""
-    return recipes.without(settings, OPERATIONAL)
+        settings = {"targets": recipes.without(asdict(self.config.targets), OPERATIONAL), "video": asdict(self.video)}
+        return Store(self.folder / "targets" / "tensors", settings)

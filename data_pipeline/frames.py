@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.store import Store
-from data_pipeline.tables import Advance
+from data_pipeline.tables import TableRow
 from eval.sandbox.clips import Clips
 from eval.sandbox.splits import simulate_block
 from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frame
@@ -27,9 +26,6 @@ from train.files import digest, explain_full_disk, sha256
 IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
 COPY_BYTES = 1 << 22  # of a shard's member at a time
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that no clip is to blame for
-
-TableRow = Mapping[str, Any]  # a row of a table, by column
-Bad = dict[int, tuple[str, str]]  # by place: the reason and the detail of a row that cannot be used
 
 
 def clip_identity(row: TableRow) -> str:
@@ -42,13 +38,6 @@ def clip_identity(row: TableRow) -> str:
         return file_identity(Path(row["path"]), place.get("offset", 0), place.get("size"))
     except (OSError, ValueError):  # ValueError: a zero byte in the name
         return ""
-
-
-def clip_digest(settings: Mapping[str, Any], row: TableRow, identity: str | None = None) -> str:
-    """Of all that tensors made from a row depend on: what it says, what its file holds, and `settings`. From the
-    generate stage on, rows have a column with their `identity`."""
-    identity = row["identity"] if identity is None else identity
-    return digest([settings, row["key"], row["prompt"], row["start"], identity])
 
 
 def file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
@@ -129,34 +118,3 @@ def _member(row: TableRow) -> Iterator[Path]:
                 file.write(data)
                 left -= len(data)
         yield copy
-
-
-def make_missing(
-    store: Store,
-    digests: Sequence[str],
-    rows: Sequence[TableRow],
-    read: Callable[[TableRow], Any],
-    make: Callable[[list[TableRow], list[Any]], Iterable[Mapping[str, Tensor]]],
-    *,
-    together: int,
-    advance: Advance,
-) -> Bad:
-    """Make the tensors of rows that `store` lacks, in batches of `together` rows, which are the same in every run.
-
-    read: what is needed of a row's clip, before any is made; rows for which it raises ClipError are left out, and come
-    back with reason and detail. make: the tensors of some rows, given what was read of them.
-    """
-    bad: Bad = {}
-    for first in range(0, len(rows), together):
-        places = {digests[place]: place for place in range(first, min(first + together, len(rows)))}
-        found: dict[str, Any] = {}
-        for name in store.missing(list(places)):
-            try:
-                found[name] = read(rows[places[name]])
-            except ClipError as error:
-                bad[places[name]] = (error.reason, str(error))
-        if found:
-            made = make([rows[places[name]] for name in found], list(found.values()))
-            store.save(dict(zip(found, made, strict=True)))
-        advance(len(places))
-    return bad

@@ -122,7 +122,7 @@ def draw_tracks(frames: Tensor, tracks: Tensor, visible: Tensor, keep: Tensor) -
         image = Image.fromarray(pixels.numpy())
         draw = ImageDraw.Draw(image)
         for point in (shown[time] & ~keep).nonzero().flatten().tolist():
-            _dot(draw, centres[time][point], radius // 2, OTHER)
+            draw.circle(centres[time][point], radius // 2, fill=OTHER)
         kept = (shown[time] & keep).nonzero().flatten().tolist()
         for point in kept:
             tail = [centres[time][point]]
@@ -134,15 +134,10 @@ def draw_tracks(frames: Tensor, tracks: Tensor, visible: Tensor, keep: Tensor) -
             draw.line(corners, fill=EDGE, width=radius + 1)
             draw.line(corners, fill=KEPT, width=radius - 1)
         for point in kept:
-            _dot(draw, centres[time][point], radius + 1, EDGE)
-            _dot(draw, centres[time][point], radius, KEPT)
+            draw.circle(centres[time][point], radius + 1, fill=EDGE)
+            draw.circle(centres[time][point], radius, fill=KEPT)
         drawn.append(torch.from_numpy(np.array(image)))
     return torch.stack(drawn)
-
-
-def _dot(draw: ImageDraw.ImageDraw, centre: Sequence[int], radius: int, colour: tuple[int, int, int]) -> None:
-    x, y = centre
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
 
 def _card(group: Group, clips: Mapping[str, str]) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """How many clips each action has, as a table and a picture."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.files import atomic, write_text
+from data_pipeline.tables import write_csv
+from train.files import atomic
 
 SHOWN = 40  # actions in the picture
 COLOURS = ("#b8c4d0", "#d1603d")
@@ -23,10 +22,8 @@ def write_histogram(
     gives the order, equal ones come by name. difficulty (A,) in [0, 1] is drawn beside them.
     """
     order = sorted(range(len(columns["action"])), key=lambda a: (-columns[counts[0]][a], columns["action"][a]))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([list(columns), *([values[a] for values in columns.values()] for a in order)])
-    write_text(stem.with_name(f"{stem.name}.csv"), text.getvalue())
+    rows = ([values[a] for values in columns.values()] for a in order)
+    write_csv(stem.with_name(f"{stem.name}.csv"), [list(columns), *rows])
     names = [columns["action"][a] for a in order]
     bars = {name: np.array([columns[name][a] for a in order], np.int64) for name in counts}
     with atomic(stem.with_name(f"{stem.name}.png")) as partial:

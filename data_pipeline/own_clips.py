@@ -11,15 +11,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from data_pipeline.conditioning import condition
 from data_pipeline.config import Setup
-from data_pipeline.frames import Bad, FrameReader, TableRow, clip_digest, make_missing
+from data_pipeline.frames import FrameReader
 from data_pipeline.store import Store
-from data_pipeline.tables import Advance
+from data_pipeline.tables import Advance, Bad, TableRow
 from train.backbones.base import Backbone, Conditioning
-from train.clips import VideoConfig
+from train.clips import from_pixels
 from train.files import seed_of
-from train.sampling import SamplerConfig, sample_clips
+from train.sampling import sample_clips
 
 PARTS = ("text", "vae", "transformer")
 
@@ -30,7 +29,6 @@ class ClipMaker:
 
     def __init__(self, setup: Setup, store: Store, num_clips: int):
         self.setup, self.store, self.num_clips = setup, store, num_clips
-        self.settings = setup.clip_settings(num_clips)
         self.reader = FrameReader(setup.video, setup.device)
 
     @cached_property
@@ -41,59 +39,40 @@ class ClipMaker:
     def negative(self) -> Conditioning:
         return self.backbone.condition([self.setup.config.sampler.negative_prompt])
 
-    def make(self, rows: Sequence[TableRow], identities: Sequence[str], advance: Advance) -> Bad:
-        """Make what is missing; the places of rows whose clip cannot be read, with the reason and the detail."""
+    def make(self, rows: Sequence[TableRow], advance: Advance) -> Bad:
+        """Make what is missing, of rows with their `identity`; the places of rows whose clip cannot be read, with the
+        reason and the detail."""
         if not self.num_clips:
             return {}
-        digests = list(map(self.digest, rows, identities))
         read = self.reader.read_first if self.setup.first_frame else self.reader.check
         together = max(1, self.setup.pipeline.batch_size // self.num_clips)  # rows
-        return make_missing(self.store, digests, rows, read, self._make, together=together, advance=advance)
+        return self.store.make_missing(rows, read, self.generate, together=together, advance=advance)
 
-    def _make(self, rows: Sequence[TableRow], begins: list[Tensor]) -> list[dict[str, Tensor]]:
-        setup = self.setup
-        first = torch.stack(begins) if setup.first_frame else None  # (B, H, W, 3)
-        made = generate_losers(
-            self.backbone,
-            condition(self.backbone, [row["prompt"] for row in rows], first, num_frames=setup.video.num_frames),
-            self.negative,
-            list(map(self.seeds, rows)),
-            setup.video,
-            setup.config.sampler,
-            batch_size=setup.pipeline.batch_size,
-        )
-        return [{"losers": latents} for latents in made]
-
-    def digest(self, row: TableRow, identity: str | None = None) -> str:
-        return clip_digest(self.settings, row, identity)
+    @torch.no_grad()
+    def generate(self, rows: Sequence[TableRow], begins: list[Tensor | None]) -> list[dict[str, Tensor]]:
+        """What is kept of each row, `pipeline.batch_size` clips at a time. begins: their first frames (H, W, 3) uint8,
+        where the model's clips begin with them."""
+        setup, size, first = self.setup, self.setup.pipeline.batch_size, None
+        if setup.first_frame:
+            first = from_pixels(torch.stack(begins)[:, None].to(self.backbone.device))[:, :, 0]  # (B, 3, H, W)
+        prompts = [row["prompt"] for row in rows]
+        conditioning = self.backbone.condition(prompts, first, num_frames=setup.video.num_frames)
+        clips = [(place, seed) for place, row in enumerate(rows) for seed in self.seeds(row)]
+        latents = []
+        for batch in (clips[start : start + size] for start in range(0, len(clips), size)):
+            made = sample_clips(
+                self.backbone,
+                Conditioning.cat([conditioning[place : place + 1] for place, _ in batch]),
+                [seed for _, seed in batch],
+                setup.video,
+                setup.config.sampler,
+                negative=self.negative,
+                progress=False,
+            )
+            latents.append(made.cpu())
+        together = torch.cat(latents).to(torch.bfloat16).unflatten(0, (len(rows), -1))  # (B, M, C, F, H, W)
+        return [{"losers": of_row} for of_row in together]
 
     def seeds(self, row: TableRow) -> list[int]:
-        return [loser_seed(self.setup.config.seed, row["key"], number) for number in range(self.num_clips)]
-
-
-def loser_seed(seed: int, key: str, loser: int) -> int:
-    """63-bit noise seed of a group's loser: a function of the recipe's seed and the group, not of order or ranks."""
-    return seed_of(seed, key, loser)
-
-
-def generate_losers(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    negative: Conditioning,
-    seeds: Sequence[Sequence[int]],
-    video: VideoConfig,
-    sampler: SamplerConfig,
-    *,
-    batch_size: int,
-) -> Tensor:
-    """Latents (B, M, C, F, H, W) bfloat16 on the CPU for B prompts with M seeds each, `batch_size` clips at a time."""
-    clips = [(prompt, seed) for prompt, of_prompt in enumerate(seeds) for seed in of_prompt]
-    latents = []
-    for first in range(0, len(clips), batch_size):
-        batch = clips[first : first + batch_size]
-        prompts = Conditioning.cat([conditioning[prompt : prompt + 1] for prompt, _ in batch])
-        made = sample_clips(
-            backbone, prompts, [seed for _, seed in batch], video, sampler, negative=negative, progress=False
-        )
-        latents.append(made.cpu())
-    return torch.cat(latents).to(torch.bfloat16).unflatten(0, (len(seeds), -1))
+        """63-bit noise seeds: a function of the recipe's seed and the row's key, not of order or ranks."""
+        return [seed_of(self.setup.config.seed, row["key"], number) for number in range(self.num_clips)]

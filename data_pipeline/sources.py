@@ -53,7 +53,6 @@ SIDECAR_BYTES = 1 << 20  # of a caption file that are read
 
 @dataclass(frozen=True)
 class Source:
-    name: str
     identity: Callable[[], Any]  # JSON value that changes when the rows may have changed
     rows: Callable[[], Iterator[Row | Dropped]]
 
@@ -78,7 +77,7 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
     if name.startswith("sandbox:"):
         scene, count, split = _parse_sandbox(name)
         size = [video.height, video.width, video.num_frames, video.fps]
-        return [Source(name, lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
+        return [Source(lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
     if why := not_local(name):
         raise ValueError(redacted(f"pipeline.manifest={name} {why}"))
     sources = []
@@ -92,7 +91,7 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
             raise ValueError(f"pipeline.manifest={path} is a single clip: {remedy}")
         else:
             identity, rows = sha256, partial(read_manifest, path, num_losers=num_losers)
-        sources.append(Source(str(path), partial(_located, path, identity), rows))
+        sources.append(Source(partial(_located, path, identity), rows))
     return sources
 
 

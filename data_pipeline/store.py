@@ -10,20 +10,59 @@ counts as made only as a whole: a run that was killed and continued gives the by
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.files import atomic, write_text
+from data_pipeline.tables import Advance, Bad, TableRow
+from train import files
+from train.clips import ClipError
 
 
 class Store:
-    def __init__(self, folder: Path):
-        self.folder = folder
+    """settings: plain values that the tensors depend on, beside their row."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self.folder, self.settings = folder, settings
+
+    def digest(self, row: TableRow) -> str:
+        """Of all that tensors made from a row depend on: what it says, what its file holds (`identity`, a column from
+        the generate stage on), and the settings."""
+        return files.digest([self.settings, *(row[name] for name in ("key", "prompt", "start", "identity"))])
+
+    def make_missing(
+        self,
+        rows: Sequence[TableRow],
+        read: Callable[[TableRow], Any],
+        make: Callable[[list[TableRow], list[Any]], Iterable[Mapping[str, Tensor]]],
+        *,
+        together: int,
+        advance: Advance,
+    ) -> Bad:
+        """Make the tensors of rows that are not there, in batches of `together` rows, which are the same in every run.
+
+        read: what is needed of a row's clip, before any is made; rows for which it raises ClipError are left out, and
+        come back with reason and detail. make: the tensors of some rows, given what was read of them.
+        """
+        bad: Bad = {}
+        for first in range(0, len(rows), together):
+            places = {self.digest(rows[place]): place for place in range(first, min(first + together, len(rows)))}
+            found: dict[str, Any] = {}
+            for name in self.missing(list(places)):
+                try:
+                    found[name] = read(rows[places[name]])
+                except ClipError as error:
+                    bad[places[name]] = (error.reason, str(error))
+            if found:
+                made = make([rows[places[name]] for name in found], list(found.values()))
+                self.save(dict(zip(found, made, strict=True)))
+            advance(len(places))
+        return bad
 
     def path(self, digest: str) -> Path:
         return self.folder / digest[:2] / f"{digest}.safetensors"
@@ -44,7 +83,7 @@ class Store:
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
             # One entry: safetensors writes several in any order, and equal tensors must be equal files.
             entry = " ".join([_checksum(digest, made, whole), *made])
-            with atomic(self.path(digest)) as temporary:
+            with files.atomic(self.path(digest)) as temporary:
                 save_file(whole, temporary, {"checksum and batch": entry})
             self._lost(digest).unlink(missing_ok=True)
 
@@ -52,11 +91,15 @@ class Store:
         """Raises ValueError where the file is missing or damaged; it is then made anew when the build runs again."""
         found = self._read(digest)
         if found is None:
-            write_text(self._lost(digest), "")
+            files.write_text(self._lost(digest), "")
             raise ValueError(
                 f"{self.path(digest)} is missing or damaged: run the whole build again, which makes it anew"
             )
         return found[0]
+
+    def load_of(self, row: TableRow) -> dict[str, Tensor]:
+        """`load` of a row of the generate stage or a later one."""
+        return self.load(self.digest(row))
 
     def lost(self) -> set[str]:
         """The digests of which `load` found nothing, and that were not made since."""
@@ -64,8 +107,8 @@ class Store:
 
     def unused(self, wanted: Collection[str]) -> int:
         """Bytes of what is kept for none of the `wanted` digests."""
-        files = self.folder.glob("??/*.safetensors")
-        return sum(path.stat().st_size for path in files if path.stem not in wanted)
+        kept = self.folder.glob("??/*.safetensors")
+        return sum(path.stat().st_size for path in kept if path.stem not in wanted)
 
     def _lost(self, digest: str) -> Path:
         return self.folder / "lost" / digest

@@ -11,15 +11,18 @@ pandas, Polars and DuckDB read it. A unit without a valid marker does not exist.
 that is built again with the same result changes nothing downstream: what follows depends on the content alone.
 """
 
+import csv
+import io
 import json
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
@@ -108,11 +111,9 @@ class Unit:
     count: int
     places: tuple[int, ...] = ()  # rows of the unit that the stage works on, where those are not all
 
-    @property
-    def name(self) -> str:
-        return unit_name(self.number)
 
-
+TableRow = Mapping[str, Any]  # a row of a table, by column
+Bad = dict[int, tuple[str, str]]  # by place: the reason and the detail of a row that cannot be used
 Made = tuple[pa.Table, pa.Table]  # the rows kept and the rows dropped
 Advance = Callable[[int], None]  # tells the progress bar that so many more rows are done
 
@@ -139,28 +140,22 @@ class Table:
 
     def rows(self, first: int, count: int) -> pa.Table:
         """Rows first ... first + count - 1, whichever units they are in."""
-        parts, number = [], bisect_right(self.firsts, first) - 1
-        while number < len(self.markers) and self.firsts[number] < first + count:
+        parts, start = [], bisect_right(self.firsts, first, hi=len(self.markers)) - 1
+        for number in range(start, max(start + 1, bisect_left(self.firsts, first + count, hi=len(self.markers)))):
             if self._last is None or self._last[0] != number:  # most often the next rows are asked for next
                 self._last = number, self.unit(number)
-            parts.append(self._last[1].slice(max(0, first - self.firsts[number]), count - sum(map(len, parts))))
-            number += 1
-        return pa.concat_tables(parts or [self.unit(0).slice(0, 0)])
+            parts.append(self._last[1])
+        return pa.concat_tables(parts).slice(first - self.firsts[start], count)
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all rows."""
         return pa.concat_tables([self.unit(number, names) for number in range(len(self.markers))])
 
-    def contents(self) -> list[str]:
-        """A digest of each unit's rows."""
-        return [marker["content"] for marker in self.markers]
-
     def units(self, depends_on: Callable[[int], Any]) -> list[Unit]:
         """A unit of the next stage for each one here; its digest covers the rows and `depends_on(number)`."""
-        spans = zip(self.firsts[:-1], self.firsts[1:], self.contents(), strict=True)
         return [
-            Unit(number, digest([content, depends_on(number)]), first, end - first)
-            for number, (first, end, content) in enumerate(spans)
+            Unit(number, digest([marker["content"], depends_on(number)]), self.firsts[number], marker["rows"])
+            for number, marker in enumerate(self.markers)
         ]
 
 
@@ -192,18 +187,16 @@ def add_columns(rows: pa.Table, stage: str, values: Mapping[str, Any] | None = N
 
 
 def dropped_table(rows: Sequence[Dropped] = ()) -> pa.Table:
-    return pa.table({name: [getattr(row, name) for row in rows] for name in DROPPED.names}, DROPPED)
+    return pa.Table.from_pylist(list(map(vars, rows)), DROPPED)
 
 
 def drop(rows: pa.Table, reasons: Mapping[int, tuple[str, str]]) -> Made:
     """Split off the rows at the given places, each with a reason and a detail."""
-    places = sorted(reasons)
-    names = [name for name in DROPPED.names if name in rows.schema.names and name not in ("reason", "detail")]
-    dropped = rows.take(pa.array(places, pa.int64())).select(names)
-    columns = {name: dropped[name] for name in names}
-    columns |= {"reason": [reasons[place][0] for place in places], "detail": [reasons[place][1] for place in places]}
+    columns = {"key": rows["key"], "clip": rows["clip"], "place": rows["place"]}
+    for part, name in enumerate(("reason", "detail")):
+        columns[name] = pa.array([reasons.get(place, ("", ""))[part] for place in range(len(rows))], pa.string())
     keep = pa.array([place not in reasons for place in range(len(rows))], pa.bool_())
-    return rows.filter(keep), pa.table(columns, DROPPED)
+    return rows.filter(keep), pa.table(columns, DROPPED).filter(pc.invert(keep))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -237,6 +230,13 @@ def _write_parquet(path: Path, rows: pa.Table) -> str:
     data = sink.getvalue()
     write_bytes(path, data)
     return sha256(data)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """For people and other programs: the rows, the first of them the columns' names, atomically."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from train.groups import Group, Loser, ShardWriter, write_index
+from train.groups import Group, Loser, ShardWriter, survey, write_index
 from train.teachers.points import pack, query_grid
 
 
@@ -52,6 +52,11 @@ def synthetic_group(
         text=normal(*text_shape),
         extra=random_targets(latent_shape[1], seed * 1_000_003 + number) if targets else {},
     )
+
+
+def verify(folder: str | Path) -> list[str]:
+    """A line for each problem of a folder of groups."""
+    return survey(folder, lambda group: None)[1]
 
 
 def random_targets(num_frames: int, seed: int) -> dict[str, torch.Tensor]:

@@ -33,11 +33,11 @@ from data_pipeline.manifests import Row, read_manifest
 from eval import vote
 from eval.clips import Clip
 from eval.maker import read_lora
-from tests.synthetic_groups import replace_sample, sample_bytes, write_synthetic_groups
+from tests.synthetic_groups import replace_sample, sample_bytes, verify, write_synthetic_groups
 from train import checkpoint, entry, export
 from train.clips import VideoConfig, read_clip, write_clip
 from train.data import GroupStream
-from train.groups import GroupSet, check_group, shard_record, verify, write_index
+from train.groups import GroupSet, check_group, shard_record, write_index
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.optimizer import OptimConfig, build_optimizer
 

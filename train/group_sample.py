@@ -94,11 +94,11 @@ def check_group(group: Group) -> None:
         refuse(f"the text embedding must be float (L', D) with L' > 0, not {_describe(group.text)}")
     if group.condition is not None and (group.condition.ndim != 4 or not group.condition.is_floating_point()):
         refuse(f"the condition must be a float latent (C', F, H, W), not {_describe(group.condition)}")
-    for name, tensor in _tensors(group).items():
+    for name, tensor in tensors_of(group).items():
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         if tensor.dtype not in DTYPES:
-            refuse(f"tensor {name!r} is {_describe(tensor)}; use {', '.join(map(_dtype, DTYPES))}")
+            refuse(f"tensor {name!r} is {_describe(tensor)}; use {', '.join(map(dtype_name, DTYPES))}")
         low, high = (value.item() for value in torch.aminmax(tensor))  # NaN if any is; isfinite takes ten times as long
         if not (math.isfinite(low) and math.isfinite(high)):
             refuse(f"tensor {name!r} has values that are not finite")
@@ -106,14 +106,15 @@ def check_group(group: Group) -> None:
             refuse(f"tensor {name!r} has values up to {max(-low, high):.3g}, far beyond a latent's or an embedding's")
 
 
-def _tensors(group: Group) -> dict[str, Tensor]:
+def tensors_of(group: Group) -> dict[str, Tensor]:
+    """Its tensors by the names that they have in a shard."""
     condition = {} if group.condition is None else {"condition": group.condition}
     extra = {f"extra.{name}": tensor for name, tensor in group.extra.items()}
     return {"winner": group.winner, "losers": group.losers, "text": group.text, **condition, **extra}
 
 
 def common(group: Group) -> Common:
-    latent = {"latent_shape": list(group.winner.shape), "latent_dtype": _dtype(group.winner.dtype)}
+    latent = {"latent_shape": list(group.winner.shape), "latent_dtype": dtype_name(group.winner.dtype)}
     return {"fingerprint": group.fingerprint, **latent}
 
 
@@ -132,7 +133,7 @@ def sample_bytes(group: Group) -> memoryview:
         ],
         "fingerprint": group.fingerprint,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(group).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(group).items()}
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, mtime=0, user="", group="", encoder=False) as tar:
         members = {"json": json_bytes(description), "safetensors": safetensors.torch.save(tensors)}
@@ -175,9 +176,9 @@ def _members(data: bytes) -> dict[str, bytes]:
     return members
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {_dtype(tensor.dtype)}"
+    return f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)}"

@@ -27,7 +27,10 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 
 from train import files
-from train.group_sample import Group, Loser, check_group, common, parse_sample, sample_bytes
+from train.group_sample import Group, check_group, common, parse_sample, sample_bytes
+from train.group_sample import Loser as Loser
+from train.group_sample import dtype_name as dtype_name
+from train.group_sample import tensors_of as tensors_of
 from train.shard_records import (
     END,
     SCHEMA,
@@ -41,19 +44,6 @@ from train.shard_records import (
     json_bytes,
     parse_json,
 )
-
-__all__ = [
-    "INDEX",
-    "Group",
-    "GroupSet",
-    "Loser",
-    "ShardWriter",
-    "check_group",
-    "shard_record",
-    "survey",
-    "verify",
-    "write_index",
-]
 
 INDEX = "index.json"
 T = TypeVar("T")
@@ -246,18 +236,13 @@ class GroupSet(torch.utils.data.Dataset):
         return _checked_group(self.folder / file, self.index, sample, data)
 
 
-def verify(folder: str | Path) -> list[str]:
-    """Checks every byte of every shard against the index, and every group as reading does; returns one line, with the
-    remedy, for each problem."""
-    return survey(folder, lambda group: None)[1]
-
-
 def survey(
     folder: str | Path, see: Callable[[Group], T], advance: Callable[[int], Any] = lambda count: None
 ) -> tuple[list[T], list[str]]:
-    """What `see` gives of every group that is whole, in order, and the lines of `verify`, all in one pass.
+    """What `see` gives of every group that is whole, in order, and a line with the remedy for each problem.
 
-    Shards are read in threads, for there may be terabytes. advance: told the bytes of each shard that is done.
+    Checks every byte of every shard against the index, and every group as reading does. Shards are read in threads, for
+    there may be terabytes. advance: told the bytes of each shard that is done.
     """
     try:
         folder = local_folder(folder)

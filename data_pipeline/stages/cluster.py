@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 import recipes
 from data_pipeline.config import ClusterConfig, Setup
-from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.contract import Stage
 from data_pipeline.histogram import write_histogram
 from data_pipeline.tables import Advance, Made, Table, Unit, add_columns, dropped_table
 from train.entry import first_line
@@ -44,7 +43,7 @@ CHUNK = 8192  # prompts encoded and compared at once; bounds the memory
 GRID = 2.0**20  # embeddings are multiples of 1 / GRID
 DIGITS = 4  # of a score
 
-Encoder = Callable[[list[str]], np.ndarray | Tensor]  # N texts -> (N, D), of any length
+Encoder = Callable[[list[str]], np.ndarray]  # N texts -> (N, D), of any length
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,6 @@ class Action:
     name: str  # lower-case letters, digits and _
     category: str  # the same
     phrase: str  # what a caption says, in English
-
-
-@dataclass(frozen=True)
-class Matches:
-    """The best action of each of N prompts."""
-
-    actions: list[str]  # N names; `other` below the threshold
-    categories: list[str]  # N; `other` below the threshold
-    scores: np.ndarray  # (N,) float64, cosine with the best action, to four decimals, also where that is `other`
 
 
 class Cluster(Stage):
@@ -71,10 +61,6 @@ class Cluster(Stage):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.config = setup.pipeline.cluster
-
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.pipeline.cluster.model else PassThrough(setup, cls.name)
 
     def check(self) -> None:
         ActionMatcher(self.config, self.setup.device)
@@ -88,9 +74,7 @@ class Cluster(Stage):
         return before.units(lambda number: settings)
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
-        found = self.matcher.match(rows["prompt"].to_pylist())
-        columns = {"action": found.actions, "category": found.categories, "action_score": found.scores}
-        return add_columns(rows, self.name, columns), dropped_table()
+        return add_columns(rows, self.name, self.matcher.match(rows["prompt"].to_pylist())), dropped_table()
 
     def conclude(self, table: Table) -> None:
         rows = table.columns(("action", "category"))
@@ -122,9 +106,11 @@ class ActionMatcher:
         """(A, D): the embedded actions."""
         return self._embed([action.phrase for action in self.actions])
 
-    def match(self, prompts: Sequence[str]) -> Matches:
-        """The actions of prompts, in their order; the first of the list among equally good ones.
+    def match(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """The best action of each of N prompts, as columns; the first of the list among equally good ones.
 
+        action, category: N names, `other` below the threshold. action_score: (N,) float64, the cosine with the best
+        action, to four decimals, also where that is `other`.
         Equal prompts are encoded once. Raises ValueError for a prompt whose embedding is not finite.
         """
         texts = list(dict.fromkeys(prompts))
@@ -140,13 +126,11 @@ class ActionMatcher:
         rows = np.fromiter(map(place.__getitem__, prompts), np.int64, len(prompts))
         names = np.array([action.name for action in self.actions] + [OTHER], object)
         categories = np.array([action.category for action in self.actions] + [OTHER], object)
-        return Matches(names[best[rows]].tolist(), categories[best[rows]].tolist(), scores[rows])
+        found = best[rows]
+        return {"action": names[found].tolist(), "category": categories[found].tolist(), "action_score": scores[rows]}
 
     def _embed(self, texts: list[str]) -> np.ndarray:
-        found = self.encoder(texts)
-        if isinstance(found, Tensor):
-            found = found.detach().float().cpu().numpy()
-        vectors = np.asarray(found, np.float64)  # (n, D)
+        vectors = np.asarray(self.encoder(texts), np.float64)  # (n, D)
         assert vectors.ndim == 2 and len(vectors) == len(texts), vectors.shape
         if not np.isfinite(vectors).all():
             text = texts[np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0]]
@@ -194,12 +178,7 @@ def load_encoder(config: ClusterConfig, device: torch.device | str) -> Encoder:
             f"{key} cannot be loaded ({first_line(error)}): "
             f"give the folder or the hub id of a sentence-transformers model with *.safetensors, such as {EXAMPLE}"
         ) from error
-    model.eval()
-
-    def encode(texts: list[str]) -> np.ndarray:
-        return model.encode(texts, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True)
-
-    return encode
+    return partial(model.eval().encode, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True)
 
 
 # ---- the list of actions ---------------------------------------------------------------------------------------------
@@ -212,7 +191,9 @@ def load_actions(path: str | Path | None = None) -> list[Action]:
     the same words count as one.
     """
     path = Path(path).expanduser() if path else SHIPPED
-    tree = _read_yaml(path)
+    if not path.is_file():
+        raise ValueError(f"{KEY}.actions: there is no file {path}; leave it empty for the shipped list")
+    tree = recipes.read_yaml(path, "categories (name: {action: phrase})")
     actions: list[Action] = []
     names: set[str] = {OTHER}
     phrases: dict[tuple[str, ...], str] = {}
@@ -244,20 +225,11 @@ def bag_of_words(text: str) -> tuple[str, ...]:
     return tuple(sorted(re.findall(r"\w+", text.casefold())))
 
 
-def actions_digest(path: str | Path | None = None) -> str:
-    """A digest of what matching depends on in a list of actions; comments and layout do not count."""
-    return digest([astuple(action) for action in load_actions(path)])
-
-
 def match_settings(config: ClusterConfig) -> dict[str, Any]:
-    """What the matches depend on, beside the prompts: plain values. A model's folder counts by its name."""
-    return {"model": config.model, "threshold": config.threshold, "actions": actions_digest(config.actions)}
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise ValueError(f"{KEY}.actions: there is no file {path}; leave it empty for the shipped list")
-    return recipes.read_yaml(path, "categories (name: {action: phrase})")
+    """What the matches depend on, beside the prompts: plain values. A model's folder counts by its name, a list of
+    actions by what it says, without comments and layout."""
+    actions = digest([astuple(action) for action in load_actions(config.actions)])
+    return {"model": config.model, "threshold": config.threshold, "actions": actions}
 
 
 def _check_name(path: Path, kind: str, name: Any) -> None:

@@ -10,6 +10,7 @@ Deviation: the paper does not say whose clips are judged; the model's own say wh
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from data_pipeline.config import Setup
-from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.contract import Stage
 from data_pipeline.frames import clip_identity
 from data_pipeline.own_clips import ClipMaker
 from data_pipeline.scores import judge_clips
@@ -32,11 +33,7 @@ class Difficulty(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.maker = ClipMaker(setup, Store(self.folder / "clips"), 1)
-
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.pipeline.resample.tries_the_model else PassThrough(setup, cls.name)
+        self.maker = ClipMaker(setup, Store(self.folder / "clips", setup.clip_settings(1)), 1)
 
     @cached_property
     def judge(self) -> Judge:
@@ -45,19 +42,17 @@ class Difficulty(Stage):
     def plan(self, before: Table) -> list[Unit]:
         columns = before.columns(("key", "action", "action_score"))
         actions, index = number_actions(columns["action"])
-        check_actions(actions)
         scores = columns["action_score"].to_numpy(zero_copy_only=False).astype(np.float64)
         most = self.setup.pipeline.resample.representatives
         wanted = representatives(index, scores, columns["key"].to_pylist(), most)
-        spans = zip(before.firsts[:-1], before.firsts[1:], strict=True)
-        places = [tuple(np.flatnonzero(wanted[first:end]).tolist()) for first, end in spans]
+        places = [tuple(np.flatnonzero(wanted[first:end]).tolist()) for first, end in pairwise(before.firsts)]
 
         def depends_on(number: int) -> Any:
             if not places[number]:
                 return None
             rows = before.unit(number).take(pa.array(places[number], pa.int64())).to_pylist()
             identities = list(map(clip_identity, rows))
-            return [places[number], identities, self.maker.settings, self.setup.judge_settings]
+            return [places[number], identities, self.maker.store.settings, self.setup.judge_settings]
 
         return [replace(unit, places=places[unit.number]) for unit in before.units(depends_on)]
 
@@ -65,13 +60,12 @@ class Difficulty(Stage):
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Generate and judge the unit's representatives; those whose clip cannot be read are dropped."""
         records = rows.take(pa.array(unit.places, pa.int64())).to_pylist()
-        identities = list(map(clip_identity, records))
-        bad = self.maker.make(records, identities, advance)
+        records = [record | {"identity": clip_identity(record)} for record in records]
+        bad = self.maker.make(records, advance)
         made = [place for place in range(len(records)) if place not in bad]
         trials: list[float | None] = [None] * len(rows)
         if made:
-            digests = [self.maker.digest(records[place], identities[place]) for place in made]
-            latents = torch.cat([self.maker.store.load(digest)["losers"] for digest in digests])
+            latents = torch.cat([self.maker.store.load_of(records[place])["losers"] for place in made])
             decoded = self.maker.backbone.decode_latents(latents, batch_size=self.setup.pipeline.encode_batch)
             prompts = [records[place]["prompt"] for place in made]
             scores, failures = judge_clips(self.judge, to_pixels(decoded).cpu(), prompts)
@@ -84,18 +78,15 @@ class Difficulty(Stage):
 
 
 def number_actions(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    """Distinct actions (A,), in alphabetical order, and each row's number among them (R,)."""
+    """Distinct actions (A,), in alphabetical order, and each row's number among them (R,). ValueError where no row has
+    an action."""
     names, index = np.unique(np.asarray(column.to_pylist(), dtype=object).astype(str), return_inverse=True)
-    return names.tolist(), index
-
-
-def check_actions(actions: Sequence[str]) -> None:
-    """ValueError where no row has an action."""
-    if set(actions) <= {""}:
+    if set(names.tolist()) <= {""}:
         raise ValueError(
             "pipeline.resample.budget is set, but no row has an action: set pipeline.cluster.model, or give the"
             " manifest a column action"
         )
+    return names.tolist(), index
 
 
 def representatives(index: np.ndarray, scores: np.ndarray, keys: Sequence[str], most: int) -> np.ndarray:

@@ -12,13 +12,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data_pipeline.conditioning import condition
 from data_pipeline.config import Setup
 from data_pipeline.contract import Stage
-from data_pipeline.frames import FrameReader, TableRow, clip_digest, make_missing
+from data_pipeline.frames import FrameReader
 from data_pipeline.store import Store
-from data_pipeline.tables import Advance, Made, Marker, Table, Unit, drop, unit_name
-from train.backbones.base import Backbone, Conditioning
+from data_pipeline.tables import Advance, Made, Marker, Table, TableRow, Unit, drop, unit_name
+from train.backbones.base import Backbone
 from train.clips import from_pixels
 from train.groups import Group, Loser, ShardWriter, shard_record, write_index
 
@@ -31,27 +30,23 @@ class Encode(Stage):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.groups = Path(setup.pipeline.groups)
-        self.settings, self.loser_settings = setup.winner_settings, setup.loser_settings
-        self.target_settings = setup.target_settings if setup.config.targets.tracks else None
-        self.store = Store(self.folder / "winners")
+        self.store, self.losers = Store(self.folder / "winners", setup.winner_settings), setup.losers
+        self.targets = setup.targets if setup.config.targets.tracks else None
         self.reader = FrameReader(setup.video, setup.device)
-        self._checksum: dict[str, str] = {}  # of the shards of this process
 
     @cached_property
     def backbone(self) -> Backbone:
         return self.setup.load(PARTS)
 
     def plan(self, before: Table) -> list[Unit]:
-        return before.units(lambda number: [self.settings, self.loser_settings, self.target_settings])
+        settings = [self.store.settings, self.losers.settings, self.targets and self.targets.settings]
+        return before.units(lambda number: settings)
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Encode what is missing and write the unit's shard; clips that cannot be read any more are dropped."""
         records, together = rows.to_pylist(), self.setup.pipeline.encode_batch
-        digests = [clip_digest(self.settings, record) for record in records]
-        bad = make_missing(
-            self.store, digests, records, self.reader.read, self._make, together=together, advance=advance
-        )
-        with ShardWriter(self.groups, unit.name) as writer:
+        bad = self.store.make_missing(records, self.reader.read, self.encode, together=together, advance=advance)
+        with ShardWriter(self.groups, unit_name(unit.number)) as writer:
             for place, record in enumerate(records):
                 if place not in bad:
                     group = self._group(record)
@@ -59,41 +54,44 @@ class Encode(Stage):
                         writer.write(group)
                     except ValueError as error:  # a network's numbers may overflow: that is this group's matter
                         bad[place] = ("unusable", str(error))
-        self._checksum[unit.name] = writer.record["sha256"]
         return drop(rows, bad)
 
-    def _make(self, records: Sequence[TableRow], frames: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+    @torch.no_grad()
+    def encode(self, records: Sequence[TableRow], frames: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+        """What is kept of each row and its clip (T, H, W, 3) uint8, all in one batch."""
+        video = from_pixels(torch.stack(frames).to(self.backbone.device))  # (B, 3, T, H, W)
+        first = video[:, :, 0] if self.setup.first_frame else None
         prompts = [record["prompt"] for record in records]
-        winners, conditioning = encode_clips(self.backbone, torch.stack(frames), prompts, self.setup.first_frame)
-        winners, stored = winners.to(torch.bfloat16).cpu(), conditioning.to("cpu", torch.bfloat16)
+        conditioning = self.backbone.condition(prompts, first, num_frames=video.shape[2])
+        winners = self.backbone.encode_video(video, batch_size=len(video)).to(torch.bfloat16).cpu()
+        stored = conditioning.to("cpu", torch.bfloat16)
         for number, winner in enumerate(winners):
             condition = {} if stored.image is None else {"condition": stored.image[number]}
             yield {"winner": winner, "text": unpad(stored.text[number]), **condition}
 
     def _group(self, record: TableRow) -> Group:
-        made = self.store.load(clip_digest(self.settings, record))
+        made = self.store.load_of(record)
         losers = made["winner"][None][:0]  # (0, C, F, H, W)
         if self.setup.pipeline.num_losers:
-            losers = self.setup.losers.load(clip_digest(self.loser_settings, record))["losers"]
-        targets = self.setup.targets.load(clip_digest(self.target_settings, record)) if self.target_settings else {}
+            losers = self.losers.load_of(record)["losers"]
         scored = zip(record["seeds"], record["semantic"], record["physical"], strict=True)
         return Group(
             **{name: record[name] for name in ("key", "prompt", "action", "physics_richness")},
             source=f"{record['clip']} at {record['start']:g} s",
             losers_info=[Loser(*values) for values in scored],
-            fingerprint=self.settings["fingerprint"],
+            fingerprint=self.store.settings["fingerprint"],
             winner=made["winner"],
             losers=losers,
             text=made["text"],
             condition=made.get("condition"),
-            extra=targets,
+            extra=self.targets.load_of(record) if self.targets else {},
         )
 
     def notes(self, unit: Unit) -> dict[str, Any]:
-        return {"shard": self._checksum[unit.name]}
+        return {"shard": shard_record(self.groups, unit_name(unit.number))["sha256"]}
 
     def is_intact(self, unit: Unit, marker: Marker) -> bool:
-        shard = shard_record(self.groups, unit.name)
+        shard = shard_record(self.groups, unit_name(unit.number))
         return shard is not None and shard["sha256"] == marker.get("shard")
 
     def conclude(self, table: Table) -> None:
@@ -102,20 +100,9 @@ class Encode(Stage):
         for path in [*self.groups.glob("unit-*.json"), *self.groups.glob("unit-*.tar")]:
             if path.stem not in names:
                 path.unlink()
-        index = write_index(self.groups, fingerprint=self.settings["fingerprint"], video=self.setup.video)
+        index = write_index(self.groups, fingerprint=self.store.settings["fingerprint"], video=self.setup.video)
         count, total = index["num_groups"], index["total_bytes"]
         print(f"groups: {self.groups}, {count} groups, {total // count} bytes per group")
-
-
-@torch.no_grad()
-def encode_clips(
-    backbone: Backbone, frames: Tensor, prompts: Sequence[str], first_frame: bool
-) -> tuple[Tensor, Conditioning]:
-    """frames (B, T, H, W, 3) uint8 -> (latents (B, C, F, H, W) float32, conditioning of B clips, see `condition`)."""
-    first = frames[:, 0] if first_frame else None
-    conditioning = condition(backbone, prompts, first, num_frames=frames.shape[1])
-    video = from_pixels(frames.to(backbone.device))  # (B, 3, T, H, W)
-    return backbone.encode_video(video, batch_size=len(video)), conditioning
 
 
 def unpad(text: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The filter stage: a vision-language model says how much physics a clip shows (PhyGDPO, algorithm 1); rich rows stay.
 
-    chosen = CotFilter(vlm, threshold).run(items)      # in the order of items: an Answer or a Refused
+    answer = await ask(vlm, caption, frames)      # an Answer; NoAnswer is raised where there is none
 
 The five steps of the algorithm are one question about the caption and some frames, answered as one JSON object whose
 fields come in the order of the steps: parse, vision check (removed, added), reason, penalties and richness, extended
@@ -14,24 +14,26 @@ types and lengths that were asked for, or it counts as malformed and is asked fo
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Annotated, Any, Literal, get_args
+from itertools import chain
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from data_pipeline.config import Setup, outcome_settings
-from data_pipeline.contract import PassThrough, Stage
-from data_pipeline.frames import Bad, FrameReader, TableRow
-from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop
+import recipes
+from data_pipeline.config import OPERATIONAL, Setup
+from data_pipeline.contract import Stage
+from data_pipeline.frames import FrameReader
+from data_pipeline.tables import Advance, Bad, Made, Marker, Table, TableRow, Unit, add_columns, drop
 from eval.vlm.backend import recorded
-from eval.vlm.client import Backend, Malformed, NoAnswer, Question, Reply, Vlm, VlmConfig, jpeg_frames, quoted, storable
-from train.files import parse_json
+from eval.vlm.client import NoAnswer, Question, Vlm, jpeg_frames, quoted, read_answer, schema_of, sound
 
 NO_PHYSICS = "no physics"  # the reason of rows that are left out
 MAX_PROMPT_CHARS = 4000  # a longer caption is refused, not cut
+FINAL = ("prompt", "frames", "malformed", "rejected")  # reasons of refusals that asking again does not change
 EXTENDED_WORDS = 100  # algorithm 1, step 5
 Penalty = Literal["camera_motion", "stylised", "static_aftermath"]
 
@@ -63,30 +65,13 @@ The object has exactly these fields, in this order:
 "physics_richness": 0.0, "extended": "..."}}"""
 
 
-def _text_fault(text: str) -> str:
-    """What keeps a text from being stored as UTF-8 in a table, or nothing."""
-    if "\0" in text:
-        return "it holds a NUL character"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return "it holds half a character (a lone surrogate)"
-    return ""
-
-
-def _sound(text: str) -> str:
-    if fault := _text_fault(text) or ("" if text.strip() else "it is empty"):
-        raise ValueError(fault)
-    return text
-
-
 def _brief(text: str) -> str:
     if (words := len(text.split())) > EXTENDED_WORDS:
         raise ValueError(f"it has {words} words; at most {EXTENDED_WORDS}")
     return text
 
 
-Text = Annotated[str, Field(max_length=300), AfterValidator(_sound)]  # one entity, action, force ...
+Text = Annotated[str, Field(max_length=300), AfterValidator(sound)]  # one entity, action, force ...
 Texts = Annotated[list[Text], Field(max_length=50)]
 
 
@@ -106,63 +91,20 @@ class Parse(_Exact):
     outcomes: Texts
 
 
-class Asked(_Exact):
+class Answer(_Exact):
     """The object that is asked for."""
 
     parse: Parse
     removed: Texts
     added: Texts
-    reason: Annotated[str, Field(max_length=2000), AfterValidator(_sound)]
+    reason: Annotated[str, Field(max_length=2000), AfterValidator(sound)]
     penalties: Annotated[list[Penalty], Field(max_length=50)]
     physics_richness: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     # In characters too, for scripts that put no spaces between words.
-    extended: Annotated[str, Field(max_length=1200), AfterValidator(_sound), AfterValidator(_brief)]
+    extended: Annotated[str, Field(max_length=1200), AfterValidator(sound), AfterValidator(_brief)]
 
 
-def _types(schema: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema without limits and titles: servers differ in the limits that they can hold a model to."""
-    schema = named[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
-    kept: dict[str, Any] = {"type": schema["type"]}
-    if "properties" in schema:
-        kept["properties"] = {name: _types(inner, named) for name, inner in schema["properties"].items()}
-        kept |= {"required": schema["required"], "additionalProperties": False}
-    if "items" in schema:
-        kept["items"] = _types(schema["items"], named)
-    return kept | ({"enum": schema["enum"]} if "enum" in schema else {})
-
-
-def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    schema = TypeAdapter(model).json_schema()
-    return _types(schema, schema.get("$defs", {}))
-
-
-PENALTIES = get_args(Penalty)
-SCHEMA = _schema(Asked)
-
-
-@dataclass(frozen=True)
-class Item:
-    key: str
-    prompt: str
-    frames: Callable[[], list[bytes]]  # JPEG in order of time; called in a thread, several items at once
-
-
-@dataclass(frozen=True)
-class Answer:
-    key: str
-    parse: dict[str, Any]  # plain JSON: entities, actions, forces, outcomes, and removed, added, penalties
-    reason: str
-    physics_richness: float  # in [0, 1]
-    physics_label: bool  # physics_richness >= threshold
-    extended: str  # at most 100 words
-
-
-@dataclass(frozen=True)
-class Refused:
-    key: str
-    reason: str  # prompt, frames, malformed, rejected (by the server), or server (it failed, and may not next time)
-    detail: str  # with the server's failure: limit, server, timeout, connection
-    raw: str  # the last answer, at most 2000 characters; empty where there was none
+SCHEMA = schema_of(Answer)
 
 
 class Filter(Stage):
@@ -171,111 +113,73 @@ class Filter(Stage):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         # Without a cache of its own, so that a build that is killed asks nothing twice.
-        self.vlm = replace(setup.config.vlm, cache=setup.config.vlm.cache or str(self.folder / "answers"))
+        self.config = replace(setup.config.vlm, cache=setup.config.vlm.cache or str(self.folder / "answers"))
         self.threshold = setup.pipeline.filter.threshold
         self.reader = FrameReader(setup.video, setup.device)
 
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.pipeline.filter.enabled else PassThrough(setup, cls.name)
-
     def check(self) -> None:
-        CotFilter(self.vlm, self.threshold)
+        Vlm(self.config)
 
     @cached_property
-    def filter(self) -> "CotFilter":
-        return CotFilter(self.vlm, self.threshold)
+    def vlm(self) -> Vlm:
+        return Vlm(self.config)
 
     def plan(self, before: Table) -> list[Unit]:
         settings = {"threshold": self.threshold, "max_prompt_chars": MAX_PROMPT_CHARS}
-        settings |= {"vlm": outcome_settings(recorded(self.vlm))}
+        settings |= {"vlm": recipes.without(recorded(self.config), OPERATIONAL)}
         return before.units(lambda number: settings)
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
-        items = [Item(row["key"], row["prompt"], partial(self._frames, row)) for row in rows.to_pylist()]
-        answers = self.filter.run(items, advance)
+        answers = self.vlm.run(self._ask, rows.to_pylist(), advance)
+        said: list[dict[str, Any]] = [{} for _ in answers]  # of each row, by column
         bad: Bad = {}
         for place, answer in enumerate(answers):
-            if isinstance(answer, Refused):
-                bad[place] = (answer.reason, answer.detail)
-            elif not answer.physics_label:
-                bad[place] = (NO_PHYSICS, f"physics_richness={answer.physics_richness:g}")
-        given = [None if isinstance(answer, Refused) else answer for answer in answers]
-        columns = {
-            name: [answer and getattr(answer, name) for answer in given]
-            for name in ("reason", "physics_richness", "physics_label", "extended")
-        }
-        columns["parse"] = [answer and json.dumps(answer.parse, ensure_ascii=False) for answer in given]
+            if isinstance(answer, NoAnswer):
+                # A server that fails may not do so next time.
+                bad[place] = (answer.reason, answer.detail) if answer.reason in FINAL else ("server", str(answer))
+                continue
+            richness = answer.physics_richness
+            if richness < self.threshold:
+                bad[place] = (NO_PHYSICS, f"physics_richness={richness:g}")
+            parse = answer.parse.model_dump() | answer.model_dump(include={"removed", "added", "penalties"})
+            said[place] = {
+                "parse": json.dumps(parse, ensure_ascii=False),
+                "reason": answer.reason.strip(),
+                "physics_richness": richness,
+                "physics_label": richness >= self.threshold,
+                "extended": answer.extended.strip(),
+            }
+        columns = {name: [of_row.get(name) for of_row in said] for name in dict.fromkeys(chain(*said))}
         return drop(add_columns(rows, self.name, columns), bad)
 
+    async def _ask(self, row: TableRow) -> Answer:
+        return await ask(self.vlm, row["prompt"], partial(self._frames, row))
+
     def _frames(self, row: TableRow) -> list[bytes]:
-        return jpeg_frames(self.reader.read(row), self.vlm.frames, self.vlm.frame_height)
+        return jpeg_frames(self.reader.read(row), self.config.frames, self.config.frame_height)
 
     def is_worth_a_retry(self, marker: Marker) -> bool:
         return "server" in marker["dropped"]
 
 
-class CotFilter:
-    """backend: instead of the one that `vlm` names. Raises ValueError for settings that cannot work."""
+async def ask(vlm: Vlm, prompt: str, frames: Callable[[], list[bytes]]) -> Answer:
+    """What the model says of a caption and the JPEG frames, in order of time, that `frames` reads in a thread.
 
-    def __init__(self, vlm: VlmConfig, threshold: float, backend: Backend | None = None):
-        self.threshold = threshold
-        self.vlm = Vlm(vlm, backend)
-
-    def run(self, items: Sequence[Item], advance: Advance = lambda count: None) -> list[Answer | Refused]:
-        """An Answer or a Refused for each item, in order; advance is told 1 after each.
-
-        A ValueError of `Item.frames` refuses the item. Raises VlmUnavailable (a ValueError) where the server
-        as a whole is at fault; what was answered until then is in the cache of answers.
-        """
-        return self.vlm.run(self._one, items, advance)
-
-    async def _one(self, item: Item) -> Answer | Refused:
-        fault = _prompt_fault(item.prompt)
-        if fault:
-            return Refused(item.key, "prompt", fault, "")
-        try:
-            frames = await asyncio.to_thread(item.frames)
-        except ValueError as error:
-            return Refused(item.key, "frames", storable(str(error)), "")
-        if not frames:
-            return Refused(item.key, "frames", "there are none", "")
-        question = Question(question_text(item.prompt), RULES, tuple(frames), schema=SCHEMA)
-        try:
-            return await self.vlm.ask(question, lambda reply: read_answer(item.key, reply, self.threshold))
-        except NoAnswer as refusal:
-            if refusal.reason in ("malformed", "rejected"):
-                return Refused(item.key, refusal.reason, refusal.detail, refusal.raw)
-            return Refused(item.key, "server", str(refusal), refusal.raw)
-
-
-def _prompt_fault(prompt: str) -> str:
-    if not prompt.strip():
-        return "it is empty"
-    if len(prompt) > MAX_PROMPT_CHARS:
-        return f"it has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are asked about"
-    return _text_fault(prompt)
-
-
-def question_text(prompt: str) -> str:
-    return f"Caption: {quoted(prompt)}\nAnswer with the JSON object."
-
-
-def read_answer(key: str, reply: Reply, threshold: float) -> Answer:
-    """The answer out of what the model wrote. Raises Malformed, with the text, for anything but what was asked for."""
-    text = reply.text.strip()
-    if text.startswith("```") and text.endswith("```"):  # models without a schema to hold them like to fence their JSON
-        text = text[3:-3].removeprefix("json")
+    Raises NoAnswer with the reason prompt or frames for a row that is not asked about, with another of `Vlm.ask`'s
+    where the server gives no answer.
+    """
     try:
-        found = parse_json(text, Asked, name="the answer", remedy="it is asked for again")
+        sound(prompt)
     except ValueError as error:
-        raise Malformed(storable(str(error)[:400]), reply.text) from error
-    more = found.model_dump(include={"removed", "added", "penalties"})
-    return Answer(
-        key=key,
-        parse=found.parse.model_dump() | more,
-        reason=found.reason.strip(),
-        physics_richness=found.physics_richness,
-        physics_label=found.physics_richness >= threshold,
-        extended=found.extended.strip(),
-    )
+        raise NoAnswer("prompt", str(error)) from None
+    if len(prompt) > MAX_PROMPT_CHARS:
+        raise NoAnswer("prompt", f"it has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are asked about")
+    try:
+        pictures = await asyncio.to_thread(frames)
+    except ValueError as error:
+        raise NoAnswer("frames", str(error)) from error
+    if not pictures:
+        raise NoAnswer("frames", "there are none")
+    text = f"Caption: {quoted(prompt)}\nAnswer with the JSON object."
+    question = Question(text, RULES, tuple(pictures), schema=SCHEMA)
+    return await vlm.ask(question, partial(read_answer, kind=Answer))

@@ -11,7 +11,7 @@ from data_pipeline.config import Setup
 from data_pipeline.contract import Stage
 from data_pipeline.frames import clip_identity
 from data_pipeline.own_clips import ClipMaker
-from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop, read_rows
+from data_pipeline.tables import Advance, Made, Table, Unit, add_columns, drop
 from train.files import digest
 
 OPEN_FILES = 16  # clips looked at together: over a network each takes milliseconds
@@ -22,7 +22,8 @@ class Generate(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.maker = ClipMaker(setup, setup.losers, setup.pipeline.num_losers)
+        self.store = setup.losers
+        self.maker = ClipMaker(setup, self.store, setup.pipeline.num_losers)
 
     def plan(self, before: Table) -> list[Unit]:
         units = []
@@ -30,25 +31,18 @@ class Generate(Stage):
             for first in range(0, len(before), self.setup.pipeline.unit_size):
                 records = before.rows(first, self.setup.pipeline.unit_size).to_pylist()
                 identities = list(pool.map(clip_identity, records))
-                depends_on = digest([records, identities, self.maker.settings])
+                depends_on = digest([records, identities, self.store.settings])
                 units.append(Unit(len(units), depends_on, first, len(records)))
         return units
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Generate what is missing; rows whose clip cannot be read are dropped."""
-        records = rows.to_pylist()
-        identities = list(map(clip_identity, records))
-        bad = self.maker.make(records, identities, advance)
-        columns = {"seeds": list(map(self.maker.seeds, records)), "identity": identities}
+        records = [row | {"identity": clip_identity(row)} for row in rows.to_pylist()]
+        bad = self.maker.make(records, advance)
+        columns = {"seeds": list(map(self.maker.seeds, records)), "identity": [row["identity"] for row in records]}
         return drop(add_columns(rows, self.name, columns), bad)
-
-    def is_intact(self, unit: Unit, marker: Marker) -> bool:
-        lost = self.maker.store.lost()
-        records = read_rows(self.folder, unit.number).to_pylist() if lost else []
-        return lost.isdisjoint(map(self.maker.digest, records))
 
     def conclude(self, table: Table) -> None:
         records = (record for number in range(len(table.markers)) for record in table.unit(number).to_pylist())
-        if unused := self.maker.store.unused(set(map(self.maker.digest, records))):
-            folder = self.maker.store.folder
-            print(f"{unused / 1e9:.3f} GB of {folder} are of earlier settings: delete them when you like")
+        if unused := self.store.unused(set(map(self.store.digest, records))):
+            print(f"{unused / 1e9:.3f} GB of {self.store.folder} are of earlier settings: delete them when you like")

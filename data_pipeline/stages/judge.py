@@ -5,9 +5,6 @@ A judge that runs elsewhere gets the loser clips and a table of them (`pipeline.
 columns `semantic` and `physical` (`pipeline.scores`).
 """
 
-import csv
-import io
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,21 @@ from torch import Tensor
 
 from data_pipeline.config import Setup
 from data_pipeline.contract import Stage
-from data_pipeline.frames import Bad, TableRow, clip_digest
 from data_pipeline.manifests import SCORES
 from data_pipeline.scores import NEUTRAL, judge_clips, loser_scores
-from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop, read_rows
+from data_pipeline.tables import (
+    Advance,
+    Bad,
+    Made,
+    Marker,
+    Table,
+    TableRow,
+    Unit,
+    add_columns,
+    drop,
+    read_rows,
+    write_csv,
+)
 from eval.judges.scores import Judge
 from train.backbones.base import Backbone
 from train.clips import to_pixels, write_clip
@@ -35,7 +43,7 @@ class JudgeLosers(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.loser_settings, self.num_losers = setup.loser_settings, setup.pipeline.num_losers
+        self.losers, self.num_losers = setup.losers, setup.pipeline.num_losers
         self.judges = bool(setup.config.judge.name)
         self.scores = setup.scores
         self.save_to = Path(setup.config.output) / "losers" if setup.pipeline.save_losers else None
@@ -56,7 +64,7 @@ class JudgeLosers(Stage):
             places.update((row["key"], loser) for row in rows for loser in range(self.num_losers))
             given = list(map(self._given, rows))
             judged = self.judges and any(None in pairs for pairs in given)
-            return [given, [self.setup.judge_settings, self.loser_settings] if judged else None]
+            return [given, [self.setup.judge_settings, self.losers.settings] if judged else None]
 
         units = before.units(depends_on)
         if strangers := [place for place in self.scores if place not in places]:
@@ -76,7 +84,7 @@ class JudgeLosers(Stage):
             missing = [j for j, score in enumerate(scores[place]) if score is None] if self.judges else []
             save = self.save_to is not None and not self._is_saved(record)
             if missing or save and self.num_losers:
-                latents = self.setup.losers.load(self._digest(record))["losers"]
+                latents = self.losers.load_of(record)["losers"]
                 decoded = self.backbone.decode_latents(latents, batch_size=self.setup.pipeline.encode_batch)
                 pixels = to_pixels(decoded).cpu()
                 if save:
@@ -100,9 +108,6 @@ class JudgeLosers(Stage):
 
     # The losers as files
 
-    def _digest(self, record: TableRow) -> str:
-        return clip_digest(self.loser_settings, record)
-
     def _paths(self, key: str) -> list[Path]:
         return [self.save_to / f"{key}-{loser}.mp4" for loser in range(self.num_losers)]
 
@@ -111,7 +116,7 @@ class JudgeLosers(Stage):
         shown = self.save_to / ".shown" / record["key"]
         return (
             shown.exists()
-            and shown.read_bytes() == self._digest(record).encode("ascii")
+            and shown.read_bytes() == self.losers.digest(record).encode("ascii")
             and all(path.exists() for path in self._paths(record["key"]))
         )
 
@@ -120,7 +125,7 @@ class JudgeLosers(Stage):
         shown.unlink(missing_ok=True)
         for clip, path in zip(pixels, self._paths(record["key"]), strict=True):
             write_clip(path, clip, self.setup.video.fps)
-        write_text(shown, self._digest(record))
+        write_text(shown, self.losers.digest(record))
 
     def is_intact(self, unit: Unit, marker: Marker) -> bool:
         return self.save_to is None or all(map(self._is_saved, read_rows(self.folder, unit.number).to_pylist()))
@@ -129,17 +134,10 @@ class JudgeLosers(Stage):
         if self.save_to is None:
             return
         rows = table.columns(("key", "prompt")).to_pylist()
-        lines = [(row["key"], j, path, row["prompt"]) for row in rows for j, path in enumerate(self._paths(row["key"]))]
-        write_table(self.save_to / "losers.csv", lines)
+        lines = [
+            (row["key"], loser, path.name, row["prompt"])
+            for row in rows
+            for loser, path in enumerate(self._paths(row["key"]))
+        ]
+        write_csv(self.save_to / "losers.csv", [("key", "loser", "clip", "prompt"), *lines])
         print(f"loser clips and their table for a judge: {self.save_to / 'losers.csv'}")
-
-
-def write_table(path: str | Path, losers: Iterable[tuple[str, int, Path, str]]) -> None:
-    """CSV of (key, loser, clip, prompt) for a judge outside, atomically; clips relative to the table's folder."""
-    path = Path(path)
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["key", "loser", "clip", "prompt"])
-    for key, loser, clip, prompt in losers:
-        writer.writerow([key, loser, clip.relative_to(path.parent), prompt])
-    write_text(path, buffer.getvalue())

@@ -7,18 +7,17 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from data_pipeline import tables
-from data_pipeline.contract import Stage
+from data_pipeline.contract import WholeStage
 from data_pipeline.manifests import Row
 from data_pipeline.sources import Source
 from data_pipeline.tables import POOL, Dropped, Made, Table, Unit, dropped_table
 from train.files import digest
 
 
-class Pool(Stage):
+class Pool(WholeStage):
     """Sources are read from their beginning: by one process, and anew when one changed."""
 
     name = "pool"
-    whole = True
 
     def plan(self, before: Table | None) -> list[Unit]:
         identities = [source.identity() for source in self.setup.sources()]
@@ -55,17 +54,13 @@ def read_pool(sources: Sequence[Source], table_rows: int) -> Iterator[Made]:
                     place_of |= {name: position for _, name in names}
             (kept if isinstance(row, Row) else dropped).append(row)
             if len(kept) + len(dropped) == table_rows:
-                yield _pool_table(kept), dropped_table(dropped)
+                yield pa.Table.from_pylist(list(map(vars, kept)), POOL), dropped_table(dropped)
                 kept, dropped = [], []
     if kept or dropped:
-        yield _pool_table(kept), dropped_table(dropped)
+        yield pa.Table.from_pylist(list(map(vars, kept)), POOL), dropped_table(dropped)
 
 
 def _same_clip(row: Row) -> str:
     """Equal for rows of one clip with one prompt and start, and like no key; nothing is opened."""
     offset = json.loads(row.place).get("offset")  # in a shard
     return "clip " + digest([os.path.normpath(row.path), offset, row.prompt, row.start])[:32]
-
-
-def _pool_table(rows: Sequence[Row]) -> pa.Table:
-    return pa.table({name: [getattr(row, name) for row in rows] for name in POOL.names}, POOL)

@@ -18,41 +18,35 @@ Shapes: A actions, R rows.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
 from data_pipeline import tables
-from data_pipeline.config import Setup
-from data_pipeline.contract import PassThrough, Stage
+from data_pipeline.contract import WholeStage
 from data_pipeline.histogram import write_histogram
-from data_pipeline.stages.difficulty import check_actions, first_of_each, number_actions
+from data_pipeline.stages.difficulty import first_of_each, number_actions
 from data_pipeline.tables import Made, Table, Unit, add_columns, drop, dropped_table
 from train.files import digest, seed_of
 
 NOT_CHOSEN = "not chosen"  # the reason of rows that are left out
 
 
-class Resample(Stage):
+class Resample(WholeStage):
     name = "resample"
-    whole = True
-
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.pipeline.resample.budget else PassThrough(setup, cls.name)
 
     def plan(self, before: Table) -> list[Unit]:
         config = self.setup.pipeline.resample
         settings = [config.budget, config.tau, config.redistribute, self.setup.config.seed, tables.TABLE_ROWS]
-        return [Unit(0, digest([before.contents(), settings]), 0, len(before))]
+        return [Unit(0, digest([[marker["content"] for marker in before.markers], settings]), 0, len(before))]
 
     def parts(self, before: Table) -> Iterator[Made]:
         columns = before.columns(("key", "action", "trial"))
         actions, index = number_actions(columns["action"])
-        check_actions(actions)
         chosen, difficulty = self._choose(columns, actions, index)
         kept, dropped, begun, most = [], [], False, tables.TABLE_ROWS
-        for number, (first, end) in enumerate(zip(before.firsts[:-1], before.firsts[1:], strict=True)):
+        for number, (first, end) in enumerate(pairwise(before.firsts)):
             values = None if difficulty is None else difficulty[index[first:end]]
             rows = add_columns(before.unit(number), self.name, {"difficulty": values})
             others = np.flatnonzero(~chosen[first:end]).tolist()
@@ -96,11 +90,6 @@ def targets(
 
     With `redistribute` the budget is shared again among the actions that have more clips than their share, by the
     same weights, until none has too few; then the sum is the budget less at most one clip per action, or all there is.
-
-    By hand, five actions, tau = ln 4, N = 120: difficulty 0, 0.5, 1, 0.5, 0 gives r = 1, 2, 4, 2, 1 with the sum 10,
-    shares 12, 24, 48, 24, 12. With 100, 10, 30, 24, 5 available: 12, 10, 30, 24, 5, together 81. Redistributed: the
-    second, third and fifth have too few (10, 30, 5), 75 are left for r = 1 and 2, shares 25 and 50; now the fourth has
-    too few (24), and the first gets the 51 that are left: 51, 10, 30, 24, 5, together 120.
     """
     available = np.asarray(available, dtype=np.int64)
     weight = np.exp(tau * np.asarray(difficulty, dtype=np.float64))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import Setup
-from data_pipeline.contract import PassThrough, Stage
-from data_pipeline.frames import FrameReader, TableRow, clip_digest, make_missing
+from data_pipeline.contract import Stage
+from data_pipeline.frames import FrameReader
 from data_pipeline.simulated_tracks import simulated_disparity, simulated_tracks
-from data_pipeline.tables import Advance, Made, Marker, Table, Unit, add_columns, drop, read_rows
+from data_pipeline.tables import Advance, Made, Table, TableRow, Unit, add_columns, drop
 from eval.sandbox.clips import Clips
 from train.teachers import DEPTHS, TRACKERS, targets
 
@@ -26,12 +26,8 @@ class Targets(Stage):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.settings, self.store = setup.target_settings, setup.targets
+        self.store = setup.targets
         self.reader = FrameReader(setup.video, setup.device)
-
-    @classmethod
-    def make(cls, setup: Setup) -> Stage:
-        return cls(setup) if setup.config.targets.tracks else PassThrough(setup, cls.name)
 
     def check(self) -> None:
         TargetMaker(self.setup.config.targets, self.setup.video, self.setup.device)
@@ -41,19 +37,13 @@ class Targets(Stage):
         return TargetMaker(self.setup.config.targets, self.setup.video, self.setup.device)
 
     def plan(self, before: Table) -> list[Unit]:
-        return before.units(lambda number: self.settings)
+        return before.units(lambda number: self.store.settings)
 
     def build(self, unit: Unit, rows: pa.Table, advance: Advance) -> Made:
         """Make what is missing; clips that cannot be read any more are dropped."""
         records = rows.to_pylist()
-        digests = [clip_digest(self.settings, record) for record in records]
-        bad = make_missing(self.store, digests, records, self.reader.read, self._make, together=1, advance=advance)
+        bad = self.store.make_missing(records, self.reader.read, self._make, together=1, advance=advance)
         return drop(add_columns(rows, self.name), bad)
-
-    def is_intact(self, unit: Unit, marker: Marker) -> bool:
-        lost = self.store.lost()
-        records = read_rows(self.folder, unit.number).to_pylist() if lost else []
-        return lost.isdisjoint(clip_digest(self.settings, record) for record in records)
 
     @torch.no_grad()
     def _make(self, records: list[TableRow], frames: list[Tensor]) -> list[dict[str, Tensor]]:

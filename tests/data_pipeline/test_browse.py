@@ -140,7 +140,7 @@ def test_sizes_that_differ_are_shown_as_a_range():
 
 
 def test_rare_actions_share_a_line():
-    facts = [browse.Facts(f"action {n}", 0, [], [], None, {}) for n in range(browse.ACTIONS + 5) for _ in range(n + 1)]
+    facts = [browse.Facts(f"action {n}", [], None, {}) for n in range(browse.ACTIONS + 5) for _ in range(n + 1)]
     text = browse.summarize(facts)
     assert "(5 more)" in text and text.count("action ") == browse.ACTIONS
     assert sum(int(line.split()[-1]) for line in text.split("\n\n")[1].splitlines()[1:]) == len(facts)

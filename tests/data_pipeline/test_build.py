@@ -17,22 +17,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline import build, config, own_clips, tables
-from data_pipeline.own_clips import loser_seed
-from data_pipeline.stages import STAGES, encode
-from data_pipeline.stages.encode import unpad
+from data_pipeline import build, config, tables
+from data_pipeline.own_clips import ClipMaker
+from data_pipeline.stages import STAGES
+from data_pipeline.stages.encode import Encode, unpad
 from data_pipeline.stages.targets import TargetMaker
 from data_pipeline.tables import POOL
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as sandbox_judge
 from eval.judges.scores import Scores, Unjudged
 from eval.sandbox.splits import list_clips, simulate_block
+from tests.synthetic_groups import verify
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip
-from train.files import lock
-from train.groups import GroupSet, verify
+from train.files import lock, seed_of
+from train.groups import GroupSet
 from train.sampling import SamplerConfig, sample_clips
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +155,7 @@ def test_groups_hold_what_training_needs(built, model, clips):
     assert group.winner.dtype == group.losers.dtype == group.text.dtype == torch.bfloat16
     assert group.text.shape == (5, 64) and group.condition is None  # four words and the end token
     assert [(loser.semantic, loser.physical) for loser in group.losers_info] == [(0.5, 0.5)] * 2
-    assert [loser.seed for loser in group.losers_info] == [loser_seed(0, "blue", j) for j in range(2)]
+    assert [loser.seed for loser in group.losers_info] == [seed_of(0, "blue", j) for j in range(2)]
     assert not torch.equal(group.losers[0], group.losers[1])
     assert not torch.equal(group.losers, groups["red"].losers)
 
@@ -229,15 +230,15 @@ def test_a_deleted_shard_alone_is_rebuilt_byte_for_byte(built, copied, model):
 
 @pytest.mark.slow
 def test_an_interrupted_build_continues(built, model, tmp_path, monkeypatch):
-    real, calls = own_clips.generate_losers, []
+    real, calls = ClipMaker.generate, []
 
-    def failing(*args, **options):
+    def failing(*args):
         calls.append(None)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*args, **options)
+        return real(*args)
 
-    monkeypatch.setattr(own_clips, "generate_losers", failing)
+    monkeypatch.setattr(ClipMaker, "generate", failing)
     with pytest.raises(KeyboardInterrupt):
         build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
     assert [path.name for path in tables_of(tmp_path / "out", "generate")] == ["unit-00000.parquet"]
@@ -283,8 +284,13 @@ def test_moved_rows_and_other_units_generate_nothing_again(copied, model, clips,
 @pytest.mark.slow
 def test_changed_inputs_rebuild_only_the_groups_they_touch(copied, model, clips, monkeypatch, capsys):
     old, keys = by_key(copied / "out"), []
-    real = encode.encode_clips
-    monkeypatch.setattr(encode, "encode_clips", lambda *args: keys.extend(args[2]) or real(*args))
+    real = Encode.encode
+
+    def watched(self, records, frames):
+        keys.extend(record["prompt"] for record in records)
+        return real(self, records, frames)
+
+    monkeypatch.setattr(Encode, "encode", watched)
     rows = good_rows(blue={"prompt": "a blue cube falls"}, grey={"clip": "none"})
     build.main(arguments(model, write_manifest(copied / "clips.csv", clips, rows), copied / "out"))
     assert keys == ["a blue cube falls"]
@@ -447,8 +453,8 @@ def test_the_judge_scores_every_loser_that_nobody_scored(model, tmp_path, monkey
     assert {(loser.semantic, loser.physical) for group in neutral.values() for loser in group.losers_info} == {
         (0.5, 0.5)
     }
-    monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
-    monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a clip was encoded again"))
+    monkeypatch.setattr(ClipMaker, "generate", lambda *_: pytest.fail("a clip was generated again"))
+    monkeypatch.setattr(Encode, "encode", lambda *_: pytest.fail("a clip was encoded again"))
     build.main(simulated(model, output, "judge.name=sandbox"))
     judged = by_key(output)
     backbone = load_backbone(BackboneConfig(path=str(model), dtype="float32", text_length=32), "cpu")
@@ -475,7 +481,7 @@ def test_targets_of_the_winners_are_made_once(model, tmp_path, monkeypatch):
     for group in before.values():
         assert group.extra["tracks"].shape == (9, 16, 2) and group.extra["visible"].dtype == torch.bool
     monkeypatch.setattr(TargetMaker, "make", lambda *_, **__: pytest.fail("targets were made again"))
-    monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a clip was encoded again"))
+    monkeypatch.setattr(Encode, "encode", lambda *_: pytest.fail("a clip was encoded again"))
     build.main(simulated(model, tmp_path / "out", *more, "pipeline.unit_size=5"))
     after = by_key(tmp_path / "out")
     assert all(torch.equal(after[key].extra["tracks"], before[key].extra["tracks"]) for key in before)
@@ -662,7 +668,7 @@ def test_stages_run_alone_and_in_ranges_and_leave_tables(built, model, tmp_path,
     table = pq.read_table(tables_of(tmp_path / "out", "targets")[0])
     assert table.schema.names[:10] == POOL.names
     assert {"parse", "category", "difficulty", "seeds", "semantic", "physical"} <= set(table.schema.names)
-    assert table["seeds"].to_pylist()[1] == [loser_seed(0, "green", loser) for loser in range(2)]
+    assert table["seeds"].to_pylist()[1] == [seed_of(0, "green", loser) for loser in range(2)]
 
 
 def times(output: Path) -> dict[str, set[int]]:
@@ -680,9 +686,9 @@ def times(output: Path) -> dict[str, set[int]]:
 )
 def test_a_changed_setting_rebuilds_what_depends_on_it(built, copied, model, monkeypatch, change, changed):
     before = times(copied / "out")
-    monkeypatch.setattr(encode, "encode_clips", lambda *_: pytest.fail("a winner was encoded again"))
+    monkeypatch.setattr(Encode, "encode", lambda *_: pytest.fail("a winner was encoded again"))
     if "generate" not in changed:
-        monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
+        monkeypatch.setattr(ClipMaker, "generate", lambda *_: pytest.fail("a clip was generated again"))
     build.main(arguments(model, built / "clips.csv", copied / "out", change))
     after = times(copied / "out")
     assert [stage for stage in STAGES if after[stage] != before[stage]] == changed
@@ -727,13 +733,14 @@ def test_hostile_clips_of_every_source_harm_nothing(model, clips, tmp_path, monk
 
 @pytest.mark.slow
 def test_losers_that_are_no_numbers_are_left_out(model, built, tmp_path, monkeypatch):
-    real = own_clips.generate_losers
+    real = ClipMaker.generate
 
-    def overflowing(backbone, conditioning, negative, seeds, *args, **options):
-        losers = real(backbone, conditioning, negative, seeds, *args, **options)
-        return losers * float("nan") if seeds[0][0] == loser_seed(0, "blue", 0) else losers
+    def overflowing(self, rows, begins):
+        factors = [float("nan") if row["key"] == "blue" else 1 for row in rows]
+        made = real(self, rows, begins)
+        return [{"losers": kept["losers"] * factor} for kept, factor in zip(made, factors, strict=True)]
 
-    monkeypatch.setattr(own_clips, "generate_losers", overflowing)
+    monkeypatch.setattr(ClipMaker, "generate", overflowing)
     build.main(arguments(model, built / "clips.csv", tmp_path / "out"))
     assert list(by_key(tmp_path / "out")) == ["red", "green", "grey", "pink"]
     (bad,) = quarantine(tmp_path / "out")

@@ -1,5 +1,6 @@
 """The stages that choose rows, on tables: what is asked, what is kept, what is written beside it."""
 
+import asyncio
 import json
 import zlib
 from collections import Counter
@@ -11,10 +12,11 @@ from data_pipeline.config import ClusterConfig, Config, FilterConfig, PipelineCo
 from data_pipeline.manifests import Row
 from data_pipeline.stages import cluster, filter
 from data_pipeline.stages.cluster import Cluster, load_actions
-from data_pipeline.stages.filter import Answer, Filter, Refused
+from data_pipeline.stages.filter import Filter
 from data_pipeline.stages.resample import Resample
 from data_pipeline.tables import POOL, Table, add_columns, dropped_table, read_marker, write_unit
-from eval.vlm.client import VlmConfig
+from eval.vlm.client import NoAnswer, Reply, VlmConfig
+from tests.eval.vlm_stub import filter_answer
 from train.clips import VideoConfig, write_clip
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)
@@ -47,32 +49,34 @@ def run(stage, before):
     return Table(stage.folder, len(units)), dropped
 
 
-class FakeFilter:
-    """Finds physics in what falls; is not asked about what is refused."""
+class FakeVlm:
+    """Finds physics in what falls."""
 
-    def __init__(self, vlm, threshold):
-        self.vlm = vlm
+    def __init__(self, config):
+        self.config = config
 
-    def run(self, items, advance):
-        answers = []
+    def run(self, function, items, advance):
+        results = []
         for item in items:
             advance(1)
             try:
-                frames = item.frames()
-            except (ValueError, OSError) as error:
-                answers.append(Refused(item.key, "frames", str(error), ""))
-                continue
-            assert len(frames) == self.vlm.frames and frames[0].startswith(b"\xff\xd8")
-            if "busy" in item.prompt:
-                answers.append(Refused(item.key, "server", "timeout", ""))
-            else:
-                richness = 0.75 if "fall" in item.prompt else 0.25
-                answers.append(Answer(item.key, {"entities": ["ä"]}, "why", richness, richness >= 0.6, "more"))
-        return answers
+                results.append(asyncio.run(function(item)))
+            except NoAnswer as refusal:
+                results.append(refusal)
+        return results
+
+    async def ask(self, question, check):
+        assert len(question.frames) == self.config.frames and question.frames[0].startswith(b"\xff\xd8")
+        if "busy" in question.text:
+            raise NoAnswer("timeout", "no answer in 60 s")
+        parse = {"entities": [{"name": "ä", "material": "b"}], "actions": [], "forces": [], "outcomes": []}
+        richness = next((number for number in (0.59999, 0.6) if str(number) in question.text), 0.25)
+        richness = 0.75 if "fall" in question.text else richness
+        return check(Reply(filter_answer(parse=parse, reason=" why ", extended="more\n", physics_richness=richness)))
 
 
 def test_the_filter_keeps_rich_rows_with_what_was_said_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(filter, "CotFilter", FakeFilter)
+    monkeypatch.setattr(filter, "Vlm", FakeVlm)
     write_clip(tmp_path / "a.mp4", torch.zeros(9, 32, 32, 3, dtype=torch.uint8), 8)
     before = pool(tmp_path / "pool", ["balls fall", "a face", "busy", "a fall"], path=str(tmp_path / "a.mp4"))
     stage = Filter(setup(tmp_path, vlm=VlmConfig(model="m", frames=2, frame_height=16)))
@@ -82,18 +86,29 @@ def test_the_filter_keeps_rich_rows_with_what_was_said_of_them(tmp_path, monkeyp
         ("k0", 0.75, True),
         ("k3", 0.75, True),
     ]
-    assert json.loads(rows[0]["parse"]) == {"entities": ["ä"]} and (rows[0]["reason"], rows[0]["extended"]) == (
-        "why",
-        "more",
-    )
+    entities = {"entities": [{"name": "ä", "material": "b"}], "actions": [], "forces": [], "outcomes": []}
+    assert json.loads(rows[0]["parse"]) == entities | {"removed": ["a dog"], "added": [], "penalties": []}
+    assert (rows[0]["reason"], rows[0]["extended"]) == ("why", "more")
     assert rows[0]["prompt"] == "balls fall"  # training uses the original
     assert [(row["key"], row["reason"]) for row in dropped] == [("k1", "no physics"), ("k2", "server")]
+    assert dropped[1]["detail"] == "timeout: no answer in 60 s"
     worth = [stage.is_worth_a_retry(read_marker(stage.folder, number)) for number in range(2)]
     assert worth == [True, False]
 
 
+def test_the_label_is_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(filter, "Vlm", FakeVlm)
+    write_clip(tmp_path / "a.mp4", torch.zeros(9, 32, 32, 3, dtype=torch.uint8), 8)
+    before = pool(tmp_path / "pool", ["0.59999", "0.6"], path=str(tmp_path / "a.mp4"))
+    table, dropped = run(Filter(setup(tmp_path)), before)
+    assert [row["physics_richness"] for row in table.rows(0, 9).to_pylist()] == [0.6]
+    assert [row["detail"] for row in dropped] == ["physics_richness=0.59999"]
+    table, dropped = run(Filter(setup(tmp_path, filter=FilterConfig(threshold=0.0))), before)
+    assert table.rows(0, 9)["physics_label"].to_pylist() == [True, True] and not dropped
+
+
 def test_a_clip_without_frames_is_refused_with_its_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(filter, "CotFilter", FakeFilter)
+    monkeypatch.setattr(filter, "Vlm", FakeVlm)
     stage = Filter(setup(tmp_path))
     table, dropped = run(stage, pool(tmp_path / "pool", ["balls fall"]))
     assert len(table) == 0 and dropped[0]["reason"] == "frames" and "no such file" in dropped[0]["detail"]

@@ -16,7 +16,6 @@ from data_pipeline.stages.cluster import (
     CHUNK,
     OTHER,
     ActionMatcher,
-    actions_digest,
     bag_of_words,
     load_actions,
     match_settings,
@@ -114,19 +113,16 @@ def test_a_list_that_is_not_there_is_refused():
         ActionMatcher(ClusterConfig(actions="nowhere.yaml"), "cpu", bag_encoder)
 
 
-def test_the_digest_sees_actions_and_their_order_but_no_layout(tmp_path):
-    first = actions_digest(own_list(tmp_path, "a: {x: it falls, y: it rolls}\n"))
-    assert first == actions_digest(own_list(tmp_path, "# mine\na:\n  x: it falls\n  y: 'it rolls '\n"))
-    assert first != actions_digest(own_list(tmp_path, "a: {y: it rolls, x: it falls}\n"))  # decides between equals
-    assert first != actions_digest(own_list(tmp_path, "b: {x: it falls, y: it rolls}\n"))
-    assert actions_digest() == actions_digest("") != first
+def test_the_settings_see_actions_and_their_order_but_no_layout(tmp_path):
+    def settings(text):
+        return match_settings(ClusterConfig(model="a/b", actions=str(own_list(tmp_path, text)) if text else ""))
 
-
-def test_settings_leave_out_what_only_says_how_fast(tmp_path):
-    config = ClusterConfig(model="a/b", actions=str(own_list(tmp_path, "a: {x: it falls}\n")))
-    settings = match_settings(config)
-    assert settings == {"model": "a/b", "threshold": 0.3, "actions": actions_digest(config.actions)}
-    assert json.loads(json.dumps(settings)) == settings
+    first = settings("a: {x: it falls, y: it rolls}\n")
+    assert first == settings("# mine\na:\n  x: it falls\n  y: 'it rolls '\n")
+    assert first != settings("a: {y: it rolls, x: it falls}\n")  # decides between equals
+    assert first != settings("b: {x: it falls, y: it rolls}\n") and first != settings("")
+    assert {name: first[name] for name in first if name != "actions"} == {"model": "a/b", "threshold": 0.3}
+    assert json.loads(json.dumps(first)) == first
 
 
 # ---- matching --------------------------------------------------------------------------------------------------------
@@ -142,16 +138,16 @@ def test_prompts_of_the_sandbox_match_their_scenes(scene):
         for state in ("resting", "moving")
     ]
     found = matcher().match(prompts)
-    assert set(found.actions) == {SCENES[scene]}
-    assert len(set(found.categories)) == 1 and found.scores.min() > 0.3
+    assert set(found["action"]) == {SCENES[scene]}
+    assert len(set(found["category"])) == 1 and found["action_score"].min() > 0.3
 
 
 def test_a_phrase_matches_itself():
     chosen = matcher()
     found = chosen.match([action.phrase for action in chosen.actions])
-    assert found.actions == [action.name for action in chosen.actions]
-    assert found.categories == [action.category for action in chosen.actions]
-    assert (found.scores == 1).all()
+    assert found["action"] == [action.name for action in chosen.actions]
+    assert found["category"] == [action.category for action in chosen.actions]
+    assert (found["action_score"] == 1).all()
 
 
 def test_scores_are_cosines_to_four_decimals(tmp_path):
@@ -160,8 +156,8 @@ def test_scores_are_cosines_to_four_decimals(tmp_path):
     path = own_list(tmp_path, "a: {one: east}\nb: {two: both}\n")
     chosen = matcher(lambda texts: np.array([vectors[text] for text in texts], np.float32), actions=str(path))
     found = chosen.match(["p", "q", "zero"])
-    assert found.actions == ["two", OTHER, OTHER] and found.categories == ["b", OTHER, OTHER]
-    assert found.scores.tolist() == [0.9899, -0.7071, 0.0]  # kept also where the action is `other`
+    assert found["action"] == ["two", OTHER, OTHER] and found["category"] == ["b", OTHER, OTHER]
+    assert found["action_score"].tolist() == [0.9899, -0.7071, 0.0]  # kept also where the action is `other`
 
 
 def test_scores_agree_with_a_plain_reference():
@@ -174,7 +170,7 @@ def test_scores_agree_with_a_plain_reference():
     chosen = matcher(encoder, threshold=-1)
     prompts = [f"prompt {i}" for i in range(300)]
     found = chosen.match(prompts)
-    for prompt, action, score in zip(prompts, found.actions, found.scores, strict=True):
+    for prompt, action, score in zip(prompts, found["action"], found["action_score"], strict=True):
         cosines = {
             a.name: np.dot(vectors[prompt], vectors[a.phrase])
             / np.linalg.norm(vectors[prompt])
@@ -193,10 +189,10 @@ def test_the_first_of_the_list_wins_a_tie_and_the_threshold_itself_is_enough(tmp
         return torch.tensor([vectors[text] for text in texts])
 
     found = matcher(encoder, actions=str(path), threshold=0.6).match(["x", "y", "p"])
-    assert found.actions == ["b", "b", "b"]  # .99999 and 1 read equal
-    assert found.scores.tolist() == [1, 1, 0.6001]
+    assert found["action"] == ["b", "b", "b"]  # .99999 and 1 read equal
+    assert found["action_score"].tolist() == [1, 1, 0.6001]
     found = matcher(encoder, actions=str(path), threshold=0.6002).match(["p"])
-    assert found.actions == [OTHER] and found.scores.tolist() == [0.6001]
+    assert found["action"] == [OTHER] and found["action_score"].tolist() == [0.6001]
 
 
 def test_the_grid_makes_products_exact_in_any_order():
@@ -219,8 +215,8 @@ def test_results_do_not_depend_on_the_rest_of_the_batch():
     whole = chosen.match(prompts)
     for size in (1, 7, 133):
         parts = [chosen.match(prompts[first : first + size]) for first in range(0, len(prompts), size)]
-        assert [name for part in parts for name in part.actions] == whole.actions
-        assert (np.concatenate([part.scores for part in parts]) == whole.scores).all()
+        assert [name for part in parts for name in part["action"]] == whole["action"]
+        assert (np.concatenate([part["action_score"] for part in parts]) == whole["action_score"]).all()
 
 
 def test_equal_prompts_are_encoded_once_and_calls_are_bounded():
@@ -232,9 +228,9 @@ def test_equal_prompts_are_encoded_once_and_calls_are_bounded():
 
     prompts = [f"{i % (CHUNK + 5)} ball" for i in range(2 * CHUNK)]
     found = matcher(encoder).match(prompts)
-    assert len(found.actions) == len(found.categories) == len(found.scores) == len(prompts)
+    assert len(found["action"]) == len(found["category"]) == len(found["action_score"]) == len(prompts)
     assert sorted(map(len, calls)) == [5, len(load_actions()), CHUNK]
-    assert matcher().match([]).actions == [] and len(matcher().match([]).scores) == 0
+    assert matcher().match([])["action"] == [] and len(matcher().match([])["action_score"]) == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -303,12 +299,12 @@ def copy_of(model, folder):
 def test_a_real_model_matches_and_batches_do_not_matter(tiny_model, monkeypatch):
     prompts = [action.phrase for action in load_actions()][::3] + ["a pendulum swings", "", "word " * 20_000]
     found = ActionMatcher(ClusterConfig(model=str(tiny_model)), torch.device("cpu")).match(prompts)
-    assert found.actions[:-3] == [action.name for action in load_actions()][::3]
-    assert (found.scores[:-3] > 0.9999 - 1e-9).all() and np.isfinite(found.scores).all()
+    assert found["action"][:-3] == [action.name for action in load_actions()][::3]
+    assert (found["action_score"][:-3] > 0.9999 - 1e-9).all() and np.isfinite(found["action_score"]).all()
     monkeypatch.setattr(cluster, "BATCH", 3)
     alone = ActionMatcher(ClusterConfig(model=str(tiny_model)), "cpu").match(prompts)
-    assert alone.actions[:-3] == found.actions[:-3]
-    assert np.abs(alone.scores - found.scores).max() <= 1.01e-4
+    assert alone["action"][:-3] == found["action"][:-3]
+    assert np.abs(alone["action_score"] - found["action_score"]).max() <= 1.01e-4
 
 
 def test_a_model_of_another_kind_is_refused(tiny_model, tmp_path):

@@ -7,14 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline import build, own_clips, tables
+from data_pipeline import build, tables
 from data_pipeline.config import Setup
-from data_pipeline.own_clips import loser_seed
+from data_pipeline.own_clips import ClipMaker
 from data_pipeline.stages import STAGES
 from data_pipeline.stages.resample import targets
 from eval.judges.scores import Scores, Unjudged
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import write_clip
+from train.files import seed_of
 
 SCORE = {"ball": 0.25, "block": 0.75, "pendulum": 0.5}
 
@@ -112,7 +113,7 @@ def test_what_is_known_is_not_made_again(model, manifest, judge, tmp_path, monke
     output = tmp_path / "out"
     run(model, manifest, output)
     first = rows(output, "resample")
-    monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("a clip was generated again"))
+    monkeypatch.setattr(ClipMaker, "generate", lambda *_: pytest.fail("a clip was generated again"))
     judge.asked.clear()
     run(model, manifest, output)
     assert rows(output, "resample") == first and not judge.asked
@@ -133,19 +134,19 @@ def test_what_is_known_is_not_made_again(model, manifest, judge, tmp_path, monke
 @pytest.mark.slow
 def test_a_stopped_trial_continues_with_the_missing_clips(model, manifest, judge, tmp_path, monkeypatch):
     run(model, manifest, tmp_path / "whole")
-    real, made = own_clips.generate_losers, []
+    real, made = ClipMaker.generate, []
 
-    def failing(backbone, conditioning, negative, seeds, *args, **options):
+    def failing(self, rows, begins):
         if len(made) == 3:
             raise KeyboardInterrupt
-        made.append(seeds)
-        return real(backbone, conditioning, negative, seeds, *args, **options)
+        made.append(list(map(self.seeds, rows)))
+        return real(self, rows, begins)
 
-    monkeypatch.setattr(own_clips, "generate_losers", failing)
+    monkeypatch.setattr(ClipMaker, "generate", failing)
     with pytest.raises(KeyboardInterrupt):
         run(model, manifest, tmp_path / "out")
-    assert made[0] == [[loser_seed(0, "r00", 0)]]
-    monkeypatch.setattr(own_clips, "generate_losers", lambda *a, **k: made.append(a[3]) or real(*a, **k))
+    assert made[0] == [[seed_of(0, "r00", 0)]]
+    monkeypatch.setattr(ClipMaker, "generate", lambda *a: made.append(a[1]) or real(*a))
     run(model, manifest, tmp_path / "out")
     assert len(made) == 6
     for name in ("difficulty", "resample"):
@@ -176,7 +177,7 @@ def test_clips_that_cannot_be_judged_or_read_do_not_count(model, manifest, judge
 
 
 def test_settings_that_cannot_work_stop_before_any_work(model, manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_clips, "generate_losers", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(ClipMaker, "generate", lambda *_: pytest.fail("work was begun"))
     for more, message in (
         (["judge.name=''"], "resample.tau=3 needs a judge"),
         (["pipeline.resample.budget=-1"], "resample.budget=-1"),

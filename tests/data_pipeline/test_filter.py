@@ -8,37 +8,34 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from data_pipeline.config import FilterConfig
-from data_pipeline.stages.filter import (
-    MAX_PROMPT_CHARS,
-    PENALTIES,
-    RULES,
-    SCHEMA,
-    Answer,
-    CotFilter,
-    Item,
-    Refused,
-    read_answer,
-)
-from eval.vlm.client import Malformed, Reply, VlmConfig, VlmUnavailable, jpeg_frames
+from data_pipeline.stages.filter import MAX_PROMPT_CHARS, RULES, SCHEMA, Answer, Penalty, ask
+from eval.vlm.client import Malformed, NoAnswer, Reply, Vlm, VlmConfig, VlmUnavailable, jpeg_frames, read_answer
 from tests.eval.vlm_stub import Response, StubServer, filter_answer, media_of, question_of
 
 ROOT = Path(__file__).parents[2]
 FRAMES = jpeg_frames(np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8), 3, 32)
 
 
-def cot_filter(server, *, threshold=0.6, **changes) -> CotFilter:
-    vlm = VlmConfig(**({"base_url": server.url, "model": "stub", "retries": 2} | changes))
-    return CotFilter(vlm, threshold)
+PENALTIES = get_args(Penalty)
 
 
-def items(*prompts: str) -> list[Item]:
-    return [Item(f"key-{number}", prompt, lambda: FRAMES) for number, prompt in enumerate(prompts)]
+def model_at(server, **changes) -> Vlm:
+    return Vlm(VlmConfig(**({"base_url": server.url, "model": "stub", "retries": 2} | changes)))
+
+
+def ask_all(vlm: Vlm, items, **more) -> list:
+    return vlm.run(lambda item: ask(vlm, *item), items, **more)
+
+
+def items(*prompts: str) -> list:
+    return [(prompt, lambda: FRAMES) for prompt in prompts]
 
 
 def caption_of(request) -> str:
@@ -47,16 +44,16 @@ def caption_of(request) -> str:
 
 def test_an_answer_holds_the_five_steps():
     with StubServer() as server:
-        (answer,) = cot_filter(server).run(items("a ball falls"))
-    parse = json.loads(filter_answer())["parse"]
-    assert answer == Answer(
-        key="key-0",
-        parse=parse | {"removed": ["a dog"], "added": [], "penalties": []},
-        reason="Gravity pulls the ball down, and the elastic impact throws it up again.",
-        physics_richness=0.8,
-        physics_label=True,
-        extended="A rubber ball falls under gravity, hits the wooden floor and bounces.",
-    )
+        (answer,) = ask_all(model_at(server), items("a ball falls"))
+    assert answer.model_dump() == {
+        "parse": json.loads(filter_answer())["parse"],
+        "removed": ["a dog"],
+        "added": [],
+        "penalties": [],
+        "reason": "Gravity pulls the ball down, and the elastic impact throws it up again.",
+        "physics_richness": 0.8,
+        "extended": "A rubber ball falls under gravity, hits the wooden floor and bounces.",
+    }
     (request,) = server.requests
     assert caption_of(request) == "a ball falls" and len(media_of(request)) == 3
     rules = request["messages"][0]["content"]
@@ -70,16 +67,9 @@ def test_an_answer_holds_the_five_steps():
     assert schema == json.loads(json.dumps(SCHEMA))
 
 
-@pytest.mark.parametrize(("richness", "label"), [(0, False), (0.59999, False), (0.6, True), (1, True)])
-def test_the_label_is_ours(richness, label):
-    answer = read_answer("key", Reply(filter_answer(physics_richness=richness)), 0.6)
-    assert answer.physics_label is label and type(answer.physics_richness) is float
-    assert read_answer("key", Reply(filter_answer(physics_richness=richness)), 0.0).physics_label
-
-
 @pytest.mark.parametrize("fence", ["```json\n%s\n```", "```\n%s```", "\n  %s \n"])
 def test_json_in_a_fence_is_json(fence):
-    assert read_answer("key", Reply(fence % filter_answer()), 0.6) == read_answer("key", Reply(filter_answer()), 0.6)
+    assert read_answer(Reply(fence % filter_answer()), Answer) == read_answer(Reply(filter_answer()), Answer)
 
 
 def test_the_question_is_the_one_that_kept_answers_belong_to():
@@ -137,15 +127,15 @@ MALFORMED = {
 @pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED)
 def test_what_is_not_the_answer_asked_for_is_malformed(text):
     with pytest.raises(Malformed) as caught:
-        read_answer("key", Reply(text), 0.6)
+        read_answer(Reply(text), Answer)
     assert caught.value.raw == text and 0 < len(str(caught.value)) < 500
 
 
 def test_a_hundred_words_are_fine_and_an_empty_parse_too():
     parse = {"entities": [], "actions": [], "forces": [], "outcomes": []}
     text = filter_answer(parse=parse, extended=" ".join(["word"] * 100), penalties=list(PENALTIES), physics_richness=0)
-    answer = read_answer("key", Reply(text), 0.6)
-    assert len(answer.extended.split()) == 100 and answer.parse["penalties"] == list(PENALTIES)
+    answer = read_answer(Reply(text), Answer)
+    assert len(answer.extended.split()) == 100 and answer.penalties == list(PENALTIES)
 
 
 def test_malformed_answers_are_asked_for_again_then_refused_with_their_words(monkeypatch):
@@ -159,18 +149,16 @@ def test_malformed_answers_are_asked_for_again_then_refused_with_their_words(mon
 
     prompts = ["good", *bad, *(f"heals {name}" for name in bad)]
     with StubServer(answer) as server:
-        chosen = cot_filter(server)
-        results = dict(zip(prompts, chosen.run(items(*prompts)), strict=True))
-    assert [result.key for result in results.values()] == [f"key-{number}" for number in range(len(prompts))]
+        results = dict(zip(prompts, ask_all(model_at(server), items(*prompts)), strict=True))
     for prompt, result in results.items():
         if prompt in bad:
-            assert isinstance(result, Refused) and result.reason == "malformed" and result.detail
+            assert isinstance(result, NoAnswer) and result.reason == "malformed" and result.detail
             assert len(result.raw) <= 2000 and result.raw == bad[prompt][:2000]
         else:
             assert isinstance(result, Answer)
-    assert chosen.vlm.counts.retries == {"malformed": 3 * len(bad)}
-    refused = [result for result in results.values() if isinstance(result, Refused)]
-    table = pa.table({name: [getattr(one, name) for one in refused] for name in ("key", "reason", "detail", "raw")})
+    assert vlm.counts.retries == {"malformed": 3 * len(bad)}
+    refused = [result for result in results.values() if isinstance(result, NoAnswer)]
+    table = pa.table({name: [getattr(one, name) for one in refused] for name in ("reason", "detail", "raw")})
     assert table.num_rows == len(bad)  # all of it can be stored
 
 
@@ -187,7 +175,7 @@ HOSTILE = [
 def test_hostile_captions_are_quoted_and_come_back_unharmed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with StubServer() as server:
-        results = cot_filter(server).run(items(*HOSTILE))
+        results = ask_all(model_at(server), items(*HOSTILE))
     assert all(isinstance(result, Answer) for result in results)
     assert sorted(caption_of(request) for request in server.requests) == sorted(HOSTILE)
     for request in server.requests:
@@ -205,9 +193,9 @@ def test_what_an_answer_says_is_data(tmp_path, monkeypatch):
         added=["/etc/passwd", "file:///etc/passwd", f"!!python/object/apply:{code}"],
     )
     with StubServer(lambda request: text) as server:
-        (answer,) = cot_filter(server, cache="answers").run(items("a ball"))
+        (answer,) = ask_all(model_at(server, cache="answers"), items("a ball"))
     assert answer.reason.endswith("$(touch pwned)") and answer.extended.startswith("../../../tmp/pwned.json")
-    assert answer.parse["added"][0] == "/etc/passwd"
+    assert answer.added[0] == "/etc/passwd"
     assert [path.name for path in tmp_path.iterdir()] == ["answers"]
 
 
@@ -222,15 +210,15 @@ def test_what_an_answer_says_is_data(tmp_path, monkeypatch):
 )
 def test_a_prompt_that_is_none_is_refused_without_a_request(prompt, detail):
     with StubServer() as server:
-        bad, good = cot_filter(server).run(items(prompt, "a ball"))
-    assert (bad.key, bad.reason, bad.raw) == ("key-0", "prompt", "") and isinstance(good, Answer)
+        bad, good = ask_all(model_at(server), items(prompt, "a ball"))
+    assert (bad.reason, bad.raw) == ("prompt", "") and isinstance(good, Answer)
     assert server.number == 1 and re.search(detail, bad.detail)
 
 
 def test_a_prompt_at_the_limit_is_asked_about():
     long = "a" * MAX_PROMPT_CHARS
     with StubServer() as server:
-        (answer,) = cot_filter(server).run(items(long))
+        (answer,) = ask_all(model_at(server), items(long))
     assert isinstance(answer, Answer) and caption_of(server.requests[0]) == long
 
 
@@ -243,12 +231,12 @@ def test_clips_that_cannot_be_read_are_refused():
 
     frames = [lambda: FRAMES, broken, lambda: []]
     with StubServer() as server:
-        results = cot_filter(server).run([Item(str(number), "a ball", one) for number, one in enumerate(frames)])
+        results = ask_all(model_at(server), [("a ball", one) for one in frames])
     assert isinstance(results[0], Answer) and server.number == 1
     assert [result.reason for result in results[1:]] == ["frames"] * 2
     assert results[1].detail == "name-?.mp4: truncated"
     with StubServer() as server, pytest.raises(OSError, match="No space left"):  # of the machine, not of the clip
-        cot_filter(server).run([Item("0", "a ball", full)])
+        ask_all(model_at(server), [("a ball", full)])
 
 
 def test_frames_are_read_beside_each_other_and_no_more_than_needed():
@@ -272,19 +260,20 @@ def test_frames_are_read_beside_each_other_and_no_more_than_needed():
     told = []
     with StubServer(full=3, until=80) as server:
         prompts = [f"ball {number}" for number in range(80)]
-        chosen = cot_filter(server, concurrency=3)
-        results = chosen.run([Item(prompt, prompt, frames) for prompt in prompts], advance=told.append)
-    assert [result.key for result in results] == prompts and sum(told) == 80
+        vlm = model_at(server, concurrency=3)
+        results = ask_all(vlm, [(prompt, frames) for prompt in prompts], advance=told.append)
+    assert all(isinstance(result, Answer) for result in results) and len(results) == sum(told) == 80
     assert 2 <= most[0] <= 6 and len(threads) >= 2 and threading.current_thread().name not in threads
     assert server.most_in_flight == 3
 
 
-def test_equal_clips_are_asked_about_once_each_under_its_own_key(tmp_path):
-    with StubServer(latency=0.02) as server:
-        results = cot_filter(server, cache=str(tmp_path)).run(items("a ball", "a ball", "a stone", "a ball"))
-        assert [result.key for result in results] == ["key-0", "key-1", "key-2", "key-3"] and server.number == 2
-        other = [Item("other", "a ball", lambda: FRAMES[:2])]
-        cot_filter(server, cache=str(tmp_path)).run(items("a ball") + other)
+def test_equal_clips_are_asked_about_once(tmp_path):
+    with StubServer(lambda request: filter_answer(reason=caption_of(request)), latency=0.02) as server:
+        prompts = ["a ball", "a ball", "a stone", "a ball"]
+        results = ask_all(model_at(server, cache=str(tmp_path)), items(*prompts))
+        assert [result.reason for result in results] == prompts and server.number == 2
+        other = [("a ball", lambda: FRAMES[:2])]
+        ask_all(model_at(server, cache=str(tmp_path)), items("a ball") + other)
         assert server.number == 3
 
 
@@ -294,17 +283,16 @@ def test_a_fifth_of_the_requests_fails_and_no_clip_is_lost():
         return filter_answer(physics_richness=int(caption_of(request)) / 100)
 
     with StubServer(richness, faults=0.2, hang=30, seed=1) as server:
-        chosen = cot_filter(server, timeout_s=5, concurrency=32, retries=8)
-        results = chosen.run(items(*map(str, range(100))))
-        counts = chosen.vlm.counts
+        vlm = model_at(server, timeout_s=5, concurrency=32, retries=8)
+        results = ask_all(vlm, items(*map(str, range(100))))
+        counts = vlm.counts
     assert [result.physics_richness for result in results] == [number / 100 for number in range(100)]
-    assert sum(result.physics_label for result in results) == 40
     late = counts.retries - server.injected  # a busy machine's answers may come too late as well
     assert counts.retries == server.injected + late and set(late) <= {"timeout"} and len(server.injected) == 3
     assert counts.requests == server.number == 100 + counts.retries.total()
 
 
-def test_failures_of_the_server_have_one_reason():
+def test_failures_of_the_server_keep_their_reason():
     answers = {
         "a": Response(status=500),
         "b": Response(status=429),
@@ -312,9 +300,8 @@ def test_failures_of_the_server_have_one_reason():
         "d": Response(status=422),
     }
     with StubServer(lambda request: answers.get(caption_of(request), filter_answer())) as server:
-        results = cot_filter(server, retries=0).run(items("good", *answers))
-    assert [result.reason for result in results[1:]] == ["server", "server", "server", "rejected"]
-    assert [result.detail.split(":")[0] for result in results[1:4]] == ["server", "limit", "connection"]
+        results = ask_all(model_at(server, retries=0), items("good", *answers))
+    assert [result.reason for result in results[1:]] == ["server", "limit", "connection", "rejected"]
     assert isinstance(results[0], Answer)
 
 
@@ -322,15 +309,15 @@ def test_no_server_is_an_error_and_no_refusal():
     with StubServer() as server:
         pass
     with pytest.raises(VlmUnavailable, match="vlm.base_url="):
-        cot_filter(server).run(items("a ball"))
+        ask_all(model_at(server), items("a ball"))
 
 
 KILLED = """
 import sys
-from data_pipeline.stages.filter import CotFilter, Item
-from eval.vlm.client import VlmConfig
-vlm = VlmConfig(base_url=sys.argv[1], model="stub", cache=sys.argv[2], concurrency=8)
-CotFilter(vlm, 0.6).run([Item(str(number), str(number), lambda: [b"frame"]) for number in range(200)])
+from data_pipeline.stages.filter import ask
+from eval.vlm.client import Vlm, VlmConfig
+vlm = Vlm(VlmConfig(base_url=sys.argv[1], model="stub", cache=sys.argv[2], concurrency=8))
+vlm.run(lambda number: ask(vlm, str(number), lambda: [b"frame"]), range(200))
 """
 
 
@@ -348,10 +335,10 @@ def test_a_killed_run_continues_where_it_was(tmp_path):
         process.kill()
         process.wait()
         killed = True
-        chosen = cot_filter(server, cache=str(tmp_path), concurrency=32)
-        results = chosen.run([Item(prompt, prompt, lambda: [b"frame"]) for prompt in prompts])
+        vlm = model_at(server, cache=str(tmp_path), concurrency=32)
+        results = ask_all(vlm, [(prompt, lambda: [b"frame"]) for prompt in prompts])
     assert [result.reason for result in results] == [f"It is {prompt}." for prompt in prompts]
-    assert chosen.vlm.counts.cache_hits == 60 and server.number == 68 + 140
+    assert vlm.counts.cache_hits == 60 and server.number == 68 + 140
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
+from tests.synthetic_groups import verify
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import write_clip
-from train.groups import verify
 
 ROOT = Path(__file__).parents[2]
 KILLS = 20

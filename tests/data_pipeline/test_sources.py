@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data_pipeline import tables
 from data_pipeline.frames import FrameReader, clip_identity
 from data_pipeline.manifests import MAX_KEY, MAX_TEXT, Row, read_manifest, safe_key
 from data_pipeline.scores import loser_scores, read_scores
 from data_pipeline.sources import open_sources
-from data_pipeline.stages.judge import write_table
 from data_pipeline.stages.pool import read_pool
 from data_pipeline.tables import Dropped
 from train.clips import ClipError, VideoConfig, read_clip, write_clip
@@ -755,11 +755,10 @@ def test_bad_score_tables_stop_before_any_work(tmp_path):
 
 
 def test_the_judges_table_comes_back_as_scores(tmp_path):
-    folder = tmp_path / "losers"
-    write_table(
-        folder / "losers.csv", [("k", 0, folder / "k-0.mp4", 'A "red", ball'), ("k", 1, folder / "k-1.mp4", "B")]
-    )
-    header, *lines = (folder / "losers.csv").read_text(encoding="utf-8").splitlines()
+    table = tmp_path / "losers" / "losers.csv"
+    rows = [("k", 0, "k-0.mp4", 'A "red", ball'), ("k", 1, "k-1.mp4", "B")]
+    tables.write_csv(table, [("key", "loser", "clip", "prompt"), *rows])
+    header, *lines = table.read_text(encoding="utf-8").splitlines()
     assert lines[0] == 'k,0,k-0.mp4,"A ""red"", ball"'
     filled = [header + ",semantic,physical", *(line + ",1,0" for line in lines)]
     (tmp_path / "scores.csv").write_text("\n".join(filled), encoding="utf-8")

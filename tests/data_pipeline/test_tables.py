@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.config import Config, Setup
-from data_pipeline.contract import PassThrough
+from data_pipeline.contract import PassThrough, WholeStage
 from data_pipeline.manifests import Row
 from data_pipeline.store import Store
 from data_pipeline.tables import (
@@ -85,9 +85,9 @@ def test_equal_rows_give_equal_bytes_and_the_content_alone_counts(tmp_path):
         tmp_path / "one" / "unit-00000.parquet"
     ).read_bytes()
     two = Table(tmp_path / "two", 1)
-    assert two.contents() == one.contents()[:1]
+    assert two.markers[0]["content"] == one.markers[0]["content"]
     assert two.units(lambda number: "x")[0] == one.units(lambda number: "x")[0]
-    assert one.units(lambda number: number)[1] == Unit(1, digest([one.contents()[1], 1]), 3, 2)
+    assert one.units(lambda number: number)[1] == Unit(1, digest([one.markers[1]["content"], 1]), 3, 2)
 
 
 def test_a_unit_without_its_marker_or_with_half_its_rows_does_not_exist(tmp_path):
@@ -176,7 +176,7 @@ def test_a_stage_that_is_not_configured_passes_its_rows(tmp_path):
 
 
 def test_a_batch_counts_as_made_only_as_a_whole(tmp_path):
-    store, batch = Store(tmp_path), ["aa1", "bb2", "cc3"]
+    store, batch = Store(tmp_path, {}), ["aa1", "bb2", "cc3"]
     assert store.missing(batch) == batch
     store.save({name: {"x": torch.full((2,), float(number))} for number, name in enumerate(batch)})
     assert store.missing(batch) == [] and store.load("bb2")["x"].tolist() == [1.0, 1.0]
@@ -188,7 +188,7 @@ def test_a_batch_counts_as_made_only_as_a_whole(tmp_path):
 
 
 def test_a_damaged_file_of_the_store_is_named_and_made_anew(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, {})
     store.save({"aa1": {"x": torch.zeros(2)}, "bb2": {"x": torch.ones(2)}})
     store.path("aa1").write_bytes(b"half")
     assert store.missing(["aa1"]) == ["aa1"] and store.missing(["bb2"]) == []
@@ -203,7 +203,7 @@ def test_a_damaged_file_of_the_store_is_named_and_made_anew(tmp_path):
 
 
 def test_what_an_earlier_version_kept_without_checksums_is_not_made_again(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, {})
     for name in ("aa1", "aa2"):
         store.path(name).parent.mkdir(exist_ok=True)
         save_file({"x": torch.ones(2)}, store.path(name), {"batch": "aa1 aa2"})
@@ -213,7 +213,7 @@ def test_what_an_earlier_version_kept_without_checksums_is_not_made_again(tmp_pa
 
 
 def test_a_file_of_the_store_under_another_name_is_none(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, {})
     store.save({"aa1": {"x": torch.zeros(2)}, "aa2": {"x": torch.ones(2)}})
     store.path("aa1").write_bytes(store.path("aa2").read_bytes())
     assert store.missing(["aa1", "aa2"]) == ["aa1", "aa2"]
@@ -221,7 +221,7 @@ def test_a_file_of_the_store_under_another_name_is_none(tmp_path):
 
 @pytest.mark.parametrize("tries", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_changed_tensors_are_never_accepted(tmp_path, tries):
-    store, chance = Store(tmp_path), random.Random(0)
+    store, chance = Store(tmp_path, {}), random.Random(0)
     tensors = {"x": torch.arange(12).reshape(3, 4).bfloat16(), "flag": torch.tensor([True, False])}
     store.save({"aa1": tensors})
     whole, accepted = store.path("aa1").read_bytes(), 0
@@ -280,13 +280,13 @@ def test_changed_tables_are_never_accepted(tmp_path, file, tries):
 
 
 def test_a_stage_of_all_rows_with_a_damaged_summary_is_done_again(tmp_path):
-    class Whole(PassThrough):
-        whole = True
+    class Whole(WholeStage):
+        name = "pool"
 
         def plan(self, before):
             return [Unit(0, "d", 0, 5)]
 
-    stage = Whole(Setup(Config(output=str(tmp_path)), "cpu"), "pool")
+    stage = Whole(Setup(Config(output=str(tmp_path)), "cpu"))
     for number in range(2):
         write_unit(stage.folder, number, "d", (rows(2 * number, 2), dropped_table()), 0.0)
     summary = write_summary(Table(stage.folder, 2), "d")

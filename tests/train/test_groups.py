@@ -21,9 +21,9 @@ import webdataset
 from torch.utils.data import DataLoader
 
 import train.groups
-from tests.synthetic_groups import replace_sample, sample_bytes, synthetic_group, write_synthetic_groups
+from tests.synthetic_groups import replace_sample, sample_bytes, synthetic_group, verify, write_synthetic_groups
 from train.data import GroupStream, assignment, generated_winner, pad_text, positions
-from train.groups import Group, GroupSet, Loser, ShardWriter, check_group, shard_record, verify, write_index
+from train.groups import Group, GroupSet, Loser, ShardWriter, check_group, shard_record, write_index
 
 VIDEO = {"height": 32, "width": 32, "num_frames": 5, "fps": 16.0}
 
@@ -639,9 +639,6 @@ def test_stopping_and_resuming_on_other_numbers_of_ranks_keeps_the_stream():
     assert consume(0, 1, 7) + consume(7, 1, 53) == whole
     # One rank stops after 6 samples, two after 14 more, three do the remaining 40 (the last step runs over by 2).
     assert (consume(0, 1, 6) + consume(6, 2, 7) + consume(20, 3, 14))[:60] == whole
-    for start, rank, world in ((-1, 0, 1), (0, 2, 2), (0, -1, 2)):
-        with pytest.raises(ValueError, match="positions need"):
-            positions(start, rank, world)
 
 
 def test_fewer_groups_and_shards_than_ranks(tmp_path):
@@ -700,8 +697,6 @@ def test_generated_winner_is_the_best_loser(tmp_path):
     assert [loser.seed for loser in changed.losers_info] == [10, 12, 13]
     assert changed.extra == {} and "11" in changed.source and changed.prompt == group.prompt
     assert len(group.losers) == 4 and torch.equal(group.winner, make_group(0, num_losers=4).winner)
-    with pytest.raises(ValueError, match="at least 2 losers"):
-        generated_winner(make_group(0, num_losers=1))
 
     write_shard(tmp_path, "a", group, make_group(1, num_losers=2))
     write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
@@ -709,8 +704,6 @@ def test_generated_winner_is_the_best_loser(tmp_path):
     samples = [stream[position] for position in range(6)]
     met = sorted(s.group.losers_info[s.loser_index].seed for s in samples if s.group.key == "group-000000")
     assert met == [10, 12, 13]
-    with pytest.raises(ValueError, match="'best'.*'real' or 'generated'"):
-        GroupStream(GroupSet(tmp_path), seed=0, winner="best")
     write_shard(tmp_path, "b", make_group(2, num_losers=1))
     write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
     with pytest.raises(ValueError, match="'group-000002'.*has 1"):

@@ -149,7 +149,8 @@ def test_malformed_answers_are_asked_for_again_then_refused_with_their_words(mon
 
     prompts = ["good", *bad, *(f"heals {name}" for name in bad)]
     with StubServer(answer) as server:
-        results = dict(zip(prompts, ask_all(model_at(server), items(*prompts)), strict=True))
+        vlm = model_at(server)
+        results = dict(zip(prompts, ask_all(vlm, items(*prompts)), strict=True))
     for prompt, result in results.items():
         if prompt in bad:
             assert isinstance(result, NoAnswer) and result.reason == "malformed" and result.detail

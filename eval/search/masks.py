@@ -34,7 +34,7 @@ def mask_of(kind: str, candidates: Candidates, residuals: Residuals) -> Tensor:
         raise ValueError(f"mask {kind!r} is unknown: use one of {', '.join(MASKS)}")
     if kind == "motion":
         return candidates.shared("motion mask", lambda: (motion_mask(candidates.latents), 0))
-    name = ("attention masks", residuals.times[0], residuals.config.seed)
+    name = ("attention masks", residuals.times[0])
     return candidates.shared(name, lambda: (attention_masks(candidates, residuals), len(candidates)))[kind]
 
 

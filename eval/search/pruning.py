@@ -3,9 +3,9 @@
 After step k of a sampler the line of the last velocity points at clean latents (`train.sampling.Stepper.clean`), for no
 further pass. A scorer ranks these predictions, the best `keep` go on, the others stop.
 
-    partial = begin(backbone, conditioning, seeds, video, sampler, stop=4)
+    partial = advance(backbone, conditioning, begin(backbone, video, seeds), sampler, stop=4)
     chosen = promising(scorer(candidates of partial.clean), keep=4)
-    latents = finish(backbone, conditioning, partial.select(chosen), sampler)
+    latents = advance(backbone, conditioning, partial.select(chosen), sampler, stop=sampler.steps).latents
 
 A clip that is finished is the clip that `train.sampling.sample_clips` makes from its seed.
 """
@@ -33,36 +33,10 @@ class Partial:
         return Partial(self.step, self.latents[list(chosen)], self.clean[list(chosen)])
 
 
-@torch.no_grad()
-def begin(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    seeds: Sequence[int],
-    video: VideoConfig,
-    sampler: SamplerConfig,
-    *,
-    stop: int,
-    negative: Conditioning | None = None,
-) -> Partial:
-    """The first `stop` steps of one clip per seed, sampled together. conditioning: of one clip, or one per seed."""
-    if not 0 < stop <= sampler.steps:
-        raise ValueError(f"stop={stop}: sampling has {sampler.steps} steps; stop after 1 to {sampler.steps} of them")
-    conditioning = conditioning.expand(len(seeds))
-    start = Stepper(backbone, conditioning, sampler, negative).start(initial_noise(backbone, video, seeds))
-    return advance(backbone, conditioning, Partial(0, start, start), sampler, stop=stop, negative=negative)
-
-
-@torch.no_grad()
-def finish(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    partial: Partial,
-    sampler: SamplerConfig,
-    *,
-    negative: Conditioning | None = None,
-) -> Tensor:
-    """The remaining steps: latents (N, C, F, H, W) float32."""
-    return advance(backbone, conditioning, partial, sampler, stop=sampler.steps, negative=negative).latents
+def begin(backbone: Backbone, video: VideoConfig, seeds: Sequence[int]) -> Partial:
+    """One clip per seed before the first step: its noise."""
+    noise = initial_noise(backbone, video, seeds)
+    return Partial(0, noise, noise)
 
 
 @torch.no_grad()
@@ -75,9 +49,9 @@ def advance(
     stop: int,
     negative: Conditioning | None = None,
 ) -> Partial:
-    """From wherever the clips are to the end of step `stop`."""
+    """From wherever the clips are to the end of step `stop`. conditioning: of one clip, or one for each."""
     stepper = Stepper(backbone, conditioning.expand(len(partial.latents)), sampler, negative)
-    latents, clean = partial.latents, partial.clean
+    latents, clean = stepper.start(partial.latents) if partial.step == 0 else partial.latents, partial.clean
     for step in range(partial.step, stop):
         velocity = stepper.velocity(latents, step)
         clean = stepper.clean(latents, velocity, step)

@@ -6,7 +6,7 @@ aggregation come later (`losses.self_score`, `eval.search.scorers.proprio`), so 
 passes.
 
 The same noise meets all candidates of a prompt: what it does to all of them cancels in their comparison. It depends on
-the search's seed, the prompt's key, the level and the draw alone. Nothing is decoded.
+the prompt's key, the level and the draw alone. Nothing is decoded.
 
 Levels are shares of the sampling steps, as the paper's appendix E has them (0.3 to 0.6). On the sampler's grid that is
 t from 0.88 down to 0.67 at shift 3, and 0.92 to 0.77 at shift 5. Section 3.1 speaks of scheduler timesteps, which could
@@ -16,7 +16,8 @@ and 0.620 against 0.624 (hybrid); at equal motion they are above chance by 0.167
 0.107 (hybrid) and 0.170 against 0.153 (global). Their semantic score is lower (hybrid 0.754 against 0.843).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ from eval.search.candidates import Candidates
 from losses.flow_matching import interpolate, velocity_target
 from train.backbones.base import Backbone, Conditioning
 from train.files import seed_of
+
+SEED = 0  # of the noise
+
+
+def flow_residual(backbone: Backbone, latents: Tensor, noise: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+    """v(z_t, t) - (noise - z_0) of clips and noise of one shape and device (N, C, F, H, W), eq. 4."""
+    noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=latents.device))
+    velocity = backbone.velocity_at(backbone.start(noisy, conditioning), t, conditioning)
+    return velocity - velocity_target(latents, noise)
 
 
 @dataclass
@@ -35,7 +45,15 @@ class ResidualConfig:
     shift: float = 3.0  # of the grid of these steps; in a recipe sampler.shift
     draws: int = 4  # of noise, at each level
     batch_size: int = 1  # clips in a network pass, per GPU
-    seed: int = 0  # of the noise
+
+    def settings(self) -> dict[str, Any]:
+        """What residuals depend on beside clips and network, as plain JSON values."""
+        return without_batch(self) | {"seed": SEED}
+
+
+def without_batch(config: Any) -> dict[str, Any]:
+    """A dataclass as plain values without `batch_size`, which says how fast clips are made."""
+    return {name: value for name, value in asdict(config).items() if name != "batch_size"}
 
 
 def noise_levels(levels: int, first: float, last: float, shift: float) -> list[float]:
@@ -72,8 +90,7 @@ class Residuals:
 
     @property
     def _name(self) -> tuple:
-        config = self.config
-        return "residuals", *self.times, config.draws, config.seed
+        return "residuals", *self.times, self.config.draws
 
     @property
     def num_rounds(self) -> int:
@@ -104,15 +121,12 @@ class Residuals:
         backbone = self.backbone
         latents, noise = latents.to(backbone.device), noise.to(backbone.device).expand_as(latents)
         conditioning = conditioning.expand(len(latents)).to(backbone.device)
-        noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=backbone.device))
-        noisy = backbone.start(noisy, conditioning)
-        velocity = backbone.velocity_at(noisy, t, conditioning)
-        squared = (velocity - velocity_target(latents, noise)).square().mean(dim=1)
+        squared = flow_residual(backbone, latents, noise, t, conditioning).square().mean(dim=1)
         squared[:, : conditioning.held_frames(latents.shape[2])] = 0
         return squared
 
     def noise(self, candidates: Candidates, level: int, draw: int) -> Tensor:
         """(C, F, H, W) float32, from a CPU generator of its own."""
-        name = f"{self.config.seed}/{candidates.key}/{self.times[level]:.9g}/{draw}"
+        name = f"{SEED}/{candidates.key}/{self.times[level]:.9g}/{draw}"
         generator = torch.Generator("cpu").manual_seed(seed_of(name))
         return torch.randn(candidates.latents.shape[1:], generator=generator)

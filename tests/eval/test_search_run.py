@@ -205,6 +205,16 @@ def test_the_experiments_keys_have_left_the_section_search():
         run.main([*COMMON, "search.scorers=[random]"])
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["race", "residuals.seed", "prune.draws", "surprise.frames", "refine.clip", "refine.kl_weight", "refine.score"]
+    + ["refine.weighting", "refine.seed", "guidance.t_min", "guidance.t_max", "guidance.through_network"],
+)
+def test_keys_that_became_constants_are_refused_with_their_place(key):
+    with pytest.raises(ValueError, match=f"unknown key search.{key}; it is (the constant eval.search|always).* now"):
+        run.main([*COMMON, f"search.{key}={'{confidence: 0.9}' if key == 'race' else 1}"])
+
+
 # The report
 
 

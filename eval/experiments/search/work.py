@@ -22,10 +22,11 @@ from eval.experiments.search.store import read_record, read_tensors, write_recor
 from eval.judges import Judging
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as build_judge
+from eval.search import racing
 from eval.search.candidates import Candidates, choose
 from eval.search.pruning import promising, sampling_passes
 from eval.search.scorers.most_motion import motion_energy
-from eval.search.searcher import RACING, Searcher, batches, scorer_settings
+from eval.search.searcher import RACING, Searcher, batches, prune_settings, scorer_settings
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.checkpoint import attach_trained, weights_path
@@ -116,11 +117,11 @@ class Work:
         refine, guidance = self.search.refine, self.search.guidance
         if refine.best:
             at_once = max(1, refine.batch_size // (refine.best + 1))
-            yield Several("refined", self.searcher.refinement.clips, at_once, refine.best, 0, refine.settings())
+            yield Several("refined", self.searcher.refined, at_once, refine.best, 0, refine.settings())
         if count := guidance.candidates:
-            settings = [guidance.settings(), asdict(self.search.surprise)]
+            settings = [guidance.settings(), self.search.surprise.settings()]
             at_once = max(1, guidance.batch_size // count)
-            yield Several("guided", self.searcher.guidance.clips, at_once, None, count, settings)
+            yield Several("guided", self.searcher.guided, at_once, None, count, settings)
 
     # What files depend on
 
@@ -177,10 +178,10 @@ class Work:
         parts |= {f"scorer {name}": digest(self.settings(name)) for name in self.experiment.scorers}
         chosen = self.settings(search.chosen_by)
         if search.chosen_by in RACING:
-            parts["race"] = digest([chosen, search.race.settings()])
+            parts["race"] = digest([chosen, racing.SETTINGS])
         if search.prune.steps:
             looks = [self.settings(name) for name in search.prune.scorers]
-            parts["prune"] = digest([chosen, looks, asdict(search.prune)])
+            parts["prune"] = digest([chosen, looks, prune_settings(search)])
         if job.number < self.experiment.shown:
             parts["clips"] = digest("clips")
         return parts

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from eval.report.intervals import Estimate
 from train.files import atomic
 
@@ -38,11 +41,6 @@ BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's, told a
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """PNG of the paired gains in the physical score: methods above, sweeps below. Readable at a width of 900 pixels."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the figure needs matplotlib, which is not installed: pip install matplotlib") from error
     gains = {row["name"]: row["gain"]["physical"] for row in results["rows"] if row["trainer"]}
     methods = [row for row in results["rows"] if row["trainer"] and not row["sweep"]]
     swept = {key: {} for key in results["defaults"]}
@@ -50,13 +48,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         if row["sweep"]:
             swept[row["sweep"]["key"]][row["sweep"]["value"]] = gains[row["name"]]
     swept = {key: points for key, points in swept.items() if points}
-    height = 1.2 + 0.34 * max(1, len(methods))
     lines = -(-len(swept) // 4)
-    figure = Figure(figsize=(9, height + 1.9 * lines), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, *lower = figure.subfigures(
-        1 + bool(swept), 1, height_ratios=[height, 1.9 * lines][: 1 + bool(swept)], squeeze=False
-    )[:, 0]
+    heights = [1.2 + 0.34 * max(1, len(methods))] + [1.9 * lines] * bool(swept)
+    figure = Figure(figsize=(9, sum(heights)), dpi=200, layout="constrained")
+    upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = upper.subplots()
     points = [(gains[row["name"]], place, row["name"] == results["middle"]) for place, row in enumerate(methods)]
     _points(axes, points, horizontal=True)
@@ -70,9 +65,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     seeds = len(results["seeds"])
     axes.set_xlabel(f"gain in the physical score, 95% interval over {seeds} x {results['clips']} paired clips")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
-    if not swept:
-        return _save(figure, path)
-    panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
+    panels = np.empty((0, 1))  # rows of axes
+    if swept:
+        panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
     for panel in panels[:, 0]:
         panel.set_ylabel("gain")
     for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
@@ -90,7 +85,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.set_title(key, fontsize=10)
     for panel in panels.flat[len(swept) :]:
         panel.set_axis_off()
-    return _save(figure, path)
+    with atomic(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, bool]], *, horizontal: bool) -> None:
@@ -104,8 +100,3 @@ def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, bool]], *
             axes.errorbar([gain["mean"]], [place], xerr=reach, **style)
         else:
             axes.errorbar([place], [gain["mean"]], yerr=reach, **style)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic(path) as aside:
-        figure.savefig(aside, format="png")

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from eval.search.pruning import sampling_passes
-from eval.search.residuals import flow_residual, noise_levels, without_batch
+from eval.search.residuals import ResidualConfig, flow_residual, noise_levels
 from eval.search.scorers.proprio import MIXING
 from losses.self_score import aggregate, hybrid, masked_error, motion_mask
 from train.backbones.base import Backbone, Conditioning
@@ -39,17 +39,13 @@ ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws not
 
 
 @dataclass
-class RefineConfig:
+class RefineConfig(ResidualConfig):
+    """Clips refined together, of several prompts, are `batch_size`; levels and draws are those of the score."""
+
     best: int = 0  # of a prompt's candidates so many, the best by chosen_by, are refined, and the first; 0: none
     steps: int = 4  # of the sampler that gradients pass through; the clip is then sampled with sampler.steps
-    batch_size: int = 1  # clips refined together, of several prompts, per GPU
     updates: int = 10  # Adam steps; table 10
     learning_rate: float = 2e-3
-    levels: int = 4  # noise levels of the score, evenly spaced from first to last; appendix E
-    first: float = 0.3  # share of the sampling steps before a level, see eval.search.residuals
-    last: float = 0.6
-    shift: float = 3.0  # of the grid of these steps; in a recipe sampler.shift
-    draws: int = 4  # of noise, at each level
 
     def __post_init__(self) -> None:
         if self.updates < 0 or self.levels < 1 or self.draws < 1:
@@ -62,7 +58,7 @@ class RefineConfig:
     def settings(self) -> dict[str, Any]:
         """What refined clips depend on, as plain JSON values."""
         fixed = {"clip": CLIP, "kl_weight": KL_WEIGHT, "score": "hybrid", "mixing": MIXING}
-        return without_batch(self) | fixed | {"weighting": "inverse_variance", "seed": 0}
+        return super().settings() | fixed | {"weighting": "inverse_variance"}
 
 
 @dataclass(frozen=True)
@@ -147,13 +143,12 @@ def refine(
     optimizer = torch.optim.Adam([mean, log_scale], lr=config.learning_rate)
     trace: list[Tensor] = []
     best: tuple[Tensor, ...] = ()
-    score: SelfScore | None = None
     for update in range(config.updates + 1):
         last = update == config.updates
         with torch.set_grad_enabled(not last):
             zeta = _channels(mean) + _channels(log_scale.exp()) * noise
             latents = sample(zeta)
-            if score is None:
+            if update == 0:
                 score = SelfScore(backbone, conditioning, motion_mask(latents), config)
             value = score(latents)
             loss = (value + KL_WEIGHT * kl_to_standard_normal(mean, log_scale)).sum()
@@ -161,7 +156,11 @@ def refine(
             raise ValueError(f"the score gave {value.detach().tolist()}: it must give one number for each clip")
         trace.append(value.detach())
         iterate = tuple(tensor.detach().clone() for tensor in (latents, zeta, value))
-        best = iterate if not best else _lower(iterate, best)
+        if best:  # clip by clip that of the lower score; the earlier where they are equal
+            better = value < best[2]  # (B,)
+            choices = (better.view(-1, 1, 1, 1, 1), better.view(-1, 1, 1, 1, 1), better)
+            iterate = tuple(map(torch.where, choices, iterate, best))
+        best = iterate
         if last:
             break
         gradients = torch.autograd.grad(loss, [mean, log_scale])
@@ -184,11 +183,3 @@ def kl_to_standard_normal(mean: Tensor, log_scale: Tensor) -> Tensor:
 def _channels(values: Tensor) -> Tensor:
     """(B,C) -> (B,C,1,1,1)."""
     return values[:, :, None, None, None]
-
-
-def _lower(iterate: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Clip by clip that of the two whose score, the third, is lower; the earlier where they are equal."""
-    better = iterate[2] < best[2]  # (B,)
-    return tuple(
-        torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(iterate, best, strict=True)
-    )

@@ -3,9 +3,9 @@
 After step k of a sampler the line of the last velocity points at clean latents (`train.sampling.Stepper.clean`), for no
 further pass. A scorer ranks these predictions, the best `keep` go on, the others stop.
 
-    partial = advance(backbone, conditioning, begin(backbone, video, seeds), sampler, stop=4)
+    partial = advance(stepper, begin(stepper, noise), stop=4)
     chosen = promising(scorer(candidates of partial.clean), keep=4)
-    latents = advance(backbone, conditioning, partial.select(chosen), sampler, stop=sampler.steps).latents
+    latents = advance(a stepper of the chosen, partial.select(chosen), stop=sampler.steps).latents
 
 A clip that is finished is the clip that `train.sampling.sample_clips` makes from its seed.
 """
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.backbones.base import Backbone, Conditioning
-from train.clips import VideoConfig
-from train.sampling import SamplerConfig, Stepper, initial_noise, sigma_grid
+from train.backbones.base import Backbone
+from train.sampling import SamplerConfig, Stepper, sigma_grid
 
 
 @dataclass(frozen=True)
@@ -33,25 +32,16 @@ class Partial:
         return Partial(self.step, self.latents[list(chosen)], self.clean[list(chosen)])
 
 
-def begin(backbone: Backbone, video: VideoConfig, seeds: Sequence[int]) -> Partial:
-    """One clip per seed before the first step: its noise."""
-    noise = initial_noise(backbone, video, seeds)
-    return Partial(0, noise, noise)
+def begin(stepper: Stepper, noise: Tensor) -> Partial:
+    """The clips of that noise (N, C, F, H, W) before the first step."""
+    start = stepper.start(noise)
+    return Partial(0, start, start)
 
 
 @torch.no_grad()
-def advance(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    partial: Partial,
-    sampler: SamplerConfig,
-    *,
-    stop: int,
-    negative: Conditioning | None = None,
-) -> Partial:
-    """From wherever the clips are to the end of step `stop`. conditioning: of one clip, or one for each."""
-    stepper = Stepper(backbone, conditioning.expand(len(partial.latents)), sampler, negative)
-    latents, clean = stepper.start(partial.latents) if partial.step == 0 else partial.latents, partial.clean
+def advance(stepper: Stepper, partial: Partial, stop: int) -> Partial:
+    """From wherever the clips are to the end of step `stop`."""
+    latents, clean = partial.latents, partial.clean
     for step in range(partial.step, stop):
         velocity = stepper.velocity(latents, step)
         clean = stepper.clean(latents, velocity, step)

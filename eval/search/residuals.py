@@ -10,10 +10,7 @@ the prompt's key, the level and the draw alone. Nothing is decoded.
 
 Levels are shares of the sampling steps, as the paper's appendix E has them (0.3 to 0.6). On the sampler's grid that is
 t from 0.88 down to 0.67 at shift 3, and 0.92 to 0.77 at shift 5. Section 3.1 speaks of scheduler timesteps, which could
-also mean t itself from 0.3 to 0.6 (first=0.4 last=0.7 shift=1). On the sandbox, 64 prompts x 8 candidates at shift 3,
-the clips chosen in the first way have a physical score of 0.706 against 0.696 (global), 0.607 against 0.587 (motion)
-and 0.620 against 0.624 (hybrid); at equal motion they are above chance by 0.167 against 0.080 (motion), 0.158 against
-0.107 (hybrid) and 0.170 against 0.153 (global). Their semantic score is lower (hybrid 0.754 against 0.843).
+also mean t itself from 0.3 to 0.6 (first=0.4 last=0.7 shift=1); the folder's README compares them.
 """
 
 from dataclasses import asdict, dataclass
@@ -44,7 +41,7 @@ class ResidualConfig:
     last: float = 0.6  # likewise, the cleanest
     shift: float = 3.0  # of the grid of these steps; in a recipe sampler.shift
     draws: int = 4  # of noise, at each level
-    batch_size: int = 1  # clips in a network pass, per GPU
+    batch_size: int = 1  # clips at once, per GPU
 
     def settings(self) -> dict[str, Any]:
         """What residuals depend on beside clips and network, as plain JSON values."""

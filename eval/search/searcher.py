@@ -30,7 +30,7 @@ from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.scorers.proprio import MIXING
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig, to_pixels
-from train.sampling import SamplerConfig, initial_noise, sample
+from train.sampling import SamplerConfig, Stepper, initial_noise, sample
 
 SEARCHES = ("", "best_of_n", "race", "prune")
 REFINEMENTS = ("", "proprio", "guidance")
@@ -203,16 +203,18 @@ class Searcher:
         decode = decoder(self.backbone, self.config.batch_size)
         return Candidates(key, prompt, latents.cpu(), conditioning, decode, self.video.fps)
 
-    def _advance(self, conditioning: Conditioning, part: Partial, stop: int) -> Partial:
-        return advance(self.backbone, conditioning, part, self.sampler, stop=stop, negative=self.negative)
+    def _stepper(self, conditioning: Conditioning, count: int) -> Stepper:
+        """Of `count` clips of one prompt."""
+        return Stepper(self.backbone, conditioning.expand(count), self.sampler, self.negative)
 
     def sample(self, conditioning: Conditioning, seeds: Sequence[int], stops: Sequence[int]) -> dict[int, Partial]:
         """The clips of these seeds as they are after each of the sampling steps `stops`, ascending."""
         found: dict[int, list[Partial]] = {stop: [] for stop in stops}
         for some in batches(seeds, self.config.batch_size):
-            part = begin(self.backbone, self.video, some)
+            stepper = self._stepper(conditioning, len(some))
+            part = begin(stepper, initial_noise(self.backbone, self.video, some))
             for stop in stops:
-                part = self._advance(conditioning, part, stop)
+                part = advance(stepper, part, stop)
                 found[stop].append(part)
         return {
             stop: Partial(stop, torch.cat([p.latents for p in parts]), torch.cat([p.clean for p in parts]).cpu())
@@ -313,7 +315,8 @@ class Searcher:
                 values, early = named(part.clean).measure(looking)
                 kept = promising(values, max(1, math.ceil(self.config.prune.keep * len(seeds))))
                 rest = [part.select(some) for some in batches(kept, self.config.batch_size)]
-                latents = torch.cat([self._advance(conditioning, some, last).latents for some in rest])
+                steppers = [self._stepper(conditioning, len(some.latents)) for some in rest]
+                latents = torch.cat([advance(*pair, last).latents for pair in zip(steppers, rest, strict=True)])
                 passes += len(kept) * sampling_passes(self.backbone, self.sampler, stop)
             spent = Cost(passes, time.perf_counter() - started - early.seconds) + early
         candidates = named(latents)

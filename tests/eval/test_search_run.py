@@ -124,7 +124,7 @@ def test_strategies_are_judged_resumed_and_shared_between_processes(searched, tm
     arguments = [*STRATEGIES, f"backbone.path={searched[0] / 'model'}", f"output={tmp_path}"]
     assert run.main([*arguments, "search_experiment.share=2/2"]) is None and len(records(tmp_path)) == 1
     assert run.main([*arguments, "search_experiment.share=1/2"]) is None and "strategies" not in capsys.readouterr().out
-    monkeypatch.setattr(work.Several, "make", None)  # all is there but a record's part: no clip is made again
+    monkeypatch.setattr(work.Strategy, "make", None)  # all is there but a record's part: no clip is made again
     record_file = sorted((tmp_path / "search" / "prompts").glob("*.json"))[0]
     record = json.loads(record_file.read_text(encoding="utf-8"))
     del record["parts"]["refined"]

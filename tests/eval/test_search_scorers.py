@@ -18,11 +18,10 @@ from eval.search.masks import attention_masks, mask_of
 from eval.search.residuals import ResidualConfig, Residuals, noise_levels
 from eval.search.scorers import PROPRIO, SCORERS, SETTINGS
 from eval.search.scorers import surprise as surprise_scorer
+from eval.search.scorers.baselines import most_motion, motion_energy, random_choice
 from eval.search.scorers.judge import JudgeScore
-from eval.search.scorers.most_motion import most_motion, motion_energy
 from eval.search.scorers.per_motion import PerMotion
 from eval.search.scorers.proprio import Proprio
-from eval.search.scorers.random_choice import random_choice
 from eval.search.scorers.surprise import Surprise
 from eval.search.searcher import scorer_settings
 from eval.search.world_model import SurpriseConfig
@@ -152,7 +151,7 @@ def test_rounds_are_the_maps_and_their_mean_is_the_uniform_score(backbone):
     found, fresh, residuals = candidates(), candidates(), Residuals(backbone, CONFIG)
     for scorer in (
         Proprio(residuals, "hybrid", "motion", "uniform"),
-        PerMotion(Proprio(residuals, "global", "motion", "uniform")),
+        PerMotion(residuals, "global", "motion", "uniform"),
     ):
         whole = scorer(found)
         rounds = torch.stack([scorer.round_values(fresh, number, [0, 2]) for number in range(4)])
@@ -290,7 +289,7 @@ def test_motion_by_hand():
 def test_per_motion_by_hand(backbone):
     found, score = candidates(), Proprio(Residuals(backbone, CONFIG), "global", "motion", "uniform")
     found.latents[1] = found.latents[1, :, :1]  # stands still
-    values = PerMotion(score)(found)
+    values = PerMotion(score.residuals, "global", "motion", "uniform")(found)
     expected = score(found) / motion_energy(found.latents)
     assert values[1] == torch.inf and torch.equal(values[[0, 2]], expected[[0, 2]])
 

@@ -10,7 +10,7 @@ from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig, sample_clips
+from train.sampling import SamplerConfig, Stepper, initial_noise, sample_clips
 
 VIDEO = VideoConfig(32, 32, 9, 8.0)
 
@@ -111,13 +111,12 @@ def test_a_finished_clip_is_the_samplers(family, guidance, tiny_pipeline, tmp_pa
     seeds = [7, 8]
     expected = sample_clips(backbone, conditioning, seeds, VIDEO, sampler, negative=negative, progress=False)
 
-    def take(partial, stop):
-        return advance(backbone, conditioning, partial, sampler, stop=stop, negative=negative)
-
-    partial = take(begin(backbone, VIDEO, seeds), 2)
-    assert torch.equal(take(partial, 4).latents, expected)
-    torch.testing.assert_close(take(partial.select([1]), 4).latents[0], expected[1], rtol=1e-4, atol=1e-4)
-    last = take(begin(backbone, VIDEO, seeds), 4)
+    both, one = (Stepper(backbone, conditioning.expand(count), sampler, negative) for count in (2, 1))
+    start = begin(both, initial_noise(backbone, VIDEO, seeds))
+    partial = advance(both, start, 2)
+    assert torch.equal(advance(both, partial, 4).latents, expected)
+    torch.testing.assert_close(advance(one, partial.select([1]), 4).latents[0], expected[1], rtol=1e-4, atol=1e-4)
+    last = advance(both, start, 4)
     torch.testing.assert_close(last.clean, expected, rtol=1e-5, atol=1e-5)  # the end of the line is the clip
 
 
@@ -125,7 +124,8 @@ def test_the_predicted_clean_latents_need_no_further_pass(backbone):
     """x_k - s_k v of the step just made, with s = 1, .9, .75, .5, 0."""
     conditioning, sampler, calls = text(), SamplerConfig(steps=4, guidance=1.0, shift=3.0), []
     handle = backbone.transformer.register_forward_hook(lambda *arguments: calls.append(arguments[2][0]))
-    partial = advance(backbone, conditioning, begin(backbone, VIDEO, [7]), sampler, stop=2)
+    stepper = Stepper(backbone, conditioning, sampler)
+    partial = advance(stepper, begin(stepper, initial_noise(backbone, VIDEO, [7])), 2)
     handle.remove()
     assert len(calls) == 2
     torch.testing.assert_close(partial.clean, partial.latents - 0.75 * calls[1], rtol=1e-5, atol=1e-5)

@@ -7,25 +7,21 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval.report.intervals import Estimate
+from eval.experiments.search.report import show
 from train.files import atomic
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as text: means with 95% intervals, paired differences of the physical score, the paper's figures."""
-
-    def signed(value: dict[str, float] | None) -> str:
-        return "-" if value is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**value)
-
     heads = ("", "physical", "semantic", "gain over base", "against", "paper (table, model, figure)")
     cells = [heads]
     for row in results["rows"]:
         missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
         figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:g}" for f in row["paper"])
-        own = (str(Estimate(**row["physical"])), f"{row['semantic']['mean']:.3f}")
+        own = (show(row["physical"]), f"{row['semantic']['mean']:.3f}")
         other = row["against"]
-        against = f"{other['row']} {signed(other['physical'])}" if other["physical"] else "-"
-        differences = (signed(row["gain"]["physical"]), against)
+        against = f"{other['row']} {show(other['physical'], sign=True)}" if other["physical"] else "-"
+        differences = (show(row["gain"]["physical"], sign=True) or "-", against)
         cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-"))
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

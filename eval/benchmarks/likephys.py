@@ -45,6 +45,7 @@ from eval.sandbox.prompts import TEMPLATES, write_prompt
 from eval.sandbox.splits import is_held_out
 from eval.sandbox.world import VIOLATIONS
 from eval.search.candidates import Candidates
+from eval.search.residuals import SEED as NOISE_SEED
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones.base import Backbone
 from train.clips import ClipError, VideoConfig, from_pixels
@@ -121,7 +122,8 @@ class LikePhys(Benchmark):
         """With what had keys of its own, and with the keys' names of then."""
         source = "folder" if self.settings.folder else "sandbox"
         kept = {"folder": self.settings.folder, "pairs": self.settings.pairs, "severity": self.settings.severity}
-        return kept | {"source": source, "num_frames": NUM_FRAMES, "seed": SEED, "residuals": asdict(self.levels)}
+        levels = asdict(self.levels) | {"seed": NOISE_SEED}
+        return kept | {"source": source, "num_frames": NUM_FRAMES, "seed": SEED, "residuals": levels}
 
     def requirements(self) -> list[Requirement]:
         if not self.settings.folder:

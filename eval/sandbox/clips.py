@@ -6,10 +6,12 @@ and renders. A clip with a violation has the parameters, colours and prompt of t
 state (in "mixed", only if all scenes know the violation).
 """
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eval.sandbox import collision, occluder, pendulum, projectile, ramp
@@ -54,7 +56,7 @@ class Clips:
     tracks: Tensor  # (N, T, K, 2) float32: x and y of the centres, each in [0, 1] inside the frame
     visibility: Tensor  # (N, T, K) bool: the centre is in the frame, drawn, and behind nothing
     layers: Tensor  # (N, T, H, W) uint8: the layer each pixel shows, see eval.sandbox.world
-    parameters: list[dict[str, float]]  # units: SCENES[scene].units; gravity u/s^2, gravity_pixels px/frame^2
+    parameters: list[dict[str, float]]  # u, u/s, radians; gravity u/s^2, gravity_pixels px/frame^2
     fps: float
 
     @property
@@ -70,22 +72,15 @@ class Clips:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index: slice) -> "Clips":
-        """A part of the clips, as views."""
-        return self._pick(range(len(self))[index], index)
+    def __getitem__(self, index: slice | list[int]) -> "Clips":
+        """A part of the clips; a slice's tensors are views."""
 
-    def _pick(self, indices: Sequence[int], index: slice | Tensor) -> "Clips":
-        return Clips(
-            frames=self.frames[index],
-            prompts=[self.prompts[i] for i in indices],
-            scenes=[self.scenes[i] for i in indices],
-            attributes=[self.attributes[i] for i in indices],
-            tracks=self.tracks[index],
-            visibility=self.visibility[index],
-            layers=self.layers[index],
-            parameters=[self.parameters[i] for i in indices],
-            fps=self.fps,
-        )
+        def part(value: Any) -> Any:
+            if isinstance(value, list) and isinstance(index, list):
+                return [value[number] for number in index]
+            return value[index] if isinstance(value, Tensor | list) else value
+
+        return Clips(**{name: part(value) for name, value in vars(self).items()})
 
 
 def simulate(
@@ -159,7 +154,7 @@ def _simulate_scene(
         which=(uniform(count, generator, 0, scene.num_objects)).long(),
     )
     motion = scene.move(parameters, world, planted)
-    setting = scene.setting(parameters, world)
+    setting = scene.setting(parameters)
 
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float64)
     hues = torch.stack([hue, (hue + turn) % len(palette)], dim=1)[:, : scene.num_objects]  # (N, K)
@@ -243,26 +238,15 @@ def _visible(centres: Tensor, sizes: Tensor, setting: Setting, world: World) -> 
 def _interleave(parts: list[Clips], count: int) -> Clips:
     """Clip i comes from part i modulo their number; tracks are padded to the largest number of objects."""
     objects = max(part.tracks.shape[2] for part in parts)
-    device = parts[0].frames.device
-
-    def pad(value: Tensor) -> Tensor:
-        padded = value.new_zeros(*value.shape[:2], objects, *value.shape[3:])
-        padded[:, :, : value.shape[2]] = value
-        return padded
-
-    starts = [0]
     for part in parts:
-        starts.append(starts[-1] + len(part))
-    order = [starts[index % len(parts)] + index // len(parts) for index in range(count)]
-    joined = Clips(
-        frames=torch.cat([part.frames for part in parts]),
-        prompts=[prompt for part in parts for prompt in part.prompts],
-        scenes=[scene for part in parts for scene in part.scenes],
-        attributes=[attribute for part in parts for attribute in part.attributes],
-        tracks=torch.cat([pad(part.tracks) for part in parts]),
-        visibility=torch.cat([pad(part.visibility) for part in parts]),
-        layers=torch.cat([part.layers for part in parts]),
-        parameters=[parameter for part in parts for parameter in part.parameters],
-        fps=parts[0].fps,
-    )
-    return joined._pick(order, torch.tensor(order, device=device))
+        missing = (0, objects - part.tracks.shape[2])
+        part.tracks = F.pad(part.tracks, (0, 0, *missing))
+        part.visibility = F.pad(part.visibility, missing)
+
+    def join(values: list) -> Any:
+        return torch.cat(values) if isinstance(values[0], Tensor) else [item for value in values for item in value]
+
+    fields = [name for name in vars(parts[0]) if name != "fps"]
+    joined = Clips(**{name: join([getattr(part, name) for part in parts]) for name in fields}, fps=parts[0].fps)
+    starts = [0, *itertools.accumulate(map(len, parts))]
+    return joined[[starts[index % len(parts)] + index // len(parts) for index in range(count)]]

@@ -6,7 +6,7 @@ Exact: without friction the motion between contacts is uniform, and the contact'
 import torch
 from torch import Tensor
 
-from eval.sandbox.world import COLLISION_RESTITUTION, FLOOR, Motion, Planted, Scene, Setting, World, inside, uniform
+from eval.sandbox.world import COLLISION_RESTITUTION, FLOOR, Motion, Planted, Scene, World, inside, uniform
 
 STEPS = 4  # exact steps per frame; each may hold one contact
 
@@ -72,16 +72,5 @@ def accept(parameters: dict[str, Tensor], motion: Motion, world: World) -> Tenso
     return inside(motion.centres, parameters["radius"], world) & in_time & (gap[:, -1] > 0.03)
 
 
-def setting(parameters: dict[str, Tensor], world: World) -> Setting:
-    return Setting(sizes=parameters["radius"])
-
-
-SCENE = Scene(
-    num_objects=2,
-    violations=("tilt", "teleport", "vanish", "colour", "sink", "energy", "momentum", "ghost"),
-    propose=propose,
-    move=move,
-    accept=accept,
-    setting=setting,
-    units={"radius": "u", "start_x": "u", "second_start_x": "u", "speed": "u/s", "second_speed": "u/s"},
-)
+KNOWN = ("tilt", "teleport", "vanish", "colour", "sink", "energy", "momentum", "ghost")
+SCENE = Scene(2, KNOWN, propose, move, accept)

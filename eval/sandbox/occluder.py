@@ -41,17 +41,10 @@ def accept(parameters: dict[str, Tensor], motion: Motion, world: World) -> Tenso
     return inside(motion.centres, parameters["radius"], world) & (before >= shown) & (hidden >= 1) & (after >= shown)
 
 
-def setting(parameters: dict[str, Tensor], world: World) -> Setting:
+def setting(parameters: dict[str, Tensor]) -> Setting:
     panel = torch.stack([parameters["panel_left"], parameters["panel_right"]], dim=-1)
     return Setting(sizes=parameters["radius"], panel=panel)
 
 
-SCENE = Scene(
-    num_objects=1,
-    violations=("tilt", "teleport", "vanish", "colour", "sink", "energy"),
-    propose=propose,
-    move=move,
-    accept=accept,
-    setting=setting,
-    units={"radius": "u", "start_x": "u", "speed": "u/s", "panel_left": "u", "panel_right": "u"},
-)
+KNOWN = ("tilt", "teleport", "vanish", "colour", "sink", "energy")
+SCENE = Scene(1, KNOWN, propose, move, accept, setting)

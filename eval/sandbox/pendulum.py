@@ -55,16 +55,9 @@ def accept(parameters: dict[str, Tensor], motion: Motion, world: World) -> Tenso
     return inside(motion.centres, parameters["radius"], world) & (crosses > 0) & (crosses < 0.6 * world.duration)
 
 
-def setting(parameters: dict[str, Tensor], world: World) -> Setting:
+def setting(parameters: dict[str, Tensor]) -> Setting:
     return Setting(sizes=parameters["radius"], pendulum=True)
 
 
-SCENE = Scene(
-    num_objects=1,
-    violations=("gravity", "tilt", "teleport", "vanish", "colour", "energy"),
-    propose=propose,
-    move=move,
-    accept=accept,
-    setting=setting,
-    units={"radius": "u", "length": "u", "start_angle": "radians from the vertical"},
-)
+KNOWN = ("gravity", "tilt", "teleport", "vanish", "colour", "energy")
+SCENE = Scene(1, KNOWN, propose, move, accept, setting)

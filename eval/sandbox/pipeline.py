@@ -20,6 +20,7 @@ from tokenizers import normalizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from eval.sandbox.training import seeded
 from train import entry
 from train.backbones.architecture import wan_architecture
 from train.backbones.tokenizer import build_tokenizer
@@ -73,8 +74,7 @@ def write_pipeline(
 def new_transformer(latent_channels: int, *, seed: int) -> WanTransformer3DModel:
     """A DiT of 7M parameters to train from scratch, initialised as Wan does: Xavier matrices, a head of zeros."""
     architecture = wan_architecture(heads=4, head_dim=64, ffn=896, layers=6, z_dim=latent_channels, text_dim=TEXT_WIDTH)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+    with seeded(seed):
         model = WanTransformer3DModel(**architecture["transformer"])
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
@@ -104,8 +104,7 @@ def sandbox_text_encoder(vocabulary: int, *, seed: int) -> UMT5EncoderModel:
         relative_attention_num_buckets=2 * BUCKETS,
         feed_forward_proj="gated-gelu",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         encoder = UMT5EncoderModel(config).eval().requires_grad_(False)
     bias = torch.zeros(2 * BUCKETS, len(offsets))
     for head, offset in enumerate(offsets):

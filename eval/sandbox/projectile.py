@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eval.sandbox.world import FLOOR, RESTITUTION, Motion, Planted, Scene, Setting, World, inside, uniform
+from eval.sandbox.world import FLOOR, RESTITUTION, Motion, Planted, Scene, World, inside, uniform
 
 STEPS = 4  # exact steps per frame; each may hold one impact
 
@@ -57,16 +57,5 @@ def accept(parameters: dict[str, Tensor], motion: Motion, world: World) -> Tenso
     return inside(motion.centres, parameters["radius"], world) & bounce.any(dim=1) & (first < 0.6 * world.duration)
 
 
-def setting(parameters: dict[str, Tensor], world: World) -> Setting:
-    return Setting(sizes=parameters["radius"])
-
-
-SCENE = Scene(
-    num_objects=1,
-    violations=("gravity", "tilt", "teleport", "vanish", "colour", "sink", "energy"),
-    propose=propose,
-    move=move,
-    accept=accept,
-    setting=setting,
-    units={"radius": "u", "start_x": "u", "start_y": "u", "speed_x": "u/s", "speed_y": "u/s"},
-)
+KNOWN = ("gravity", "tilt", "teleport", "vanish", "colour", "sink", "energy")
+SCENE = Scene(1, KNOWN, propose, move, accept)

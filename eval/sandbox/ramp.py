@@ -97,17 +97,10 @@ def accept(parameters: dict[str, Tensor], motion: Motion, world: World) -> Tenso
     )
 
 
-def setting(parameters: dict[str, Tensor], world: World) -> Setting:
+def setting(parameters: dict[str, Tensor]) -> Setting:
     size = parameters["half_side"]
     return Setting(sizes=size, ramp=torch.stack([parameters["foot"], parameters["slope"], BEND + size], dim=-1))
 
 
-SCENE = Scene(
-    num_objects=1,
-    violations=("gravity", "tilt", "teleport", "vanish", "colour", "sink", "energy"),
-    propose=propose,
-    move=move,
-    accept=accept,
-    setting=setting,
-    units={"half_side": "u", "slope": "radians", "length": "u along the ramp", "foot": "u"},
-)
+KNOWN = ("gravity", "tilt", "teleport", "vanish", "colour", "sink", "energy")
+SCENE = Scene(1, KNOWN, propose, move, accept, setting)

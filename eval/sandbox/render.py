@@ -4,6 +4,8 @@ Layers from back to front: backdrop, ground (floor and ramp), rod, objects (the 
 slight grey highlight; grey leaves their chroma untouched.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -56,14 +58,9 @@ def render(
     parts = []
     for start in range(0, len(centres), CLIPS_AT_ONCE):
         chunk = slice(start, start + CLIPS_AT_ONCE)
-        part = Setting(
-            sizes=setting.sizes[chunk],
-            ramp=None if setting.ramp is None else setting.ramp[chunk],
-            panel=None if setting.panel is None else setting.panel[chunk],
-            pendulum=setting.pendulum,
-        )
-        chunk_angles = None if angles is None else angles[chunk]
-        parts.append(_render_chunk(part, centres[chunk], chunk_angles, sizes[chunk], colours[chunk], height, width))
+        ramp, panel, turned = (None if it is None else it[chunk] for it in (setting.ramp, setting.panel, angles))
+        part = replace(setting, sizes=setting.sizes[chunk], ramp=ramp, panel=panel)
+        parts.append(_render_chunk(part, centres[chunk], turned, sizes[chunk], colours[chunk], height, width))
     frames, layers = zip(*parts, strict=True)
     return torch.cat(frames), torch.cat(layers)
 

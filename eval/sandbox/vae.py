@@ -13,13 +13,10 @@ Writes the VAE as a diffusers component in float16, its latents' statistics over
 training.json (settings and figures) and reconstructions.png (true and decoded clips, row by row).
 """
 
-import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.sandbox.clips import Clips, simulate
+from eval.sandbox.training import GRADIENT_NORM, Settings, command_line, seeded
 from eval.sandbox.world import FIRST_OBJECT, ROD
 from train import entry
 from train.clips import contact_sheet, from_pixels, to_pixels
@@ -43,7 +41,7 @@ KL_WEIGHT = 1e-4  # on the mean over latent values; the distances are means over
 KL_BEGIN, KL_FULL = 0.2, 0.6  # shares of the steps between which the weight rises
 FIRST_LOG_VARIANCE = -6.0  # of the posterior
 WARMUP = 100  # steps
-GRADIENT_NORM = 1.0  # gradients are clipped to it
+DEFAULTS = Settings(steps=1600, batch=64, pool=6000, learning_rate=3e-4)  # 5e-4 and more draw objects later
 HELD_OUT = 512  # clips for the statistics and figures, at most as many as train
 LATENT_CHANNELS = 8
 ARCHITECTURE: dict[str, Any] = {
@@ -64,24 +62,11 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    steps: int = 1600
-    batch: int = 64  # clips per step
-    pool: int = 6000  # simulated clips, made before the first step
-    learning_rate: float = 3e-4  # peak; linear warm-up, then cosine to 0; 5e-4 and more draw objects later
-    seed: int = 0
-
-
 def train_vae(settings: Settings, device: torch.device | str) -> AutoencoderKLWan:
     """A VAE trained by `settings`, in float32 and eval mode.
 
-    The same seed, steps and device give the same weights, up to the order in which a GPU adds. Raises ValueError for
-    numbers below 1.
+    The same seed, steps and device give the same weights, up to the order in which a GPU adds.
     """
-    for name in ("steps", "batch", "pool"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name} is {getattr(settings, name)}: use 1 or more")
     device, started = torch.device(device), time.monotonic()
     generator = torch.Generator().manual_seed(settings.seed)
     clips = simulate("mixed", settings.pool, generator, device=device)
@@ -105,20 +90,17 @@ def train_vae(settings: Settings, device: torch.device | str) -> AutoencoderKLWa
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), GRADIENT_NORM)
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _rate(step, steps)
+                group["lr"] = settings.rate(step, warmup=WARMUP)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % 200 == 0 or step + 1 == steps:
-                shown, seconds = loss.item(), time.monotonic() - started  # in this order: the loss waits for the GPU
-                left = seconds / (step + 1) * (steps - step - 1)
-                print(f"step {step + 1} of {steps}: loss {shown:.4f}, {seconds:.0f} s, {left:.0f} s left", flush=True)
+                settings.show(step, f": loss {loss.item():.4f}", started)
     return vae.eval().requires_grad_(False)
 
 
 def new_vae(seed: int) -> AutoencoderKLWan:
     """An untrained VAE, whose first latents are not drowned in noise, and whose residual blocks begin as identities."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+    with seeded(seed):
         vae = AutoencoderKLWan(**ARCHITECTURE)
     with torch.no_grad():
         vae.quant_conv.bias[LATENT_CHANNELS:] = FIRST_LOG_VARIANCE
@@ -163,13 +145,6 @@ def encode_whole(vae: AutoencoderKLWan, frames: Tensor) -> DiagonalGaussianDistr
 def decode_whole(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """`vae.decode(latents).sample` inside `whole_clips`, but not clamped, which would hide errors beyond the range."""
     return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), vae.config.patch_size)
-
-
-def _rate(step: int, steps: int) -> float:
-    warmup = min(WARMUP, max(1, steps // 10))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def pixel_weights(layers: Tensor) -> Tensor:
@@ -250,19 +225,10 @@ def write_vae(folder: Path, settings: Settings, device: torch.device | str) -> d
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--batch", type=int, default=Settings.batch, help="clips per step")
-    parser.add_argument("--pool", type=int, default=Settings.pool, help="simulated clips to draw from")
-    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
-    settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed)
-    figures = write_vae(options.folder, settings, options.device)
+    folder, settings, device = command_line(__doc__, "folder", DEFAULTS, argv)
+    figures = write_vae(folder, settings, device)
     print(
-        f"{options.folder}: {figures['parameters'] / 1e6:.2f}M parameters, PSNR {figures['psnr']:.1f} dB over all "
+        f"{folder}: {figures['parameters'] / 1e6:.2f}M parameters, PSNR {figures['psnr']:.1f} dB over all "
         f"pixels and {figures['psnr_objects']:.1f} dB over objects, posterior std {figures['posterior_std']:.2f} of "
         f"the latents', {figures['seconds']:.0f} s"
     )

@@ -124,17 +124,21 @@ class Setting:
     pendulum: bool = False  # a rod from the pivot to the ball
 
 
+def balls(parameters: dict[str, Tensor]) -> Setting:
+    """The setting of scenes with nothing but balls on the floor."""
+    return Setting(sizes=parameters["radius"])
+
+
 @dataclass(frozen=True)
 class Scene:
-    """One scene: five functions over dicts of (N,) float64 parameters."""
+    """One scene: functions over dicts of (N,) float64 parameters; lengths in u, speeds in u/s, angles in radians."""
 
     num_objects: int
     violations: tuple[str, ...]
     propose: Callable[[int, torch.Generator, World], dict[str, Tensor]]  # random parameters, not yet checked
     move: Callable[[dict[str, Tensor], World, Planted], Motion]
     accept: Callable[[dict[str, Tensor], Motion, World], Tensor]  # (N,) bool: in frame, and the event happens
-    setting: Callable[[dict[str, Tensor], World], Setting]
-    units: dict[str, str]  # parameter -> unit
+    setting: Callable[[dict[str, Tensor]], Setting] = balls
 
 
 def uniform(count: int, generator: torch.Generator, low: float, high: float) -> Tensor:

@@ -18,11 +18,13 @@ Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.search.pruning import sampling_passes
+from eval.search.residuals import without_batch
 from train.backbones.base import Backbone, Conditioning
 from train.sampling import SamplerConfig, Stepper
 
@@ -30,29 +32,21 @@ Reward = Callable[[Tensor], Tensor]  # frames (B,3,T,height,width) float in [-1,
 
 
 @dataclass
-class GuidanceConfig:
+class GuideConfig:
     scale: float = 0.005  # length of a guided move as a share of the latents' length; 0: plain sampling
     every: int = 5  # sampling steps from one guided step to the next, the first included
-    t_min: float = 0.0  # guided steps begin at a time in [t_min, t_max]; 1 is noise
-    t_max: float = 1.0
-    through_network: bool = True  # false: the velocity counts as a constant, which spares the network's backward pass
+    candidates: int = 0  # of a prompt's candidates so many, the first, are made with guidance as well; 0: none
+    batch_size: int = 1  # clips guided, decoded and looked at together, of several prompts, per GPU
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} must be 0 or more: a reward to be lowered is negated by the caller")
         if self.every < 1:
             raise ValueError(f"every={self.every}: guide every 1 or more steps")
-        if not 0 <= self.t_min <= self.t_max <= 1:
-            raise ValueError(f"t_min={self.t_min} and t_max={self.t_max} must lie in [0, 1], in this order")
 
-
-@dataclass(frozen=True)
-class Guided:
-    latents: Tensor  # (B,C,F,H,W) float32
-    steps: list[int]  # numbers of the guided steps
-    rewards: Tensor  # (len(steps), B), of the clips that those steps pointed at, before they were moved
-    passes: int  # network passes of one clip, forward
-    backward: int  # network passes of one clip, backward
+    def settings(self) -> dict[str, Any]:
+        """What guided clips depend on, as plain JSON values; the window and the way are fixed."""
+        return without_batch(self) | {"t_min": 0.0, "t_max": 1.0, "through_network": True}
 
 
 def sample_guided(
@@ -61,21 +55,19 @@ def sample_guided(
     noise: Tensor,
     sampler: SamplerConfig,
     reward: Reward,
-    config: GuidanceConfig,
+    config: GuideConfig,
     *,
     negative: Conditioning | None = None,
-    batch_size: int = 1,
-) -> Guided:
+) -> tuple[Tensor, int]:
     """Sample from initial noise (B,C,F,H,W) with guidance; with scale 0 the clip of plain sampling, bit for bit.
+    Returns latents (B,C,F,H,W) float32, and network passes backward of one clip; those forward are the sampler's.
 
-    conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. batch_size:
-    clips that are decoded and rewarded at once. ValueError for noise that does not fit, a backbone without VAE, and a
-    reward that is not one finite number per clip.
+    conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. ValueError
+    for noise that does not fit, a backbone without VAE, and a reward that is not one finite number per clip.
     """
     stepper = Stepper(backbone, conditioning, sampler, negative)
-    guided = guided_steps(stepper.times, config)
+    guided = range(0, sampler.steps, config.every) if config.scale else ()
     held = conditioning.held_frames(noise.shape[2])
-    rewards: list[Tensor] = []
     with torch.no_grad():
         latents = stepper.start(noise)
     for step in range(sampler.steps):
@@ -83,34 +75,21 @@ def sample_guided(
             with torch.no_grad():
                 latents = stepper.after(latents, stepper.velocity(latents, step), step)
             continue
-        with torch.set_grad_enabled(config.through_network):
-            latents = latents.detach().requires_grad_(config.through_network)  # not the caller's own tensor
+        with torch.enable_grad():
+            latents = latents.detach().requires_grad_()  # not the caller's own tensor
             velocity = stepper.velocity(latents, step)
             clean = stepper.clean(latents, velocity, step)
-        values, gradient = reward_gradient(backbone, clean.detach(), reward, batch_size)
-        if config.through_network:
-            (gradient,) = torch.autograd.grad(clean, latents, gradient)
+        gradient = reward_gradient(backbone, clean.detach(), reward, config.batch_size)
+        (gradient,) = torch.autograd.grad(clean, latents, gradient)
         latents, velocity = latents.detach(), velocity.detach()
         move = config.scale * normalised_move(latents, gradient, held)
         latents = stepper.after(latents, velocity, step) + move
-        rewards.append(values)
-    through = guided if config.through_network else []
-    backward = sum(sampling_passes(backbone, sampler, step, step + 1) for step in through)
-    rewarded = torch.stack(rewards) if rewards else torch.empty(0, len(noise))
-    return Guided(latents, guided, rewarded, sampling_passes(backbone, sampler), backward)
+    return latents, sum(sampling_passes(backbone, sampler, step, step + 1) for step in guided)
 
 
-def guided_steps(sigmas: Tensor, config: GuidanceConfig) -> list[int]:
-    """Numbers of the steps that are guided: every `every`-th from the first, of those that begin in the window."""
-    if config.scale == 0:
-        return []
-    steps = range(0, len(sigmas) - 1, config.every)
-    return [step for step in steps if config.t_min <= float(sigmas[step]) <= config.t_max]
-
-
-def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward, batch_size: int = 1) -> tuple[Tensor, Tensor]:
-    """Rewards (B,) of clean latents (B,C,F,H,W) and their gradients (B,C,F,H,W), `batch_size` clips at a time."""
-    values, gradients = [], []
+def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward, batch_size: int = 1) -> Tensor:
+    """Gradients (B,C,F,H,W) of the rewards of clean latents of that shape, `batch_size` clips at a time."""
+    gradients = []
     for clips in clean.split(batch_size):
         clips = clips.detach().requires_grad_()
         with torch.enable_grad():
@@ -118,10 +97,8 @@ def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward, batch_siz
         if value.shape != (len(clips),) or not value.isfinite().all():
             given = value.detach().tolist()
             raise ValueError(f"the reward gave {given} for {len(clips)} clips: it must give one number each")
-        (gradient,) = torch.autograd.grad(value, clips, torch.ones_like(value))
-        values.append(value.detach())
-        gradients.append(gradient)
-    return torch.cat(values), torch.cat(gradients)
+        gradients += torch.autograd.grad(value, clips, torch.ones_like(value))
+    return torch.cat(gradients)
 
 
 def normalised_move(latents: Tensor, gradient: Tensor, held: int) -> Tensor:

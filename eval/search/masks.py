@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.search.candidates import Candidates
-from eval.search.residuals import Residuals
-from losses.flow_matching import interpolate
+from eval.search.residuals import Residuals, flow_residual
 from losses.self_score import motion_mask
 
 MASKS = ("motion", "text", "attention")
@@ -34,7 +33,7 @@ def mask_of(kind: str, candidates: Candidates, residuals: Residuals) -> Tensor:
         raise ValueError(f"mask {kind!r} is unknown: use one of {', '.join(MASKS)}")
     if kind == "motion":
         return candidates.shared("motion mask", lambda: (motion_mask(candidates.latents), 0))
-    name = ("attention masks", residuals.times[0], residuals.config.seed)
+    name = ("attention masks", residuals.times[0])
     return candidates.shared(name, lambda: (attention_masks(candidates, residuals), len(candidates)))[kind]
 
 
@@ -49,11 +48,9 @@ def attention_masks(candidates: Candidates, residuals: Residuals) -> dict[str, T
     for latents in candidates.latents.split(residuals.config.batch_size):
         conditioning = candidates.conditioning.expand(len(latents)).to(backbone.device)
         latents = latents.to(backbone.device)
-        times = torch.full((len(latents),), t, device=backbone.device)
-        noisy = backbone.start(interpolate(latents, noise.expand_as(latents), times), conditioning)
         prompt = conditioning.text.ne(0).any(dim=-1)  # (B, L), False at padding
         with observed(backbone.expert_serving(t), prompt, grid) as volumes:
-            backbone.velocity_at(noisy, t, conditioning)
+            flow_residual(backbone, latents, noise.expand_as(latents), t, conditioning)
         found["text"].append(normalised(change(volumes["text"]), patch))
         found["attention"].append(normalised(volumes["attention"], patch))
     return {kind: torch.cat(parts).cpu() for kind, parts in found.items()}

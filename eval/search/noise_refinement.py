@@ -19,55 +19,46 @@ norms cross it from one step to the next.
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from eval.search.pruning import sampling_passes
-from eval.search.residuals import noise_levels
-from losses.flow_matching import interpolate, velocity_target
-from losses.self_score import WEIGHTINGS, aggregate, hybrid, masked_error, motion_mask
+from eval.search.residuals import ResidualConfig, flow_residual, noise_levels
+from eval.search.scorers.proprio import MIXING
+from losses.self_score import aggregate, hybrid, masked_error, motion_mask
 from train.backbones.base import Backbone, Conditioning
 from train.sampling import SamplerConfig, Stepper
 
-VARIANTS = ("global", "motion", "hybrid")
+CLIP = 3e-4  # largest gradient norm of a clip, over its 2 C parameters; table 10
+KL_WEIGHT = 5e-3  # likewise
 ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws nothing, so there is no state to keep
-
-Score = Callable[[Tensor], Tensor]  # latents (B,C,F,H,W) -> (B,), differentiable, lower is better
 
 
 @dataclass
-class ProprioRefineConfig:
+class RefineConfig(ResidualConfig):
+    """Clips refined together, of several prompts, are `batch_size`; levels and draws are those of the score."""
+
+    best: int = 0  # of a prompt's candidates so many, the best by chosen_by, are refined, and the first; 0: none
+    steps: int = 4  # of the sampler that gradients pass through; the clip is then sampled with sampler.steps
     updates: int = 10  # Adam steps; table 10
     learning_rate: float = 2e-3
-    clip: float = 3e-4  # largest gradient norm of a clip, over its 2 C parameters
-    kl_weight: float = 5e-3
-    score: str = "hybrid"  # global | motion | hybrid
-    levels: int = 4  # noise levels of the score, evenly spaced from first to last; appendix E
-    first: float = 0.3  # share of the sampling steps before a level, see eval.search.residuals
-    last: float = 0.6
-    shift: float = 3.0  # of the grid of these steps; in a recipe sampler.shift
-    draws: int = 4  # of noise, at each level
-    weighting: str = "inverse_variance"  # inverse_variance | uniform (distilled generators)
-    seed: int = 0  # of the score's noise
 
     def __post_init__(self) -> None:
         if self.updates < 0 or self.levels < 1 or self.draws < 1:
             raise ValueError(
                 f"updates={self.updates}, levels={self.levels}, draws={self.draws}: use 0, 1 and 1 or more"
             )
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
-        if not self.kl_weight >= 0:
-            raise ValueError(f"kl_weight={self.kl_weight} must be 0 or more")
-        for name, known in (("score", VARIANTS), ("weighting", WEIGHTINGS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={self.learning_rate} must be a number above 0")
+
+    def settings(self) -> dict[str, Any]:
+        """What refined clips depend on, as plain JSON values."""
+        fixed = {"clip": CLIP, "kl_weight": KL_WEIGHT, "score": "hybrid", "mixing": MIXING}
+        return super().settings() | fixed | {"weighting": "inverse_variance"}
 
 
 @dataclass(frozen=True)
@@ -78,31 +69,23 @@ class Refined:
     noise: Tensor  # (B,C,F,H,W), the initial noise that gives them
     score: Tensor  # (B,), the lowest of the clip's trace
     trace: Tensor  # (updates + 1, B), the score of every iterate, the plain sample's first
-    mean: Tensor  # (B,C)
-    log_scale: Tensor  # (B,C)
     passes: int  # network passes of one clip: forward, without what a backward pass computes anew
     backward: int  # network passes of one clip, backward
-    seconds: float
 
 
 class SelfScore:
-    """Proprio's score of latents (B,C,F,H,W) of one conditioning, differentiable: (B,) float32, eqs. 4-11.
+    """Proprio's hybrid score of latents (B,C,F,H,W) of one conditioning, differentiable: (B,) float32, eqs. 4-11.
 
-    mask (B,F,H,W) is fixed, and so is the noise: one draw for all clips, a function of seed, level and draw. Frames
+    mask (B,F,H,W) is fixed, and so is the noise: one draw for all clips, a function of level and draw. Frames
     that the image holds fixed do not count. Each level is served by the expert that samples there, without
     classifier-free guidance.
     """
 
-    def __init__(self, backbone: Backbone, conditioning: Conditioning, mask: Tensor, config: ProprioRefineConfig):
+    def __init__(self, backbone: Backbone, conditioning: Conditioning, mask: Tensor, config: RefineConfig):
         self.backbone, self.config = backbone, config
         self.conditioning = conditioning.to(backbone.device)
         self.mask = mask.to(backbone.device)
         self.times = noise_levels(config.levels, config.first, config.last, config.shift)
-
-    @property
-    def passes(self) -> int:
-        """Network passes of one clip's score."""
-        return self.config.levels * self.config.draws
 
     def __call__(self, latents: Tensor) -> Tensor:
         config = self.config
@@ -111,24 +94,18 @@ class SelfScore:
             for level in range(config.levels)
         ]
         stacked = torch.stack([torch.stack(draws, dim=-1) for draws in errors], dim=-2)  # (2,B,levels,draws)
-        whole, motion = (aggregate(part, weighting=config.weighting) for part in stacked)
-        if config.score == "hybrid":
-            return hybrid(whole, motion)
-        return whole if config.score == "global" else motion
+        return hybrid(*map(aggregate, stacked), mixing=MIXING)
 
     def errors(self, latents: Tensor, level: int, draw: int) -> Tensor:
         """The global and the masked squared error of one pass, (2,B)."""
-        t, noise = self.times[level], self.noise(latents, level, draw)
-        noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=latents.device))
-        noisy = self.backbone.start(noisy, self.conditioning)
-        velocity = self.backbone.velocity_at(noisy, t, self.conditioning)
-        residual = self.conditioning.generated(velocity - velocity_target(latents, noise))
+        noise = self.noise(latents, level, draw)
+        residual = flow_residual(self.backbone, latents, noise, self.times[level], self.conditioning)
+        residual = self.conditioning.generated(residual)
         return torch.stack([masked_error(residual), masked_error(residual, self.conditioning.generated(self.mask))])
 
     def noise(self, latents: Tensor, level: int, draw: int) -> Tensor:
         """(B,C,F,H,W), equal for all B, from a CPU generator of its own."""
-        number = level * self.config.draws + draw
-        generator = torch.Generator("cpu").manual_seed(self.config.seed * 1_000_003 + number)
+        generator = torch.Generator("cpu").manual_seed(level * self.config.draws + draw)
         return torch.randn(latents.shape[1:], generator=generator).to(latents.device).expand_as(latents)
 
 
@@ -137,21 +114,18 @@ def refine(
     conditioning: Conditioning,
     noise: Tensor,
     sampler: SamplerConfig,
-    config: ProprioRefineConfig,
+    config: RefineConfig,
     *,
-    score: Score | None = None,
     negative: Conditioning | None = None,
 ) -> Refined:
     """Refine the initial noise (B,C,F,H,W) of B clips, each with its own mean and scale per channel.
 
     Args: conditioning, of B clips, with an image for image-to-video. sampler: its steps are those that gradients pass
-    through (the paper's 4). score: instead of `SelfScore` with the motion mask of the first iterate. negative: the
-    encoded negative prompt, needed where sampler.guidance is not 1.
+    through (the paper's 4). negative: the encoded negative prompt, needed where sampler.guidance is not 1.
 
     Returns the iterate of lowest score for each clip; ValueError for noise or settings that do not fit, and for a score
-    that is not one finite number per clip.
+    that is not finite.
     """
-    started = time.perf_counter()
     stepper = Stepper(backbone, conditioning, sampler, negative)
     stepper.start(noise)  # raises ValueError
     conditioning, noise = stepper.conditioning, noise.to(backbone.device, torch.float32)
@@ -174,25 +148,28 @@ def refine(
         with torch.set_grad_enabled(not last):
             zeta = _channels(mean) + _channels(log_scale.exp()) * noise
             latents = sample(zeta)
-            if score is None:
+            if update == 0:
                 score = SelfScore(backbone, conditioning, motion_mask(latents), config)
             value = score(latents)
-            loss = (value + config.kl_weight * kl_to_standard_normal(mean, log_scale)).sum()
-        _check_score(value, len(noise))
+            loss = (value + KL_WEIGHT * kl_to_standard_normal(mean, log_scale)).sum()
+        if not value.isfinite().all():
+            raise ValueError(f"the score gave {value.detach().tolist()}: it must give one number for each clip")
         trace.append(value.detach())
-        iterate = tuple(tensor.detach().clone() for tensor in (latents, zeta, value, mean, log_scale))
-        best = iterate if not best else _lower(iterate, best)
+        iterate = tuple(tensor.detach().clone() for tensor in (latents, zeta, value))
+        if best:  # clip by clip that of the lower score; the earlier where they are equal
+            better = value < best[2]  # (B,)
+            choices = (better.view(-1, 1, 1, 1, 1), better.view(-1, 1, 1, 1, 1), better)
+            iterate = tuple(map(torch.where, choices, iterate, best))
+        best = iterate
         if last:
             break
         gradients = torch.autograd.grad(loss, [mean, log_scale])
         norm = torch.cat(gradients, dim=1).norm(dim=1, keepdim=True)  # (B,1)
-        factor = (config.clip / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
+        factor = (CLIP / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
         mean.grad, log_scale.grad = (gradient * factor for gradient in gradients)
         optimizer.step()
-    one = sampling_passes(backbone, sampler) + getattr(score, "passes", 0)
-    seconds = time.perf_counter() - started
-    passes = {"passes": len(trace) * one, "backward": config.updates * one}
-    return Refined(*best[:3], torch.stack(trace), *best[3:], **passes, seconds=seconds)
+    one = sampling_passes(backbone, sampler) + config.levels * config.draws
+    return Refined(*best, torch.stack(trace), passes=len(trace) * one, backward=config.updates * one)
 
 
 def kl_to_standard_normal(mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -206,16 +183,3 @@ def kl_to_standard_normal(mean: Tensor, log_scale: Tensor) -> Tensor:
 def _channels(values: Tensor) -> Tensor:
     """(B,C) -> (B,C,1,1,1)."""
     return values[:, :, None, None, None]
-
-
-def _check_score(value: Tensor, batch: int) -> None:
-    if value.shape != (batch,) or not value.isfinite().all():
-        raise ValueError(f"the score gave {value.detach().tolist()} for {batch} clips: it must give one number each")
-
-
-def _lower(iterate: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Clip by clip that of the two whose score, the third, is lower; the earlier where they are equal."""
-    better = iterate[2] < best[2]  # (B,)
-    return tuple(
-        torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(iterate, best, strict=True)
-    )

@@ -3,9 +3,9 @@
 After step k of a sampler the line of the last velocity points at clean latents (`train.sampling.Stepper.clean`), for no
 further pass. A scorer ranks these predictions, the best `keep` go on, the others stop.
 
-    partial = begin(backbone, conditioning, seeds, video, sampler, stop=4)
+    partial = advance(stepper, begin(stepper, noise), stop=4)
     chosen = promising(scorer(candidates of partial.clean), keep=4)
-    latents = finish(backbone, conditioning, partial.select(chosen), sampler)
+    latents = advance(a stepper of the chosen, partial.select(chosen), stop=sampler.steps).latents
 
 A clip that is finished is the clip that `train.sampling.sample_clips` makes from its seed.
 """
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.backbones.base import Backbone, Conditioning
-from train.clips import VideoConfig
-from train.sampling import SamplerConfig, Stepper, initial_noise, sigma_grid
+from train.backbones.base import Backbone
+from train.sampling import SamplerConfig, Stepper, sigma_grid
 
 
 @dataclass(frozen=True)
@@ -33,50 +32,15 @@ class Partial:
         return Partial(self.step, self.latents[list(chosen)], self.clean[list(chosen)])
 
 
-@torch.no_grad()
-def begin(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    seeds: Sequence[int],
-    video: VideoConfig,
-    sampler: SamplerConfig,
-    *,
-    stop: int,
-    negative: Conditioning | None = None,
-) -> Partial:
-    """The first `stop` steps of one clip per seed, sampled together. conditioning: of one clip, or one per seed."""
-    if not 0 < stop <= sampler.steps:
-        raise ValueError(f"stop={stop}: sampling has {sampler.steps} steps; stop after 1 to {sampler.steps} of them")
-    conditioning = conditioning.expand(len(seeds))
-    start = Stepper(backbone, conditioning, sampler, negative).start(initial_noise(backbone, video, seeds))
-    return advance(backbone, conditioning, Partial(0, start, start), sampler, stop=stop, negative=negative)
+def begin(stepper: Stepper, noise: Tensor) -> Partial:
+    """The clips of that noise (N, C, F, H, W) before the first step."""
+    start = stepper.start(noise)
+    return Partial(0, start, start)
 
 
 @torch.no_grad()
-def finish(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    partial: Partial,
-    sampler: SamplerConfig,
-    *,
-    negative: Conditioning | None = None,
-) -> Tensor:
-    """The remaining steps: latents (N, C, F, H, W) float32."""
-    return advance(backbone, conditioning, partial, sampler, stop=sampler.steps, negative=negative).latents
-
-
-@torch.no_grad()
-def advance(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    partial: Partial,
-    sampler: SamplerConfig,
-    *,
-    stop: int,
-    negative: Conditioning | None = None,
-) -> Partial:
+def advance(stepper: Stepper, partial: Partial, stop: int) -> Partial:
     """From wherever the clips are to the end of step `stop`."""
-    stepper = Stepper(backbone, conditioning.expand(len(partial.latents)), sampler, negative)
     latents, clean = partial.latents, partial.clean
     for step in range(partial.step, stop):
         velocity = stepper.velocity(latents, step)

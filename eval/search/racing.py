@@ -7,7 +7,7 @@ leader. Their full scores differ by
     D = mean of x_i - x_leader over all R rounds,   estimated after n of them by the mean d over those,
     standard error  s / sqrt(n) sqrt(1 - n / R)     (rounds are drawn without replacement: at n = R nothing is open)
 
-and a candidate whose d exceeds its error by the normal quantile of the stated confidence is dropped. The risk of losing
+and a candidate whose d exceeds its error by the normal quantile of CONFIDENCE is dropped. The risk of losing
 the winner of full scoring is shared evenly (Bonferroni) between the rivals. There is no correction for looking after
 every round: each look sees the earlier rounds again, less is open at each, and the differences between noise levels
 count in s, which makes the intervals wide. Simulated races of equally good candidates, the hardest case, keep the
@@ -22,8 +22,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+CONFIDENCE = 0.98  # that the winner is that of full scoring
 FIRST = 3  # rounds before the first look; then there is one after every round
 PRIOR = 8.0  # rounds that the variance of all rivals together counts for
+SETTINGS = {"confidence": CONFIDENCE, "first": FIRST, "every": 1}  # what a race depends on, as plain JSON values
 
 
 @dataclass(frozen=True)
@@ -37,22 +39,13 @@ class Race:
         return sum(self.rounds)
 
 
-def race(
-    observe: Callable[[int, list[int]], Tensor],
-    num_candidates: int,
-    num_rounds: int,
-    *,
-    confidence: float = 0.98,
-) -> Race:
+def race(observe: Callable[[int, list[int]], Tensor], num_candidates: int, num_rounds: int) -> Race:
     """Find the candidate with the lowest mean over all rounds.
 
-    observe(round, candidates) -> (len(candidates),) values of that round for those candidates. Raises ValueError for a
-    confidence outside (0, 1).
+    observe(round, candidates) -> (len(candidates),) values of that round for those candidates.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     assert num_candidates > 0 and num_rounds > 0, (num_candidates, num_rounds)
-    quantile = NormalDist().inv_cdf(1 - (1 - confidence) / max(1, num_candidates - 1))
+    quantile = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / max(1, num_candidates - 1))
     values = torch.full((num_candidates, num_rounds), torch.nan, dtype=torch.float64)
     alive = list(range(num_candidates))
     for number in range(num_rounds):

@@ -6,17 +6,15 @@ aggregation come later (`losses.self_score`, `eval.search.scorers.proprio`), so 
 passes.
 
 The same noise meets all candidates of a prompt: what it does to all of them cancels in their comparison. It depends on
-the search's seed, the prompt's key, the level and the draw alone. Nothing is decoded.
+the prompt's key, the level and the draw alone. Nothing is decoded.
 
 Levels are shares of the sampling steps, as the paper's appendix E has them (0.3 to 0.6). On the sampler's grid that is
 t from 0.88 down to 0.67 at shift 3, and 0.92 to 0.77 at shift 5. Section 3.1 speaks of scheduler timesteps, which could
-also mean t itself from 0.3 to 0.6 (first=0.4 last=0.7 shift=1). On the sandbox, 64 prompts x 8 candidates at shift 3,
-the clips chosen in the first way have a physical score of 0.706 against 0.696 (global), 0.607 against 0.587 (motion)
-and 0.620 against 0.624 (hybrid); at equal motion they are above chance by 0.167 against 0.080 (motion), 0.158 against
-0.107 (hybrid) and 0.170 against 0.153 (global). Their semantic score is lower (hybrid 0.754 against 0.843).
+also mean t itself from 0.3 to 0.6 (first=0.4 last=0.7 shift=1); the folder's README compares them.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +24,15 @@ from losses.flow_matching import interpolate, velocity_target
 from train.backbones.base import Backbone, Conditioning
 from train.files import seed_of
 
+SEED = 0  # of the noise
+
+
+def flow_residual(backbone: Backbone, latents: Tensor, noise: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+    """v(z_t, t) - (noise - z_0) of clips and noise of one shape and device (N, C, F, H, W), eq. 4."""
+    noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=latents.device))
+    velocity = backbone.velocity_at(backbone.start(noisy, conditioning), t, conditioning)
+    return velocity - velocity_target(latents, noise)
+
 
 @dataclass
 class ResidualConfig:
@@ -34,8 +41,16 @@ class ResidualConfig:
     last: float = 0.6  # likewise, the cleanest
     shift: float = 3.0  # of the grid of these steps; in a recipe sampler.shift
     draws: int = 4  # of noise, at each level
-    batch_size: int = 1  # clips in a network pass, per GPU
-    seed: int = 0  # of the noise
+    batch_size: int = 1  # clips at once, per GPU
+
+    def settings(self) -> dict[str, Any]:
+        """What residuals depend on beside clips and network, as plain JSON values."""
+        return without_batch(self) | {"seed": SEED}
+
+
+def without_batch(config: Any) -> dict[str, Any]:
+    """A dataclass as plain values without `batch_size`, which says how fast clips are made."""
+    return {name: value for name, value in asdict(config).items() if name != "batch_size"}
 
 
 def noise_levels(levels: int, first: float, last: float, shift: float) -> list[float]:
@@ -72,8 +87,7 @@ class Residuals:
 
     @property
     def _name(self) -> tuple:
-        config = self.config
-        return "residuals", *self.times, config.draws, config.seed
+        return "residuals", *self.times, self.config.draws
 
     @property
     def num_rounds(self) -> int:
@@ -104,15 +118,12 @@ class Residuals:
         backbone = self.backbone
         latents, noise = latents.to(backbone.device), noise.to(backbone.device).expand_as(latents)
         conditioning = conditioning.expand(len(latents)).to(backbone.device)
-        noisy = interpolate(latents, noise, torch.full((len(latents),), t, device=backbone.device))
-        noisy = backbone.start(noisy, conditioning)
-        velocity = backbone.velocity_at(noisy, t, conditioning)
-        squared = (velocity - velocity_target(latents, noise)).square().mean(dim=1)
+        squared = flow_residual(backbone, latents, noise, t, conditioning).square().mean(dim=1)
         squared[:, : conditioning.held_frames(latents.shape[2])] = 0
         return squared
 
     def noise(self, candidates: Candidates, level: int, draw: int) -> Tensor:
         """(C, F, H, W) float32, from a CPU generator of its own."""
-        name = f"{self.config.seed}/{candidates.key}/{self.times[level]:.9g}/{draw}"
+        name = f"{SEED}/{candidates.key}/{self.times[level]:.9g}/{draw}"
         generator = torch.Generator("cpu").manual_seed(seed_of(name))
         return torch.randn(candidates.latents.shape[1:], generator=generator)

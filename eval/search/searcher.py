@@ -10,9 +10,9 @@ The first candidate has the seed itself: without a search it would be the clip.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,22 +20,23 @@ from torch import Tensor
 
 from eval.judges import Judging, judge_settings
 from eval.maker import Model, Request
+from eval.search import racing
 from eval.search.candidates import Candidates, Cost, Scorer, choose
 from eval.search.config import SearchConfig
-from eval.search.pruning import Partial, advance, begin, finish, promising, sampling_passes
-from eval.search.racing import Race, race
+from eval.search.guidance import sample_guided
+from eval.search.noise_refinement import refine
+from eval.search.pruning import Partial, advance, begin, promising, sampling_passes
 from eval.search.scorers import SCORERS, SETTINGS
 from eval.search.scorers.proprio import MIXING
-from eval.search.strategies import Guidance, Refinement
-from eval.search.world_model import WorldModel
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig, to_pixels
-from train.sampling import SamplerConfig
+from train.sampling import SamplerConfig, Stepper, initial_noise, sample
 
 SEARCHES = ("", "best_of_n", "race", "prune")
 REFINEMENTS = ("", "proprio", "guidance")
 # Scorers that are means over network passes with equal weights, which can race.
 RACING = frozenset(name for name in SCORERS if name.endswith(("-uniform", "residual_per_motion")))
+EARLY_DRAWS = 1  # of noise for looks before the last step: an early look should be cheap
 STRIDE = 1_000_003  # from one candidate's seed to the next; a prime, so that small seeds share no candidates
 
 
@@ -94,10 +95,13 @@ def check_batches(config: SearchConfig) -> None:
 
 def scorer_settings(name: str, config: SearchConfig, judging: Judging | None = None) -> dict[str, Any]:
     """All that a scorer's values depend on beside clips and network, as plain JSON values."""
-    every = asdict(config) | {"mixing": MIXING, "judge_aspect": "physical"}
-    every["residuals"].pop("batch_size")
-    every["judge"] = judge_settings(judging or Judging())
+    every = {"residuals": config.residuals.settings(), "mixing": MIXING, "surprise": config.surprise.settings()}
+    every |= {"judge": judge_settings(judging or Judging()), "judge_aspect": "physical"}
     return {key: every[key] for key in SETTINGS.get(name, ())}
+
+
+def prune_settings(config: SearchConfig) -> dict[str, Any]:
+    return asdict(config.prune) | {"draws": EARLY_DRAWS}
 
 
 def settings(method: Method, config: SearchConfig, judging: Judging | None = None) -> dict[str, Any]:
@@ -107,14 +111,14 @@ def settings(method: Method, config: SearchConfig, judging: Judging | None = Non
     if method.search:
         found["num_candidates"] = config.num_candidates
     if method.search == "race":
-        found["race"] = config.race.settings()
+        found["race"] = racing.SETTINGS
     if method.search == "prune":
         names.append(config.prune.scorers[0])
-        found["prune"] = asdict(config.prune)
+        found["prune"] = prune_settings(config)
     if method.refine == "proprio":
         found["refined"] = config.refine.settings()
     if method.refine == "guidance":
-        found |= {"refined": config.guidance.settings(), "surprise": asdict(config.surprise)}
+        found |= {"refined": config.guidance.settings(), "surprise": config.surprise.settings()}
     return found | {"scorers": {name: scorer_settings(name, config, judging) for name in names}}
 
 
@@ -183,22 +187,14 @@ class Searcher:
     ):
         self.config, self.backbone, self.judging = config, backbone, judging or Judging()
         self.video, self.sampler, self.negative = video, sampler, negative
-        self.refinement = Refinement(config.refine, backbone, video, sampler, negative)
         self._scorers: dict[tuple[str, bool], Scorer] = {}
-
-    @cached_property
-    def guidance(self) -> Guidance:
-        config = self.config
-        model = WorldModel(config.surprise.path, self.backbone.device)
-        shared = (self.backbone, self.video, self.sampler, self.negative)
-        return Guidance(config.guidance, config.surprise, model, *shared)
 
     def scorer(self, name: str, *, early: bool = False) -> Scorer:
         """A scorer by name. early: with as few draws as a look before the last step takes."""
         if (name, early) not in self._scorers:
             config = self.config
             if early:
-                config = replace(config, residuals=replace(config.residuals, draws=config.prune.draws))
+                config = replace(config, residuals=replace(config.residuals, draws=EARLY_DRAWS))
             self._scorers[name, early] = SCORERS[name](config, self.backbone, self.video.fps, self.judging)
         return self._scorers[name, early]
 
@@ -207,32 +203,67 @@ class Searcher:
         decode = decoder(self.backbone, self.config.batch_size)
         return Candidates(key, prompt, latents.cpu(), conditioning, decode, self.video.fps)
 
+    def _stepper(self, conditioning: Conditioning, count: int) -> Stepper:
+        """Of `count` clips of one prompt."""
+        return Stepper(self.backbone, conditioning.expand(count), self.sampler, self.negative)
+
     def sample(self, conditioning: Conditioning, seeds: Sequence[int], stops: Sequence[int]) -> dict[int, Partial]:
         """The clips of these seeds as they are after each of the sampling steps `stops`, ascending."""
         found: dict[int, list[Partial]] = {stop: [] for stop in stops}
         for some in batches(seeds, self.config.batch_size):
-            part = None
+            stepper = self._stepper(conditioning, len(some))
+            part = begin(stepper, initial_noise(self.backbone, self.video, some))
             for stop in stops:
-                given = {"stop": stop, "negative": self.negative}
-                if part is None:
-                    part = begin(self.backbone, conditioning, some, self.video, self.sampler, **given)
-                else:
-                    part = advance(self.backbone, conditioning, part, self.sampler, **given)
+                part = advance(stepper, part, stop)
                 found[stop].append(part)
         return {
             stop: Partial(stop, torch.cat([p.latents for p in parts]), torch.cat([p.clean for p in parts]).cpu())
             for stop, parts in found.items()
         }
 
-    def race(self, candidates: Candidates) -> tuple[Race, Cost]:
+    def _noise(self, conditioning: Conditioning, seeds: Sequence[int], size: int) -> Iterator[tuple]:
+        """Conditioning and initial noise of `size` clips at a time."""
+        for start in range(0, len(seeds), size):
+            part = slice(start, start + size)
+            yield conditioning[part], initial_noise(self.backbone, self.video, seeds[part])
+
+    def refined(self, conditioning: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Cost]:
+        """One clip per seed, from noise that Proprio's score refines: latents (B, C, F, H, W), the score before and
+        after (B, 2), the cost. conditioning: of B clips."""
+        config, sampler, started = self.config.refine, self.sampler, time.perf_counter()
+        few, latents, traces = replace(sampler, steps=config.steps), [], []
+        for told, noise in self._noise(conditioning, seeds, config.batch_size):
+            found = refine(self.backbone, told, noise, few, config, negative=self.negative)
+            clips, passes = found.latents, found.passes
+            if few != sampler:
+                clips = sample(self.backbone, told, found.noise, sampler, negative=self.negative, progress=False)
+                passes += sampling_passes(self.backbone, sampler)
+            latents.append(clips.cpu())
+            traces.append(torch.stack([found.trace[0], found.score], dim=1).cpu())
+        cost = Cost(passes * len(seeds), time.perf_counter() - started, found.backward * len(seeds))
+        return torch.cat(latents), torch.cat(traces), cost
+
+    def guided(self, conditioning: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Cost]:
+        """One clip per seed, steered by the world model's surprise: latents (B, C, F, H, W), and the cost.
+        conditioning: of B clips."""
+        config, surprise, started = self.config.guidance, self.scorer("surprise"), time.perf_counter()
+
+        def reward(frames: Tensor) -> Tensor:  # (B, 3, T, height, width) in [-1, 1]
+            return -surprise.of(((frames + 1) * 127.5).permute(0, 2, 3, 4, 1), batch=len(frames))
+
+        given, latents = {"negative": self.negative}, []
+        for told, noise in self._noise(conditioning, seeds, config.batch_size):
+            clips, backward = sample_guided(self.backbone, told, noise, self.sampler, reward, config, **given)
+            latents.append(clips.cpu())
+        passes = sampling_passes(self.backbone, self.sampler)
+        cost = Cost(passes * len(seeds), time.perf_counter() - started, backward * len(seeds))
+        return torch.cat(latents), cost
+
+    def race(self, candidates: Candidates) -> tuple[racing.Race, Cost]:
         """Race the candidates under `chosen_by`, which is to be one of RACING."""
         scorer, started = self.scorer(self.config.chosen_by), time.perf_counter()
-        found = race(
-            lambda number, chosen: scorer.round_values(candidates, number, chosen),
-            len(candidates),
-            scorer.residuals.num_rounds,
-            confidence=self.config.race.confidence,
-        )
+        observe = partial(scorer.round_values, candidates)
+        found = racing.race(observe, len(candidates), scorer.residuals.num_rounds)
         return found, Cost(found.passes, time.perf_counter() - started)
 
     def find(
@@ -253,10 +284,10 @@ class Searcher:
             facts |= {"chosen_by": config.chosen_by, "values": shown}
             few = promising(values, max(1, config.refine.best))
         elif method.refine == "guidance":
-            latents, spent = self.guidance.clips(conditioning, seeds)
+            latents, spent = self.guided(conditioning, seeds)
         if method.refine == "proprio":
             some = [seeds[index] for index in few]
-            latents, traces, cost = self.refinement.clips(conditioning.expand(len(few)), some)
+            latents, traces, cost = self.refined(conditioning.expand(len(few)), some)
             facts["refined"] = {"of": few, "score_before": traces[:, 0].tolist(), "score": traces[:, 1].tolist()}
             if len(few) > 1:  # the best of them by the same scorer
                 values, scoring = named(latents).measure(self.scorer(config.chosen_by))
@@ -273,21 +304,19 @@ class Searcher:
         finished, and the cost."""
         kept = list(range(len(seeds)))
         if method.refine == "guidance":
-            latents, spent = self.guidance.clips(conditioning.expand(len(seeds)), seeds)
+            latents, spent = self.guided(conditioning.expand(len(seeds)), seeds)
         else:
-            started, early = time.perf_counter(), Cost()
-            stop = self.config.prune.steps[0] if method.search == "prune" else self.sampler.steps
+            started, early, last = time.perf_counter(), Cost(), self.sampler.steps
+            stop = self.config.prune.steps[0] if method.search == "prune" else last
             part = self.sample(conditioning, seeds, [stop])[stop]
             latents, passes = part.latents, len(seeds) * sampling_passes(self.backbone, self.sampler, 0, stop)
             if method.search == "prune":
                 looking = self.scorer(self.config.prune.scorers[0], early=True)
                 values, early = named(part.clean).measure(looking)
                 kept = promising(values, max(1, math.ceil(self.config.prune.keep * len(seeds))))
-                rest = [
-                    finish(self.backbone, conditioning, part.select(some), self.sampler, negative=self.negative)
-                    for some in batches(kept, self.config.batch_size)
-                ]
-                latents = torch.cat(rest)
+                rest = [part.select(some) for some in batches(kept, self.config.batch_size)]
+                steppers = [self._stepper(conditioning, len(some.latents)) for some in rest]
+                latents = torch.cat([advance(*pair, last).latents for pair in zip(steppers, rest, strict=True)])
                 passes += len(kept) * sampling_passes(self.backbone, self.sampler, stop)
             spent = Cost(passes, time.perf_counter() - started - early.seconds) + early
         candidates = named(latents)

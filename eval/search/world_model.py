@@ -1,6 +1,6 @@
 """The surprise of a latent world model, V-JEPA 2 by transformers, over windows of a clip (WMReward, Yuan et al., 2026).
 
-Of a clip at most `frames` frames are taken, evenly from the first to the last, 49 as in the release: at 121 frames of
+Of a clip at most FRAMES frames are taken, evenly from the first to the last, 49 as in the release: at 121 frames of
 24 a second a context of 8 then spans 0.8 s instead of 0.3. A window slides over these. Of each window the model sees
 the first `context` frames and predicts the tokens of the others; the surprise is how far these are from the tokens of
 the encoder that saw the whole window, see `losses.surprise`; a clip's surprise is the mean over its windows. Lower is
@@ -13,6 +13,10 @@ Any clip is squeezed into the model's square, as `train.teachers.vjepa2` does. F
 are not judged. Between two frames the earlier one is taken.
 """
 
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +27,19 @@ from train.teachers.weights import check_path, load_model, read_config
 
 KEY = "world_model.path"
 FRAMES = 49  # of a clip, at most: the release's max_frames
+
+
+@dataclass
+class SurpriseConfig:
+    path: str = ""  # hub id or folder of a V-JEPA 2 model
+    window: int = 16  # of the frames taken, as the next two
+    context: int = 8  # frames of a window that are seen
+    stride: int = 8  # frames between windows
+    axis: str = "feature"  # cosine over features (the paper's text) or over tokens (its released code)
+
+    def settings(self) -> dict[str, Any]:
+        """What a surprise depends on beside the clip, as plain JSON values."""
+        return asdict(self) | {"frames": FRAMES}
 
 
 class WorldModel:
@@ -42,7 +59,6 @@ class WorldModel:
         self.tubelet = settings.tubelet_size
         self.grid = settings.crop_size // settings.patch_size  # tokens along a side
 
-    @torch.no_grad()
     def surprise(
         self,
         clips: Tensor,
@@ -51,47 +67,26 @@ class WorldModel:
         context: int = 8,
         stride: int = 8,
         axis: str = "feature",
-        frames: int = FRAMES,
         batch: int = 16,
     ) -> Tensor:
-        """clips (N,T,H,W,3) uint8 -> (N,) float32 on the model's device.
+        """clips (N,T,H,W,3) from 0 to 255, of any number type -> (N,) float32 on the model's device.
 
-        frames: of a clip, at most. window, context and stride count these; the first two are multiples of the tubelet;
-        axis as in `losses.surprise`; batch is how many clips are judged at once. Raises ValueError for numbers that do
-        not fit the clip or the model.
+        window, context and stride count the frames taken; the first two are multiples of the tubelet; axis as in
+        `losses.surprise`; batch is how many clips are judged at once. Raises ValueError for numbers that do not fit the
+        clip or the model.
+
+        Where clips ask for a gradient it flows through prediction and target. Each window is computed anew in the
+        backward pass, so the activations of one window are held at a time.
         """
-        clips = clips[:, chosen_frames(clips.shape[1], frames)]
+        clips = clips[:, chosen_frames(clips.shape[1], FRAMES)]
         starts = self._starts(clips.shape[1], window, context, stride)
+        judge = partial(checkpoint, self._window, use_reentrant=False) if clips.requires_grad else self._window
         scores = []
         for part in clips.split(batch):
             part = part.to(self.device)
-            windows = [self._window(part[:, start : start + window], context, axis) for start in starts]
+            windows = [judge(part[:, start : start + window], context, axis) for start in starts]
             scores.append(torch.stack(windows).mean(dim=0))
         return torch.cat(scores)
-
-    def surprise_with_gradient(
-        self,
-        decoded: Tensor,
-        *,
-        window: int = 16,
-        context: int = 8,
-        stride: int = 8,
-        axis: str = "feature",
-        frames: int = FRAMES,
-    ) -> Tensor:
-        """The same of clips (N,3,T,H,W) in [-1, 1], as a VAE decodes them, for guidance: (N,) with gradient to them.
-
-        Gradient flows through prediction and target. Each window is computed anew in the backward pass, so the
-        activations of one window are held at a time.
-        """
-        decoded = decoded[:, :, chosen_frames(decoded.shape[2], frames)]
-        starts = self._starts(decoded.shape[2], window, context, stride)
-        clips = ((decoded.to(self.device) + 1) * 127.5).permute(0, 2, 3, 4, 1)
-        windows = [
-            checkpoint(self._window, clips[:, start : start + window], context, axis, use_reentrant=False)
-            for start in starts
-        ]
-        return torch.stack(windows).mean(dim=0)
 
     def predict(self, clips: Tensor, context: int) -> tuple[Tensor, Tensor]:
         """Predicted tokens and those of the encoder, each (N,K,D) float32, of the frames after the first `context`.
@@ -128,7 +123,5 @@ class WorldModel:
 
 def chosen_frames(num_frames: int, most: int) -> list[int]:
     """At most `most` of the frames, evenly from the first to the last. By hand, 3 of 6: 0, 2 (of 2.5), 5."""
-    if most < 2:
-        raise ValueError(f"frames={most}: a clip is judged by 2 frames or more")
     count = min(num_frames, most)
     return [number * (num_frames - 1) // max(count - 1, 1) for number in range(count)]

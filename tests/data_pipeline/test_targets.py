@@ -88,7 +88,7 @@ def test_a_block_turns_as_the_simulator_says(seed):
     world = World(160 / 96, 17, 8.0)
     parameters = {
         name: torch.tensor([values[name] for values in made.parameters], dtype=torch.float64)
-        for name in SCENES["ramp"].units
+        for name in ("half_side", "slope", "length", "foot")
     }
     angles = SCENES["ramp"].move(parameters, world, Planted(None, 0.0, *torch.zeros(3, 4))).angles  # (N,T)
     assert {attribute["direction"] for attribute in made.attributes} == {"left", "right"}

@@ -82,14 +82,14 @@ def test_losses_are_the_reference(backbone):
     latents = torch.randn(3, 16, 3, 4, 6, generator=generator)
     text = torch.randn(1, 12, 64, generator=generator)
     found = Candidates("scene-1", "a ball", latents, Conditioning(text), lambda z: z, 8.0)
-    config = ResidualConfig(**LEVELS, batch_size=2, seed=4)
+    config = ResidualConfig(**LEVELS, batch_size=2)
     losses = losses_of(Residuals(backbone, config), found)
 
     expected = np.zeros(3)
     for number, clean in enumerate(latents):
         for t in (0.2, 0.5, 0.8):
             for draw in range(2):
-                digest = hashlib.sha256(f"4/scene-1/{t:.9g}/{draw}".encode()).digest()
+                digest = hashlib.sha256(f"0/scene-1/{t:.9g}/{draw}".encode()).digest()
                 own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 noise = torch.randn(clean.shape, generator=own).double()  # the same for all three
                 noisy = (1 - t) * clean.double() + t * noise

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eval.search.guidance import GuidanceConfig, guided_steps, normalised_move, reward_gradient, sample_guided
+from eval.search.guidance import GuideConfig, normalised_move, reward_gradient, sample_guided
 from tests.tiny_backbones import load
 from train.backbones.tiny import write_tiny_pipeline
-from train.sampling import SamplerConfig, sample, sigma_grid
+from train.sampling import SamplerConfig, sample
 
 SAMPLER = SamplerConfig(steps=4, guidance=1.0)
 
@@ -49,27 +49,27 @@ def test_scale_0_is_plain_sampling_bit_for_bit(backbone, image_backbone, image):
     network = image_backbone if image else backbone
     conditioning, noise, negative = conditioning_of(network, image), noise_for(network), network.condition([""])
     sampler = SamplerConfig(steps=3, guidance=2.0)
-    found = sample_guided(network, conditioning, noise, sampler, darkness, GuidanceConfig(scale=0.0), negative=negative)
-    assert torch.equal(found.latents, plain(network, conditioning, noise, sampler, negative=negative))
-    assert found.steps == [] and found.rewards.shape == (0, 2)
+    config = GuideConfig(scale=0.0)
+    latents, backward = sample_guided(network, conditioning, noise, sampler, darkness, config, negative=negative)
+    assert torch.equal(latents, plain(network, conditioning, noise, sampler, negative=negative)) and backward == 0
 
 
 @pytest.mark.parametrize(
-    ("image", "reward", "through_network"),
-    [(False, darkness, True), (False, stillness, False), (True, stillness, True)],
+    ("image", "reward"),
+    [(False, darkness), (False, stillness), (True, stillness)],
 )
-def test_the_reward_of_every_clip_goes_up(backbone, image_backbone, image, reward, through_network):
+def test_the_reward_of_every_clip_goes_up(backbone, image_backbone, image, reward):
     network = image_backbone if image else backbone
     conditioning, noise = conditioning_of(network, image), noise_for(network)
     before = reward(network.decode_latents(plain(network, conditioning, noise)))
     after = []
     for scale in (0.01, 0.03):
-        config = GuidanceConfig(scale=scale, every=1, through_network=through_network)
-        found = sample_guided(network, conditioning, noise, SAMPLER, reward, config)
-        after.append(reward(network.decode_latents(found.latents)))
-        assert found.steps == [0, 1, 2, 3] and found.rewards.shape == (4, 2)
+        config = GuideConfig(scale=scale, every=1)
+        latents, backward = sample_guided(network, conditioning, noise, SAMPLER, reward, config)
+        after.append(reward(network.decode_latents(latents)))
+        assert backward == 4
         if image:
-            assert torch.equal(found.latents[:, :, :1], conditioning.image)
+            assert torch.equal(latents[:, :, :1], conditioning.image)
     assert (after[0] > before).all() and (after[1] > after[0]).all()
 
 
@@ -77,10 +77,15 @@ def test_a_guided_step_moves_a_clip_by_the_share_that_was_asked_for(backbone):
     """One step: the velocity is that of the noise, so the clip differs from the plain one by the move alone."""
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
     sampler = SamplerConfig(steps=1, guidance=1.0)
-    config = GuidanceConfig(scale=0.02, every=1)
-    found = sample_guided(backbone, conditioning, noise, sampler, darkness, config)
+    config, seen = GuideConfig(scale=0.02, every=1), []
+
+    def watched(frames):
+        seen.append(darkness(frames))
+        return seen[-1]
+
+    latents, _ = sample_guided(backbone, conditioning, noise, sampler, watched, config)
     without = plain(backbone, conditioning, noise, sampler)
-    move = (found.latents - without).flatten(1)
+    move = (latents - without).flatten(1)
     torch.testing.assert_close(move.norm(dim=1), 0.02 * noise.flatten(1).norm(dim=1))
 
     latents = noise.clone().requires_grad_()
@@ -88,13 +93,13 @@ def test_a_guided_step_moves_a_clip_by_the_share_that_was_asked_for(backbone):
     (gradient,) = torch.autograd.grad(darkness(backbone.decode_latents(clean)).sum(), latents)
     cosine = torch.cosine_similarity(move, gradient.flatten(1), dim=1)
     torch.testing.assert_close(cosine, torch.ones(2), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.rewards[0], darkness(backbone.decode_latents(without)))
+    torch.testing.assert_close(torch.cat(seen), darkness(backbone.decode_latents(without)))
     assert not noise.requires_grad
 
 
 def test_the_decoders_gradient_is_that_of_finite_differences(backbone):
     clean = 0.3 * noise_for(backbone)
-    _, gradient = reward_gradient(backbone, clean, stillness)
+    gradient = reward_gradient(backbone, clean, stillness)
     direction = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ahead, behind = (stillness(backbone.decode_latents(clean + way * 1e-2 * direction)) for way in (1, -1))
@@ -102,13 +107,18 @@ def test_the_decoders_gradient_is_that_of_finite_differences(backbone):
     torch.testing.assert_close((ahead - behind) / 2e-2, slope, rtol=0.02, atol=1e-6)
 
 
-def test_steps_are_those_of_the_window_and_the_frequency():
-    sigmas = sigma_grid(4, 3.0)  # 1, .9, .75, .5, 0
-    assert guided_steps(sigmas, GuidanceConfig(every=1)) == [0, 1, 2, 3]
-    assert guided_steps(sigmas, GuidanceConfig(every=2)) == [0, 2]
-    assert guided_steps(sigmas, GuidanceConfig(every=1, t_min=0.6, t_max=0.95)) == [1, 2]
-    assert guided_steps(sigmas, GuidanceConfig(every=2, t_max=0.6)) == []
-    assert guided_steps(sigmas, GuidanceConfig(every=5)) == [0]
+@pytest.mark.parametrize(("every", "guided"), [(1, 4), (2, 2), (3, 2), (5, 1)])
+def test_every_so_many_steps_are_guided_the_first_included(backbone, every, guided):
+    seen = []
+
+    def watched(frames):
+        seen.append(len(frames))
+        return darkness(frames)
+
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    config = GuideConfig(every=every, batch_size=2)
+    _, backward = sample_guided(backbone, conditioning, noise, SAMPLER, watched, config)
+    assert backward == guided and seen == [2] * guided
 
 
 def test_the_move_by_hand():
@@ -121,19 +131,19 @@ def test_the_move_by_hand():
 
 def test_a_reward_without_slope_leaves_plain_sampling(backbone):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = GuidanceConfig(scale=0.5, every=1)
-    found = sample_guided(backbone, conditioning, noise, SAMPLER, lambda frames: 0 * darkness(frames), config)
-    assert torch.equal(found.latents, plain(backbone, conditioning, noise))
+    config = GuideConfig(scale=0.5, every=1)
+    latents, _ = sample_guided(backbone, conditioning, noise, SAMPLER, lambda frames: 0 * darkness(frames), config)
+    assert torch.equal(latents, plain(backbone, conditioning, noise))
 
 
 def test_what_does_not_fit_is_named(backbone):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
     with pytest.raises(ValueError, match="the reward gave .*nan"):
         sample_guided(
-            backbone, conditioning, noise, SAMPLER, lambda frames: torch.nan * darkness(frames), GuidanceConfig()
+            backbone, conditioning, noise, SAMPLER, lambda frames: torch.nan * darkness(frames), GuideConfig()
         )
     with pytest.raises(ValueError, match="the reward gave"):
-        sample_guided(backbone, conditioning, noise, SAMPLER, lambda frames: frames.mean(), GuidanceConfig())
-    for bad in ({"scale": -0.1}, {"every": 0}, {"t_min": 0.9, "t_max": 0.1}):
+        sample_guided(backbone, conditioning, noise, SAMPLER, lambda frames: frames.mean(), GuideConfig())
+    for bad in ({"scale": -0.1}, {"every": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            GuidanceConfig(**bad)
+            GuideConfig(**bad)

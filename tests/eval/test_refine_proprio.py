@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eval.search import noise_refinement as proprio
-from eval.search.noise_refinement import ProprioRefineConfig, SelfScore, kl_to_standard_normal, refine
+from eval.search.noise_refinement import RefineConfig, SelfScore, kl_to_standard_normal, refine
 from losses.self_score import motion_mask
 from tests.tiny_backbones import load
 from train.backbones.base import Conditioning
@@ -49,10 +49,10 @@ def test_no_update_is_the_plain_sample(backbone, image_backbone, image):
     conditioning, noise = conditioning_of(network, image), noise_for(network)
     sampler = SamplerConfig(steps=2, guidance=3.0)
     negative = network.condition([""])
-    found = refine(network, conditioning, noise, sampler, ProprioRefineConfig(updates=0, **QUICK), negative=negative)
+    found = refine(network, conditioning, noise, sampler, RefineConfig(updates=0, **QUICK), negative=negative)
     assert torch.equal(found.latents, plain(network, conditioning, noise, sampler, negative=negative))
     assert torch.equal(found.noise, noise)
-    assert not found.mean.any() and not found.log_scale.any() and found.trace.shape == (1, 2)
+    assert found.trace.shape == (1, 2)
     assert found.passes == 2 * 2 + 4
 
 
@@ -60,7 +60,7 @@ def test_no_update_is_the_plain_sample(backbone, image_backbone, image):
 def test_the_best_iterate_is_returned_and_its_noise_gives_it_again(backbone, image_backbone, image):
     network = image_backbone if image else backbone
     conditioning, noise = conditioning_of(network, image), noise_for(network)
-    config = ProprioRefineConfig(updates=3, learning_rate=0.02, **QUICK)
+    config = RefineConfig(updates=3, learning_rate=0.02, **QUICK)
     found = refine(network, conditioning, noise, FEW, config)
     assert found.trace.shape == (4, 2) and torch.equal(found.score, found.trace.amin(dim=0))
     assert (found.score < found.trace[0]).all()
@@ -71,31 +71,34 @@ def test_the_best_iterate_is_returned_and_its_noise_gives_it_again(backbone, ima
         assert torch.equal(found.latents[:, :, :1], conditioning.image)
 
 
-def test_a_score_that_gets_worse_returns_the_start(backbone):
+def test_a_score_that_gets_worse_returns_the_start(backbone, monkeypatch):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
     count = iter(range(10))
 
-    def worse(latents):
+    def worse(self, latents):
         return latents.flatten(1).mean(dim=1) * 0 + next(count)
 
-    found = refine(backbone, conditioning, noise, FEW, ProprioRefineConfig(updates=3), score=worse)
+    monkeypatch.setattr(SelfScore, "__call__", worse)
+    found = refine(backbone, conditioning, noise, FEW, RefineConfig(updates=3))
     assert torch.equal(found.latents, plain(backbone, conditioning, noise))
     assert found.trace[:, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_clips_do_not_influence_each_other(backbone):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = ProprioRefineConfig(updates=2, learning_rate=0.02, **QUICK)
+    config = RefineConfig(updates=2, learning_rate=0.02, **QUICK)
     both = refine(backbone, conditioning, noise, FEW, config)
     alone = refine(backbone, conditioning[1:], noise[1:], FEW, config)
     torch.testing.assert_close(both.latents[1:], alone.latents, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(both.trace[:, 1:], alone.trace)
 
 
-def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(backbone):
+def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(backbone, monkeypatch):
     """Sampler, score, KL, clipping and Adam once more, in numbers of double length and without checkpoints."""
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = ProprioRefineConfig(updates=2, learning_rate=0.02, kl_weight=0.3, clip=1e-3, score="hybrid", **QUICK)
+    monkeypatch.setattr(proprio, "KL_WEIGHT", 0.3)
+    monkeypatch.setattr(proprio, "CLIP", 1e-3)
+    config = RefineConfig(updates=2, learning_rate=0.02, **QUICK)
     found = refine(backbone, conditioning, noise, FEW, config)
 
     sigmas = sigma_grid(2, FEW.shift).double()
@@ -132,8 +135,8 @@ def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(ba
             score = 0.2 * scores[0] + 0.8 * scores[1]
             assert float(found.trace[update, clip]) == pytest.approx(score.item(), rel=2e-4)
             kl = 0.5 * (parameters[0] ** 2 + (2 * parameters[1]).exp() - 1 - 2 * parameters[1]).mean()
-            (gradient,) = torch.autograd.grad(score + config.kl_weight * kl, parameters)
-            gradient = gradient * min(1.0, config.clip / float(gradient.norm()))
+            (gradient,) = torch.autograd.grad(score + proprio.KL_WEIGHT * kl, parameters)
+            gradient = gradient * min(1.0, proprio.CLIP / float(gradient.norm()))
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
             step = first / (1 - 0.9 ** (update + 1)) / ((second / (1 - 0.999 ** (update + 1))).sqrt() + 1e-8)
             parameters = (parameters - config.learning_rate * step).detach().requires_grad_()
@@ -144,13 +147,14 @@ def test_kl_by_hand():
     assert kl_to_standard_normal(mean, log_scale).item() == pytest.approx((0.5 + (torch.e**2 - 3) / 2) / 2)
 
 
-def test_the_kl_term_pulls_back_to_the_prior(backbone):
+def test_the_kl_term_pulls_back_to_the_prior(backbone, monkeypatch):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    monkeypatch.setattr(SelfScore, "__call__", lambda self, z: z.flatten(1).mean(dim=1))
 
     def drift(kl_weight):
-        config = ProprioRefineConfig(updates=6, learning_rate=0.05, kl_weight=kl_weight)
-        found = refine(backbone, conditioning, noise, FEW, config, score=lambda z: z.flatten(1).mean(dim=1))
-        return kl_to_standard_normal(found.mean, found.log_scale)
+        monkeypatch.setattr(proprio, "KL_WEIGHT", kl_weight)
+        found = refine(backbone, conditioning, noise, FEW, RefineConfig(updates=6, learning_rate=0.05))
+        return (found.noise - noise).flatten(1).norm(dim=1)
 
     assert (drift(10.0) < drift(0.0)).all()
 
@@ -180,7 +184,7 @@ class Live(TorchDispatchMode):
 def peak(backbone, steps, draws):
     """Bytes at the peak of one update."""
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = ProprioRefineConfig(updates=1, levels=1, draws=draws)
+    config = RefineConfig(updates=1, levels=1, draws=draws)
     with Live() as live:
         refine(backbone, conditioning, noise, SamplerConfig(steps=steps, guidance=1.0), config)
     return live.peak
@@ -198,7 +202,7 @@ def test_memory_is_that_of_one_network_pass(backbone, monkeypatch):
 
 def test_the_networks_own_checkpoints_may_be_on(backbone):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = ProprioRefineConfig(updates=2, learning_rate=0.02, **QUICK)
+    config = RefineConfig(updates=2, learning_rate=0.02, **QUICK)
     without = refine(backbone, conditioning, noise, FEW, config)
     backbone.transformer.enable_gradient_checkpointing()
     try:
@@ -208,25 +212,24 @@ def test_the_networks_own_checkpoints_may_be_on(backbone):
     assert torch.equal(without.trace, within.trace)
 
 
-def test_what_does_not_fit_is_named(backbone):
+def test_what_does_not_fit_is_named(backbone, monkeypatch):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
     with pytest.raises(ValueError, match=r"noise of shape \(1, .* with 2 conditionings"):
-        refine(backbone, conditioning, noise[:1], FEW, ProprioRefineConfig())
+        refine(backbone, conditioning, noise[:1], FEW, RefineConfig())
     with pytest.raises(ValueError, match="needs the encoded negative prompt"):
-        refine(backbone, conditioning, noise, SamplerConfig(steps=2), ProprioRefineConfig())
-    with pytest.raises(ValueError, match="the score gave .*nan"):
-        refine(
-            backbone, conditioning, noise, FEW, ProprioRefineConfig(), score=lambda z: z.sum((1, 2, 3, 4)) * torch.nan
-        )
-    for bad in ({"updates": -1}, {"clip": 0}, {"kl_weight": -1}, {"score": "x"}):
+        refine(backbone, conditioning, noise, SamplerConfig(steps=2), RefineConfig())
+    for bad in ({"updates": -1}, {"learning_rate": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            ProprioRefineConfig(**bad)
+            RefineConfig(**bad)
     with pytest.raises(ValueError, match="last=1.0"):
-        refine(backbone, conditioning, noise, FEW, ProprioRefineConfig(last=1.0))
+        refine(backbone, conditioning, noise, FEW, RefineConfig(last=1.0))
+    monkeypatch.setattr(SelfScore, "__call__", lambda self, z: z.sum((1, 2, 3, 4)) * torch.nan)
+    with pytest.raises(ValueError, match="the score gave .*nan"):
+        refine(backbone, conditioning, noise, FEW, RefineConfig())
 
 
 def test_the_global_random_generator_is_left_alone(backbone):
     before = torch.get_rng_state()
     conditioning = Conditioning(conditioning_of(backbone).text)
-    refine(backbone, conditioning, noise_for(backbone), FEW, ProprioRefineConfig(updates=1, **QUICK))
+    refine(backbone, conditioning, noise_for(backbone), FEW, RefineConfig(updates=1, **QUICK))
     assert torch.equal(before, torch.get_rng_state())

@@ -5,7 +5,17 @@ import torch
 
 from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.prompts import TEMPLATES, parse_prompt, write_prompt
-from eval.sandbox.world import COLOUR_NAMES, COLOURS, FLOOR, FRICTION, GRAVITY, PIVOT_HEIGHT, RESTITUTION, VIOLATIONS
+from eval.sandbox.world import (
+    COLOUR_NAMES,
+    COLOURS,
+    FLOOR,
+    FRICTION,
+    GRAVITY,
+    PIVOT_HEIGHT,
+    RESTITUTION,
+    VIOLATIONS,
+    World,
+)
 from tests.counting import calls
 
 INTERVAL = 1 / 8  # s between frames
@@ -43,7 +53,8 @@ def test_shapes_types_and_ranges(scene):
     assert clips.masks.shape == clips.layers.shape == clips.depth.shape == (6, 17, 48, 72)
     assert len(clips.prompts) == len(clips.scenes) == len(clips.attributes) == len(clips.parameters) == len(clips) == 6
     assert clips.tracks.min() >= 0 and clips.tracks.max() <= 1
-    assert set(SCENES[scene].units) <= set(clips.parameters[0])
+    drawn = SCENES[scene].propose(1, torch.Generator(), World(1.5, 17, 8.0))
+    assert set(drawn) <= set(clips.parameters[0])
     assert clips.parameters[0]["gravity_pixels"] == pytest.approx(GRAVITY * 48 / 64)
     assert len(clips[2:4]) == 2 and clips[2:4].prompts == clips.prompts[2:4]
 

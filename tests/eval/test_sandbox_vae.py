@@ -8,11 +8,11 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from eval.sandbox.clips import simulate
+from eval.sandbox.training import Settings
 from eval.sandbox.vae import (
     ARCHITECTURE,
     OBJECT_WEIGHT,
     SQUARE_WEIGHT,
-    Settings,
     decode_whole,
     encode_whole,
     main,
@@ -81,7 +81,7 @@ def test_training_lowers_the_error_and_repeats_itself(thin):
     before, after = measure(one, clips)[0], measure(longer, clips)[0]
     assert after["psnr"] > before["psnr"] + 1
     with pytest.raises(ValueError, match="--pool is 0"):
-        train_vae(Settings(pool=0), "cpu")
+        main(["--folder", "unused", "--pool", "0"])
 
 
 def test_the_folder_holds_a_component_with_its_statistics(thin, tmp_path, capsys):

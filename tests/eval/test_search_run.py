@@ -124,7 +124,7 @@ def test_strategies_are_judged_resumed_and_shared_between_processes(searched, tm
     arguments = [*STRATEGIES, f"backbone.path={searched[0] / 'model'}", f"output={tmp_path}"]
     assert run.main([*arguments, "search_experiment.share=2/2"]) is None and len(records(tmp_path)) == 1
     assert run.main([*arguments, "search_experiment.share=1/2"]) is None and "strategies" not in capsys.readouterr().out
-    monkeypatch.setattr(work.Several, "make", None)  # all is there but a record's part: no clip is made again
+    monkeypatch.setattr(work.Strategy, "make", None)  # all is there but a record's part: no clip is made again
     record_file = sorted((tmp_path / "search" / "prompts").glob("*.json"))[0]
     record = json.loads(record_file.read_text(encoding="utf-8"))
     del record["parts"]["refined"]
@@ -203,6 +203,16 @@ def test_settings_that_cannot_work_are_refused(argument):
 def test_the_experiments_keys_have_left_the_section_search():
     with pytest.raises(ValueError, match="unknown key search.scorers; it is search_experiment.scorers now"):
         run.main([*COMMON, "search.scorers=[random]"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["race", "residuals.seed", "prune.draws", "surprise.frames", "refine.clip", "refine.kl_weight", "refine.score"]
+    + ["refine.weighting", "refine.seed", "guidance.t_min", "guidance.t_max", "guidance.through_network"],
+)
+def test_keys_that_became_constants_are_refused_with_their_place(key):
+    with pytest.raises(ValueError, match=f"unknown key search.{key}; it is (the constant eval.search|always).* now"):
+        run.main([*COMMON, f"search.{key}={'{confidence: 0.9}' if key == 'race' else 1}"])
 
 
 # The report

@@ -10,8 +10,8 @@ from eval import generate
 from eval.search import searcher
 from eval.search.config import GuideConfig, PruneConfig, RefineConfig, SearchConfig
 from eval.search.residuals import ResidualConfig
-from eval.search.scorers.surprise import SurpriseConfig
 from eval.search.searcher import STRIDE, Method, Searcher
+from eval.search.world_model import SurpriseConfig
 from train import checkpoint
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning

@@ -29,9 +29,8 @@ ON_GPU = {
 }
 # Keys that tell one run from another: set here for each, and not by --set.
 OWN_KEYS = ("output", "seed", "recipe", "dry_run", "pipeline.groups", "pipeline.num_losers", "train.groups")
-OWN_KEYS += ("targets.tracks", "targets.rule")
-OWN_KEYS += ("train.folder", "run.lora", "run.folder", "run.sandbox.clips", "run.sandbox.seed")
-OWN_KEYS += ("run.seeds", "benchmarks")
+OWN_KEYS += ("targets.tracks", "targets.rule", "train.folder", "run.lora", "run.folder", "run.sandbox.clips")
+OWN_KEYS += ("run.sandbox.seed", "run.seeds", "benchmarks")
 
 SECTIONS = tuple(dict.fromkeys(chain.from_iterable(READS.values())))
 # The recipe with the command line's overrides, unchecked: the commands check what they read.
@@ -42,8 +41,8 @@ def read_recipe(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     return asdict(recipes.load(Sections, [f"recipe={RECIPE}", *overrides]))
 
 
-def read_result(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_result(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,8 @@ class Plan:
     device: str = ""  # name
     on_gpu: bool = False
 
-    def place(self, row: Row, seed: int) -> Path:
-        return self.folder / f"{row.name}-{seed}"
-
-    def groups(self, name: str, seed: int) -> Path:
+    def place(self, name: str, seed: int) -> Path:
+        """Of a row, or of a group set."""
         return self.folder / f"{name}-{seed}"
 
     def make_suite(self) -> Suite:
@@ -74,18 +71,19 @@ class Plan:
         return [f"recipe={RECIPE}", *device, *chosen, *own]
 
     def build_arguments(self, name: str, seed: int) -> list[str]:
-        place = self.groups(name, seed)
+        place = self.place(name, seed)
         own = (f"output={place}", f"pipeline.groups={place}", *GROUPS[name])
         return self.arguments("data_pipeline.build", *own, f"seed={seed}")
 
     def train_arguments(self, row: Row, seed: int) -> list[str]:
-        own = (f"output={self.place(row, seed)}", f"seed={seed}", f"train.groups={self.groups(row.groups, seed)}")
+        own = (f"output={self.place(row.name, seed)}", f"seed={seed}", f"train.groups={self.place(row.groups, seed)}")
         return self.arguments(row.trainer, *row.overrides, *own)
 
     def eval_arguments(self, row: Row, seed: int) -> list[str]:
-        own = [f"output={self.place(row, seed)}", f"run.sandbox.clips={self.clips}", f"run.sandbox.seed={seed}"]
+        place = self.place(row.name, seed)
+        own = [f"output={place}", f"run.sandbox.clips={self.clips}", f"run.sandbox.seed={seed}"]
         own += [f"run.seeds=[{seed}]", "benchmarks=[sandbox]"]
-        lora = [f"run.lora={self.place(row, seed) / 'train'}"] if row.trainer else []
+        lora = [f"run.lora={place / 'train'}"] if row.trainer else []
         return self.arguments("eval.run", *own, *lora)
 
     def digests(self, row: Row, seed: int) -> dict[str, str]:
@@ -102,7 +100,7 @@ class Plan:
         groups = [f"pipeline.{text.removeprefix('pipeline.')}" for text in GROUPS[row.groups]]
         kind = [row.trainer, groups, seed, self.model]
         training = digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
-        index = self.groups(row.groups, seed) / "index.json"
+        index = self.place(row.groups, seed) / "index.json"
         return {
             "training": training,
             "settings": digest([training, settings("eval.run"), seed, self.clips, self.model]),
@@ -111,12 +109,10 @@ class Plan:
 
     def result(self, row: Row, seed: int) -> dict[str, Any] | None:
         """The finished run's result, if it was made with today's settings; its groups need not be there any more."""
-        result = read_result(self.place(row, seed) / "result.json")
-        if result is None:
-            return None
-        today = self.digests(row, seed)
-        same_groups = today["groups"] in ("", result["groups"])
-        return result if same_groups and today["settings"] == result["settings"] else None
+        result, today = read_result(self.place(row.name, seed) / "result.json"), self.digests(row, seed)
+        if result and today["groups"] in ("", result["groups"]) and today["settings"] == result["settings"]:
+            return result
+        return None
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -4,25 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.intervals import Estimate
+import numpy as np
+from matplotlib.figure import Figure
+
+from eval.experiments.search.report import show
 from train.files import atomic
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as text: means with 95% intervals, paired differences of the physical score, the paper's figures."""
-
-    def signed(value: dict[str, float] | None) -> str:
-        return "-" if value is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**value)
-
     heads = ("", "physical", "semantic", "gain over base", "against", "paper (table, model, figure)")
     cells = [heads]
     for row in results["rows"]:
         missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
         figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:g}" for f in row["paper"])
-        own = (str(Estimate(**row["physical"])), f"{row['semantic']['mean']:.3f}")
+        own = (show(row["physical"]), f"{row['semantic']['mean']:.3f}")
         other = row["against"]
-        against = f"{other['row']} {signed(other['physical'])}" if other["physical"] else "-"
-        differences = (signed(row["gain"]["physical"]), against)
+        against = f"{other['row']} {show(other['physical'], sign=True)}" if other["physical"] else "-"
+        differences = (show(row["gain"]["physical"], sign=True) or "-", against)
         cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-"))
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
@@ -38,11 +37,6 @@ BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's, told a
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """PNG of the paired gains in the physical score: methods above, sweeps below. Readable at a width of 900 pixels."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the figure needs matplotlib, which is not installed: pip install matplotlib") from error
     gains = {row["name"]: row["gain"]["physical"] for row in results["rows"] if row["trainer"]}
     methods = [row for row in results["rows"] if row["trainer"] and not row["sweep"]]
     swept = {key: {} for key in results["defaults"]}
@@ -50,13 +44,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         if row["sweep"]:
             swept[row["sweep"]["key"]][row["sweep"]["value"]] = gains[row["name"]]
     swept = {key: points for key, points in swept.items() if points}
-    height = 1.2 + 0.34 * max(1, len(methods))
     lines = -(-len(swept) // 4)
-    figure = Figure(figsize=(9, height + 1.9 * lines), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, *lower = figure.subfigures(
-        1 + bool(swept), 1, height_ratios=[height, 1.9 * lines][: 1 + bool(swept)], squeeze=False
-    )[:, 0]
+    heights = [1.2 + 0.34 * max(1, len(methods))] + [1.9 * lines] * bool(swept)
+    figure = Figure(figsize=(9, sum(heights)), dpi=200, layout="constrained")
+    upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = upper.subplots()
     points = [(gains[row["name"]], place, row["name"] == results["middle"]) for place, row in enumerate(methods)]
     _points(axes, points, horizontal=True)
@@ -70,9 +61,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     seeds = len(results["seeds"])
     axes.set_xlabel(f"gain in the physical score, 95% interval over {seeds} x {results['clips']} paired clips")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
-    if not swept:
-        return _save(figure, path)
-    panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
+    panels = np.empty((0, 1))  # rows of axes
+    if swept:
+        panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
     for panel in panels[:, 0]:
         panel.set_ylabel("gain")
     for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
@@ -90,7 +81,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.set_title(key, fontsize=10)
     for panel in panels.flat[len(swept) :]:
         panel.set_axis_off()
-    return _save(figure, path)
+    with atomic(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, bool]], *, horizontal: bool) -> None:
@@ -104,8 +96,3 @@ def _points(axes: Any, points: Sequence[tuple[dict[str, float], float, bool]], *
             axes.errorbar([gain["mean"]], [place], xerr=reach, **style)
         else:
             axes.errorbar([place], [gain["mean"]], yerr=reach, **style)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic(path) as aside:
-        figure.savefig(aside, format="png")

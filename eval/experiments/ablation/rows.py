@@ -48,7 +48,6 @@ DEFAULTS = {
     "lam": 0.6,
 }
 
-
 # The group sets: arguments of the build.
 TARGETS = (
     "targets.tracks=simulator",
@@ -113,10 +112,7 @@ METHODS = (
     Row("gdpo_no_anchor", "PhyGDPO, no anchor, lr 1e-4", "train.gdpo", GENTLE),
     Row("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "train.gdpo", ("objective.w_fm=0",)),
     Row(  # eq. 13 counts a pair once for each of 4 losers, eq. 6 does not: a quarter of the anchor
-        "plackett_luce",
-        "PhyGDPO, exact eq. 6",
-        "train.gdpo",
-        ("objective.loss=plackett_luce", "objective.w_fm=50"),
+        "plackett_luce", "PhyGDPO, exact eq. 6", "train.gdpo", ("objective.loss=plackett_luce", "objective.w_fm=50")
     ),
     Row(
         "full_copy",

@@ -31,7 +31,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from eval.experiments.ablation.plan import RECIPE, SCORES, Plan, check_overrides
 from eval.experiments.ablation.report import draw, table
 from eval.experiments.ablation.rows import SUITES, Row, paper_figures
 from eval.experiments.ablation.runner import Processes, Run, run_all
-from eval.report.intervals import bootstrap_mean
+from eval.experiments.search.report import estimate
 from train import entry
 from train.files import write_text
 
@@ -77,14 +76,12 @@ def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[s
     def own(result: dict[str, Any], name: str) -> np.ndarray:  # (clips,)
         return np.array(result["scores"].get("tuned", result["scores"]["base"])[name])
 
-    def estimate(parts: list[np.ndarray]) -> dict[str, float] | None:
-        return asdict(bootstrap_mean(np.concatenate(parts))) if parts else None
-
     gain, against = {}, {}
+    shared = [seed for seed in runs if seed in others and row.name != row.against]
     for name in SCORES:
-        gain[name] = estimate([own(r, name) - r["scores"]["base"][name] for r in runs.values() if row.trainer])
-        shared = [seed for seed in runs if seed in others and row.name != row.against]
-        against[name] = estimate([own(runs[seed], name) - own(others[seed], name) for seed in shared])
+        gains = [own(r, name) - r["scores"]["base"][name] for r in runs.values() if row.trainer]
+        differences = [own(runs[seed], name) - own(others[seed], name) for seed in shared]
+        gain[name], against[name] = (estimate(np.concatenate([[], *found])) for found in (gains, differences))
     return {
         "name": row.name,
         "label": row.label,
@@ -95,7 +92,7 @@ def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[s
             str(seed): {name: float(own(r, name).mean()) for name in SCORES} | {"seconds": r["seconds"]}
             for seed, r in runs.items()
         },
-        **{name: estimate([own(result, name) for result in runs.values()]) for name in SCORES},
+        **{name: estimate(np.concatenate([own(r, name) for r in runs.values()])) for name in SCORES},
         "gain": gain,
         "against": {"row": row.against, **against},
         "paper": paper_figures(row),

@@ -71,13 +71,13 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
     with progress, ThreadPoolExecutor(jobs) as pool:
         names, builds = {}, {}
         for name, seed in dict.fromkeys((row.groups, seed) for row, seed in todo if row.trainer):
-            log = plan.groups(name, seed) / "log.txt"
+            log = plan.place(name, seed) / "log.txt"
             builds[name, seed] = pool.submit(run, "data_pipeline.build", plan.build_arguments(name, seed), log)
             names[builds[name, seed]] = log.parent.name
         # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them.
         for row, seed in sorted(todo, key=lambda pair: pair[0].trainer != ""):
             build = builds[row.groups, seed] if row.trainer else None
-            names[pool.submit(run_row, plan, row, seed, run, build)] = plan.place(row, seed).name
+            names[pool.submit(run_row, plan, row, seed, run, build)] = plan.place(row.name, seed).name
         try:
             for future in as_completed(names):
                 if error := future.exception():
@@ -95,10 +95,10 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
 def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) -> None:
     """Train and evaluate one row with one seed, from where it stands. Raises StepFailed."""
     if groups is not None and groups.exception() is not None:  # waits for the build
-        raise StepFailed(f"its groups failed: {plan.groups(row.groups, seed)}")
-    place = plan.place(row, seed)
+        raise StepFailed(f"its groups failed: {plan.place(row.groups, seed)}")
+    place = plan.place(row.name, seed)
     digests = plan.digests(row, seed)
-    started = read_result(place / "started.json") or {}
+    started = read_result(place / "started.json")
     if place.exists() and any(started.get(key) != digests[key] for key in ("training", "groups")):
         target = plan.folder / "replaced" / f"{place.name}-{digest(started)[:8]}"
         shutil.rmtree(target, ignore_errors=True)
@@ -124,7 +124,7 @@ def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) ->
         timed("train", row.trainer, plan.train_arguments(row, seed))
         if not is_trained():  # a trainer that was asked to stop ends without an error
             raise StepFailed(f"{row.trainer} stopped before its last step: run the same command to continue")
-    _share_base_clips(plan.place(METHODS[0], seed), place)
+    _share_base_clips(plan.place(METHODS[0].name, seed), place)
     timed("evaluate", "eval.run", plan.eval_arguments(row, seed))
     scores = read_scores(place / "eval" / "scores.jsonl", plan.clips)
     own = {"row": row.name, "seed": seed, "overrides": [*plan.overrides, *row.overrides]}

@@ -11,6 +11,7 @@ in a third do not count there.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,7 @@ def _early(found: Sequence[dict], full: Sequence[dict], passes: Sequence[int], p
 def estimate(values: Sequence[float] | NDArray) -> dict[str, float] | None:
     """Mean and interval as plain JSON; None where there are no values."""
     values = np.asarray(values, dtype=np.float64)
-    if not len(values):
-        return None
-    found = bootstrap_mean(values)
-    return {"mean": found.mean, "low": found.low, "high": found.high}
+    return asdict(bootstrap_mean(values)) if len(values) else None
 
 
 def strata(motion: NDArray) -> NDArray:
@@ -122,6 +120,11 @@ def spearman(first: NDArray, second: NDArray) -> float | None:
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     return float(spearmanr(first, second).statistic)
+
+
+def order(values: Sequence[float]) -> list[int]:
+    """Numbers of the candidates, the best first."""
+    return sorted(range(len(values)), key=values.__getitem__)
 
 
 def _take(values: NDArray, index: NDArray) -> NDArray:

@@ -28,15 +28,16 @@ from tqdm import tqdm
 
 import recipes
 from eval.config import ClipsConfig
-from eval.experiments.search import page, report, strategy_report
+from eval.experiments.search import report, strategy_report
 from eval.experiments.search.work import Job, Work
 from eval.prompts import make_key
 from eval.sandbox.splits import list_clips
 from eval.search.searcher import check_batches, check_scorers
 from train import entry
-from train.files import lock, write_text
+from train.files import lock, render, write_text
 from train.parallel import any_rank
 
+PAGE = Path(__file__).with_name("page.html")  # candidates side by side; for any browser, without a server
 SEEDS_A_PROMPT = 10_000  # so that more candidates add to fewer
 
 
@@ -98,7 +99,8 @@ def run(config: Config, jobs: Sequence[Job], accelerator: Accelerator) -> dict[s
     table = f"{report.table(results)}\n\n{strategy_report.table(results['strategies'])}".rstrip()
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(folder / "table.txt", table + "\n")
-    page.write(folder, records[: experiment.shown], results, config.video)
+    shown = {"records": records[: experiment.shown], "results": results, "video": config.video}
+    write_text(folder / "index.html", render(PAGE, **shown, order=report.order, show=report.show))
     print(f"{table}\n\nresults {folder / 'results.json'}\npage    {folder / 'index.html'}")
     return results
 

@@ -8,7 +8,7 @@ Refined and guided clips of several prompts are made together: the sandbox's net
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,11 @@ from eval.experiments.search.store import read_record, read_tensors, write_recor
 from eval.judges import Judging
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as build_judge
+from eval.search import racing
 from eval.search.candidates import Candidates, choose
 from eval.search.pruning import promising, sampling_passes
-from eval.search.scorers.most_motion import motion_energy
-from eval.search.searcher import RACING, Searcher, batches, scorer_settings
+from eval.search.scorers.baselines import motion_energy
+from eval.search.searcher import RACING, Searcher, batches, prune_settings, scorer_settings
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
 from train.checkpoint import attach_trained, weights_path
@@ -46,47 +47,38 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Item:
-    """What a strategy needs to know of one prompt."""
-
-    conditioning: Conditioning  # of one clip
-    seeds: Sequence[int]  # of the candidates' noise
-    values: Tensor  # (N,) of the candidates, by the scorer that chooses
-
-
-@dataclass(frozen=True)
-class Several:
-    """A strategy of `eval.search.strategies` for several prompts at once."""
+class Strategy:
+    """How clips of several prompts are made at once, from the noise of some of each prompt's candidates."""
 
     name: str  # refined | guided
     clips: Callable[[Conditioning, list[int]], tuple]  # -> latents (B, C, F, H, W), scores (B, 2) if refined, cost
-    prompts_at_once: int
+    at_once: int  # prompts
     best: int | None  # refined: so many candidates and the first; None: guided
     count: int  # guided: so many candidates, the first
     settings: Any
 
-    def depends_on(self, item: Item) -> Any:
-        return [self.settings, self.chosen(item)] if self.best is not None else self.settings
+    def chosen(self, values: Tensor) -> list[int]:
+        """Numbers of the candidates whose noise is taken, by the values (N,) of all."""
+        return list(range(self.count)) if self.best is None else sorted({0, *promising(values, self.best)})
 
-    def chosen(self, item: Item) -> list[int]:
-        """Numbers of the candidates whose noise is taken."""
-        return list(range(self.count)) if self.best is None else sorted({0, *promising(item.values, self.best)})
+    def depends_on(self, values: Tensor) -> Any:
+        return self.settings if self.best is None else [self.settings, self.chosen(values)]
 
-    def make(self, items: Sequence[Item]) -> list[Made]:
-        """Clips of each prompt, and facts with the prompt's share of the cost."""
-        chosen = [self.chosen(item) for item in items]
+    def make(self, jobs: Sequence[Job], told: Sequence[Conditioning], values: Sequence[Tensor]) -> list[Made]:
+        """Clips of each prompt, and facts with the prompt's share of the cost. told: of one clip each."""
+        chosen = [self.chosen(found) for found in values]
         sizes = [len(indices) for indices in chosen]
-        seeds = [item.seeds[index] for item, indices in zip(items, chosen, strict=True) for index in indices]
-        told = Conditioning.cat([item.conditioning.expand(size) for item, size in zip(items, sizes, strict=True)])
-        latents, *traces, spent = self.clips(told, seeds)
-        scores = traces[0].split(sizes) if traces else [None] * len(items)
+        seeds = [job.seeds[index] for job, indices in zip(jobs, chosen, strict=True) for index in indices]
+        together = Conditioning.cat([one.expand(size) for one, size in zip(told, sizes, strict=True)])
+        latents, *traces, spent = self.clips(together, seeds)
         made: list[Made] = []
-        for item, indices, clips, trace in zip(items, chosen, latents.split(sizes), scores, strict=True):
-            facts: dict[str, Any] = {"of": indices}
-            if trace is not None:
-                facts |= {"best": promising(item.values, self.best)}
+        for number, clips in enumerate(latents.split(sizes)):
+            facts: dict[str, Any] = {"of": chosen[number]}
+            if traces:
+                trace = traces[0].split(sizes)[number]
+                facts |= {"best": promising(values[number], self.best)}
                 facts |= {"score_before": trace[:, 0].tolist(), "score": trace[:, 1].tolist()}
-            share = len(indices) / len(seeds)
+            share = len(clips) / len(seeds)
             facts |= {"passes": round(spent.passes * share), "backward": round(spent.backward * share)}
             made.append(({"latents": clips}, facts | {"seconds": round(spent.seconds * share, 4)}))
         return made
@@ -112,15 +104,14 @@ class Work:
         self.judge = build_judge(SandboxJudgeConfig(fps=config.video.fps), "cpu")
         self.strategies = list(self._strategies())
 
-    def _strategies(self):
-        refine, guidance = self.search.refine, self.search.guidance
+    def _strategies(self) -> Iterator[Strategy]:
+        refine, guidance, searcher = self.search.refine, self.search.guidance, self.searcher
         if refine.best:
             at_once = max(1, refine.batch_size // (refine.best + 1))
-            yield Several("refined", self.searcher.refinement.clips, at_once, refine.best, 0, refine.settings())
+            yield Strategy("refined", searcher.refined, at_once, refine.best, 0, refine.settings())
         if count := guidance.candidates:
-            settings = [guidance.settings(), asdict(self.search.surprise)]
-            at_once = max(1, guidance.batch_size // count)
-            yield Several("guided", self.searcher.guidance.clips, at_once, None, count, settings)
+            settings = [guidance.settings(), self.search.surprise.settings()]
+            yield Strategy("guided", searcher.guided, max(1, guidance.batch_size // count), None, count, settings)
 
     # What files depend on
 
@@ -139,10 +130,8 @@ class Work:
     def record(self, job: Job) -> dict[str, Any]:
         """What is known of the prompt with these candidates, without what was asked for in another run only."""
         record, wanted = read_record(self.path(job), self.candidates_digest(job)), self._parts(job)
-        for name in {"race", "prune", "refined", "guided"} - {
-            *wanted,
-            *[strategy.name for strategy in self.strategies],
-        }:
+        strategies = {strategy.name for strategy in self.strategies}
+        for name in {"race", "prune", "refined", "guided"} - strategies - wanted.keys():
             record.pop(name, None)
             record.get("parts", {}).pop(name, None)
         return record
@@ -177,10 +166,10 @@ class Work:
         parts |= {f"scorer {name}": digest(self.settings(name)) for name in self.experiment.scorers}
         chosen = self.settings(search.chosen_by)
         if search.chosen_by in RACING:
-            parts["race"] = digest([chosen, search.race.settings()])
+            parts["race"] = digest([chosen, racing.SETTINGS])
         if search.prune.steps:
             looks = [self.settings(name) for name in search.prune.scorers]
-            parts["prune"] = digest([chosen, looks, asdict(search.prune)])
+            parts["prune"] = digest([chosen, looks, prune_settings(search)])
         if job.number < self.experiment.shown:
             parts["clips"] = digest("clips")
         return parts
@@ -244,49 +233,40 @@ class Work:
 
     # Strategies
 
-    def extend(self, jobs: Sequence[Job], strategy: Several, *, progress: bool) -> None:
+    def extend(self, jobs: Sequence[Job], strategy: Strategy, *, progress: bool) -> None:
         """Whatever is missing of a strategy's clips and scores, of several prompts at once; after `do`."""
-        items = {job.key: self._item(job) for job in jobs}
         # The scorers that choose among a strategy's clips.
         judges = [name for name in self.experiment.scorers if name in (self.search.chosen_by, "surprise")]
         settings = [self.settings(name) for name in judges]
-        depends = {job.key: [self.candidates_digest(job), strategy.depends_on(items[job.key])] for job in jobs}
-        parts = {key: digest([*found, settings]) for key, found in depends.items()}
-        todo = {job.key for job in jobs if self.record(job)["parts"].get(strategy.name) != parts[job.key]}
-        bar = tqdm(total=len(todo), desc=strategy.name, unit="prompt", disable=not progress)
-        for some in batches(jobs, strategy.prompts_at_once):
-            if todo.isdisjoint(job.key for job in some):
+        values, made, parts = {}, {}, {}
+        for job in jobs:
+            record = self.record(job)
+            values[job.key] = torch.tensor(record["scorers"][self.search.chosen_by]["values"])
+            depends = [self.candidates_digest(job), strategy.depends_on(values[job.key])]
+            if record["parts"].get(strategy.name) != digest([*depends, settings]):
+                parts[job.key] = digest([*depends, settings])
+            made[job.key] = digest(depends)
+        bar = tqdm(total=len(parts), desc=strategy.name, unit="prompt", disable=not progress)
+        for some in batches(jobs, strategy.at_once):
+            if parts.keys().isdisjoint(job.key for job in some):
                 continue
-            made = self._made(some, strategy, items, {job.key: digest(depends[job.key]) for job in some})
-            for job in some:
-                if job.key not in todo:
+            told = [self.candidates(job, self.candidates_digest(job))[0].conditioning for job in some]
+            # All are made together where any is in no file yet, as clips that are made together change each other by
+            # rounding; those that are in a file stay.
+            paths = [self.folder / "candidates" / f"{job.key}-{strategy.name}.safetensors" for job in some]
+            stored = [read_tensors(path, made[job.key]) for path, job in zip(paths, some, strict=True)]
+            fresh = strategy.make(some, told, [values[job.key] for job in some]) if None in stored else stored
+            for number, job in enumerate(some):
+                if stored[number] is None:
+                    write_tensors(paths[number], fresh[number][0], made[job.key], fresh[number][1])
+                if job.key not in parts:
                     continue
-                (tensors, facts), record = made[job.key], self.record(job)
-                conditioning, latents = items[job.key].conditioning, tensors["latents"]
-                clips = self.searcher.candidates(job.key, job.prompt, conditioning, latents)
-                record[strategy.name] = found = facts | {"motion": motion_energy(latents).tolist()}
+                (tensors, facts), record = stored[number] or fresh[number], self.record(job)
+                clips = self.searcher.candidates(job.key, job.prompt, told[number], tensors["latents"])
+                record[strategy.name] = found = facts | {"motion": motion_energy(clips.latents).tolist()}
                 self.truth(clips, found)
                 for name in judges:
                     self.score(clips, found, name=name)
                 record["parts"][strategy.name] = parts[job.key]
                 write_record(self.path(job), record)
                 bar.update()
-
-    def _item(self, job: Job) -> Item:
-        candidates, _, _ = self.candidates(job, self.candidates_digest(job))
-        values = torch.tensor(self.record(job)["scorers"][self.search.chosen_by]["values"])
-        return Item(candidates.conditioning, job.seeds, values)
-
-    def _made(
-        self, jobs: Sequence[Job], strategy: Several, items: dict[str, Item], digests: dict[str, str]
-    ) -> dict[str, Made]:
-        """The strategy's clips of these prompts: all are made together where any is in no file yet, as clips that are
-        made together change each other by rounding; those that are in a file stay."""
-        paths = {job.key: self.folder / "candidates" / f"{job.key}-{strategy.name}.safetensors" for job in jobs}
-        found = {key: stored for key, path in paths.items() if (stored := read_tensors(path, digests[key]))}
-        if len(found) < len(jobs):
-            for job, one in zip(jobs, strategy.make([items[job.key] for job in jobs]), strict=True):
-                if job.key not in found:
-                    found[job.key] = one
-                    write_tensors(paths[job.key], one[0], digests[job.key], one[1])
-        return found

@@ -37,15 +37,14 @@ def make_pairs(
     return found
 
 
+def paired(low: Tensor, high: Tensor) -> float:
+    """The share of places with high above low; ties count half."""
+    return ((high > low).double() + 0.5 * (high == low).double()).mean().item()
+
+
 def auc(low: Tensor, high: Tensor) -> float:
     """The share of pairs (N,), (M,) with high above low; ties count half."""
-    difference = high[None, :] - low[:, None]
-    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
-
-
-def paired(low: Tensor, high: Tensor) -> float:
-    """The share of positions (N,) with high above low; ties count half."""
-    return ((high > low).double() + 0.5 * (high == low).double()).mean().item()
+    return paired(low[:, None], high[None, :])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,6 @@ Writes <output>/config.json and model.safetensors (float16), which `VJEPA2Model.
 teacher as the encoder, and training.json (settings and figures).
 """
 
-import argparse
 import copy
 import json
 import math
@@ -26,7 +25,6 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import VJEPA2Config, VJEPA2Model
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN as MEAN
+from transformers.image_utils import IMAGENET_DEFAULT_STD as STD
 
 from eval.sandbox.splits import is_held_out, simulate_block
+from eval.sandbox.training import GRADIENT_NORM, Settings, command_line, seeded
 from train import entry
 from train.clips import VideoConfig
 from train.files import temporary
-from train.teachers.vjepa2 import MEAN, STD
 
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=8.0)
 ARCHITECTURE: dict[str, Any] = {
@@ -62,20 +62,11 @@ BLOCKS = 4
 PIXELS = 1.0  # weight of the errors in normalised pixels
 MOMENTUM = (0.99, 0.999)  # of the teacher, at the first and the last step
 WARMUP = 200  # steps
-GRADIENT_NORM = 1.0  # gradients are clipped to it
+DEFAULTS = Settings(steps=12_000, batch=64, pool=10_000, learning_rate=1.5e-3)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Settings:
-    steps: int = 12_000
-    batch: int = 64  # windows per step
-    pool: int = 10_000  # simulated clips, made before the first step
-    learning_rate: float = 1.5e-3  # peak; linear warm-up, then cosine to 0
-    seed: int = 0
 
 
 def make_pool(count: int, seed: int, device: torch.device | str) -> Tensor:
@@ -90,12 +81,8 @@ def make_pool(count: int, seed: int, device: torch.device | str) -> Tensor:
 def train_world_model(settings: Settings, device: torch.device | str) -> tuple[VJEPA2Model, dict[str, float]]:
     """A model trained by `settings` in eval mode, its encoder the teacher, and the last figures printed.
 
-    The same seed, steps and device give the same weights, up to the order in which a GPU adds. Raises ValueError for
-    numbers below 1.
+    The same seed, steps and device give the same weights, up to the order in which a GPU adds.
     """
-    for name in ("steps", "batch", "pool"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name} is {getattr(settings, name)}: use 1 or more")
     device, started = torch.device(device), time.monotonic()
     pool = make_pool(settings.pool, settings.seed, device)
     print(f"{settings.pool} clips simulated in {time.monotonic() - started:.1f} s", flush=True)
@@ -108,7 +95,7 @@ def train_world_model(settings: Settings, device: torch.device | str) -> tuple[V
 
     started, count = time.monotonic(), settings.steps
     for step in range(count):
-        trainer.rate.fill_(settings.learning_rate * _rate(step, count))
+        trainer.rate.fill_(settings.rate(step, warmup=WARMUP))
         trainer.forgetting.fill_(1 - (MOMENTUM[0] + (MOMENTUM[1] - MOMENTUM[0]) * step / count))
         kind = choices.choice(KINDS)
         latent, pixel, target = steps[kind](draw_step(pool, settings.batch, kind, choices, draws))
@@ -116,10 +103,8 @@ def train_world_model(settings: Settings, device: torch.device | str) -> tuple[V
             # The features' spread over clips at the same token: 0 is a collapse, 1 the most.
             spread = target.std(dim=0).mean().item()
             figures = {"loss": latent.item(), "pixel_loss": pixel.item(), "feature_std": spread}
-            seconds = time.monotonic() - started
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            left = seconds / (step + 1) * (count - step - 1)
-            print(f"step {step + 1} of {count} {kind}: {shown}, {seconds:.0f} s, {left:.0f} s left", flush=True)
+            settings.show(step, f" {kind}: {shown}", started)
     trainer.model.encoder.load_state_dict(trainer.teacher.state_dict())
     return trainer.model.eval().requires_grad_(False), figures
 
@@ -193,8 +178,7 @@ class Trainer:
 
 def new_model(seed: int) -> VJEPA2Model:
     """An untrained model."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
+    with seeded(seed):
         return VJEPA2Model(VJEPA2Config(**ARCHITECTURE))
 
 
@@ -274,13 +258,6 @@ def predict(predictor: nn.Module, context: Tensor, seen: Tensor, hidden: Tensor)
     return predictor.proj(predictor.layernorm(tokens[:, len(seen) :]))
 
 
-def _rate(step: int, steps: int) -> float:
-    warmup = min(WARMUP, max(1, steps // 10))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def write_world_model(output: Path, settings: Settings, device: torch.device | str) -> dict[str, Any]:
     """Train and write the folder, the weights last; returns the figures."""
     started = time.monotonic()
@@ -300,19 +277,10 @@ def write_world_model(output: Path, settings: Settings, device: torch.device | s
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--batch", type=int, default=Settings.batch, help="windows a step")
-    parser.add_argument("--pool", type=int, default=Settings.pool, help="simulated clips to draw from")
-    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
-    settings = Settings(options.steps, options.batch, options.pool, options.learning_rate, options.seed)
-    figures = write_world_model(options.output, settings, options.device)
+    output, settings, device = command_line(__doc__, "output", DEFAULTS, argv)
+    figures = write_world_model(output, settings, device)
     print(
-        f"{options.output}: {figures['parameters'] / 1e6:.2f}M parameters, latent loss {figures['loss']:.4f}, "
+        f"{output}: {figures['parameters'] / 1e6:.2f}M parameters, latent loss {figures['loss']:.4f}, "
         f"pixel loss {figures['pixel_loss']:.4f}, std of features {figures['feature_std']:.2f}, "
         f"{figures['seconds']:.0f} s"
     )

@@ -1,10 +1,67 @@
-"""Print what the sandbox judge makes of true, degraded and violating clips.
+"""What the sandbox judge makes of true, degraded and violating clips.
 
 python -m eval.judges.sandbox.calibration
 """
 
-from eval.judges.sandbox.judge import calibrate
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eval.judges.sandbox.judge import SandboxJudgeConfig, build
+from eval.sandbox.clips import simulate
+from eval.sandbox.world import VIOLATIONS
 from train import entry
+
+CAUGHT_BELOW = 0.5  # physical score below which a clip counts as a violation
+
+
+def degrade(clips: Tensor, generator: torch.Generator, *, factor: int = 4, noise: float = 0.02) -> Tensor:
+    """What a good but soft generator does to true clips: `factor` times smaller and back, plus Gaussian noise.
+
+    Args: clips (N, T, H, W, 3) uint8; noise, standard deviation as a share of the full range. Returns the same shape.
+    """
+    count, frames, height, width, _ = clips.shape
+    planes = clips.flatten(0, 1).permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.avg_pool2d(planes, factor)
+    soft = torch.nn.functional.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
+    soft += 255 * noise * torch.randn(soft.shape, generator=generator, device=generator.device).to(soft.device)
+    return soft.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (count, frames))
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    kind: str  # "true", "true, degraded" or a violation
+    severity: float  # 0 for true clips
+    physical: float  # mean physical score
+    fifth_percentile: float  # of the physical scores
+    caught: float  # share of clips below CAUGHT_BELOW
+    semantic: float  # mean semantic score
+
+
+def calibrate(
+    count: int, seed: int, *, height: int = 64, width: int = 64, severities: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+) -> list[CalibrationRow]:
+    """The judge on held-out simulated clips: true ones, degraded ones, and every violation at every severity."""
+    judge = build(SandboxJudgeConfig(), "cpu")
+
+    def row(kind: str, severity: float, clips: Tensor, prompts: list[str]) -> CalibrationRow:
+        scores = judge(clips, prompts)
+        physical = scores.physical
+        caught = (physical < CAUGHT_BELOW).float().mean()
+        values = (physical.mean(), physical.quantile(0.05), caught, scores.semantic.mean())
+        return CalibrationRow(kind, severity, *(float(value) for value in values))
+
+    def draw(kind: str | None, severity: float) -> tuple[Tensor, list[str]]:
+        generator = torch.Generator().manual_seed(seed)
+        clips = simulate("mixed", count, generator, height=height, width=width, violation=kind, severity=severity)
+        return clips.frames, clips.prompts
+
+    frames, prompts = draw(None, 1.0)
+    rows = [row("true", 0.0, frames, prompts)]
+    rows.append(row("true, degraded", 0.0, degrade(frames, torch.Generator().manual_seed(seed)), prompts))
+    rows += [row(kind, severity, *draw(kind, severity)) for kind in VIOLATIONS for severity in severities]
+    return rows
 
 
 def main() -> None:

@@ -8,8 +8,6 @@ Physical score: the product over LAWS of 1 / sqrt(1 + (excess / scale)^2), where
 tolerance; the slow tail keeps bad clips comparable. Semantic score: the product of how well the prompt's colour,
 direction of motion, setting and event show. Both are multiplied by `alive`, which is 0 for a clip without objects or
 one that stands still: nothing in this world ever does.
-
-    python -m eval.judges.sandbox.calibration        prints the table of `calibrate`
 """
 
 from dataclasses import dataclass
@@ -18,13 +16,12 @@ import torch
 from torch import Tensor
 
 from eval.judges.sandbox.laws import LAWS as SCENE_LAWS
+from eval.judges.sandbox.laws import reference_area
 from eval.judges.sandbox.vision import Seen, observe
 from eval.judges.scores import Judge, Scores, Unjudged, check_clips
-from eval.sandbox.clips import SCENES, simulate
+from eval.sandbox.clips import SCENES
 from eval.sandbox.prompts import Request, parse_prompt
-from eval.sandbox.world import COLOUR_NAMES, VIOLATIONS
-
-CAUGHT_BELOW = 0.5  # physical score below which a clip counts as a violation
+from eval.sandbox.world import COLOUR_NAMES
 
 
 @dataclass(frozen=True)
@@ -134,36 +131,27 @@ def _measure(frames: Tensor, requests: list[Request], fps: float) -> dict[str, T
         [[COLOUR_NAMES.index(name) if name else -1 for name in colours] for colours in names], device=frames.device
     )
     seen = observe(frames, requested)
-    findings = SCENE_LAWS[requests[0].scene](seen, interval)
-    full = seen.area.quantile(0.75, dim=1)  # (n, K)
-    errors = {
-        "acceleration": findings.acceleration,
-        "jump": findings.jump,
-        "gravity": findings.gravity,
-        "energy": findings.energy,
-        "momentum": findings.momentum,
-        "penetration": findings.penetration,
-        "area": findings.area,
-        "stray": (seen.stray.mean(dim=1) / full.sum(dim=1).clamp(min=seen.pixel**2)).clamp(max=10),
-        "spread": _spread(seen, full),
-        "background": findings.background,
-    }
+    errors = SCENE_LAWS[requests[0].scene](seen, interval)
+    full = reference_area(seen)
+    errors["stray"] = (seen.stray.mean(dim=1) / full.sum(dim=1).clamp(min=seen.pixel**2)).clamp(max=10)
+    errors["spread"] = _spread(seen, full)
     # From world units to pixels and frames.
     pixels = {"px/frame^2": height * interval**2, "px": height}
     results: dict[str, Tensor] = {}
     physical = alive = _alive(seen, interval)
     for name, law in LAWS.items():
         factor = pixels.get(law.unit, 1.0)
-        excess = (errors[name] - law.tolerance - law.tolerance_pixels / factor).clamp(min=0)
+        error = errors.get(name, torch.zeros_like(alive))  # 0 where the scene has no such law
+        excess = (error - law.tolerance - law.tolerance_pixels / factor).clamp(min=0)
         results[f"law {name}"] = (1 + (excess / law.scale) ** 2).rsqrt()
-        results[f"error {name}"] = errors[name] * factor
+        results[f"error {name}"] = error * factor
         physical = physical * results[f"law {name}"]
-    excess = (findings.background - LAWS["background"].tolerance).clamp(min=0)
+    excess = (errors["background"] - LAWS["background"].tolerance).clamp(min=0)
     aspects = {
         "alive": alive,
         "colour": _colour(seen, requested),
         "direction": _direction(seen, requests, interval),
-        "scene": findings.event / (1 + (excess / SETTING_SCALE) ** 2),
+        "scene": errors["event"] / (1 + (excess / SETTING_SCALE) ** 2),
     }
     results |= {f"aspect {name}": values for name, values in aspects.items()}
     results["semantic"] = torch.stack(list(aspects.values())).prod(dim=0)
@@ -218,51 +206,3 @@ def _direction(seen: Seen, requests: list[Request], interval: float) -> Tensor:
         meets = torch.where(wanted != 0, (0.5 - 0.5 * moved[:, 1] * wanted).clamp(0, 1), moved[:, 1].abs().clamp(max=1))
         result = result * torch.where(oncoming, meets, 1.0)
     return result
-
-
-def degrade(clips: Tensor, generator: torch.Generator, *, factor: int = 4, noise: float = 0.02) -> Tensor:
-    """What a good but soft generator does to true clips: `factor` times smaller and back, plus Gaussian noise.
-
-    Args: clips (N, T, H, W, 3) uint8; noise, standard deviation as a share of the full range. Returns the same shape.
-    """
-    count, frames, height, width, _ = clips.shape
-    planes = clips.flatten(0, 1).permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.avg_pool2d(planes, factor)
-    soft = torch.nn.functional.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
-    soft += 255 * noise * torch.randn(soft.shape, generator=generator, device=generator.device).to(soft.device)
-    return soft.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (count, frames))
-
-
-@dataclass(frozen=True)
-class CalibrationRow:
-    kind: str  # "true", "true, degraded" or a violation
-    severity: float  # 0 for true clips
-    physical: float  # mean physical score
-    fifth_percentile: float  # of the physical scores
-    caught: float  # share of clips below CAUGHT_BELOW
-    semantic: float  # mean semantic score
-
-
-def calibrate(
-    count: int, seed: int, *, height: int = 64, width: int = 64, severities: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-) -> list[CalibrationRow]:
-    """The judge on held-out simulated clips: true ones, degraded ones, and every violation at every severity."""
-    judge = build(SandboxJudgeConfig(), "cpu")
-
-    def row(kind: str, severity: float, clips: Tensor, prompts: list[str]) -> CalibrationRow:
-        scores = judge(clips, prompts)
-        physical = scores.physical
-        caught = (physical < CAUGHT_BELOW).float().mean()
-        values = (physical.mean(), physical.quantile(0.05), caught, scores.semantic.mean())
-        return CalibrationRow(kind, severity, *(float(value) for value in values))
-
-    def draw(kind: str | None, severity: float) -> tuple[Tensor, list[str]]:
-        generator = torch.Generator().manual_seed(seed)
-        clips = simulate("mixed", count, generator, height=height, width=width, violation=kind, severity=severity)
-        return clips.frames, clips.prompts
-
-    frames, prompts = draw(None, 1.0)
-    rows = [row("true", 0.0, frames, prompts)]
-    rows.append(row("true, degraded", 0.0, degrade(frames, torch.Generator().manual_seed(seed)), prompts))
-    rows += [row(kind, severity, *draw(kind, severity)) for kind in VIOLATIONS for severity in severities]
-    return rows

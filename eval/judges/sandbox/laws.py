@@ -4,10 +4,12 @@ Motion is checked step by step: from each three frames, the acceleration that wa
 world demands there. Steps in which a contact must have happened (the free motion would have gone through the floor or
 the other ball, seen forwards or backwards in time) are left to the contact's own law, which compares conserved
 quantities before and after it and so needs no sub-frame timing.
+
+A scene's function returns errors (N,) in world units by their names in `eval.judges.sandbox.judge.LAWS`, without those
+that the scene does not have, and "event" (N,) in [0, 1]: the setting is there and the scene's event is seen.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,21 +33,6 @@ TOUCH = 0.015  # u, how near a predicted contact must come to be taken for one
 SLOWEST_IMPACT = 0.3  # u/s, impacts below it have no measurable restitution
 SLOWEST_APPROACH = 0.1  # u/s, the same for two balls
 CORNER = 0.13  # u, reach of the ramp's fillet on either side of its foot, where only the work is checked
-
-
-@dataclass
-class Findings:
-    """Errors (N,) of N clips of one scene, and what the scene shows."""
-
-    acceleration: Tensor  # u/s^2, root mean square over the steps
-    jump: Tensor  # u/s^2, the largest single step
-    gravity: Tensor  # relative: strength of the demanded acceleration over all steps together; 0 where none is demanded
-    energy: Tensor  # relative: restitution, or energy of a swing or slide, or speed behind the panel
-    momentum: Tensor  # relative change of the common momentum in a collision; 0 in other scenes
-    penetration: Tensor  # u, into (or off) what carries or holds the object
-    area: Tensor  # relative, mean over frames, of the worst object
-    background: Tensor  # grey levels, mean difference from the scene's setting
-    event: Tensor  # [0, 1]: the setting is there and the scene's event is seen
 
 
 def steps(track: Tensor, found: Tensor, interval: float) -> tuple[Tensor, Tensor]:
@@ -102,20 +89,13 @@ def around_contacts(speed: Tensor, contact: Tensor) -> tuple[Tensor, Tensor, Ten
 
     Returns before, after (N, S) and where a contact begins with free intervals on both sides (N, S) bool.
     """
-    before, after = torch.zeros_like(speed), torch.zeros_like(speed)
-    known_before, known_after = torch.zeros_like(contact), torch.zeros_like(contact)
-    value, known = speed[:, 0], torch.zeros_like(contact[:, 0])
-    for index in range(speed.shape[1]):
-        before[:, index], known_before[:, index] = value, known
-        value = torch.where(contact[:, index], value, speed[:, index])
-        known = known | ~contact[:, index]
-    value, known = speed[:, -1], torch.zeros_like(contact[:, 0])
-    for index in reversed(range(speed.shape[1])):
-        value = torch.where(contact[:, index], value, speed[:, index])
-        known = known | ~contact[:, index]
-        after[:, index], known_after[:, index] = value, known
-    previous = torch.nn.functional.pad(contact[:, :-1], (1, 0))
-    return before, after, contact & ~previous & known_before & known_after
+    count = speed.shape[1]
+    places = torch.arange(count, device=speed.device).expand_as(contact)
+    last = torch.where(contact, -1, places).cummax(dim=1).values
+    last = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)  # free interval before each, -1 for none
+    first = torch.where(contact, count, places).flip(1).cummin(dim=1).values.flip(1)  # that or after, `count` for none
+    begins = contact & (last >= 0) & (last == places - 1) & (first < count)
+    return speed.gather(1, last.clamp(min=0)), speed.gather(1, first.clamp(max=count - 1)), begins
 
 
 def predicted_contacts(gap: Tensor, pull: float) -> Tensor:
@@ -129,7 +109,7 @@ def predicted_contacts(gap: Tensor, pull: float) -> Tensor:
     return pad(forward < TOUCH, (1, 0)) | pad(backward < TOUCH, (0, 1))
 
 
-def projectile(seen: Seen, interval: float) -> Findings:
+def projectile(seen: Seen, interval: float) -> dict[str, Tensor]:
     centres, found = seen.centres[:, :, 0], seen.found[:, :, 0]
     radius = (reference_area(seen)[:, 0] / torch.pi).sqrt()
     x, y = centres.unbind(-1)
@@ -157,20 +137,19 @@ def projectile(seen: Seen, interval: float) -> Findings:
     near = FLOOR - radius[:, None] - lowest < 0.15
     rise = ((lowest - y) * near).amax(dim=1)
     fall = y.amax(dim=1) - y[:, 0]
-    return Findings(
-        acceleration=root_mean_square(residual, checked),
-        jump=largest(residual, checked),
-        gravity=strength_error(seen_acceleration[..., 1], torch.full_like(vertical, GRAVITY), valid & free),
-        energy=(energy * bounce).sum(dim=1) / bounce.sum(dim=1).clamp(min=1),
-        momentum=torch.zeros_like(fall),
-        penetration=depth,
-        area=area_error(seen),
-        background=background_error(seen, plain_setting(seen)),
-        event=(rise / 0.05).clamp(0, 1) * (fall / 0.1).clamp(0, 1),
-    )
+    return {
+        "acceleration": root_mean_square(residual, checked),
+        "jump": largest(residual, checked),
+        "gravity": strength_error(seen_acceleration[..., 1], torch.full_like(vertical, GRAVITY), valid & free),
+        "energy": (energy * bounce).sum(dim=1) / bounce.sum(dim=1).clamp(min=1),
+        "penetration": depth,
+        "area": area_error(seen),
+        "background": background_error(seen, plain_setting(seen)),
+        "event": (rise / 0.05).clamp(0, 1) * (fall / 0.1).clamp(0, 1),
+    }
 
 
-def collision(seen: Seen, interval: float) -> Findings:
+def collision(seen: Seen, interval: float) -> dict[str, Tensor]:
     radius = (reference_area(seen) / torch.pi).sqrt()  # (N, 2)
     x, y = seen.centres.unbind(-1)  # (N, T, 2)
     found = seen.found.all(dim=2)
@@ -202,20 +181,19 @@ def collision(seen: Seen, interval: float) -> Findings:
     clearance = y + radius[:, None] - FLOOR
     nearest = gap.amin(dim=1)
     approach, parting = gap[:, 0] - nearest, gap[:, -1] - nearest
-    return Findings(
-        acceleration=root_mean_square(residual, checked),
-        jump=largest(residual, checked),
-        gravity=torch.zeros_like(nearest),
-        energy=(energy * hit).sum(dim=1) / hits,
-        momentum=(momentum * hit).sum(dim=1) / hits,
-        penetration=torch.maximum((clearance**2).mean(dim=(1, 2)).sqrt(), overlap),
-        area=area_error(seen),
-        background=background_error(seen, plain_setting(seen)),
-        event=((approach - 0.03) / 0.03).clamp(0, 1) * (parting / 0.03).clamp(0, 1) * (nearest < 0.06),
-    )
+    return {
+        "acceleration": root_mean_square(residual, checked),
+        "jump": largest(residual, checked),
+        "energy": (energy * hit).sum(dim=1) / hits,
+        "momentum": (momentum * hit).sum(dim=1) / hits,
+        "penetration": torch.maximum((clearance**2).mean(dim=(1, 2)).sqrt(), overlap),
+        "area": area_error(seen),
+        "background": background_error(seen, plain_setting(seen)),
+        "event": ((approach - 0.03) / 0.03).clamp(0, 1) * (parting / 0.03).clamp(0, 1) * (nearest < 0.06),
+    }
 
 
-def pendulum(seen: Seen, interval: float) -> Findings:
+def pendulum(seen: Seen, interval: float) -> dict[str, Tensor]:
     found = seen.found[:, :, 0]
     right = seen.centres[:, :, 0, 0] - seen.aspect / 2
     down = seen.centres[:, :, 0, 1] - PIVOT_HEIGHT
@@ -232,20 +210,19 @@ def pendulum(seen: Seen, interval: float) -> Findings:
     energy = energy.unfold(1, 3, 1).mean(dim=-1)
     change = (energy.amax(dim=1) - energy.amin(dim=1)) / energy.median(dim=1).values.clamp(min=1e-3)
     swing = torch.minimum(right.amax(dim=1), -right.amin(dim=1))
-    return Findings(
-        acceleration=root_mean_square(residual, valid),
-        jump=largest(residual, valid),
-        gravity=strength_error(tangential, demanded, valid),
-        energy=change.clamp(max=NO_MEASUREMENT),
-        momentum=torch.zeros_like(change),
-        penetration=((distance - length[:, None]) ** 2).mean(dim=1).sqrt(),
-        area=area_error(seen),
-        background=background_error(seen, plain_setting(seen)),
-        event=(swing / 0.05).clamp(0, 1) * (seen.rod / 0.05).clamp(0, 1),
-    )
+    return {
+        "acceleration": root_mean_square(residual, valid),
+        "jump": largest(residual, valid),
+        "gravity": strength_error(tangential, demanded, valid),
+        "energy": change.clamp(max=NO_MEASUREMENT),
+        "penetration": ((distance - length[:, None]) ** 2).mean(dim=1).sqrt(),
+        "area": area_error(seen),
+        "background": background_error(seen, plain_setting(seen)),
+        "event": (swing / 0.05).clamp(0, 1) * (seen.rod / 0.05).clamp(0, 1),
+    }
 
 
-def ramp(seen: Seen, interval: float) -> Findings:
+def ramp(seen: Seen, interval: float) -> dict[str, Tensor]:
     centres, found = seen.centres[:, :, 0], seen.found[:, :, 0]
     half_side = reference_area(seen)[:, 0].sqrt() / 2
     x, y = centres.unbind(-1)
@@ -283,20 +260,19 @@ def ramp(seen: Seen, interval: float) -> Findings:
     under = y > surface.gather(1, (x / seen.pixel).long().clamp(0, surface.shape[1] - 1))
     clearance = torch.where(under, -to_surface, to_surface) - half_side[:, None]
     raised = (FLOOR - surface).amax(dim=1)
-    return Findings(
-        acceleration=root_mean_square(residual, valid),
-        jump=largest(residual, valid),
-        gravity=strength_error(tangential, demanded, valid & straight),
-        energy=(change.abs() / (GRAVITY * drop.clamp(min=0.05))).clamp(max=NO_MEASUREMENT),
-        momentum=torch.zeros_like(drop),
-        penetration=(clearance**2).mean(dim=1).sqrt(),
-        area=area_error(seen),
-        background=background_error(seen, ground_setting(seen, surface)),
-        event=((drop - 0.03) / 0.04).clamp(0, 1) * ((raised - 0.04) / 0.06).clamp(0, 1),
-    )
+    return {
+        "acceleration": root_mean_square(residual, valid),
+        "jump": largest(residual, valid),
+        "gravity": strength_error(tangential, demanded, valid & straight),
+        "energy": (change.abs() / (GRAVITY * drop.clamp(min=0.05))).clamp(max=NO_MEASUREMENT),
+        "penetration": (clearance**2).mean(dim=1).sqrt(),
+        "area": area_error(seen),
+        "background": background_error(seen, ground_setting(seen, surface)),
+        "event": ((drop - 0.03) / 0.04).clamp(0, 1) * ((raised - 0.04) / 0.06).clamp(0, 1),
+    }
 
 
-def occluder(seen: Seen, interval: float) -> Findings:
+def occluder(seen: Seen, interval: float) -> dict[str, Tensor]:
     full = reference_area(seen)[:, 0]
     radius = (full / torch.pi).sqrt()[:, None]
     x, y = seen.centres[:, :, 0].unbind(-1)
@@ -323,20 +299,18 @@ def occluder(seen: Seen, interval: float) -> Findings:
     clearance = (y + radius - FLOOR) * shown
     hidden = (seen.area[:, :, 0] < 0.3 * full[:, None]).any(dim=1)
     panel = (((right - left)[:, 0] - 0.06) / 0.06).clamp(0, 1)
-    return Findings(
-        acceleration=(step_error**2 + path_error**2).sqrt().clamp(max=NO_MEASUREMENT),
-        jump=largest(residual, valid),
-        gravity=torch.zeros_like(change),
-        energy=torch.where(both, change, 1.0).clamp(max=NO_MEASUREMENT),
-        momentum=torch.zeros_like(change),
-        penetration=((clearance**2).sum(dim=1) / shown.sum(dim=1).clamp(min=1)).sqrt(),
-        area=area_error(seen, expected[..., None]),
-        background=background_error(seen, panel_setting(seen, left, right)),
-        event=panel * hidden * both,
-    )
+    return {
+        "acceleration": (step_error**2 + path_error**2).sqrt().clamp(max=NO_MEASUREMENT),
+        "jump": largest(residual, valid),
+        "energy": torch.where(both, change, 1.0).clamp(max=NO_MEASUREMENT),
+        "penetration": ((clearance**2).sum(dim=1) / shown.sum(dim=1).clamp(min=1)).sqrt(),
+        "area": area_error(seen, expected[..., None]),
+        "background": background_error(seen, panel_setting(seen, left, right)),
+        "event": panel * hidden * both,
+    }
 
 
-LAWS: dict[str, Callable[[Seen, float], Findings]] = {
+LAWS: dict[str, Callable[[Seen, float], dict[str, Tensor]]] = {
     "projectile": projectile,
     "collision": collision,
     "pendulum": pendulum,

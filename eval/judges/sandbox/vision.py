@@ -35,11 +35,6 @@ class Seen:
     pixel: float  # u, side of a pixel
     aspect: float  # width / height
 
-    def pick(self, index: Tensor) -> "Seen":
-        """The clips `index`."""
-        fields = ("area", "centres", "found", "spread", "stray", "still", "flicker", "rod", "palette")
-        return Seen(**{name: getattr(self, name)[index] for name in fields}, pixel=self.pixel, aspect=self.aspect)
-
 
 def chroma_planes(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """frames (..., 3) uint8 -> two chroma coordinates, in units of an object's chroma, and grey; each (...)."""

@@ -10,10 +10,9 @@ from functools import partial
 
 from eval.judges import build_judge
 from eval.search.scorers import proprio
+from eval.search.scorers.baselines import most_motion, random_choice
 from eval.search.scorers.judge import JudgeScore
-from eval.search.scorers.most_motion import most_motion
 from eval.search.scorers.per_motion import PerMotion
-from eval.search.scorers.random_choice import random_choice
 from eval.search.scorers.surprise import Surprise
 
 PROPRIO = {
@@ -29,8 +28,8 @@ SCORERS = {
     "random": lambda config, backbone, fps, judging: random_choice,
     "most_motion": lambda config, backbone, fps, judging: most_motion,
     **PROPRIO,
-    "residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_global-uniform"](*given)),
-    "masked_residual_per_motion": lambda *given: PerMotion(PROPRIO["proprio_motion-uniform"](*given)),
+    "residual_per_motion": partial(PROPRIO["proprio_global-uniform"], kind=PerMotion),
+    "masked_residual_per_motion": partial(PROPRIO["proprio_motion-uniform"], kind=PerMotion),
     "surprise": lambda config, backbone, fps, judging: Surprise(config.surprise, backbone.device),
     "judge": lambda config, backbone, fps, judging: JudgeScore(build_judge(judging, fps, backbone.device)),
 }

@@ -10,36 +10,22 @@ the score is a mean over network passes, so it can race (`eval.search.racing`).
 A clip that stands still scores infinity: nothing in it could be right.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from eval.search.candidates import Candidates
-from eval.search.residuals import Residuals
-from eval.search.scorers.most_motion import motion_energy
+from eval.search.scorers.baselines import motion_energy
 from eval.search.scorers.proprio import Proprio
 
 
-@dataclass(frozen=True)
-class PerMotion:
-    """A Proprio score with uniform weighting over the motion energy."""
-
-    score: Proprio
-
-    def __post_init__(self) -> None:
-        assert self.score.weighting == "uniform", self.score.weighting
-
-    @property
-    def residuals(self) -> Residuals:
-        return self.score.residuals
+class PerMotion(Proprio):
+    """A Proprio score, with uniform weighting, over the motion energy."""
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        return divided(self.score(candidates), candidates.latents)
+        return divided(super().__call__(candidates), candidates.latents)
 
     def round_values(self, candidates: Candidates, number: int, chosen: list[int]) -> Tensor:
-        """The score from one round alone, (len(chosen),): their mean over all rounds is the score."""
-        return divided(self.score.round_values(candidates, number, chosen), candidates.latents[chosen])
+        return divided(super().round_values(candidates, number, chosen), candidates.latents[chosen])
 
 
 def divided(values: Tensor, latents: Tensor) -> Tensor:

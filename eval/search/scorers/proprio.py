@@ -79,6 +79,6 @@ def free_cells(candidates: Candidates) -> Tensor:
     return cells
 
 
-def build(config: Any, backbone: Backbone, *_: Any, variant: str, mask: str, weighting: str) -> Proprio:
+def build(config: Any, backbone: Backbone, *_: Any, kind: type[Proprio] = Proprio, **settings: str) -> Proprio:
     """The scorer of a SearchConfig; scorers built from equal settings share their passes."""
-    return Proprio(Residuals(backbone, config.residuals), variant, mask, weighting)
+    return kind(Residuals(backbone, config.residuals), **settings)

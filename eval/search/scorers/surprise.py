@@ -1,27 +1,15 @@
 """WMReward's surprise (arXiv 2601.10553): how badly a world model, V-JEPA 2, foresees the clip's later frames.
 
-Of a clip at most `frames` frames are taken, evenly. Windows of `window` of them every `stride`; the first `context` of
-each are encoded alone and the rest predicted from them; 1 - cosine, averaged. The world model is loaded at the first
-clip.
+`eval.search.world_model` says how; 1 - cosine, averaged over windows. The world model is loaded at the first clip.
 """
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from eval.search.candidates import Candidates
-from eval.search.world_model import FRAMES, WorldModel
-
-
-@dataclass
-class SurpriseConfig:
-    path: str = ""  # hub id or folder of a V-JEPA 2 model
-    frames: int = FRAMES  # of a clip, at most, evenly over it, as in the release; the next three count these
-    window: int = 16  # frames
-    context: int = 8  # frames of a window that are seen
-    stride: int = 8  # frames between windows
-    axis: str = "feature"  # cosine over features (the paper's text) or over tokens (its released code)
+from eval.search.world_model import SurpriseConfig, WorldModel
 
 
 class Surprise:
@@ -32,15 +20,17 @@ class Surprise:
             raise ValueError(
                 "search.surprise.path is empty: name a V-JEPA 2 model, or take surprise out of the scorers"
             )
-        self.config, self.device, self.model = config, device, None
+        self.config, self.device = config, device
+
+    @cached_property
+    def model(self) -> WorldModel:
+        return WorldModel(self.config.path, self.device)
+
+    def of(self, clips: Tensor, batch: int = 16) -> Tensor:
+        """(N,) of clips (N,T,H,W,3), see `WorldModel.surprise`."""
+        config = self.config
+        windows = {"window": config.window, "context": config.context, "stride": config.stride, "axis": config.axis}
+        return self.model.surprise(clips, **windows, batch=batch)
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        if self.model is None:
-            self.model = WorldModel(self.config.path, self.device)
-        config = self.config
-        with torch.no_grad():
-            values = self.model.surprise(
-                candidates.clips, frames=config.frames, window=config.window, context=config.context,
-                stride=config.stride, axis=config.axis,
-            )  # fmt: skip
-        return values.float().cpu()
+        return self.of(candidates.clips).float().cpu()

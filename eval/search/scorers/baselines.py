@@ -1,8 +1,10 @@
-"""The baseline that a self-score must beat: prefer the clip that moves most, without any network."""
+"""The baselines that a self-score must beat: the clip that moves most, and a random choice, without any network."""
 
+import torch
 from torch import Tensor
 
 from eval.search.candidates import Candidates
+from train.files import seed_of
 
 
 def motion_energy(latents: Tensor) -> Tensor:
@@ -14,3 +16,8 @@ def motion_energy(latents: Tensor) -> Tensor:
 
 def most_motion(candidates: Candidates) -> Tensor:
     return -motion_energy(candidates.latents)
+
+
+def random_choice(candidates: Candidates) -> Tensor:
+    """Uniform values, from the prompt's key alone: the same in every run."""
+    return torch.rand(len(candidates), generator=torch.Generator("cpu").manual_seed(seed_of(candidates.key)))

@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 from transformers import VJEPA2Config, VJEPA2Model
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN as MEAN
+from transformers.image_utils import IMAGENET_DEFAULT_STD as STD
 
 from eval.search.world_model import WorldModel, chosen_frames
-from train.teachers.vjepa2 import MEAN, STD
 
 
 @pytest.fixture(scope="module")

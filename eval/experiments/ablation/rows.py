@@ -70,19 +70,19 @@ def losers(count: int, **keys: Any) -> tuple[str, ...]:
     return (f"pipeline.losers.count={count}", *(f"pipeline.losers.{key}={value}" for key, value in keys.items()))
 
 
-CORRUPTED = "corrupted"  # made of the set "groups", by `ablation.corrupted`
-GROUPS |= {f"{count}x{steps}": losers(count, steps=steps) for count, steps in ((4, 5), (4, 3), (4, 2), (4, 1))}
+CORRUPTED = "losers_corrupted"  # made of the set "groups", by `ablation.corrupted`
+GROUPS |= {f"losers_{count}x{steps}": losers(count, steps=steps) for count, steps in ((4, 5), (4, 3), (4, 2), (4, 1))}
 GROUPS |= {
-    "1x5": losers(1, steps=5),
-    "1x3": losers(1, steps=3),
-    "1x2": losers(1, steps=2),
-    "1x3_unipc": losers(1, steps=3, solver="unipc"),
-    "1x3_guided": losers(1, steps=3, guidance=2),
-    "1x3_interval": losers(1, steps=3, guidance=2, guided="[0.8,1]"),
-    "cached": losers(4, cache=0.15),
-    **{f"winner_{t}": losers(4, steps=4, start="winner", start_time=f"0.{t}") for t in (80, 85, 90, 95)},
-    "wide_1x3": (*losers(1, steps=3), "pipeline.manifest=sandbox:mixed:512"),
-    "wide_4x3": (*losers(4, steps=3), "pipeline.manifest=sandbox:mixed:512"),
+    "losers_1x5": losers(1, steps=5),
+    "losers_1x3": losers(1, steps=3),
+    "losers_1x2": losers(1, steps=2),
+    "losers_1x3_unipc": losers(1, steps=3, solver="unipc"),
+    "losers_1x3_guided": losers(1, steps=3, guidance=2),
+    "losers_1x3_interval": losers(1, steps=3, guidance=2, guided="[0.8,1]"),
+    "losers_cached": losers(4, cache=0.15),
+    **{f"losers_winner_{t}": losers(4, steps=4, start="winner", start_time=f"0.{t}") for t in (80, 85, 90, 95)},
+    "losers_wide_1x3": (*losers(1, steps=3), "pipeline.manifest=sandbox:mixed:512"),
+    "losers_wide_4x3": (*losers(4, steps=3), "pipeline.manifest=sandbox:mixed:512"),
     CORRUPTED: (),
 }
 
@@ -255,8 +255,9 @@ ASKED_SELDOM = ("self_score.every=4", *ASKED[1:])
 def loser_rows(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     """The recipe's PhyGDPO with losers that cost less, or none, and with the time that this saves spent on training."""
 
-    def row(name: str, label: str, groups: str, passes: float, overrides: tuple[str, ...] = (), **options) -> Row:
-        return Row(name, label, "train.gdpo", overrides, groups=groups, passes=passes, **{"against": "gdpo"} | options)
+    def row(name: str, label: str, groups: str, passes: float | None, overrides: tuple[str, ...] = (), **more) -> Row:
+        groups = groups if groups == "groups" else f"losers_{groups}"
+        return Row(name, label, "train.gdpo", overrides, groups=groups, passes=passes, **{"against": "gdpo"} | more)
 
     def asked(strength: float) -> tuple[str, ...]:
         return (*ASKED_SELDOM, f"self_score.strength={strength:g}")

@@ -32,13 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import VJEPA2Config, VJEPA2Model
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN as MEAN
+from transformers.image_utils import IMAGENET_DEFAULT_STD as STD
 
 from eval.sandbox.splits import is_held_out, simulate_block
 from eval.sandbox.training import GRADIENT_NORM, Settings, command_line, seeded
 from train import entry
 from train.clips import VideoConfig
 from train.files import temporary
-from train.teachers.vjepa2 import MEAN, STD
 
 VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=8.0)
 ARCHITECTURE: dict[str, Any] = {

@@ -7,10 +7,10 @@
 
 In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
 diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keeping only each block's input
-(`low_memory`), with 8-bit products (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full
-fine-tuning against a copied reference, which is what the LoRA switch replaces (`copy`); `ours` with the physics terms
-on stored targets (`physics`), and in a step in which the self-score regulariser is due (`self_score`; `amortised` is
-over `self_score.every` steps). Launched on several GPUs every rank measures on its own GPU at the same time as the
+(`low_memory`), with the reference's errors known (`cached`, as train.reference_cache does), with 8-bit products
+(`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full fine-tuning against a copied reference,
+which is what the LoRA switch replaces (`copy`); `ours` with the physics terms on stored targets (`physics`), and in a
+step in which the self-score regulariser is due (`self_score`; `amortised` is over `self_score.every` steps). Launched on several GPUs every rank measures on its own GPU at the same time as the
 others, and the first rank's figures are kept; `zero3` is `ours` with the frozen network sharded over them, a group on
 each. What follows `ours` has its ratio to it in the same run. The arithmetic limit is counted, without recomputation,
 at the ceilings' rates:
@@ -56,7 +56,19 @@ from train.terms.physics import build_heads
 from train.tools.baselines import CopiedReference, limit, measure_ceilings, plain
 from train.tools.breakdown import draw_chart, time_step
 
-PARTS = ("ceilings", "plain", "ours", "low_memory", "float8", "groupwise", "copy", "physics", "self_score", "zero3")
+PARTS = (
+    "ceilings",
+    "plain",
+    "ours",
+    "low_memory",
+    "float8",
+    "groupwise",
+    "copy",
+    "cached",
+    "physics",
+    "self_score",
+    "zero3",
+)
 KINDS = ("", "_sustained")  # of ceilings
 LOSERS = 4  # of `groupwise`
 # What the recipe's step is measured with, by section, and what else some parts change.
@@ -67,6 +79,7 @@ NO_TERMS = {
 }
 CHANGES = {
     "low_memory": {"train": {"memory_budget_gib": 1e-3}},
+    "cached": {"train": {"reference_cache": "known"}},
     "float8": {"train": {"float8": True}},
     "groupwise": {"objective": {"loss": "plackett_luce"}},
     "physics": {"physics": {"trajectory": 1.0, "relational": 1.0}},
@@ -128,6 +141,8 @@ def ours(config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelera
     """`gdpo.step`, optimizer included. `ranks`: those to shard the frozen network over."""
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
     policy = Policy(backbone, switch, build_heads(config, backbone))
+    if config.train.reference_cache:
+        policy.cache = SimpleNamespace(read=lambda _: torch.ones(1, 1 + losers, device=backbone.device))
     engine = None if ranks is None else partition(ranks, backbone.transformer)
     prepare_network(backbone.transformer, switch, config, gradients=1 + losers)
     measured = _preference_step(config, policy, losers, engine)

@@ -10,8 +10,9 @@ diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keepi
 (`low_memory`), with the reference's errors known (`cached`, as train.reference_cache does), with 8-bit products
 (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full fine-tuning against a copied reference,
 which is what the LoRA switch replaces (`copy`); `ours` with the physics terms on stored targets (`physics`), and in a
-step in which the self-score regulariser is due (`self_score`; `amortised` is over `self_score.every` steps). Launched on several GPUs every rank measures on its own GPU at the same time as the
-others, and the first rank's figures are kept; `zero3` is `ours` with the frozen network sharded over them, a group on
+step in which the self-score regulariser is due (`self_score`; `amortised` is over `self_score.every` steps). Launched
+on several GPUs every rank measures on its own GPU at the same time as the others, and the first rank's figures are
+kept; `zero3` is `ours` with the frozen network sharded over them, a group on
 each. What follows `ours` has its ratio to it in the same run. The arithmetic limit is counted, without recomputation,
 at the ceilings' rates:
 

@@ -1,5 +1,6 @@
 """Fixtures of the training tests: one tiny Wan pipeline and its preference groups a session, and short runs on them."""
 
+import gc
 import getpass
 import json
 import multiprocessing
@@ -33,6 +34,12 @@ LATENT_SHAPE = (16, 5, 8, 8)  # (C, F, H, W) of the tiny recipe: 64x64 pixels, 1
 TEXT_SHAPE = (12, 64)  # (L', D)
 # Metrics that differ from run to run.
 CLOCK = {"seconds", "data_seconds", "tokens_per_second", "tflops_per_device", "memory_gib", "eta_seconds"}
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import stays for good: collecting garbage, as a build does after every stage, skips it."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

@@ -22,6 +22,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from train import entry, files
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, latent_shape, num_tokens
 from train.files import lock, write_text
+from train.sampling import sampling_passes
 
 ORDER = tuple(STAGES)
 CHOICES = (NO_PHYSICS, NOT_CHOSEN)  # reasons that say nothing bad of a row: they are not quarantined
@@ -91,6 +93,9 @@ def plan(config: Config) -> str:
     """The derived numbers, without weights. Raises ValueError where the video size does not suit the backbone."""
     video, settings, losers = config.video, config.pipeline, config.pipeline.losers.count
     setup, architecture = Setup(config, "cpu"), _architecture(config.backbone)
+    shell = load_backbone(replace(config.backbone, path="", random_weights=True), "cpu", parts=())
+    start = settings.losers.start_time if settings.losers.from_winner else 1.0
+    passes = sampling_passes(shell, setup.loser_sampler, start=start)
     size = (video.height, video.width, video.num_frames)
     channels, frames, rows, columns = latent_shape(architecture, *size)
     family = BACKBONES[config.backbone.family]
@@ -107,7 +112,8 @@ def plan(config: Config) -> str:
         "rows": f"{sum(map(sum, pieces))}, of which {usable} usable before their clips are read",
         "groups": f"{most} at most",
         "units": f"{-(-most // settings.unit_size)} of {settings.unit_size} rows",
-        "losers to generate": f"{most * losers} clips, {losers} per group, {config.sampler.steps} steps each",
+        "losers to generate": f"{most * losers} clips, {losers} per group, {passes} network passes each",
+        "network passes": f"{most * losers * passes} for losers",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "latent shape": f"({channels}, {frames}, {rows}, {columns})",
         "tokens": f"{num_tokens(architecture, *size)} per clip",

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import recipes
 from data_pipeline import build, config, tables
 from data_pipeline.own_clips import ClipMaker
 from data_pipeline.stages import STAGES
@@ -171,6 +172,34 @@ def test_winner_and_losers_are_what_the_backbone_makes(built, model, clips):
     sampler = SamplerConfig(steps=2, guidance=2.0)
     loser = sample_clips(backbone, text, seeds, VideoConfig(64, 64, 9, 8.0), sampler, progress=False)
     torch.testing.assert_close(group.losers[1], loser[0].bfloat16())
+
+
+def test_losers_have_a_sampler_of_their_own(built, copied, model, clips):
+    """Steps, solver, guidance and start are the losers' alone; changed ones make the losers anew, and nothing else."""
+    own = ["pipeline.losers.steps=3", "pipeline.losers.solver=euler", "pipeline.losers.guidance=1"]
+    own += ["pipeline.losers.start=winner", "pipeline.losers.start_time=0.8"]
+    build.main(arguments(model, built / "clips.csv", copied / "out", *own))
+    before, after = by_key(built / "out"), by_key(copied / "out")
+    backbone = load_backbone(
+        BackboneConfig(path=str(model), architecture="tiny", dtype="float32", text_length=32), "cpu"
+    )
+    video = VideoConfig(64, 64, 9, 8.0)
+    assert torch.equal(before["green"].winner, after["green"].winner)
+    clean = backbone.encode_video(from_pixels(read_clip(clips / "green.mp4", video))[None])
+    seeds = [loser.seed for loser in after["green"].losers_info]
+    sampler = SamplerConfig("euler", steps=3, guidance=1.0)
+    text = backbone.condition(["a green ball falls"])
+    made = sample_clips(backbone, text, seeds, video, sampler, clean=clean.expand(2, -1, -1, -1, -1), start=0.8)
+    torch.testing.assert_close(after["green"].losers, made.bfloat16(), rtol=1e-2, atol=1e-2)
+    shutil.copytree(copied / "out", copied / "again")
+    build.main(arguments(model, built / "clips.csv", copied / "again", *own, "sampler.guidance=3"))
+    assert shards(copied / "again").keys() == shards(copied / "out").keys()
+    assert {name: data for name, (data, _) in shards(copied / "again").items()} == {
+        name: data for name, (data, _) in shards(copied / "out").items()
+    }
+    written = copied / "out" / "groups" / "build" / "recipe.yaml"
+    said = recipes.load(build.Config, [f"recipe={written}"]).pipeline.losers
+    assert (said.count, said.steps, said.solver, said.start, said.start_time) == (2, 3, "euler", "winner", 0.8)
 
 
 def test_bad_rows_are_quarantined_and_the_good_ones_kept(model, clips, tmp_path, capsys):
@@ -592,6 +621,11 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
         ("video.height=60", "height=60 is no multiple of 16.*64"),
         ("video.num_frames=10", "num_frames=10"),
         ("pipeline.losers.count=-1", "pipeline.losers.count=-1: use 0 or more"),
+        ("pipeline.losers.start=clip", "pipeline.losers.start='clip': must be one of noise, winner"),
+        ("pipeline.losers.start_time=1", "pipeline.losers.start_time=1.0: must lie in .0, 1."),
+        ("pipeline.losers.solver=heun", "pipeline.losers.solver='heun': must be one of euler, unipc, dpm"),
+        ("pipeline.losers.cache=2", "pipeline.losers.cache=2.0: give 0"),
+        ("pipeline.num_losers=3", "pipeline.num_losers; it is pipeline.losers.count now"),
         ("pipeline.encode_batch=0", "pipeline.encode_batch=0: use 1 or more"),
         ("pipeline.manifest=sandbox:mixed", "sandbox:<scene>:<count>.*projectile"),
         ("pipeline.manifest=sandbox:mixed:0", "sandbox:<scene>:<count>"),
@@ -631,7 +665,7 @@ def test_dry_run_prints_the_numbers_and_writes_nothing(built, model, tmp_path, n
     for line in (
         "rows                5, of which 5 usable",
         "units               3 of 2 rows",
-        "losers to generate  10 clips, 2 per group, 2 steps each",
+        "losers to generate  10 clips, 2 per group, 4 network passes each",
         "latent shape        (16, 3, 8, 8)",
         "tokens              48 per clip",
         "bytes per group     18432 and at most 4096 of text",

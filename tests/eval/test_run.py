@@ -163,7 +163,7 @@ def test_clips_are_kept_without_loss(tuned):
     backbone = load_backbone(BackboneConfig(path=str(tuned.model), dtype="float32", text_length=64), "cpu")
     score = json.loads((tuned.eval / "scores.jsonl").read_text(encoding="utf-8").splitlines()[6])
     assert (score["model"], score["clip"]) == ("base", 1)
-    sampler = SamplerConfig(steps=2, guidance=1.0, shift=3.0)
+    sampler = SamplerConfig("euler", steps=2, guidance=1.0, shift=3.0)
     latents = sample_clips(backbone, backbone.condition([score["prompt"]]), [1], VIDEO, sampler, progress=False)
     expected = making.to_pixels(backbone.decode_latents(latents))[0]
     clip = read_clip(tuned.eval / "sandbox" / "clips" / "base" / f"{score['key']}-0.mp4", VIDEO)

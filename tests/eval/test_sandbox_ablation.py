@@ -5,17 +5,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import recipes
 from data_pipeline import build
 from eval import run as eval_run
+from eval.experiments.ablation import corrupted
 from eval.experiments.ablation import rows as ablation_rows
 from eval.experiments.ablation import run as ablation
 from eval.experiments.ablation.plan import READS, Plan, read_recipe
-from eval.experiments.ablation.rows import DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
+from eval.experiments.ablation.rows import CORRUPTED, DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
 from eval.experiments.ablation.runner import Processes, StepFailed, read_scores
+from tests.synthetic_groups import write_synthetic_groups
 from train import gdpo, sft
+from train.backbones import load_backbone
+from train.groups import GroupSet
+from train.sampling import sampling_passes
 
 CONFIGS = {
     "data_pipeline.build": build.Config,
@@ -26,6 +32,7 @@ CONFIGS = {
 RECIPE = {"objective": {"beta": 50.0}}
 ROWS = SUITES["preference"](RECIPE).rows
 PHYSICS = SUITES["physics"](RECIPE).rows
+LOSERS, TRANSFER = ablation_rows.loser_rows({}).rows, ablation_rows.transfer({}).rows
 # Physical scores of two clips by model and seed.
 PHYSICAL = {
     "base": {0: [0.0, 0.5], 1: [0.5, 0.5]},
@@ -289,7 +296,12 @@ def planned(**changes):
 def test_builds_and_evaluations_accept_their_arguments(on_gpu, capsys):
     plan = planned(on_gpu=on_gpu)
     for name in GROUPS:
-        made = recipes.load(build.Config, plan.build_arguments(name, 3))
+        module, arguments = plan.build_command(name, 3)
+        if name == CORRUPTED:
+            assert arguments == ["runs/ablation/groups-3", "runs/ablation/losers_corrupted-3", "3"]
+            continue
+        made = recipes.load(build.Config, arguments)
+        assert module == "data_pipeline.build"
         assert made.pipeline.groups == f"runs/ablation/{name}-3" and made.seed == 3 and made.sampler.steps == 4
     for name in ("base", "gdpo"):  # without training and with it
         measured = recipes.load(eval_run.Config, plan.eval_arguments(ROWS[name], 3))
@@ -300,7 +312,7 @@ def test_builds_and_evaluations_accept_their_arguments(on_gpu, capsys):
 
 def test_rows_differ_in_training_alone():
     """So that the builds and evaluations above stand for those of every row."""
-    for row in (*ROWS.values(), *PHYSICS.values()):
+    for row in (*ROWS.values(), *PHYSICS.values(), *LOSERS.values(), *TRANSFER.values()):
         like = ROWS["gdpo"] if row.trainer else ROWS["base"]
         own, others = (planned().eval_arguments(one, 3) for one in (row, like))
         assert [argument.replace(f"/{row.name}-3", f"/{like.name}-3") for argument in own] == others
@@ -308,12 +320,14 @@ def test_rows_differ_in_training_alone():
 
 
 def test_every_trainer_accepts_its_arguments(capsys):
-    for row in [row for row in (*ROWS.values(), *PHYSICS.values()) if row.trainer]:
+    for row in [row for suite in (ROWS, PHYSICS, LOSERS, TRANSFER) for row in suite.values() if row.trainer]:
         arguments = planned().train_arguments(row, 3)
         assert arguments == planned(on_gpu=True).train_arguments(row, 3), row
         config = recipes.load(CONFIGS[row.trainer], arguments)
         gdpo.check(config)
-        assert config.train.folder == f"runs/ablation/{row.name}-3/train" and config.optim.steps == 5, row
+        own = dict(pair.split("=") for pair in row.overrides)
+        steps = int(own.get("optim.steps", 5))
+        assert config.train.folder == f"runs/ablation/{row.name}-3/train" and config.optim.steps == steps, row
         assert config.train.groups == f"runs/ablation/{row.groups}-3" and config.seed == 3, row
         assert config.optim.lr_end <= config.optim.lr, row
         if row.sweep:
@@ -412,3 +426,30 @@ def test_what_cannot_be_run_is_refused_at_once(tmp_path, arguments, message):
 def test_a_folder_or_a_file_is_needed():
     with pytest.raises(ValueError, match="--folder"):
         ablation.main([])
+
+
+def test_passes_are_those_of_the_losers():
+    """Count times steps, twice where guidance is applied: at t = 1, .857 and .6, of which two are above 0.8."""
+    base = read_recipe(())["sampler"]
+    for row in (row for row in LOSERS.values() if row.passes is not None and row.groups != CORRUPTED and row.passes):
+        arguments = Plan(Path("a"), (0,)).build_command(row.groups, 0)[1]
+        config = recipes.load(build.Config, arguments)
+        sampler = config.pipeline.losers.sampler(config.sampler)
+        backbone = load_backbone(config.backbone, "cpu", parts=())
+        start = config.pipeline.losers.start_time if config.pipeline.losers.from_winner else 1.0
+        assert config.pipeline.losers.count * sampling_passes(backbone, sampler, start=start) == row.passes, row.name
+    assert base["steps"] == 10
+
+
+def test_corrupted_losers_are_the_winners_frames_in_another_order(tmp_path):
+    write_synthetic_groups(tmp_path / "groups", num_groups=3, num_losers=2, latent_shape=(4, 5, 2, 2))
+    corrupted.main([str(tmp_path / "groups"), str(tmp_path / "made"), "0"])
+    before, after = GroupSet(tmp_path / "groups"), GroupSet(tmp_path / "made")
+    assert len(after) == 3 and after.fingerprint == before.fingerprint
+    for index in range(3):
+        one, other = before[index], after[index]
+        assert torch.equal(one.winner, other.winner) and one.key == other.key
+        for loser in other.losers:
+            assert torch.equal(loser[:, 0], one.winner[:, 0]) and not torch.equal(loser, one.winner)
+            order = [int((one.winner == loser[:, [f]]).all(dim=(0, 2, 3)).nonzero()) for f in range(5)]
+            assert sorted(order) == [0, 1, 2, 3, 4]

@@ -94,8 +94,7 @@ def plan(config: Config) -> str:
     video, settings, losers = config.video, config.pipeline, config.pipeline.losers.count
     setup, architecture = Setup(config, "cpu"), _architecture(config.backbone)
     shell = load_backbone(replace(config.backbone, path="", random_weights=True), "cpu", parts=())
-    start = settings.losers.start_time if settings.losers.from_winner else 1.0
-    passes = sampling_passes(shell, setup.loser_sampler, start=start)
+    passes = sampling_passes(shell, setup.loser_sampler, start=settings.losers.start_time)
     size = (video.height, video.width, video.num_frames)
     channels, frames, rows, columns = latent_shape(architecture, *size)
     family = BACKBONES[config.backbone.family]

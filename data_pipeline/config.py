@@ -71,9 +71,6 @@ class ResampleConfig:
         return self.budget > 0 and self.tau > 0
 
 
-STARTS = ("noise", "winner")
-
-
 @dataclass
 class LosersConfig:
     """How losers are sampled: as the section `sampler` says but for the keys that are set here. Null: as there.
@@ -88,20 +85,17 @@ class LosersConfig:
     guidance: float | None = None
     guided: list[float] | None = None
     cache: float | None = None
-    start: str = "noise"  # noise | winner: the real clip, noised to start_time
-    start_time: float = 0.9  # on the sandbox losers from 0.7 teach nothing
+    # The time t to begin at. 1: with noise; in (0, 1): with the winner, noised to it, such as 0.9 (on the sandbox
+    # losers from 0.7 teach nothing).
+    start_time: float = 1.0
 
     def __post_init__(self) -> None:
         if self.count < 0:
             raise ValueError(f"pipeline.losers.count={self.count}: use 0 or more")
-        if self.start not in STARTS:
-            raise ValueError(f"pipeline.losers.start={self.start!r}: must be one of {', '.join(STARTS)}")
-        if not 0 < self.start_time < 1:
-            raise ValueError(f"pipeline.losers.start_time={self.start_time}: must lie in (0, 1), such as 0.9")
-
-    @property
-    def from_winner(self) -> bool:
-        return self.start == "winner"
+        if not 0 < self.start_time <= 1:
+            raise ValueError(
+                f"pipeline.losers.start_time={self.start_time}: must lie in (0, 1), such as 0.9, or be 1: noise alone"
+            )
 
     def sampler(self, evaluation: SamplerConfig) -> SamplerConfig:
         """ValueError for settings that cannot work."""
@@ -238,7 +232,7 @@ class Setup:
     @property
     def loser_settings(self) -> dict[str, Any]:
         losers = self.pipeline.losers
-        start = {"start": [losers.start, losers.start_time]} if losers.from_winner else {}
+        start = {"start_time": losers.start_time} if losers.start_time < 1 else {}
         return self.clip_settings(self.loser_sampler, losers.count) | start
 
     @property

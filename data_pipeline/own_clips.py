@@ -26,12 +26,10 @@ PARTS = ("text", "vae", "transformer")
 
 class ClipMaker:
     """Makes `num_clips` clips per row and keeps them in `store`: {"losers": (M, C, F, H, W) bfloat16} each. Whole rows
-    are sampled together where pipeline.batch_size covers more than one. start_time: begin with the row's own clip,
-    noised to this time; None: with noise."""
+    are sampled together where pipeline.batch_size covers more than one. start_time: where it is not
+    1, they begin with the row's own clip, noised to it."""
 
-    def __init__(
-        self, setup: Setup, store: Store, num_clips: int, sampler: SamplerConfig, *, start_time: float | None = None
-    ):
+    def __init__(self, setup: Setup, store: Store, num_clips: int, sampler: SamplerConfig, *, start_time: float = 1.0):
         self.setup, self.store, self.num_clips = setup, store, num_clips
         self.sampler, self.start_time = sampler, start_time
         self.reader = FrameReader(setup.video, setup.device)
@@ -53,16 +51,16 @@ class ClipMaker:
         if not self.num_clips:
             return {}
         read = self.reader.read_first if self.setup.first_frame else self.reader.check
-        read = read if self.start_time is None else self.reader.read
+        read = self.reader.read if self.start_time < 1 else read
         together = max(1, self.setup.pipeline.batch_size // self.num_clips)  # rows
         return self.store.make_missing(rows, read, self.generate, together=together, advance=advance)
 
     @torch.no_grad()
     def generate(self, rows: Sequence[TableRow], begins: list[Tensor | None]) -> list[dict[str, Tensor]]:
         """What is kept of each row, `pipeline.batch_size` clips at a time. begins: their first frames (H, W, 3) uint8
-        where the model's clips begin with them; all frames (T, H, W, 3) with a start_time."""
+        where the model's clips begin with them; all frames (T, H, W, 3) with a start_time below 1."""
         setup, size, first, clean = self.setup, self.setup.pipeline.batch_size, None, None
-        if self.start_time is not None:
+        if self.start_time < 1:
             frames = from_pixels(torch.stack(begins).to(self.backbone.device))  # (B, 3, T, H, W)
             clean = self.backbone.encode_video(frames, batch_size=setup.pipeline.encode_batch).cpu()
             begins = [clip[0] for clip in begins]
@@ -81,7 +79,7 @@ class ClipMaker:
                 self.sampler,
                 negative=self.negative,
                 clean=None if clean is None else clean[[place for place, _ in batch]],
-                start=1.0 if self.start_time is None else self.start_time,
+                start=self.start_time,
                 progress=False,
             )
             latents.append(made.cpu())

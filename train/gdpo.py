@@ -93,8 +93,6 @@ class ObjectiveConfig:
     # shift 5. On the sandbox uniform t with shift 1, of which half lies below 0.5, was 0.011 worse than these, paired,
     # and uniform with shift 3 or 5 as good (eval/experiments/ablation/ablation_timesteps.json).
     timesteps: str = "logit_normal"  # uniform | logit_normal
-    logit_mean: float = 0.0  # of logit_normal
-    logit_std: float = 1.0  # of logit_normal
     timestep_shift: float = 3.0  # t <- s t / (1 + (s - 1) t), after the draw
     t_min: float = 0.0  # t is mapped linearly into [t_min, t_max]: an expert's share of [0, 1]
     t_max: float = 1.0
@@ -189,7 +187,7 @@ def draw_time(objective: ObjectiveConfig, generator: torch.Generator) -> Tensor:
     if objective.timesteps == "uniform":
         t = torch.rand((), generator=generator)
     else:
-        t = torch.sigmoid(objective.logit_mean + objective.logit_std * torch.randn((), generator=generator))
+        t = torch.sigmoid(torch.randn((), generator=generator))
     t = objective.timestep_shift * t / (1 + (objective.timestep_shift - 1) * t)
     return objective.t_min + (objective.t_max - objective.t_min) * t
 

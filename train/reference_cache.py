@@ -25,7 +25,7 @@ from train.files import write_text
 from train.groups import GroupSet
 
 # Keys of a recipe, by section, that errors depend on: all of the bits, as rounding goes with the kernels.
-DRAWN = ("loss", "winner", "noise", "timesteps", "logit_mean", "logit_std", "timestep_shift", "t_min", "t_max")
+DRAWN = ("loss", "winner", "noise", "timesteps", "timestep_shift", "t_min", "t_max")
 KEYS = {
     "objective": DRAWN,
     "backbone": ("dtype", "text_length", "attention", "expert", "compile"),

@@ -24,8 +24,7 @@ class Generate(Stage):
         super().__init__(setup)
         self.store = setup.losers
         losers = setup.pipeline.losers
-        start_time = losers.start_time if losers.from_winner else None
-        self.maker = ClipMaker(setup, self.store, losers.count, setup.loser_sampler, start_time=start_time)
+        self.maker = ClipMaker(setup, self.store, losers.count, setup.loser_sampler, start_time=losers.start_time)
 
     def plan(self, before: Table) -> list[Unit]:
         units = []

@@ -177,7 +177,7 @@ def test_winner_and_losers_are_what_the_backbone_makes(built, model, clips):
 def test_losers_have_a_sampler_of_their_own(built, copied, model, clips):
     """Steps, solver, guidance and start are the losers' alone; changed ones make the losers anew, and nothing else."""
     own = ["pipeline.losers.steps=3", "pipeline.losers.solver=euler", "pipeline.losers.guidance=1"]
-    own += ["pipeline.losers.start=winner", "pipeline.losers.start_time=0.8"]
+    own += ["pipeline.losers.start_time=0.8"]
     build.main(arguments(model, built / "clips.csv", copied / "out", *own))
     before, after = by_key(built / "out"), by_key(copied / "out")
     backbone = load_backbone(
@@ -199,7 +199,7 @@ def test_losers_have_a_sampler_of_their_own(built, copied, model, clips):
     }
     written = copied / "out" / "groups" / "build" / "recipe.yaml"
     said = recipes.load(build.Config, [f"recipe={written}"]).pipeline.losers
-    assert (said.count, said.steps, said.solver, said.start, said.start_time) == (2, 3, "euler", "winner", 0.8)
+    assert (said.count, said.steps, said.solver, said.start_time) == (2, 3, "euler", 0.8)
 
 
 def test_bad_rows_are_quarantined_and_the_good_ones_kept(model, clips, tmp_path, capsys):
@@ -621,8 +621,8 @@ def test_no_usable_row_is_an_error_that_names_the_reasons(model, clips, tmp_path
         ("video.height=60", "height=60 is no multiple of 16.*64"),
         ("video.num_frames=10", "num_frames=10"),
         ("pipeline.losers.count=-1", "pipeline.losers.count=-1: use 0 or more"),
-        ("pipeline.losers.start=clip", "pipeline.losers.start='clip': must be one of noise, winner"),
-        ("pipeline.losers.start_time=1", "pipeline.losers.start_time=1.0: must lie in .0, 1."),
+        ("pipeline.losers.start_time=0", "pipeline.losers.start_time=0.0: must lie in .0, 1."),
+        ("pipeline.losers.start_time=1.1", "pipeline.losers.start_time=1.1: must lie in .0, 1."),
         ("pipeline.losers.solver=heun", "pipeline.losers.solver='heun': must be one of euler, unipc, dpm"),
         ("pipeline.losers.cache=2", "pipeline.losers.cache=2.0: give 0"),
         ("pipeline.num_losers=3", "pipeline.num_losers; it is pipeline.losers.count now"),

@@ -436,8 +436,8 @@ def test_passes_are_those_of_the_losers():
         config = recipes.load(build.Config, arguments)
         sampler = config.pipeline.losers.sampler(config.sampler)
         backbone = load_backbone(config.backbone, "cpu", parts=())
-        start = config.pipeline.losers.start_time if config.pipeline.losers.from_winner else 1.0
-        assert config.pipeline.losers.count * sampling_passes(backbone, sampler, start=start) == row.passes, row.name
+        losers = config.pipeline.losers
+        assert losers.count * sampling_passes(backbone, sampler, start=losers.start_time) == row.passes, row.name
     assert base["steps"] == 10
 
 

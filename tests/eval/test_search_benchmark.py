@@ -12,7 +12,7 @@ QUICK += ["search.refine.levels=2", "search.refine.draws=2"]
 
 
 def test_all_parts_run_and_are_written(tmp_path, capsys):
-    quick = [*QUICK, f"output={tmp_path}", "search_benchmark.fused=false", "search.refine.steps=2"]
+    quick = [*QUICK, f"output={tmp_path}", "backbone.compile=false", "search.refine.steps=2"]
     results = benchmark.main([*quick, "search.residuals.levels=2", "search.residuals.draws=2"])
     assert json.loads((tmp_path / "search_benchmark.json").read_text(encoding="utf-8")) == results
     assert {part: results[part]["passes"] for part in benchmark.PARTS} == {

@@ -426,8 +426,8 @@ def test_time_distributions():
     limit = 1.63 / math.sqrt(4000) + 1 / 4000
     uniform = draws(gdpo.ObjectiveConfig(timesteps="uniform", timestep_shift=1.0))
     assert quantile_distance(uniform, lambda t: t) < limit
-    normal = torch.distributions.Normal(0.4, 1.5)
-    logit = draws(gdpo.ObjectiveConfig(logit_mean=0.4, logit_std=1.5, timestep_shift=1.0))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    logit = draws(gdpo.ObjectiveConfig(timestep_shift=1.0))
     assert quantile_distance(logit, lambda t: normal.cdf(torch.logit(t.clamp(1e-12, 1 - 1e-12)))) < limit
     shifted = draws(gdpo.ObjectiveConfig(timesteps="uniform"))
     assert torch.allclose(shifted, 3 * uniform / (1 + 2 * uniform), atol=1e-6)  # s = 3, t = .5 gives .75

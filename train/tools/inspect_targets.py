@@ -6,7 +6,7 @@
 
 Frames are decoded from the winner's latent. Tracks of kept points are coloured, from dark for the highest in the first
 frame to bright, the others grey; a point is drawn only while it is visible. With a checkpoint that has heads
-(`train.terms.physics`) the last row shows where the network thinks that the kept points go, at noise level `inspect.t`,
+(`train.terms.physics`) the last row shows where the network thinks that the kept points go, at t = 0.5,
 and both relation matrices.
 """
 
@@ -39,7 +39,6 @@ FRAMES = 4  # columns of the first row
 class InspectConfig:
     key: str = ""  # of the group; empty: the first
     checkpoint: str = ""  # a checkpoint folder or a training folder; empty: the targets alone
-    t: float = 0.5  # noise level at which the network sees the winner
     image: str = "${output}/targets.png"
 
 
@@ -81,7 +80,7 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
     targets = {name: batch(tensor) for name, tensor in prepared.items()}
     clean, text = batch(group.winner).float(), batch(pad_text(group.text, config.backbone.text_length))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)
-    t = torch.full((1,), config.inspect.t, device=clean.device)
+    t = torch.full((1,), 0.5, device=clean.device)
     conditioning = Conditioning(text, None if group.condition is None else batch(group.condition))
     block = feature_block(config.physics, len(backbone.blocks))
     _, features = backbone.velocity(interpolate(clean, noise, t), t, conditioning, features_at=block)

@@ -80,7 +80,7 @@ GROUPS |= {
     "losers_1x3_guided": losers(1, steps=3, guidance=2),
     "losers_1x3_interval": losers(1, steps=3, guidance=2, guided="[0.8,1]"),
     "losers_cached": losers(4, cache=0.15),
-    **{f"losers_winner_{t}": losers(4, steps=4, start="winner", start_time=f"0.{t}") for t in (80, 85, 90, 95)},
+    **{f"losers_winner_{t}": losers(4, steps=4, start_time=f"0.{t}") for t in (80, 85, 90, 95)},
     "losers_wide_1x3": (*losers(1, steps=3), "pipeline.manifest=sandbox:mixed:512"),
     "losers_wide_4x3": (*losers(4, steps=3), "pipeline.manifest=sandbox:mixed:512"),
     CORRUPTED: (),

@@ -51,7 +51,6 @@ RACE_SHARE = 0.61  # of full scoring's passes that a race took on the sandbox: 2
 class BenchmarkConfig:
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # of PARTS
     repeats: int = 2  # timed runs, after one that compiles and allocates
-    fused: bool = True  # training's fused blocks, where they fit
 
 
 @dataclass
@@ -99,7 +98,7 @@ class Bench:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.backbone = load_backbone(config.backbone, device, parts=("expert",))
-        reason = fuse(self.backbone) if config.search_benchmark.fused else "search_benchmark.fused=false"
+        reason = fuse(self.backbone) if config.backbone.compile else "backbone.compile=false"
         network, size = self.backbone.transformer, (config.video.height, config.video.width, config.video.num_frames)
         self.backbone.experts = {name: network for name in self.backbone.expert_folders}  # the other is no dearer
         generator, shape = torch.Generator().manual_seed(config.seed), self.backbone.latent_shape(*size)

@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
 def check(config: Config) -> None:
     """ValueError for settings that cannot work, before any work."""
     settings = config.pipeline
+    config.sampler.check()
+    settings.losers.sampler(config.sampler)
     if config.backbone.family in BACKBONES:
         Setup(config, "cpu").first_frame  # noqa: B018
     chosen = selected(settings.stage)

@@ -75,14 +75,14 @@ class ResampleConfig:
 class LosersConfig:
     """How losers are sampled: as the section `sampler` says but for the keys that are set here. Null: as there.
 
-    Cheap ones do: on the sandbox one loser of a third of the steps with twice the training is better than four whole
-    ones, at a thirteenth of their passes (eval/sandbox/README.md).
+    Cheap ones do: on the sandbox one loser of a third of the steps with half as much training again is better than four
+    whole ones, at a thirteenth of their passes (eval/sandbox/README.md).
     """
 
     count: int = 4  # M, of each group; 0 for supervised training, which needs no transformer here
     solver: str | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | None = None  # of both experts, where there are two
     guided: list[float] | None = None
     cache: float | None = None
     # The time t to begin at. 1: with noise; in (0, 1): with the winner, noised to it, such as 0.9 (on the sandbox
@@ -100,7 +100,10 @@ class LosersConfig:
     def sampler(self, evaluation: SamplerConfig) -> SamplerConfig:
         """ValueError for settings that cannot work."""
         own = {name: getattr(self, name) for name in ("solver", "steps", "guidance", "guided", "cache")}
-        found = replace(evaluation, **{name: value for name, value in own.items() if value is not None})
+        own = {name: value for name, value in own.items() if value is not None}
+        if "guidance" in own:
+            own["guidance_low"] = None  # the same of both experts
+        found = replace(evaluation, **own)
         found.check("pipeline.losers")
         return found
 

@@ -149,9 +149,11 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         known = [DEFAULT_PRESET, *sorted(path.stem for path in PRESETS.glob("*.yaml"))]
         if preset not in known:
             raise ValueError(f"objective.preset={preset!r} is not known; {suggest(preset, known)}")
-        for name_ in filter(None, (BASES.get(preset), preset)):
-            path = PRESETS / f"{name_}.yaml"
-            layers.insert(len(layers) - 1, (str(path), read_yaml(path, CONTENT)))
+        for part in filter(None, (BASES.get(preset), preset)):
+            source, layer = str(PRESETS / f"{part}.yaml"), read_yaml(PRESETS / f"{part}.yaml", CONTENT)
+            if name and "preset" in (layers[0][1].get("objective") or {}):
+                _warn_of_hidden(*layers[0], layer, preset)
+            layers.insert(len(layers) - 1, (source, layer))
 
     merged = _defaults(config_class)
     try:
@@ -161,6 +163,16 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
         return OmegaConf.to_object(merged)  # resolves ${...} and makes the dataclasses
     except OmegaConfBaseException as error:
         raise ValueError(redacted(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}")) from error
+
+
+def _warn_of_hidden(path: str, recipe: dict[str, Any], preset: dict[str, Any], name: str) -> None:
+    """Say which of a recipe's own values the preset that it names replaces."""
+    for section, values in preset.items():
+        own = recipe.get(section)
+        for key in values.keys() & own.keys() if isinstance(own, dict) else ():
+            if own[key] != values[key]:
+                said = f"objective.preset={name} replaces its own {section}.{key}={own[key]} by {values[key]}"
+                print(f"warning: {path}: {said}", file=sys.stderr)
 
 
 def _known(config_class: type, layer: dict[str, Any], source: str) -> dict[str, Any]:

@@ -278,6 +278,7 @@ def describe(config: Config, loss: Tensor, policy: Tensor, reference: Tensor) ->
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     learning_rate(config.optim, 0)
+    config.sampler.check()
     if config.train.reference_cache and not config.objective.reference_passes:
         raise ValueError(
             f"train.reference_cache={config.train.reference_cache}: supervised training has no reference; leave it out"

@@ -1,7 +1,8 @@
 """The reference's flow errors, kept for later runs on the same groups: half of a pair step's forward passes.
 
 A sample's clips, time and noise follow from the seed and its position in the stream, and the reference does not train.
-So a run with another beta, learning rate, anchor or rank meets the same errors, bit for bit:
+So a run with another beta, learning rate, anchor or rank meets the same errors, bit for bit where its passes run the
+same kernels (on a GPU with backbone.compile, memory decides what a block keeps, and last bits may differ with it):
 
     <folder>/settings.json         what the errors depend on
     <folder>/errors-*.bin          a file per run and rank that computed any: records of a position and its errors
@@ -21,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from train import parallel
 from train.files import write_text
 from train.groups import GroupSet
 
@@ -41,14 +43,12 @@ KEYS = {
 }
 
 
-def dependencies(config: Any, groups: GroupSet, device: torch.device) -> dict[str, Any]:
+def dependencies(config: Any, groups: GroupSet, device: torch.device, ranks: int) -> dict[str, Any]:
     """What the reference's errors depend on, flat."""
     found = {f"{name}.{key}": asdict(getattr(config, name))[key] for name, keys in KEYS.items() for key in keys}
-    found["self_score"] = (
-        config.self_score.every if config.self_score.strength > 0 else 0
-    )  # its passes change the graphs
+    found["self_score"] = config.self_score.every if config.self_score.strength > 0 else 0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    made = {"seed": config.seed, "groups": groups.digest, "backbone": groups.fingerprint}
+    made = {"seed": config.seed, "ranks": ranks, "groups": groups.digest, "backbone": groups.fingerprint}
     return found | made | {"device": name, "torch": torch.__version__}
 
 
@@ -66,20 +66,19 @@ class ReferenceCache:
     def __init__(self, config: Any, groups: GroupSet, clips: int, accelerator: Accelerator):
         self.folder, device = Path(config.train.reference_cache), accelerator.device
         self.record = np.dtype([("position", "<i8"), ("errors", "<f4", (clips,))])
-        path, own = self.folder / "settings.json", dependencies(config, groups, device)
-        if accelerator.is_main_process and not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(own, indent=1) + "\n")
-        accelerator.wait_for_everyone()
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if found != own:
-            keys = [key for key in own | found if found.get(key) != own.get(key)]
-            other = [f"{key}={found.get(key)} (here {own.get(key)})" for key in keys]
-            raise ValueError(
-                f"train.reference_cache={self.folder}: its errors were made with {', '.join(other)}: name another"
-                " folder"
-            )
-        self.known = self._read()
+        path, own = self.folder / "settings.json", dependencies(config, groups, device, accelerator.num_processes)
+        with parallel.together(device):
+            if accelerator.is_main_process and not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps(own, indent=1) + "\n")
+        with parallel.together(device):
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if found != own:
+                keys = [key for key in own | found if found.get(key) != own.get(key)]
+                other = [f"{key}={found.get(key)} (here {own.get(key)})" for key in keys]
+                said = f"train.reference_cache={self.folder}: its errors were made with {', '.join(other)}"
+                raise ValueError(f"{said}: name another folder")
+            self.known = self._read()
         batch, whole = config.optim.batch_size, 0
         while all(position in self.known for position in range(whole * batch, (whole + 1) * batch)):
             whole += 1

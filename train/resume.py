@@ -149,9 +149,10 @@ def check(config: Any, path: Path, state: checkpoint.State, groups: GroupSet, ac
     accelerator.print(f"resuming from {path}: step {state['step']}, {state['samples_seen']} groups seen")
     if theirs is None:
         accelerator.print("that checkpoint does not say which groups and settings it was trained with: unchecked")
-    changed = {key: value for key, value in ours["settings"].items() if before.get(key, value) != value}
-    if changed:
-        listed = ", ".join(f"{key} {before[key]} -> {value}" for key, value in changed.items())
+    now = ours["settings"]
+    changed = [key for key in before | now if before and before.get(key) != now.get(key)]
+    if changed:  # a key of another version stands on one side alone
+        listed = ", ".join(f"{key} {before.get(key, 'not set')} -> {now.get(key, 'no such key')}" for key in changed)
         accelerator.print(f"resuming with other settings: {listed}")
 
 

@@ -37,8 +37,9 @@ class SamplerConfig:
     guidance_low: float | None = None  # of the low-noise expert of two-expert families; null: `guidance`
     guided: list[float] = field(default_factory=lambda: [0.0, 1.0])  # guidance is applied at t in [first, second]
     shift: float = 5.0  # of the time grid, applied once
-    # First Block Cache of diffusers: a pass ends after the first block where that block changed its input by less than
-    # this share since the last whole pass, and takes the other blocks' change from there. 0: every pass is whole.
+    # First Block Cache of diffusers: a pass ends after the first block where what that block adds differs by less than
+    # this share from what it added in the last whole pass, and takes the other blocks' change from there. 0: every pass
+    # is whole.
     cache: float = 0.0
     negative_prompt: str = NEGATIVE_PROMPT  # what guidance steers away from; Wan's own, in Chinese
 
@@ -65,7 +66,9 @@ class SamplerConfig:
 
     def guidance_at(self, backbone: Backbone, t: Tensor | float) -> float:
         """The guidance scale at time t, of the expert that serves it; 1 outside `guided`."""
-        if not self.guided[0] <= float(t) <= self.guided[1]:
+        low, high = (TRAIN_TIMESTEPS * bound for bound in self.guided)
+        # Compared on the network's clock: in float32 .9 itself lies below .9.
+        if not low <= float(TRAIN_TIMESTEPS * torch.as_tensor(t, dtype=torch.float32)) <= high:
             return 1.0
         return backbone.guidance_at(t, self.guidance, self.guidance_low)
 
@@ -181,6 +184,7 @@ def grid(sampler: SamplerConfig, start: float = 1.0) -> tuple[Tensor, Tensor]:
     They are one for Euler's method. diffusers' solvers have grids of their own, a thousandth of the way from
     `sigma_grid`'s, and tell the network whole thousandths: so do we, and make the pipelines' clips.
     """
+    sampler.check()
     if sampler.solver not in MULTISTEP:
         sigmas = start * sigma_grid(sampler.steps, sampler.shift)
         return sigmas, sigmas
@@ -227,6 +231,23 @@ def sample(
     """
     if negative is None and is_guided(backbone, sampler, start):
         negative = Conditioning(backbone.encode_text([sampler.negative_prompt]))
+    if sampler.cache and len(noise) > 1:  # which passes end early is decided for each clip, not for a batch
+        negatives = None if negative is None else negative.expand(len(noise))
+        parts = [slice(number, number + 1) for number in range(len(noise))]
+        made = [
+            sample(
+                backbone,
+                conditioning[part],
+                noise[part],
+                sampler,
+                negative=negatives and negatives[part],
+                clean=None if clean is None else clean[part],
+                start=start,
+                progress=progress,
+            )
+            for part in parts
+        ]
+        return torch.cat(made)
     stepper = Stepper(backbone, conditioning, sampler, negative, start=start)
     latents = stepper.start(noise)
     if clean is not None:
@@ -249,13 +270,14 @@ def residual_cache(backbone: Backbone, threshold: float) -> Iterator[None]:
             raise ValueError(
                 f"cache={threshold:g}: the {name} network has no residual cache in diffusers; set cache to 0"
             )
-    for expert in backbone.experts.values():
-        expert.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     try:
+        for expert in backbone.experts.values():
+            expert.enable_cache(FirstBlockCacheConfig(threshold=threshold))
         yield
     finally:
         for expert in backbone.experts.values():
-            expert.disable_cache()
+            if expert.is_cache_enabled:
+                expert.disable_cache()
 
 
 def sample_clips(

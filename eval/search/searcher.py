@@ -62,6 +62,7 @@ def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section:
         if getattr(method, key) not in known:
             value = getattr(method, key)
             raise ValueError(f"{section}.{key}={value!r} is unknown: leave it empty or use {', '.join(known[1:])}")
+    check_whole_passes(sampler)
     check_scorers({"chosen_by": [config.chosen_by], "prune.scorers": config.prune.scorers[:1] or [""]})
     if method.search and config.num_candidates < 2:
         raise ValueError(f"search.num_candidates={config.num_candidates}: a search needs 2 or more")
@@ -85,6 +86,11 @@ def check_scorers(chosen: dict[str, Sequence[str]], section: str = "search") -> 
         for name in names:
             if name not in SCORERS:
                 raise ValueError(f"{section}.{key} names {name!r}, which is no scorer: use {', '.join(SCORERS)}")
+
+
+def check_whole_passes(sampler: SamplerConfig) -> None:
+    if sampler.cache:
+        raise ValueError(f"sampler.cache={sampler.cache:g}: search and refinement need every pass whole; set it to 0")
 
 
 def check_batches(config: SearchConfig) -> None:

@@ -137,6 +137,14 @@ def test_strategies_that_cannot_work_are_refused(strategy, more, message):
         searcher.check(Method(*strategy), settings(**more), SAMPLER, "generate")
 
 
+def test_a_residual_cache_is_refused_where_candidates_are_compared():
+    cached = SamplerConfig("euler", steps=3, guidance=1.0, cache=0.1)
+    with pytest.raises(
+        ValueError, match=r"sampler.cache=0.1: search and refinement need every pass whole; set it to 0"
+    ):
+        searcher.check(Method("best_of_n", ""), settings(), cached, "run")
+
+
 def test_settings_are_those_that_the_clip_depends_on():
     def found(*strategy, **more):
         return searcher.settings(Method(*strategy), settings(**more))

@@ -218,6 +218,17 @@ def test_a_preset_named_in_a_recipe_is_applied_and_the_command_line_can_undo_it(
     assert undone.objective.lam == 0.1 and undone.optim.steps == 5
 
 
+def test_a_recipe_is_told_which_of_its_own_values_its_preset_replaces(tmp_path, capsys):
+    """Recipes that earlier versions saved name the preset paper, which stood for no preset there."""
+    mine = write(tmp_path / "mine.yaml", "objective: {preset: paper, anchor: 1, beta: 7}\nself_score: {strength: 3}\n")
+    assert load(f"recipe={mine}").objective.anchor == 0
+    said = capsys.readouterr().err
+    assert "objective.preset=paper replaces its own objective.anchor=1 by 0" in said
+    assert "replaces its own self_score.strength=3 by 0" in said and "beta" not in said
+    load(f"recipe={mine}", "objective.preset=recipe")
+    assert capsys.readouterr().err == ""
+
+
 def test_the_preset_reaches_every_command(capsys):
     assert recipes.load(sft.Config, ["recipe=wan14b", "objective.preset=released"]).optim.schedule == "constant"
     build = recipes.load(config_class("data_pipeline.build"), ["recipe=wan14b", "objective.preset=released"])

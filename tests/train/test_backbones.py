@@ -26,6 +26,7 @@ from train.sampling import (
     residual_cache,
     sample,
     sample_clips,
+    sampling_passes,
     sigma_grid,
 )
 
@@ -467,9 +468,10 @@ def test_a_residual_cache_ends_passes_after_the_first_block(folder_of, family, f
 
     whole, every = clips(0.0)
     same, as_many = clips(1e-9)
-    assert torch.equal(same, whole) and as_many == every == 2 * 2 * 8
+    torch.testing.assert_close(same, whole, rtol=1e-4, atol=1e-4)  # clip by clip instead of both at once
+    assert every == 2 * 2 * 8 and as_many == 2 * every
     near, fewer = clips(0.9)
-    assert fewer < every / 2 and 0 < (near - whole).norm() < whole.norm()
+    assert fewer < every and 0 < (near - whole).norm() < whole.norm()
     again, _ = clips(0.9)  # nothing is left of the clips before
     assert torch.equal(again, near) and torch.equal(clips(0.0)[0], whole)
 
@@ -494,3 +496,21 @@ def test_a_clip_begins_from_a_noised_one(backbone_of, solver):
     x = (1 - level) * clean + level * noise
     expected = x - level * backbone.velocity(x, torch.full((2,), told), conditioning)
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+@pytest.mark.parametrize(("guided", "steps"), [([0.9, 1.0], 2), ([0.5, 0.9], 3)])
+def test_the_ends_of_the_guided_interval_belong_to_it(backbone_of, solver, guided, steps):
+    """t = 1 (or 0.999), .9, .75, .5: in float32 .9 lies below .9."""
+    sampler = SamplerConfig(solver, steps=4, shift=3.0, guidance=2.0, guided=guided)
+    assert sampling_passes(backbone_of("wan21"), sampler) == 4 + steps
+
+
+def test_a_cached_clip_does_not_depend_on_its_neighbours(backbone_of):
+    backbone = backbone_of("wan21")
+    _, _, conditioning = random_inputs(backbone)
+    sampler = SamplerConfig("euler", 8, 2.0, shift=3.0, cache=0.9)
+    given = {"negative": conditioning[:1], "progress": False}
+    both = sample_clips(backbone, conditioning, [0, 1], VIDEO, sampler, **given)
+    alone = sample_clips(backbone, conditioning[1:], [1], VIDEO, sampler, **given)
+    assert torch.equal(both[1:], alone)

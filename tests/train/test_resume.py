@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from train import checkpoint, files, gdpo, sft
+from train import checkpoint, files, gdpo, resume, sft
 from train.data import build_loader
 from train.groups import GroupSet
 
@@ -115,6 +115,21 @@ def recipes_of(folder):
     """beta by file of the recipes that a run left."""
     found = {path.name: OmegaConf.load(path) for path in (folder / "train").glob("recipe*.yaml")}
     return {name: content.objective.beta for name, content in found.items()}
+
+
+def test_keys_of_another_version_are_listed_too(tiny, tmp_path, capsys, monkeypatch):
+    """A weight that has another name and unit now must not change in silence."""
+    run, settings = ("train.checkpoint_every=1", "optim.schedule=constant"), resume.settings
+
+    def earlier(config):
+        return {k: v for k, v in settings(config).items() if k != "objective.anchor"} | {"objective.w_fm": 200}
+
+    monkeypatch.setattr(resume, "settings", earlier)
+    tiny.train(tmp_path, "optim.steps=1", *run)
+    monkeypatch.undo()
+    tiny.train(tmp_path, "optim.steps=2", *run)
+    said = capsys.readouterr().out
+    assert "objective.w_fm 200 -> no such key" in said and "objective.anchor not set -> 0" in said
 
 
 def test_other_settings_are_listed_in_one_line_and_every_recipe_is_kept(tiny, tmp_path, capsys):

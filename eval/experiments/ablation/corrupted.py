@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
         for group in (groups[index] for index in range(len(groups))):
             generator = torch.Generator().manual_seed(seed_of(seed, group.key))
             frames = group.winner.shape[1]
-            # All but the first frame, so that the scene stays the prompt's; never in their own order.
+            # All but the first frame, so that the scene stays the prompt's.
             orders = [1 + torch.randperm(frames - 1, generator=generator) for _ in group.losers]
             orders = [order if (order.diff() != 1).any() else order.flip(0) for order in orders]
             losers = torch.stack([torch.cat([group.winner[:, :1], group.winner[:, order]], dim=1) for order in orders])

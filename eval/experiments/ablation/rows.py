@@ -3,7 +3,7 @@
 preference   the objectives of PhyGDPO's comparison, and sweeps of its hyperparameters
 physics      PhysisForcing's two terms and the self-score regulariser, on SFT and on PhyGDPO
 precision    the recipe in float32, bfloat16 and with 8-bit products
-timesteps    where t is drawn: the distributions of the large recipes, of the released code, and of this one
+timesteps    where t is drawn: uniform, of the released code, and of this one
 losers       how losers are made, and what they cost in network passes
 transfer     whether the anchor's best weight stays where it is when beta, the number of losers or the loss change
 """

@@ -70,7 +70,9 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
     progress = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="ablation")
     with progress, ThreadPoolExecutor(jobs) as pool:
         names, builds = {}, {}
-        for name, seed in dict.fromkeys((row.groups, seed) for row, seed in todo if row.trainer):
+        wanted = [(row.groups, seed) for row, seed in todo if row.trainer]
+        sources = [("groups", seed) for name, seed in wanted if name == CORRUPTED]
+        for name, seed in dict.fromkeys([*sources, *wanted]):
             log = plan.place(name, seed) / "log.txt"
             source = builds.get(("groups", seed)) if name == CORRUPTED else None
             builds[name, seed] = pool.submit(run_build, run, plan.build_command(name, seed), log, source)

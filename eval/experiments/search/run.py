@@ -32,7 +32,7 @@ from eval.experiments.search import report, strategy_report
 from eval.experiments.search.work import Job, Work
 from eval.prompts import make_key
 from eval.sandbox.splits import list_clips
-from eval.search.searcher import check_batches, check_scorers
+from eval.search.searcher import check_batches, check_scorers, check_whole_passes
 from train import entry
 from train.files import lock, render, write_text
 from train.parallel import any_rank
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config = recipes.load(Config, argv)
     check(config)
     search, experiment = config.search, config.search_experiment
+    config.sampler.check()
+    check_whole_passes(config.sampler)
     with entry.launched("search") as accelerator:
         jobs, results = list_jobs(config), None
         if not config.dry_run:

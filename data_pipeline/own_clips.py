@@ -26,8 +26,9 @@ PARTS = ("text", "vae", "transformer")
 
 class ClipMaker:
     """Makes `num_clips` clips per row and keeps them in `store`: {"losers": (M, C, F, H, W) bfloat16} each. Whole rows
-    are sampled together where pipeline.batch_size covers more than one. start_time: where it is not
-    1, they begin with the row's own clip, noised to it."""
+    are sampled together where pipeline.batch_size covers more than one. start_time: where it is not 1, they begin with
+    the row's own clip, noised to it.
+    """
 
     def __init__(self, setup: Setup, store: Store, num_clips: int, sampler: SamplerConfig, *, start_time: float = 1.0):
         self.setup, self.store, self.num_clips = setup, store, num_clips

@@ -78,7 +78,7 @@ def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str
 def loss(
     config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """weight times the hinge of every clip, (B,) float32, differentiable in `won.velocity`, and metrics; None where
+    """strength times the hinge of every clip, (B,) float32, differentiable in `won.velocity`, and metrics; None where
     the batch's step is not due. batch holds what `prepare` gives, stacked."""
     if "score_t" not in batch:
         return None

@@ -252,8 +252,8 @@ def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str
 
 AGAIN = "build the targets again (pipeline.stage=targets..encode)"
 REMEDY = (
-    "the physics terms need them. Build the groups with targets.tracks (and targets.relation for physics.relational), or"
-    " set physics.on_the_fly=true with them, or physics.trajectory=0 physics.relational=0"
+    "the physics terms need them. Build the groups with targets.tracks (and targets.relation for physics.relational),"
+    " or set physics.on_the_fly=true with them, or physics.trajectory=0 physics.relational=0"
 )
 
 

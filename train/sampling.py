@@ -107,7 +107,7 @@ class Stepper:
         self.sigmas, self.times = grid(sampler, start)  # (steps + 1,) each, on the CPU
         self.scales = [sampler.guidance_at(backbone, t) for t in self.times[:-1]]
         self.negative = negative
-        if negative is None and is_guided(backbone, sampler, start):
+        if negative is None and any(scale != 1 for scale in self.scales):
             raise ValueError(f"sampler.guidance={sampler.guidance:g} needs the encoded negative prompt: give negative")
 
     def start(self, noise: Tensor) -> Tensor:

@@ -196,10 +196,10 @@ def test_tasks_of_an_array_give_the_same_bytes(inputs, whole, tmp_path):
             tasks[1].join()
             tasks[1] = start([*common, "pipeline.array_index=1"])
         for task in tasks:
-            task.join(120)
+            task.join(600)
             assert task.exitcode == 0
     last = start(arguments(inputs, tmp_path / "out"))  # finds everything done, and writes the index
-    last.join(120)
+    last.join(600)
     assert last.exitcode == 0
     assert results(tmp_path / "out") == whole[0]
 

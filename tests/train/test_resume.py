@@ -173,9 +173,9 @@ def test_an_earlier_versions_checkpoint_goes_on_and_says_what_is_unchecked(tiny,
 def test_a_second_run_in_the_folder_is_refused_until_the_first_dies(tiny, tmp_path):
     run = ("optim.steps=300", "train.checkpoint_every=1", "train.num_workers=1")
     first = tiny.process(tmp_path, *run)
-    metrics = tmp_path / "train" / "metrics.jsonl"
+    checkpoints = tmp_path / "train" / "checkpoints"
     try:
-        while first.is_alive() and not (metrics.exists() and metrics.read_bytes()):
+        while first.is_alive() and checkpoint.latest(checkpoints) is None:
             time.sleep(0.01)
         said = rf"train is in use by process {first.pid} on {socket.gethostname()} since \d{{4}}-.* output folder"
         with pytest.raises(ValueError, match=said):
@@ -184,7 +184,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_dies(tiny, tmp_pa
     finally:
         first.kill()
         first.join()
-    steps = int(checkpoint.latest(tmp_path / "train" / "checkpoints").name[-8:]) + 1
+    steps = int(checkpoint.latest(checkpoints).name[-8:]) + 1
     tiny.train(tmp_path, f"optim.steps={steps}")  # at once, though the dead one's loader may still live
     assert [line["step"] for line in tiny.metrics(tmp_path)] == list(range(steps))
     assert not list((tmp_path / "train").rglob(".*.tmp"))

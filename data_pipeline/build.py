@@ -22,7 +22,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from typing import Any
 import torch
 
 import recipes
-from data_pipeline import tables
 from data_pipeline.config import Config, Setup
 from data_pipeline.contract import PassThrough, Stage
 from data_pipeline.stages import STAGES
@@ -38,13 +36,13 @@ from data_pipeline.stages.filter import NO_PHYSICS
 from data_pipeline.stages.pool import read_pool
 from data_pipeline.stages.resample import NOT_CHOSEN
 from data_pipeline.stages.targets import TargetMaker
-from data_pipeline.tables import Table, read_dropped, read_summary
+from data_pipeline.tables import TABLE_ROWS, Table, read_dropped, read_summary
 from data_pipeline.workers import Team, conclude_stage, plan_stage, run_stage
 from train import entry, files
 from train.backbones import BACKBONES, find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, latent_shape, num_tokens
+from train.cost import bill
 from train.files import lock, write_text
-from train.sampling import sampling_passes
 
 ORDER = tuple(STAGES)
 CHOICES = (NO_PHYSICS, NOT_CHOSEN)  # reasons that say nothing bad of a row: they are not quarantined
@@ -54,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     check(config)
     if config.dry_run:
-        print(plan(config))
+        print(plan(config, argv))
         return
     build(config)
 
@@ -91,39 +89,26 @@ def selected(stage: str) -> tuple[str, ...]:
     return chosen
 
 
-def plan(config: Config) -> str:
-    """The derived numbers, without weights. Raises ValueError where the video size does not suit the backbone."""
-    video, settings, losers = config.video, config.pipeline, config.pipeline.losers.count
-    setup, architecture = Setup(config, "cpu"), _architecture(config.backbone)
-    shell = load_backbone(replace(config.backbone, path="", random_weights=True), "cpu", parts=())
-    passes = sampling_passes(shell, setup.loser_sampler, start=settings.losers.start_time)
-    size = (video.height, video.width, video.num_frames)
-    channels, frames, rows, columns = latent_shape(architecture, *size)
-    family = BACKBONES[config.backbone.family]
-    # Image latents that are stacked on the input are a whole video, others the first frame.
-    stacked = family.input_channels(architecture) > channels
-    image = (frames if stacked else 1) if setup.first_frame else 0
-    clip_bytes = 2 * channels * frames * rows * columns  # bfloat16
-    group_bytes = (1 + losers) * clip_bytes + clip_bytes // frames * image
-    text_bytes = 2 * config.backbone.text_length * architecture["transformer"]["text_dim"]
-    pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(setup.sources(), tables.TABLE_ROWS)]
-    usable = sum(kept for kept, _ in pieces)
-    most = min(usable, settings.resample.budget or usable)
-    lines = {
-        "rows": f"{sum(map(sum, pieces))}, of which {usable} usable before their clips are read",
+def plan(config: Config, argv: list[str] | None) -> str:
+    """The derived numbers and the bill of the job (`train.cost`), without weights, and without a manifest where
+    pipeline.groups_planned is set. Raises ValueError where the video size does not suit the backbone."""
+    video, settings, architecture = config.video, config.pipeline, _architecture(config.backbone)
+    size, lines, most = (video.height, video.width, video.num_frames), {}, settings.groups_planned
+    if settings.manifest or not most:
+        pieces = [(len(kept), len(dropped)) for kept, dropped in read_pool(Setup(config, "cpu").sources(), TABLE_ROWS)]
+        usable = sum(kept for kept, _ in pieces)
+        most = min(usable, settings.resample.budget or usable)
+        lines["rows"] = f"{sum(map(sum, pieces))}, of which {usable} usable before their clips are read"
+    lines |= {
         "groups": f"{most} at most",
         "units": f"{-(-most // settings.unit_size)} of {settings.unit_size} rows",
-        "losers to generate": f"{most * losers} clips, {losers} per group, {passes} network passes each",
-        "network passes": f"{most * losers * passes} for losers",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
-        "latent shape": f"({channels}, {frames}, {rows}, {columns})",
+        "latent shape": str(latent_shape(architecture, *size)),
         "tokens": f"{num_tokens(architecture, *size)} per clip",
-        "bytes per group": f"{group_bytes} and at most {text_bytes} of text",
-        "bytes in all": f"{most * group_bytes / 1e9:.3f} GB and at most {most * text_bytes / 1e9:.3f} GB of text; "
-        "kept twice, in the pipeline's folder and in shards",
     }
-    lines = [f"{name:<20}{value}" for name, value in lines.items()]
-    return "\n".join([*lines, TargetMaker(config.targets, video, "cpu").describe()])
+    targets = TargetMaker(config.targets, video, "cpu").describe()
+    listed = [f"{name:<16}{value}" for name, value in lines.items()]
+    return "\n".join([*listed, targets, *bill(argv, groups=most, architecture=architecture)])
 
 
 def _architecture(backbone: BackboneConfig) -> dict[str, Any]:

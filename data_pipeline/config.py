@@ -1,7 +1,7 @@
 """The settings of a build, and what its stages are made from."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from eval.vlm.client import VlmConfig
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import VideoConfig
-from train.sampling import SamplerConfig
+from train.sampling import LosersConfig, SamplerConfig
 from train.teachers.targets import TargetsConfig
 
 # Settings of servers and tools that do not change an answer: their change makes nothing outdated.
@@ -72,43 +72,6 @@ class ResampleConfig:
 
 
 @dataclass
-class LosersConfig:
-    """How losers are sampled: as the section `sampler` says but for the keys that are set here. Null: as there.
-
-    Cheap ones do: on the sandbox one loser of a third of the steps with half as much training again is better than four
-    whole ones, at a thirteenth of their passes (eval/sandbox/README.md).
-    """
-
-    count: int = 4  # M, of each group; 0 for supervised training, which needs no transformer here
-    solver: str | None = None
-    steps: int | None = None
-    guidance: float | None = None  # of both experts, where there are two
-    guided: list[float] | None = None
-    cache: float | None = None
-    # The time t to begin at. 1: with noise; in (0, 1): with the winner, noised to it, such as 0.9 (on the sandbox
-    # losers from 0.7 teach nothing).
-    start_time: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.count < 0:
-            raise ValueError(f"pipeline.losers.count={self.count}: use 0 or more")
-        if not 0 < self.start_time <= 1:
-            raise ValueError(
-                f"pipeline.losers.start_time={self.start_time}: must lie in (0, 1), such as 0.9, or be 1: noise alone"
-            )
-
-    def sampler(self, evaluation: SamplerConfig) -> SamplerConfig:
-        """ValueError for settings that cannot work."""
-        own = {name: getattr(self, name) for name in ("solver", "steps", "guidance", "guided", "cache")}
-        own = {name: value for name, value in own.items() if value is not None}
-        if "guidance" in own:
-            own["guidance_low"] = None  # the same of both experts
-        found = replace(evaluation, **own)
-        found.check("pipeline.losers")
-        return found
-
-
-@dataclass
 class PipelineConfig:
     manifest: Any = ""  # where the clips come from, see sources.py; several joined with commas, or a list
     groups: str = "${output}/groups"  # folder of the preference groups
@@ -124,12 +87,13 @@ class PipelineConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # without cluster.model rows keep their actions
     resample: ResampleConfig = field(default_factory=ResampleConfig)  # without resample.budget all rows stay
     scores: str = ""  # CSV with the columns key, loser, semantic, physical; goes before the manifest's own scores
+    groups_planned: int = 0  # for the bill of a dry run, where there are no rows or groups yet to be counted
     save_losers: bool = False  # also write every loser as <output>/losers/<key>-<loser>.mp4
     array_index: int = 0  # this process is one of array_count independent ones, see launch/build_array.sbatch
     array_count: int = 1
 
     def __post_init__(self) -> None:
-        least = {"unit_size": 1, "batch_size": 1, "encode_batch": 1, "array_count": 1}
+        least = {"unit_size": 1, "batch_size": 1, "encode_batch": 1, "array_count": 1, "groups_planned": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"pipeline.{name}={getattr(self, name)}: use {bound} or more")

@@ -39,9 +39,7 @@ class ClipsConfig:
     def check(self, section: str) -> None:
         """Refuse settings that cannot work, naming key, value and remedy."""
         if self.backbone.random_weights and not self.dry_run:
-            raise ValueError(
-                "backbone.random_weights=true has no text encoder and no VAE: set it to false, give a path"
-            )
+            raise ValueError("backbone.random_weights=true makes clips of noise: set it to false, give a path")
         if (size := getattr(self, section).batch_size) < 1:
             raise ValueError(f"{section}.batch_size={size}: use 1 or more")
         self.sampler.check()

@@ -122,6 +122,12 @@ MOVED: dict[str, str] = {
         for key in ("checkout", "python", "checkpoint", "timeout")
     },
 }
+BILLED = (
+    "pipeline",
+    "objective",
+    "self_score",
+    "optim",
+)  # what a dry run's bill reads whatever the command (train.cost)
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")
 
@@ -131,8 +137,10 @@ C = TypeVar("C")
 _defaults = functools.cache(OmegaConf.structured)
 
 
-def load(config_class: type[C], argv: list[str] | None = None) -> C:
+def load(config_class: type[C], argv: list[str] | None = None, *, partial: bool = False) -> C:
     """Build `config_class` from defaults, the recipe named by `recipe=`, and the command line (default: sys.argv).
+
+    partial: `config_class` has some of a command's keys, which are checked there; all others are passed over.
 
     Raises ValueError naming the key, the value and the remedy: unknown recipe, section or key, a value of the wrong
     type, a missing value.
@@ -158,7 +166,8 @@ def load(config_class: type[C], argv: list[str] | None = None) -> C:
     merged = _defaults(config_class)
     try:
         for source, layer in layers:
-            merged = OmegaConf.merge(merged, _known(config_class, layer, source))
+            known = _cut(config_class, layer) if partial else _known(config_class, layer, source)
+            merged = OmegaConf.merge(merged, known)
         source = f"recipe {name!r}" if name else "the command line"
         return OmegaConf.to_object(merged)  # resolves ${...} and makes the dataclasses
     except OmegaConfBaseException as error:
@@ -187,9 +196,21 @@ def _known(config_class: type, layer: dict[str, Any], source: str) -> dict[str, 
             raise ValueError(f"{source}: unknown section {key!r}; {suggest(key, [*SECTIONS, *fields])}")
         elif source == "the command line" and MOVED.get(key) in fields:
             raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
+        elif layer.get("dry_run") and key in BILLED:
+            pass
         elif source == "the command line" and key != "recipe" and not _is_preset(value):
             print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
     return kept
+
+
+def _cut(config_class: type, layer: dict[str, Any]) -> dict[str, Any]:
+    """What of a layer `config_class` has a key for, at any depth."""
+    fields = _fields(config_class)
+    return {
+        key: _cut(fields[key], value) if isinstance(value, dict) and dataclasses.is_dataclass(fields[key]) else value
+        for key, value in layer.items()
+        if key in fields
+    }
 
 
 def _is_preset(value: Any) -> bool:

@@ -29,6 +29,7 @@ FROM_TRAIN = {
         "entry",
         "sampling",
         "parallel",
+        "cost",
     )
 }
 # Modules of ours that a package may import, each with everything below it.
@@ -40,6 +41,7 @@ MAY_IMPORT = {
     "data_pipeline": {
         *("losses", "recipes", "data_pipeline", "eval.judges", "eval.records", "eval.sandbox", "eval.vlm"),
         *FROM_TRAIN,
+        *("train.tools", "train.tracking"),  # of its benchmark
     },
 }
 # Entry files that others build on: gdpo is the base of the other trainers, and the loop ends with an export.

@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     check(config)
     if config.dry_run:
-        print_plan(config)
+        print_plan(config, argv)
         return
     shown = ("loss", "accuracy", "margin", "grad_norm", "tokens_per_second")
     fit(config, step=step, prepare=prepare, check_groups=check_groups, shown=shown, keep_reference=True)

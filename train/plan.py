@@ -7,6 +7,7 @@ from diffusers import WanTransformer3DModel
 
 from train.backbones import BACKBONES, find_architecture
 from train.backbones.architecture import latent_shape, num_tokens, parameter_count
+from train.cost import bill
 from train.fused.memory import GATHERED, GIB, Sizes, choose_levels, predict
 from train.groups import GroupSet
 from train.loop import accumulation_steps, gradient_sets
@@ -17,15 +18,19 @@ from train.terms.physics import feature_block
 LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce
 
 
-def print_plan(config: Any) -> None:
-    """Print parameters, tokens, steps, samples and an estimate of memory per device; ValueError if it cannot work."""
+def print_plan(config: Any, argv: list[str] | None, *, supervised: bool = False) -> None:
+    """Print parameters, tokens, steps, samples, an estimate of memory per device and the bill (`train.cost`).
+
+    ValueError if it cannot work. argv: the arguments that gave the config. supervised: training on winners alone.
+    """
     accelerator = build_accelerator()
     world, sharded = accelerator.num_processes, accelerator.distributed_type.value == "DEEPSPEED"
     if config.ranks < 0:
         raise ValueError(f"ranks={config.ranks}: give the processes to plan for, or 0 for those of this launch")
     if config.ranks:
         world, sharded = config.ranks, config.ranks > 1
-    for line in plan(config, world=world, sharded=sharded):
+    costs = bill(argv, groups=find_groups(config)[1], supervised=supervised)
+    for line in [*plan(config, world=world, sharded=sharded), *costs]:
         accelerator.print(line)
 
 
@@ -74,15 +79,18 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     if config.self_score.strength > 0:
         terms = f"strength {config.self_score.strength:g}, every {config.self_score.every} steps"
         lines.append(f"self-score      {terms}")
+    return [*lines, f"groups          {find_groups(config)[0]}"]
+
+
+def find_groups(config: Any) -> tuple[str, int]:
+    """The recipe's groups in words, and their number: 0 where there are none yet."""
     try:
         groups = GroupSet(config.train.groups)
-        lines.append(
-            f"groups          {len(groups)} in {config.train.groups} ({groups.total_bytes / GIB:.2f} GiB), backbone"
-            f" {groups.fingerprint}: {samples / len(groups):.2f} epochs"
-        )
     except ValueError as error:
-        lines.append(f"groups          none yet: {error}")
-    return lines
+        return f"none yet: {error}", 0
+    epochs = config.optim.steps * config.optim.batch_size / len(groups)
+    size = f"{groups.total_bytes / GIB:.2f} GiB"
+    return f"{len(groups)} in {groups.folder} ({size}), backbone {groups.fingerprint}: {epochs:.2f} epochs", len(groups)
 
 
 def kept_by_blocks(config: Any, network: dict[str, Any], tokens: int, resident: float) -> str:

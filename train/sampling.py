@@ -9,7 +9,7 @@ Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,43 @@ class SamplerConfig:
         if not low <= float(TRAIN_TIMESTEPS * torch.as_tensor(t, dtype=torch.float32)) <= high:
             return 1.0
         return backbone.guidance_at(t, self.guidance, self.guidance_low)
+
+
+@dataclass
+class LosersConfig:
+    """How losers are sampled: as the section `sampler` says but for the keys that are set here. Null: as there.
+
+    Cheap ones do: on the sandbox one loser of a third of the steps with half as much training again is better than four
+    whole ones, at a thirteenth of their passes (eval/sandbox/README.md).
+    """
+
+    count: int = 4  # M, of each group; 0 for supervised training, which needs no transformer here
+    solver: str | None = None
+    steps: int | None = None
+    guidance: float | None = None  # of both experts, where there are two
+    guided: list[float] | None = None
+    cache: float | None = None
+    # The time t to begin at. 1: with noise; in (0, 1): with the winner, noised to it, such as 0.9 (on the sandbox
+    # losers from 0.7 teach nothing).
+    start_time: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"pipeline.losers.count={self.count}: use 0 or more")
+        if not 0 < self.start_time <= 1:
+            raise ValueError(
+                f"pipeline.losers.start_time={self.start_time}: must lie in (0, 1), such as 0.9, or be 1: noise alone"
+            )
+
+    def sampler(self, evaluation: SamplerConfig) -> SamplerConfig:
+        """ValueError for settings that cannot work."""
+        own = {name: getattr(self, name) for name in ("solver", "steps", "guidance", "guided", "cache")}
+        own = {name: value for name, value in own.items() if value is not None}
+        if "guidance" in own:
+            own["guidance_low"] = None  # the same of both experts
+        found = replace(evaluation, **own)
+        found.check("pipeline.losers")
+        return found
 
 
 def sigma_grid(steps: int, shift: float) -> Tensor:

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     gdpo.check(config)
     if config.dry_run:
-        print_plan(config)
+        print_plan(config, argv, supervised=True)
         return
     shown = ("loss", "grad_norm", "tokens_per_second")
     judged = config.self_score.strength > 0

@@ -385,7 +385,7 @@ def test_groups_from_an_image_keep_the_first_frames_latents(family, clips, tmp_p
     if family == "wan22_ti2v":  # the first latent frame is the image's
         assert torch.equal(group.losers[0, :, :1], group.condition)
     stored = 2 * (group.winner.numel() + group.losers.numel() + group.condition.numel())
-    assert f"bytes per group     {stored} and" in planned
+    assert f"{stored:,} bytes per group" in planned
 
 
 @pytest.mark.slow
@@ -399,7 +399,7 @@ def test_ti2v_groups_are_from_text_unless_a_first_frame_is_asked_for(clips, tmp_
     build.main(arguments(model, manifest, tmp_path / "out", *more))
     text = by_key(tmp_path / "out")["red"]
     assert text.condition is None
-    assert f"bytes per group     {2 * (text.winner.numel() + text.losers.numel())} and" in planned
+    assert f"{2 * (text.winner.numel() + text.losers.numel()):,} bytes per group" in planned
     build.main(arguments(model, manifest, tmp_path / "out", *more, "pipeline.first_frame=true"))
     image = by_key(tmp_path / "out")["red"]
     assert torch.equal(image.winner, text.winner) and torch.equal(image.losers[0, :, :1], image.condition)
@@ -663,12 +663,12 @@ def test_dry_run_prints_the_numbers_and_writes_nothing(built, model, tmp_path, n
     build.main(arguments(model, built / "clips.csv", tmp_path / "out", "--dry-run"))
     printed = capsys.readouterr().out
     for line in (
-        "rows                5, of which 5 usable",
-        "units               3 of 2 rows",
-        "losers to generate  10 clips, 2 per group, 4 network passes each",
-        "latent shape        (16, 3, 8, 8)",
-        "tokens              48 per clip",
-        "bytes per group     18432 and at most 4096 of text",
+        "rows            5, of which 5 usable",
+        "units           3 of 2 rows",
+        "latent shape    (16, 3, 8, 8)",
+        "tokens          48 per clip",
+        "10 clips of 4 passes",
+        "5 clips; 18,432 bytes per group, without its text",
     ):
         assert line in printed
     assert not (tmp_path / "out").exists()
@@ -677,7 +677,7 @@ def test_dry_run_prints_the_numbers_and_writes_nothing(built, model, tmp_path, n
 def test_dry_run_needs_no_model_at_all(built, capsys):
     build.main([f"pipeline.manifest={built / 'clips.csv'}", "backbone.path=owner/model", "--dry-run"])
     printed = capsys.readouterr().out
-    assert "latent shape        (16, 21, 60, 104)" in printed and "tokens              32760" in printed
+    assert "latent shape    (16, 21, 60, 104)" in printed and "tokens          32760" in printed
 
 
 @pytest.mark.slow

@@ -364,7 +364,7 @@ def test_image_and_text_to_video_begins_with_its_image(tmp_path):
         (["video.height=72"], "height=72 is no multiple of 16"),
         (["video.num_frames=6"], "num_frames=6 .* use 5"),
         (["sampler.steps=0"], "steps=0"),
-        (["backbone.random_weights=true"], "no text encoder and no VAE"),
+        (["backbone.random_weights=true"], "makes clips of noise"),
         (["backbone.family=wan22_i2v"], "backbone.family=wan22_i2v does not fit"),
         (["generate.prompt=['a']"], "did you mean 'prompts'"),
     ],

@@ -7,14 +7,15 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, UMT5EncoderModel
 
 from train.backbones import ARCHITECTURES, BACKBONES, find_architecture, load_backbone, loading
 from train.backbones.architecture import parameter_count
 from train.backbones.base import BackboneConfig
 from train.backbones.loading import random_transformer
+from train.backbones.random_parts import text_config, vae_config
 from train.backbones.tiny import write_tiny_pipeline
 from train.backbones.tokenizer import WORDS
 
@@ -342,8 +343,29 @@ def test_random_weights(folders):
             assert torch.equal(value, twin.experts[name].state_dict()[key])
     high, low = backbone.experts.values()
     assert not torch.equal(high.proj_out.weight, low.proj_out.weight)
-    with pytest.raises(ValueError, match="random_weights=true builds only the transformer.*write_tiny_pipeline"):
-        load_backbone(config, "cpu")
+    whole, again = load_backbone(config, "cpu"), load_backbone(config, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    frames = torch.rand(1, 3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents, text = whole.encode_video(frames), whole.encode_text(["a ball"])
+    assert torch.equal(latents, again.encode_video(frames)) and torch.equal(text, again.encode_text(["a ball"]))
+    for made in (latents, text[:, :3], whole.decode_latents(latents)):
+        assert made.isfinite().all() and made.std() > 0.1
+
+
+def test_random_parts_have_the_real_sizes():
+    """Parameters of the public checkpoints' VAEs and text encoder, in millions."""
+    sizes = {"wan21": ("14B", 126.9), "wan22_ti2v": ("5B", 704.7)}
+    for family, (name, millions) in sizes.items():
+        architecture = ARCHITECTURES[family][name]
+        with torch.device("meta"):
+            vae = AutoencoderKLWan(**vae_config(architecture))
+            text = UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], 1))
+        assert round(sum(value.numel() for value in vae.parameters()) / 1e6, 1) == millions
+        assert round(sum(value.numel() for value in text.parameters()) / 1e6, 1) == 5680.9
+
+
+def test_what_random_weights_refuse():
+    config = BackboneConfig("wan22_i2v", architecture="tiny", random_weights=True, dtype="float32", text_length=8)
     with pytest.warns(UserWarning, match="backbone.path=some/wan is not read"):
         load_backbone(dataclasses.replace(config, path="some/wan"), "cpu", parts=("expert",))
     with pytest.raises(ValueError, match="backbone.parts='weights' is unknown"):

@@ -11,6 +11,8 @@ from diffusers import AutoencoderKLWan
 
 from train.backbones import loading
 from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.random_parts import random_text, random_vae
+from train.backbones.tokenizer import build_tokenizer
 from train.backbones.wan21 import Wan21
 from train.backbones.wan22_a14b import Wan22I2V, Wan22T2V
 from train.backbones.wan22_ti2v import Wan22TI2V
@@ -61,15 +63,17 @@ def load_backbone(
 
     loaded: dict[str, Any] = {}
     if config.random_weights:
-        if not set(parts) <= {"transformer", "expert"}:
-            raise ValueError(
-                "backbone.random_weights=true builds only the transformer: leave 'text' and 'vae' out of parts, or "
-                "give as backbone.path a small pipeline that train.backbones.tiny.write_tiny_pipeline wrote"
-            )
         if config.path:
             warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
         architecture, boundary = find_architecture(config), family.default_boundary
         fingerprint = f"{config.family}-random-{config.architecture}"
+        if "text" in parts or "tokenizer" in parts:
+            loaded["tokenizer"] = build_tokenizer()
+        if "text" in parts:
+            width, words = architecture["transformer"]["text_dim"], len(loaded["tokenizer"])
+            loaded["text_encoder"] = random_text(width, words, device, dtype)
+        if "vae" in parts:
+            loaded["vae"] = random_vae(architecture, device)
         experts = {
             name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed, sharding=sharding)
             for seed, name in enumerate(family.expert_folders)

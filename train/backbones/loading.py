@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from train.backbones.attention_kernels import attention_seconds
+from train.backbones.random_parts import draw
 from train.parallel import Sharding
 
 WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
@@ -163,23 +164,13 @@ def random_transformer(
 ) -> WanTransformer3DModel:
     """A transformer of `architecture` with seeded random weights, made on the device, frozen and in eval mode.
 
-    Matrices are normal with variance 1 / fan-in, norms are one, biases zero and scale tables as in Wan's own
-    initialisation, so that activations and outputs are of order one. Dtypes and `sharding` are as in
-    `load_transformer`. The same seed gives other weights on another kind of device.
+    They are drawn as `random_parts.draw` says. Dtypes and `sharding` are as in `load_transformer`. The same seed gives
+    other weights on another kind of device.
     """
     with torch.device("meta"):
         model = WanTransformer3DModel(**architecture["transformer"])
     generator = torch.Generator(device=device).manual_seed(seed)
-
-    def draw(name: str, parameter: Tensor) -> None:
-        if name.endswith("scale_shift_table"):
-            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-        elif parameter.dim() > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-
-    return _fill(model, device, dtype, draw, sharding)
+    return _fill(model, device, dtype, lambda name, parameter: draw(name, parameter, generator), sharding)
 
 
 @torch.no_grad()

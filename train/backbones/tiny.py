@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from train import entry
 from train.backbones import BACKBONES
 from train.backbones.loading import random_transformer
+from train.backbones.random_parts import text_config, vae_config
 from train.backbones.tokenizer import build_tokenizer
 
 
@@ -40,7 +41,7 @@ def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Pa
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
         vae = _tiny_vae(architecture)
-        text_encoder = _tiny_text_encoder(len(tokenizer), architecture["transformer"]["text_dim"])
+        text_encoder = UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], len(tokenizer))).eval()
     pipeline_class = WanImageToVideoPipeline if family == "wan22_i2v" else WanPipeline
     pipeline = pipeline_class(
         tokenizer=tokenizer,
@@ -60,19 +61,8 @@ def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Pa
 
 
 def _tiny_vae(architecture: dict[str, Any]) -> AutoencoderKLWan:
-    """A VAE of the Wan2.1 kind (8x) or of the Wan2.2 kind (16x: residual, 2x2 pixel patches); global generator."""
-    patch = architecture["vae_scale"] // 8
-    kind = {"is_residual": True, "patch_size": patch, "in_channels": 12, "out_channels": 12} if patch == 2 else {}
-    z_dim = architecture["z_dim"]
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=z_dim,
-        num_res_blocks=1,
-        latents_mean=[0.0] * z_dim,
-        latents_std=[1.0] * z_dim,
-        scale_factor_spatial=architecture["vae_scale"],
-        **kind,
-    ).eval()
+    """A small VAE of the family's kind, drawn from the global generator."""
+    vae = AutoencoderKLWan(**vae_config(architecture)).eval()
     # Latents of a trained VAE are normalised by their statistics over videos; here over a few smooth random ones.
     coarse = torch.rand(4, 3, 3, 4, 4) * 2 - 1
     with torch.no_grad():
@@ -81,20 +71,6 @@ def _tiny_vae(architecture: dict[str, Any]) -> AutoencoderKLWan:
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae
-
-
-def _tiny_text_encoder(vocabulary: int, width: int) -> UMT5EncoderModel:
-    """A UMT5 encoder of two layers, drawn from the global generator."""
-    config = UMT5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=16,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=width // 16,
-        feed_forward_proj="gated-gelu",
-    )
-    return UMT5EncoderModel(config).eval()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,7 +29,7 @@ class CopiedReference(FullParameters):
         self._frozen = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
 
-def measure_ceilings(config: gdpo.Config, backbone: Backbone) -> dict[str, float]:
+def measure_ceilings(config: Any, backbone: Backbone) -> dict[str, float]:
     """TFLOP/s of a matrix product and of attention, forward and backward, at the recipe's shapes; the best attention
     kernel counts."""
     network, video = backbone.architecture["transformer"], config.video
@@ -65,18 +65,26 @@ def measure_ceilings(config: gdpo.Config, backbone: Backbone) -> dict[str, float
     return rates
 
 
+def forward_limit(config: Any, rates: dict[str, float], *, kind: str = "") -> float:
+    """Seconds of one clip's forward pass at the measured rates (`kind`: "" or "_sustained"), matrix products and
+    attention alone. config: with `backbone` and `video`."""
+    matrix, attention = _flops(config)
+    return (matrix / rates[f"matrix{kind}"] + attention / rates[f"attention{kind}"]) / 1e12
+
+
 def limit(config: gdpo.Config, rates: dict[str, float], *, clips: int, kind: str = "") -> float:
-    """Seconds of a step over `clips` clips at the measured rates (`kind`: "" or "_sustained"), nothing recomputed,
-    nothing but matrix products and attention."""
+    """Seconds of a step over `clips` clips likewise, nothing recomputed."""
+    matrix, attention = _flops(config)
+    backward = (matrix / rates[f"matrix{kind}"] + 2.5 * attention / rates[f"attention_backward{kind}"]) / 1e12
+    return clips * (2 * forward_limit(config, rates, kind=kind) + backward)
+
+
+def _flops(config: Any) -> tuple[float, float]:
+    """Of one clip's forward pass: matrix products and attention."""
     architecture, video = find_architecture(config.backbone), config.video
     network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
     width = network["num_attention_heads"] * network["attention_head_dim"]
-    matrix, attention = transformer_flops(
-        tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"]
-    )
-    forward = matrix / rates[f"matrix{kind}"] + attention / rates[f"attention{kind}"]
-    backward = matrix / rates[f"matrix{kind}"] + 2.5 * attention / rates[f"attention_backward{kind}"]
-    return clips * (2 * forward + backward) / 1e12
+    return transformer_flops(tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"])
 
 
 def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], repeats: int) -> dict[str, Any]:

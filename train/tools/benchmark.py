@@ -23,8 +23,8 @@ The ceilings are measured twice: in a burst of a few products, as a cool chip ru
 at which the chip's power limit lowers its clock; the limit is counted at either.
 
 Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`; a collective's includes waiting
-for the other ranks), and as bars to `.png`. Seconds are medians over `benchmark.repeats` steps after a first one,
-optimizer included.
+for the other ranks), as bars to `.png`, and the rate of `ours` to `rates.json`, for the bill (`train.cost`). Seconds
+are medians over `benchmark.repeats` steps after a first one, optimizer included.
 """
 
 import gc
@@ -41,8 +41,9 @@ from torch import Tensor, nn
 
 import recipes
 from train import entry, gdpo
-from train.backbones import load_backbone
+from train.backbones import find_architecture, load_backbone
 from train.backbones.base import Backbone
+from train.cost import operations, save_rates
 from train.data import Sample
 from train.files import write_text
 from train.fused.prepare import prepare_network
@@ -221,6 +222,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         measured = results[part] | results[part].get("time", {})
         numbers = (f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, int | float))
         accelerator.print(part, "  ".join(numbers), flush=True)
+        if part == "ours" and accelerator.is_main_process:
+            forward, backward = operations(find_architecture(config.backbone), video, config.backbone.text_length)
+            pair = 2 * (2 * forward + backward)
+            save_rates(config.output, results["device"], {"training": pair / results[part]["seconds"]})
         if accelerator.is_main_process:
             write_text(path, json.dumps(results, indent=1))
         gc.collect()

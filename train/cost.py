@@ -1,0 +1,264 @@
+"""The bill of a whole job before it runs: network passes, hours of one GPU and disk, stage by stage.
+
+    python -m data_pipeline.build recipe=wan14b pipeline.groups_planned=17295 --dry-run
+    python -m train.gdpo recipe=wan14b pipeline.groups_planned=17295 --dry-run
+
+Seconds are counted work over the rate at which a GPU did such work (`Rates`). Work is in operations of a matrix
+product; attention takes longer for each of its own, by the factors of flash-attn-4 on an H200:
+
+    F = matrix + 1.2 attention             a forward pass: one pass of a sampler
+    B = matrix + 1.3 * 2.5 attention       a backward pass through frozen weights
+    training, per clip = F + B, and F more for its reference
+
+The rates are those of <output>/rates.json, which `python -m data_pipeline.benchmark recipe=...`, and for training
+train.tools.benchmark, measure on your GPU, or else the H200's of train/rates.json. Not counted: a filter, the judge
+itself, text and its 8 kB per token on disk.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
+
+import recipes
+from train.backbones import BACKBONES, find_architecture, load_backbone
+from train.backbones.architecture import latent_shape, num_tokens, parameter_count
+from train.backbones.base import BackboneConfig
+from train.clips import VideoConfig
+from train.files import read_json, write_text
+from train.optimizer import OptimConfig
+from train.sampling import LosersConfig, SamplerConfig, sampling_passes
+from train.terms.self_score import SelfScoreConfig
+from train.tracking import transformer_flops
+
+SHIPPED = Path(__file__).parent / "rates.json"
+FORWARD, BACKWARD = 1.2, 3.25  # what an operation of attention's forward pass costs, and its backward pass
+SMALLEST = 1e9  # parameters of a network for which the shipped rates hold; smaller ones wait for launches
+
+
+@dataclass
+class Rates:
+    """What a GPU does per second."""
+
+    device: str
+    sampling: float  # 1e12 operations of fused sampling passes
+    training: float  # 1e12 operations of preference steps
+    encode: dict[str, float]  # 1e6 pixels (rows x columns x frames) of the VAE, by its latent channels
+    decode: dict[str, float]
+    targets: float | None = None  # clips, by the recipe's teachers; null: not measured
+    own: bool = False  # whether they were measured in the job's folder
+
+
+class MeasuredRates(TypedDict):
+    """A file of them: what was measured in a folder."""
+
+    device: str
+    sampling: NotRequired[float]
+    training: NotRequired[float]
+    encode: NotRequired[dict[str, float]]
+    decode: NotRequired[dict[str, float]]
+    targets: NotRequired[float]
+
+
+# What the bill reads of a recipe, with the defaults of the commands' own sections, which check it.
+
+
+@dataclass
+class Resample:
+    budget: int = 0
+    tau: float = 3.0
+    representatives: int = 8
+
+
+@dataclass
+class Pipeline:
+    losers: LosersConfig = field(default_factory=LosersConfig)
+    groups_planned: int = 0
+    first_frame: bool | None = None
+    resample: Resample = field(default_factory=Resample)
+
+
+@dataclass
+class Objective:
+    loss: str = "bound"
+
+
+@dataclass
+class Judge:
+    name: str = ""
+
+
+@dataclass
+class Targets:
+    tracks: str = ""
+
+
+@dataclass
+class Job:
+    output: str = "runs/default"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    judge: Judge = field(default_factory=Judge)
+    targets: Targets = field(default_factory=Targets)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    objective: Objective = field(default_factory=Objective)
+    self_score: SelfScoreConfig = field(default_factory=SelfScoreConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    work: str
+    seconds: float | None  # of one GPU; None: not known
+    disk: float = 0  # bytes
+
+
+def read_rates(output: str) -> tuple[Rates, str]:
+    """The rates that hold for a job, and where they are from: those measured in its folder, else the shipped ones."""
+    shipped, own = _read(SHIPPED), Path(output) / "rates.json"
+    if not own.exists():
+        return Rates(**shipped), "the project measured (train/rates.json)"
+    found = _read(own)
+    missing = [key for key in ("sampling", "training", "encode", "decode") if key not in found]
+    more = f"; {', '.join(missing)} as on one {shipped['device']}" if missing else ""
+    return Rates(**(shipped | {"targets": None} | found), own=True), f"{own} holds{more}"
+
+
+def save_rates(output: str, device: str, rates: Mapping[str, Any]) -> Path:
+    """Write measured rates to the folder, beside others that were measured there on such a device."""
+    path = Path(output) / "rates.json"
+    before = _read(path) if path.exists() else {}
+    before = before if before.get("device") == device else {}
+    write_text(path, json.dumps(before | {"device": device} | rates, indent=1) + "\n")
+    return path
+
+
+def _read(path: Path) -> MeasuredRates:
+    return read_json(path, MeasuredRates, remedy="delete it, or measure anew by data_pipeline.benchmark")
+
+
+def operations(architecture: dict[str, Any], video: VideoConfig, text_length: int) -> tuple[float, float]:
+    """(F, B) of one clip, in 1e12 operations of a matrix product."""
+    network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    matrix, attention = transformer_flops(tokens, text_length, width, network["ffn_dim"], network["num_layers"])
+    return (matrix + FORWARD * attention) / 1e12, (matrix + BACKWARD * attention) / 1e12
+
+
+def megapixels(video: VideoConfig) -> float:
+    """Of all frames of a clip."""
+    return video.height * video.width * video.num_frames / 1e6
+
+
+class Bill:
+    """The stages of a job, and what each takes. architecture: as `find_architecture` gives it. supervised: training on
+    winners alone."""
+
+    def __init__(self, job: Job, rates: Rates, architecture: dict[str, Any], *, supervised: bool = False):
+        self.job, self.rates, self.architecture, self.supervised = job, rates, architecture, supervised
+        self.forward, self.backward = operations(architecture, job.video, job.backbone.text_length)
+        self.known = rates.own or parameter_count(architecture) >= SMALLEST
+        size = latent_shape(architecture, job.video.height, job.video.width, job.video.num_frames)
+        self.channels, self.frames = size[:2]
+        self.clip_bytes = 2 * math.prod(size)  # of latents in bfloat16
+        self.group_bytes = (1 + job.pipeline.losers.count) * self.clip_bytes + self._first_frame_bytes()
+
+    def stages(self, groups: int) -> list[Stage]:
+        """From clips to a trained model; for 0 groups, training alone."""
+        losers = self.job.pipeline.losers
+        made, found = groups * losers.count, []
+        if self.job.pipeline.resample.budget and self.job.pipeline.resample.tau:
+            found.append(self._difficulty())
+        if made:
+            passes = self.passes(losers.sampler(self.job.sampler), losers.start_time)
+            seconds, disk = self._seconds(made * passes * self.forward, self.rates.sampling), made * self.clip_bytes
+            found.append(Stage("losers", f"{made:,} clips of {passes} passes", seconds, disk))
+        if made and self.job.judge.name:
+            found.append(Stage("judge", f"{made:,} clips decoded", self._vae(self.rates.decode, made)))
+        if groups and self.job.targets.tracks:
+            seconds = groups / self.rates.targets if self.rates.targets else None
+            found.append(Stage("targets", f"of {groups:,} clips", seconds))
+        if groups:
+            disk = groups * (
+                2 * self.group_bytes - losers.count * self.clip_bytes
+            )  # in the stage's folder and in shards
+            words = f"{groups:,} clips; {self.group_bytes:,} bytes per group, without its text"
+            found.append(Stage("encode", words, self._vae(self.rates.encode, groups), disk))
+        return [*found, self._training()]
+
+    def passes(self, sampler: SamplerConfig, start: float = 1.0) -> int:
+        """Network passes of a clip."""
+        config = replace(self.job.backbone, path="", random_weights=True)
+        return sampling_passes(load_backbone(config, "cpu", parts=()), sampler, start=start)
+
+    def _seconds(self, work: float, rate: float) -> float | None:
+        return work / rate if self.known else None
+
+    def _vae(self, rates: dict[str, float], clips: int) -> float | None:
+        rate = rates.get(str(self.channels))
+        return clips * megapixels(self.job.video) / rate if rate else None
+
+    def _difficulty(self) -> Stage:
+        clips, passes = self.job.pipeline.resample.representatives, self.passes(self.job.sampler)
+        seconds = self._seconds(clips * passes * self.forward, self.rates.sampling)
+        hours = "" if seconds is None else f": {seconds / 3600:.2f} h per action"
+        return Stage(
+            "difficulty", f"{clips} clips of {passes} passes per action, as many as the rows have{hours}", None
+        )
+
+    def _training(self) -> Stage:
+        job, losers = self.job, self.job.pipeline.losers.count
+        clips = 1 if self.supervised else 2 if job.objective.loss == "bound" else 1 + losers
+        work = clips * (self.forward + self.backward) + (0 if self.supervised else clips * self.forward)
+        words = "winners alone" if self.supervised else f"{clips} clips of each and their reference"
+        if job.self_score.strength > 0:  # the winner's score, the prediction's, and back through that
+            work += (2 * self.forward + self.backward) / job.self_score.every
+            words += f", the self-score in every {job.self_score.every}. step"
+        steps, batch = job.optim.steps, job.optim.batch_size
+        seconds = self._seconds(steps * batch * work, self.rates.training)
+        return Stage("training", f"{steps:,} steps of {batch} groups, {words}", seconds)
+
+    def _first_frame_bytes(self) -> int:
+        """Of a group's image latents, if any: a whole clip of them where they are stacked on the network's input."""
+        family, asked = BACKBONES[self.job.backbone.family], self.job.pipeline.first_frame
+        if not (family.first_frame[0] if asked is None else asked):
+            return 0
+        stacked = family.input_channels(self.architecture) > self.channels
+        return self.clip_bytes if stacked else self.clip_bytes // self.frames
+
+
+def bill(
+    argv: list[str] | None,
+    *,
+    groups: int = 0,
+    architecture: dict[str, Any] | None = None,
+    supervised: bool = False,
+) -> list[str]:
+    """The bill's lines for a command's arguments. groups: where their number is known; else pipeline.groups_planned.
+    architecture: of the pipeline in use, else the family's table has it."""
+    job = recipes.load(Job, argv, partial=True)
+    rates, source = read_rates(job.output)
+    groups = groups or job.pipeline.groups_planned
+    architecture = architecture or find_architecture(job.backbone)
+    supervised = supervised or job.pipeline.losers.count == 0
+    stages = Bill(job, rates, architecture, supervised=supervised).stages(groups)
+    lines = [f"the bill        hours of one {rates.device} at the rates that {source}"]
+    lines += [_line(stage.name, stage.seconds, stage.disk, stage.work) for stage in stages]
+    if groups:
+        seconds = [stage.seconds for stage in stages]
+        more = "and what is not known" if None in seconds else ""
+        lines.append(_line("in all", sum(filter(None, seconds)), sum(stage.disk for stage in stages), more))
+    else:
+        lines.append("  building the groups: pipeline.groups_planned=N counts it for N groups")
+    return lines
+
+
+def _line(name: str, seconds: float | None, disk: float, work: str) -> str:
+    hours = "not known" if seconds is None else f"{seconds / 3600:,.1f} h"
+    return f"  {name:<14}{hours:>11}{f'{disk / 1e9:,.0f} GB' if disk else '':>10}  {work}".rstrip()

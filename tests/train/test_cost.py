@@ -52,7 +52,7 @@ def test_the_papers_job_by_hand():
     """Wan 14B, 480x832x81: F = 783.2 + 1.2 * 892.9 = 1854.7 and B = 783.2 + 3.25 * 892.9 = 3685.1 (1e12)."""
     found = stages_of(*PAPER, "self_score.strength=0", "judge.name=vlm", "optim.steps=100", groups=10, targets=2.0)
     assert list(found) == ["losers", "judge", "targets", "encode", "training"]
-    assert found["losers"].seconds == pytest.approx(10 * 34 * 1854.7, rel=1e-4)  # 17 guided steps
+    assert found["losers"].seconds == pytest.approx(10 * 30 * 1854.7, rel=1e-4)  # 15 guided steps
     pixels = 480 * 832 * 81 / 1e6
     assert found["judge"].seconds == pytest.approx(10 * pixels / 5) and found["targets"].seconds == 5
     assert found["encode"].seconds == pytest.approx(10 * pixels / 10)
@@ -78,7 +78,7 @@ def test_what_changes_losers():
     def passes(*arguments):
         return stages_of("recipe=wan14b", *arguments, groups=1)["losers"].work.split()[3]
 
-    assert passes() == "34" and passes("pipeline.losers.guidance=1") == "17"
+    assert passes() == "30" and passes("pipeline.losers.guidance=1") == "15"
     assert passes("objective.preset=paper") == "100"
     assert "losers" not in stages_of("recipe=wan14b", "pipeline.losers.count=0", groups=1)
 
@@ -112,8 +112,8 @@ def test_both_dry_runs_print_the_same_bill(capsys):
     )
     assert [line.split()[0] for line in bill[1:]] == ["losers", "targets", "encode", "training", "in"]
     rates, _ = cost.read_rates("")
-    hours = 17295 * 34 * 1854.7 / rates.sampling / 3600
-    assert f"{hours:,.1f} h" in bill[1] and "73 GB  17,295 clips of 34 passes" in bill[1]
+    hours = 17295 * 30 * 1854.7 / rates.sampling / 3600
+    assert f"{hours:,.1f} h" in bill[1] and "73 GB  17,295 clips of 30 passes" in bill[1]
     assert "not known" in bill[2] and bill[-1].endswith("and what is not known")
 
 

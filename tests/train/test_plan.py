@@ -57,7 +57,7 @@ def test_wan14b_in_words():
     assert "wan21 14B" in lines["backbone"] and "40 blocks of width 5120" in lines["backbone"]
     assert "rank 48: 78.64 M" in lines["adapters"]
     assert "480x832, 81 frames at 16 fps -> latents (16, 21, 60, 104), 32760 tokens" in lines["clip"]
-    assert "10000 steps, 80000 groups drawn" in lines["run"]
+    assert "15000 steps, 120000 groups drawn" in lines["run"]
     assert "1e-05, cosine to 1e-06" in lines["learning"]
     released = lines_of(config_of("wan14b", "objective.preset=released"))
     assert "1e-05, constant" in released["learning"] and "to 1e-06" not in released["learning"]

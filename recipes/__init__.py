@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"
 CONTENT = "sections (name: {key: value})"  # of a recipe
+PRESET = "objective.preset"  # the one key that every command reads
 DEFAULT_PRESET = "recipe"  # as it stands
 BASES = {"released": "paper"}  # a preset that is laid over another one
 
@@ -198,8 +199,12 @@ def _known(config_class: type, layer: dict[str, Any], source: str) -> dict[str, 
             raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
         elif layer.get("dry_run") and key in BILLED:
             pass
-        elif source == "the command line" and key != "recipe" and not _is_preset(value):
-            print(f"warning: {key} is not read by this command: ignored", file=sys.stderr)
+        elif source == "the command line" and key != "recipe":
+            inner = (
+                [f"{key}.{name}" for name in value if f"{key}.{name}" != PRESET] if isinstance(value, dict) else [key]
+            )
+            for name in inner:
+                print(f"warning: {name} is not read by this command: ignored", file=sys.stderr)
     return kept
 
 
@@ -211,11 +216,6 @@ def _cut(config_class: type, layer: dict[str, Any]) -> dict[str, Any]:
         for key, value in layer.items()
         if key in fields
     }
-
-
-def _is_preset(value: Any) -> bool:
-    """Whether a section holds `objective.preset` alone, which every command reads."""
-    return isinstance(value, dict) and list(value) == ["preset"]
 
 
 def to_yaml(config: Any) -> str:

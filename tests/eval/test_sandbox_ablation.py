@@ -131,6 +131,18 @@ def test_show_prints_and_draws_without_a_run(tmp_path, capsys):
         assert image.width == 1800 and 600 < image.height < 2000
 
 
+def test_what_losers_cost_is_drawn_and_paired_with_sft(tmp_path, capsys):
+    """`gdpo` is paired with LoRA-SFT, and the cheaper row with both."""
+    assert start(tmp_path, Fake(), "--suite", "losers", rows="base,sft,gdpo,1x3") == 0
+    _, rows = read(tmp_path)
+    assert rows["1x3"]["passes"] == 3 and rows["base"]["against_sft"] is None
+    assert rows["1x3"]["against"]["row"] == "gdpo" and rows["1x3"]["against"]["physical"]["mean"] == 0
+    assert rows["1x3"]["against_sft"]["physical"]["mean"] == 0.375 == rows["gdpo"]["against_sft"]["physical"]["mean"]
+    assert "against SFT" in capsys.readouterr().out.splitlines()[0] and rows["sft"]["against_sft"]["physical"] is None
+    with Image.open(tmp_path / "ablation_passes.png") as image:
+        assert image.size == (1800, 1000)
+
+
 def test_scores_of_another_number_of_clips_are_refused(tmp_path):
     path = tmp_path / "scores.jsonl"
     row = {"model": "base", "clip": 0, "values": {"physical": 1.0, "semantic": 1.0}, "error": ""}

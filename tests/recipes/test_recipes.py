@@ -372,7 +372,7 @@ def test_a_section_that_the_command_does_not_read_warns_on_the_command_line_only
     assert config == Small(seed=1)
     printed = capsys.readouterr().err.splitlines()
     assert printed == [
-        "warning: lora is not read by this command: ignored",
+        "warning: lora.rank is not read by this command: ignored",
         "warning: output is not read by this command: ignored",
     ]
 

@@ -76,3 +76,16 @@ def test_supervised_training_has_no_reference(tiny, tmp_path):
     arguments = tiny.arguments(tmp_path, *STEPS, f"train.reference_cache={tmp_path / 'cache'}")
     with pytest.raises(ValueError, match="supervised training has no reference; leave it out"):
         sft.main(arguments)
+
+
+def test_steps_that_a_resumed_run_began_with_are_read_too(tiny, tmp_path, passes):
+    tiny.train(tmp_path / "first", "optim.steps=2", "optim.schedule=constant")
+    cache = f"train.reference_cache={tmp_path / 'cache'}"
+    tiny.train(tmp_path / "first", "optim.steps=4", "optim.schedule=constant", cache)  # its third and fourth step
+    passes.clear()
+    tiny.train(tmp_path / "plain", *STEPS)
+    plain = len(passes)
+    passes.clear()
+    tiny.train(tmp_path / "second", *STEPS, cache)
+    assert tiny.metrics(tmp_path / "second") == tiny.metrics(tmp_path / "plain")
+    assert plain - len(passes) == 2 * 2 * 2  # of two steps of two groups, two clips each

@@ -13,7 +13,9 @@ from train.files import atomic
 
 def table(results: dict[str, Any]) -> str:
     """The results as text: means with 95% intervals, paired differences of the physical score, the paper's figures."""
+    paired = any((row.get("against_sft") or {}).get("physical") for row in results["rows"])
     heads = ("", "physical", "semantic", "gain over base", "against", "paper (table, model, figure)")
+    heads += ("against SFT",) * paired
     cells = [heads]
     for row in results["rows"]:
         missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
@@ -22,7 +24,8 @@ def table(results: dict[str, Any]) -> str:
         other = row["against"]
         against = f"{other['row']} {show(other['physical'], sign=True)}" if other["physical"] else "-"
         differences = (show(row["gain"]["physical"], sign=True) or "-", against)
-        cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-"))
+        sft = (show((row["against_sft"] or {}).get("physical"), sign=True) or "-",) if paired else ()
+        cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-", *sft))
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -33,6 +36,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's, told apart by colour-blind readers
+COLOURS = (BLACK, BLUE, ORANGE)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -81,6 +85,36 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.set_title(key, fontsize=10)
     for panel in panels.flat[len(swept) :]:
         panel.set_axis_off()
+    with atomic(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+def draw_passes(results: dict[str, Any], path: Path) -> None:
+    """PNG of the physical score against the network passes that a prompt's losers take, by training steps; rows of
+    unknown passes are left out."""
+    usual = "as the recipe"
+    by_steps: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row.get("passes") is not None:
+            given = [value.partition("=")[2] for value in row["overrides"] if value.startswith("optim.steps=")]
+            by_steps.setdefault(given[-1] if given else usual, []).append(row)
+    figure = Figure(figsize=(9, 5), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    for steps, colour in zip(sorted(by_steps, key=lambda key: (key != usual, key)), COLOURS, strict=False):
+        rows = by_steps[steps]
+        places, means = [row["passes"] for row in rows], [row["physical"]["mean"] for row in rows]
+        reach = [[abs(row["physical"][end] - row["physical"]["mean"]) for row in rows] for end in ("low", "high")]
+        axes.errorbar(places, means, reach, fmt="o", color=colour, capsize=2.5, label=f"training steps: {steps}")
+        for row, place, mean in zip(rows, places, means, strict=True):
+            axes.annotate(row["name"], (place, mean), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("symlog", linthresh=1)
+    ticks = sorted({row["passes"] for rows in by_steps.values() for row in rows})
+    axes.set_xlim(-0.2, 1.6 * ticks[-1])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("network passes per prompt for its losers")
+    axes.set_ylabel(f"physical score, 95% interval over {len(results['seeds'])} x {results['clips']} clips")
+    axes.legend(frameon=False)
     with atomic(path) as aside:
         figure.savefig(aside, format="png")
 

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from eval.experiments.ablation.plan import RECIPE, SCORES, Plan, check_overrides, read_recipe
-from eval.experiments.ablation.report import draw, table
+from eval.experiments.ablation.report import draw, draw_passes, table
 from eval.experiments.ablation.rows import SUITES, Row, paper_figures
 from eval.experiments.ablation.runner import Processes, Run, run_all
 from eval.experiments.search.report import estimate
@@ -71,17 +71,20 @@ def collect(plan: Plan, command: str) -> dict[str, Any]:
 def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     """One row of the table from all results by row and seed; gains and differences are None where there is nothing to
     pair."""
-    runs, others = results[row.name], results[row.against]
+    runs = results[row.name]
 
     def own(result: dict[str, Any], name: str) -> np.ndarray:  # (clips,)
         return np.array(result["scores"].get("tuned", result["scores"]["base"])[name])
 
-    gain, against = {}, {}
-    shared = [seed for seed in runs if seed in others and row.name != row.against]
-    for name in SCORES:
-        gains = [own(r, name) - r["scores"]["base"][name] for r in runs.values() if row.trainer]
-        differences = [own(runs[seed], name) - own(others[seed], name) for seed in shared]
-        gain[name], against[name] = (estimate(np.concatenate([[], *found])) for found in (gains, differences))
+    def over(other: str) -> dict[str, Any]:
+        others = results.get(other, {}) if other != row.name else {}
+        shared = [seed for seed in runs if seed in others]
+        return {
+            name: estimate(np.concatenate([[], *(own(runs[seed], name) - own(others[seed], name) for seed in shared)]))
+            for name in SCORES
+        }
+
+    gains = {name: [own(r, name) - r["scores"]["base"][name] for r in runs.values() if row.trainer] for name in SCORES}
     return {
         "name": row.name,
         "label": row.label,
@@ -94,8 +97,9 @@ def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[s
             for seed, r in runs.items()
         },
         **{name: estimate(np.concatenate([own(r, name) for r in runs.values()])) for name in SCORES},
-        "gain": gain,
-        "against": {"row": row.against, **against},
+        "gain": {name: estimate(np.concatenate([[], *found])) for name, found in gains.items()},
+        "against": {"row": row.against, **over(row.against)},
+        "against_sft": over("sft") if row.trainer else None,
         "paper": paper_figures(row),
     }
 
@@ -164,6 +168,10 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
     if any(row["trainer"] for row in results["rows"]):
         draw(results, place.with_suffix(".png"))
         print(f"results  {place}\nfigure   {place.with_suffix('.png')}")
+        if any(row.get("passes") for row in results["rows"]):
+            cost = place.with_name(f"{place.stem}_passes.png")
+            draw_passes(results, cost)
+            print(f"figure   {cost}")
     for name, why in failed.items():
         print(f"FAILED   {name}: {why.splitlines()[0]}", file=sys.stderr)
     return 1 if failed else 0

@@ -16,13 +16,15 @@ class FullParameters:
     """All weights of one network, made trainable in place; `weights` maps their names to them. With `keep_reference`
     they are also copied, to be what `reference()` runs.
 
-    Raises ValueError where weights are not float32: AdamW's small updates vanish in bfloat16.
+    Raises ValueError where weights are not float32 (AdamW's small updates vanish in bfloat16) or are streamed.
     """
 
     file = "transformer.safetensors"  # in a checkpoint
     format = "physalign-full-1"  # in its metadata
 
     def __init__(self, network: nn.Module, *, keep_reference: bool = False):
+        if hasattr(network, "streamed"):
+            raise ValueError("full weights do not stream: set backbone.stream=false, or train a LoRA")
         network.requires_grad_(True)
         self.weights: dict[str, nn.Parameter] = dict(network.named_parameters())
         if any(weight.dtype != torch.float32 for weight in self.weights.values()):

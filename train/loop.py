@@ -30,6 +30,7 @@ from train.data import Batches, GroupStream, Sample, Tensors, build_loader
 from train.full_parameters import FullParameters
 from train.fused.prepare import prepare_network
 from train.groups import GroupSet
+from train.host_memory import GIB
 from train.optimizer import build_optimizer, learning_rate
 from train.policy import Policy, attach_parameters
 from train.reference_cache import open_cache
@@ -151,9 +152,15 @@ def start(config: Any) -> Accelerator:
     check_intervals(config)
     if config.ranks not in (0, accelerator.num_processes):
         raise ValueError(f"ranks={config.ranks} is for --dry-run: {accelerator.num_processes} processes were launched")
-    if config.train.parameters == "full" and parallel.sharding(accelerator) is not None:
+    full, sharded = config.train.parameters == "full", parallel.sharding(accelerator) is not None
+    if full and sharded:
         raise ValueError(
             "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
+        )
+    if config.backbone.stream and (full or sharded):
+        raise ValueError(
+            "backbone.stream=true streams a frozen network from host memory, with train.parameters=lora and without"
+            " ZeRO-3 (launch/ddp.yaml): set it to false, or these"
         )
     return accelerator
 
@@ -161,7 +168,8 @@ def start(config: Any) -> Accelerator:
 def load(config: Any, accelerator: Accelerator, *, clips: bool, vae: bool) -> Backbone:
     """The recipe's backbone: the expert that trains, or with `clips` every one; where needed its VAE."""
     parts = ["transformer" if clips else "expert"] + (["vae"] if vae else [])
-    return load_backbone(config.backbone, accelerator.device, parts=parts, sharding=parallel.sharding(accelerator))
+    sharding = parallel.sharding(accelerator)
+    return load_backbone(config.backbone, accelerator.device, parts=parts, sharding=sharding, together=True)
 
 
 def attach(
@@ -172,6 +180,8 @@ def attach(
     policy = Policy(backbone, switch, build_heads(config, backbone))
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
     whole = "sharded over the ranks" if engines[0] else "whole on every rank"
+    if config.backbone.stream:
+        whole = f"streamed from {backbone.transformer.streamed.ring.taken / GIB:.1f} GiB of host memory"
     accelerator.print(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
     )

@@ -10,8 +10,8 @@ import torch
 from train.backbones.architecture import wan_architecture
 from train.backbones.loading import random_transformer
 from train.fused.fused_block import fuse_blocks
-from train.fused.memory import GIB
-from train.fused.offload import HostStore, affordable, host_memory
+from train.fused.offload import HostStore, affordable
+from train.host_memory import GIB, host_memory
 from train.lora_switch import LoraConfig, LoraSwitch
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between a GPU and its host")

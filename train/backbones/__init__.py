@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from train.backbones import loading
 from train.backbones.base import Backbone, BackboneConfig
 from train.backbones.random_parts import random_text, random_vae
+from train.backbones.streaming import Ring
 from train.backbones.tokenizer import build_tokenizer
 from train.backbones.wan21 import Wan21
 from train.backbones.wan22_a14b import Wan22I2V, Wan22T2V
@@ -43,13 +44,16 @@ def load_backbone(
     *,
     parts: Sequence[str] = ("text", "vae", "transformer"),
     sharding: Sharding | None = None,
+    together: bool = False,
 ) -> Backbone:
     """A backbone with the named parts on the device, in eval mode and frozen.
 
     Parts: "text" (encoder and tokenizer), "tokenizer" (alone), "vae", "transformer" (all experts), "expert" (only
     `config.expert` of a two-expert family). With `sharding` (`train.parallel`) the transformers are spread over the
-    ranks while they are made, so that no device ever holds one whole. Raises ValueError for an unknown key, a path that
-    is no Wan pipeline or lacks a component, and a pipeline of another family than `config.family`.
+    ranks while they are made, so that no device ever holds one whole. With `together` all processes of the launch call
+    at once, and those of a host keep one copy of what `config.stream` keeps there. Raises ValueError for an unknown
+    key, a path that is no Wan pipeline or lacks a component, a pipeline of another family than `config.family`, and
+    streaming with `sharding` or without the host memory for it.
     """
     _check("family", config.family, BACKBONES)
     _check("dtype", config.dtype, DTYPES)
@@ -60,6 +64,13 @@ def load_backbone(
         device = torch.device("cuda", torch.cuda.current_device())
     expert = family.training_expert(config)
     wanted = list(family.expert_folders) if "transformer" in parts else [expert] if "expert" in parts else []
+
+    if config.stream and sharding is not None:
+        raise ValueError(
+            "backbone.stream=true keeps the frozen network in host memory, and ZeRO-3 shards it over the GPUs: launch"
+            " with launch/ddp.yaml, or set it to false"
+        )
+    ring = Ring(device, count=len(wanted), together=together) if config.stream and wanted else None
 
     loaded: dict[str, Any] = {}
     if config.random_weights:
@@ -75,7 +86,9 @@ def load_backbone(
         if "vae" in parts:
             loaded["vae"] = random_vae(architecture, device)
         experts = {
-            name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed, sharding=sharding)
+            name: loading.random_transformer(
+                architecture, device=device, dtype=dtype, seed=seed, sharding=sharding, ring=ring
+            )
             for seed, name in enumerate(family.expert_folders)
             if name in wanted
         }
@@ -95,7 +108,7 @@ def load_backbone(
             text_dim = architecture["transformer"]["text_dim"]
             loaded["text_encoder"] = loading.load_text(folder, device, dtype, text_dim)
         experts = {
-            name: loading.load_transformer(folder, family.expert_folders[name], device, dtype, sharding)
+            name: loading.load_transformer(folder, family.expert_folders[name], device, dtype, sharding, ring)
             for name in wanted
         }
         if "vae" in parts:

@@ -64,6 +64,11 @@ def num_tokens(architecture: dict[str, Any], height: int, width: int, num_frames
     return (frames // patch_frames) * (rows // patch_rows) * (columns // patch_columns)
 
 
+def parameter_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """Of a transformer's parameter by name: float32 for norms, time embedder and scale tables, else `dtype`."""
+    return torch.float32 if set(WanTransformer3DModel._keep_in_fp32_modules) & set(key.split(".")) else dtype
+
+
 def parameter_count(architecture: dict[str, Any]) -> int:
     """Parameters of one transformer (of each of the two experts of A14B), counted on the meta device."""
     with torch.device("meta"):

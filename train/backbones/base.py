@@ -42,6 +42,9 @@ class BackboneConfig:
     expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise
     attention: str = "auto"  # a diffusers attention backend; auto: the fastest here, measured
     compile: bool = False  # torch.compile, in training and wherever clips are made: fused blocks where they fit
+    # Keep the transformer's blocks in page-locked host memory; each visits the GPU while the one before it computes:
+    # less GPU memory, the same numbers (train.backbones.streaming). Trains a LoRA; not under ZeRO-3.
+    stream: bool = False
     text_length: int = 512  # text tokens after zero padding; Wan was trained with 512
 
 

@@ -22,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from train.backbones.architecture import parameter_dtype
 from train.backbones.attention_kernels import attention_seconds
 from train.backbones.random_parts import draw
+from train.backbones.streaming import Ring, StreamedBlocks
 from train.parallel import Sharding
 
 WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
@@ -107,12 +109,18 @@ def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_transformer(
-    folder: Path, name: str, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None
+    folder: Path,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sharding: Sharding | None = None,
+    ring: Ring | None = None,
 ) -> WanTransformer3DModel:
     """The transformer in the pipeline's subfolder `name`, read tensor by tensor onto the device; frozen, eval mode.
 
     Modules that must stay float32 (norms, time embedder, scale tables) do, whatever `dtype` is. With `sharding` one
-    rank reads, and a module's parameters are shared out before the next module's are there.
+    rank reads, and a module's parameters are shared out before the next module's are there. With `ring` blocks go on to
+    host memory and visit the device (`train.backbones.streaming`).
     """
     stored = _stored(folder, name)
     with _named(folder, name), torch.device("meta"):
@@ -134,7 +142,7 @@ def load_transformer(
                 parameter.copy_(file.get_tensor(key).to(device))  # there, casting costs nothing
 
     with _named(folder, name):
-        return _fill(model, device, dtype, read, sharding)
+        return _fill(model, device, dtype, read, sharding, ring)
 
 
 def load_text(folder: Path, device: torch.device, dtype: torch.dtype, text_dim: int) -> UMT5EncoderModel:
@@ -161,16 +169,17 @@ def random_transformer(
     dtype: torch.dtype,
     seed: int,
     sharding: Sharding | None = None,
+    ring: Ring | None = None,
 ) -> WanTransformer3DModel:
     """A transformer of `architecture` with seeded random weights, made on the device, frozen and in eval mode.
 
-    They are drawn as `random_parts.draw` says. Dtypes and `sharding` are as in `load_transformer`. The same seed gives
-    other weights on another kind of device.
+    They are drawn as `random_parts.draw` says. Dtypes, `sharding` and `ring` are as in `load_transformer`. The same seed
+    gives other weights on another kind of device.
     """
     with torch.device("meta"):
         model = WanTransformer3DModel(**architecture["transformer"])
     generator = torch.Generator(device=device).manual_seed(seed)
-    return _fill(model, device, dtype, lambda name, parameter: draw(name, parameter, generator), sharding)
+    return _fill(model, device, dtype, lambda name, parameter: draw(name, parameter, generator), sharding, ring)
 
 
 @torch.no_grad()
@@ -180,18 +189,24 @@ def _fill(
     dtype: torch.dtype,
     write: Callable[[str, Tensor], None],
     sharding: Sharding | None,
+    ring: Ring | None,
 ) -> WanTransformer3DModel:
     """Give a model without storage parameters on the device, which `write` fills by name, module by module."""
-    keep = set(model._keep_in_fp32_modules)
+    streamed = None if ring is None else StreamedBlocks(ring, model, dtype)
     for prefix, module in model.named_modules():
         own = []
         for key, shape in list(module.named_parameters(prefix, recurse=False)):
-            kept = torch.float32 if keep & set(key.split(".")) else dtype
-            own.append(nn.Parameter(torch.empty_like(shape, dtype=kept, device=device), requires_grad=False))
+            if streamed is not None and key.startswith("blocks."):
+                memory = streamed.parameter(key)
+            else:
+                memory = torch.empty_like(shape, dtype=parameter_dtype(key, dtype), device=device)
+            own.append(nn.Parameter(memory, requires_grad=False))
             write(key, own[-1])
             setattr(module, key.rpartition(".")[2], own[-1])
         if sharding is not None and own:
             sharding.take(own)
+    if streamed is not None:
+        streamed.attach()
     # Position tables are buffers that no checkpoint holds: computed anew, in float32.
     rope = model.rope
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train import compile_cache
 from train.backbones.attention_kernels import KERNELS, kernel_name
 from train.fused import float8
-from train.fused.memory import OFFLOADED, passes_waiting
+from train.fused.memory import INPUT_OFFLOADED, OFFLOADED, passes_waiting
 from train.fused.offload import HostStore
 from train.fused.stages import Frozen, Settings, cross_attend, cross_norm, gated, gelu, heads, modulated_norm, rotate
 from train.lora_switch import LoraSwitch, SwitchedLinear
@@ -38,11 +38,11 @@ from train.lora_switch import LoraSwitch, SwitchedLinear
 Adapters = dict[str, tuple[Tensor, Tensor]]  # layer name -> (down (rank, in), up (out, rank))
 
 # What a block keeps for backward beside its input, most seconds saved per byte first; each includes those before it.
-# The last, OFFLOADED, keeps as much as the one before, in host memory.
+# OFFLOADED keeps as much as the one before, in host memory; INPUT_OFFLOADED as little as the first, its input there.
 ATTENTION = ("attended", "logsumexp")
 HIDDEN = (*ATTENTION, "after_self", "cross_query", "after_cross")
 EVERYTHING = (*HIDDEN, "query", "key", "value", "wide")
-LEVELS: tuple[tuple[str, ...], ...] = ((), ATTENTION, HIDDEN, EVERYTHING, EVERYTHING)
+LEVELS: tuple[tuple[str, ...], ...] = ((), ATTENTION, HIDDEN, EVERYTHING, EVERYTHING, ())
 
 
 # Products: a frozen linear layer and, where it has one, its gated adapter.
@@ -215,7 +215,7 @@ class Graphs:
 
     def __init__(self, settings: Settings, level: int, compiled: bool):
         keep = LEVELS[level]
-        self.offloaded = level == OFFLOADED
+        self.stays = {OFFLOADED: 1, INPUT_OFFLOADED: 0}.get(level)  # how many of input and kept, if others do not
 
         def run_forward(frozen, adapters, hidden):
             return forward(settings, keep, frozen, adapters, hidden)
@@ -230,7 +230,8 @@ class Graphs:
 class FusedBlock:
     """Stands in for one block's `forward`; what it computes with are the block's own parameters.
 
-    Called as diffusers calls a block. Under ZeRO-3 the block's hooks gather it as a whole before either pass.
+    Called as diffusers calls a block. Under ZeRO-3 the block's hooks gather it as a whole before either pass; `fetch`
+    is called before either pass of a block whose weights wait in host memory.
     """
 
     def __init__(
@@ -239,17 +240,19 @@ class FusedBlock:
         switch: LoraSwitch,
         choose: Callable[[torch.Size, int], Graphs],
         store: HostStore | None = None,
+        fetch: Callable[[], None] = lambda: None,
     ):
         self.parameters = dict(block.named_parameters())
         self.state = switch.state
         layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, SwitchedLinear)}
         self.adapters = {name: (layer.lora_down, layer.lora_up) for name, layer in layers.items()}
-        self.choose, self.store = choose, store
+        self.choose, self.store, self.fetch = choose, store, fetch
 
     def __call__(self, hidden: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         flat = [weight for pair in self.adapters.values() for weight in pair]
         graphs = self.choose(hidden.shape, passes_waiting())
         store = self.store if torch.is_grad_enabled() else None  # inside the function grad mode is always off
+        self.fetch()
         return _BlockFunction.apply(self, graphs, store, self.state.gate, hidden, text, temb, *rotary, *flat)
 
     def frozen(self, text: Tensor, temb: Tensor, cos: Tensor, sin: Tensor, gate: Tensor) -> Frozen:
@@ -270,22 +273,25 @@ class _BlockFunction(torch.autograd.Function):
         output, kept = graphs.forward(frozen, block.pairs(flat), hidden.detach())
         ctx.block, ctx.graphs = block, graphs
         ctx.earlier = None if store is None else store.newest()
-        ctx.parcel = store.send(kept) if store is not None and graphs.offloaded else None
+        saved, ctx.parcel = [hidden, *kept], None
+        if store is not None and graphs.stays is not None:
+            ctx.parcel = store.send([tensor.detach() for tensor in saved[graphs.stays :]])
         if ctx.parcel is not None:
-            kept = []
-        ctx.save_for_backward(gate, hidden, text, temb, cos, sin, *flat, *kept)
+            saved = saved[: graphs.stays]
+        ctx.save_for_backward(gate, text, temb, cos, sin, *flat, *saved)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block = ctx.block
-        gate, hidden, text, temb, cos, sin, *rest = ctx.saved_tensors
+        gate, text, temb, cos, sin, *rest = ctx.saved_tensors
         count = 2 * len(block.adapters)
-        kept = list(rest[count:]) if ctx.parcel is None else ctx.parcel.fetch()
+        hidden, *kept = [*rest[count:], *([] if ctx.parcel is None else ctx.parcel.fetch())]
         if ctx.earlier is not None:
             ctx.earlier.prefetch()
         ctx.earlier = ctx.parcel = None  # this function outlives the pass, its parcel's memory must not
+        block.fetch()
         frozen = block.frozen(text, temb, cos, sin, gate)
         hidden_grad, adapter_grads = ctx.graphs.backward(
             frozen, block.pairs(rest[:count]), hidden.detach(), kept, grad.contiguous()
@@ -323,7 +329,8 @@ def fuse_blocks(
 
     `plan` gives each block's index of LEVELS, for hidden states of shape (B, N, D) and a number of passes that wait for
     their backward at once (`train.fused.memory.waiting`); it is asked once. `store` is for blocks that are OFFLOADED;
-    without it, or where it is full, they keep everything on the device.
+    without it, or where it is full, they keep everything on the device. Weights in host memory (`network.streamed`) are
+    fetched by the blocks themselves.
     """
     if compiled:
         compile_cache.heal()
@@ -332,6 +339,9 @@ def fuse_blocks(
     kernel = KERNELS[getattr(network, "self_attention", name)]
     settings = Settings(block.attn1.heads, block.norm1.eps, kernel, KERNELS[name], float8)
     graphs = [Graphs(settings, level, compiled) for level in range(len(LEVELS))]
-    plan = cache(plan)
+    plan, streamed = cache(plan), getattr(network, "streamed", None)
+    if streamed is not None:
+        streamed.take_over()
     for index, block in enumerate(network.blocks):
-        block.forward = FusedBlock(block, switch, lambda *key, index=index: graphs[plan(*key)[index]], store)
+        fetch = {} if streamed is None else {"fetch": partial(streamed.fetch, index)}
+        block.forward = FusedBlock(block, switch, lambda *key, index=index: graphs[plan(*key)[index]], store, **fetch)

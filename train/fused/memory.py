@@ -10,12 +10,13 @@ for AdamW's two moments and for each set of gradients that waits, a clip's or th
 those whose activations wait for their backward at once, as `waiting` says: one, and two where the self-score's judge
 looks at what the policy predicts (`train.policy`). Kept: a block's input, and by `train.fused.fused_block.LEVELS`
 nothing, attention (u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host
-memory. The workspace, fitted to measured peaks, is what one block's backward pass holds besides: it recomputes less the
-more was kept. Of two passes that wait, the first keeps `outside` bytes more outside of its blocks; this is fitted
-likewise.
+memory; or not even its input, which waits there. The workspace, fitted to measured peaks, is what one block's backward
+pass holds besides: it recomputes less the more was kept. Of two passes that wait, the first keeps `outside` bytes more
+outside of its blocks; this is fitted likewise.
 
 Attention comes first, because it saves most time per byte. Then the last blocks are raised first, because the peak is
-where the backward pass starts, and a block that kept more needs less workspace.
+where the backward pass starts, and a block that kept more needs less workspace. Inputs go to host memory only with
+backbone.stream, and only where they do not fit: those of the first blocks, which come back when the others' are gone.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GIB = 2**30
+from train.host_memory import GIB
+
 OFFLOADED = 4  # the level of `train.fused.fused_block` whose activations wait in host memory (`train.fused.offload`)
+INPUT_OFFLOADED = 5  # the level whose input waits there
 WORKSPACE = (21.0, 18.0, 18.0, 14.0)  # hidden states u, by level; the last block, where the peak is, is not offloaded
 WIDE_WORKSPACE = 0.3  # feed-forward activations w
 OUTSIDE = 2.2  # hidden states u: two measured peaks of two waiting passes against two of one
@@ -72,7 +75,7 @@ class Sizes:
         """Bytes that one block keeps on the device, its input included."""
         attention = self.hidden + 4 * self.tokens * self.heads
         everything = attention + 6 * self.hidden + self.wide
-        return self.hidden + (0, attention, attention + 3 * self.hidden, everything, 0)[level]
+        return self.hidden + (0, attention, attention + 3 * self.hidden, everything, 0, -self.hidden)[level]
 
     @property
     def offloaded(self) -> int:
@@ -86,39 +89,59 @@ class Sizes:
 
 def predict(sizes: Sizes, levels: list[int], passes: int = 1) -> float:
     """Bytes of activations at the peak, when the last block's backward pass runs and one block's come back."""
-    coming = sizes.offloaded if OFFLOADED in levels else 0
+    coming = sizes.offloaded if OFFLOADED in levels else sizes.hidden if INPUT_OFFLOADED in levels else 0
     outside = (passes - 1) * OUTSIDE * sizes.hidden
     return passes * sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming + outside
 
 
-def choose_levels(sizes: Sizes, available: float, host: float = 0.0, passes: int = 1) -> list[int]:
+def choose_levels(
+    sizes: Sizes, available: float, host: float = 0.0, passes: int = 1, *, inputs: bool = False
+) -> list[int]:
     """A level for each block whose predicted activations of all `passes` fit `available` bytes on the device and `host`
     bytes there.
 
     Blocks are offloaded, as many as the host has room for, until the others keep everything; they are spread over the
     network so that copies have blocks to hide behind, and the last block never is. The other blocks' levels do not
-    fall as `available` grows; all are 0 where nothing fits.
+    fall as `available` grows; all are 0 where nothing fits. With `inputs` they then wait on the host, too, of as few
+    blocks as it takes.
     """
-    for count in range(min(int(host // (passes * sizes.offloaded)), sizes.blocks - 1) + 1):
+    most = min(int(host // (passes * sizes.offloaded)), sizes.blocks - 1)
+    for count in range(most + 1):
         levels = _levels(sizes, available, passes, count)
         if min(levels) == 3:
             break
-    return levels
+    if not inputs or predict(sizes, levels, passes) <= available:
+        return levels
+    for count in range(most, -1, -1):
+        room = int((host / passes - count * sizes.offloaded) // sizes.hidden)
+        for first in range(min(room, sizes.blocks - 1 - count) + 1):
+            levels = _levels(sizes, available, passes, count, first)
+            if predict(sizes, levels, passes) <= available:
+                return levels
+    return levels  # the least there is
 
 
-def _levels(sizes: Sizes, available: float, passes: int, count: int) -> list[int]:
-    """The levels with `count` blocks offloaded."""
-    offloaded = {(2 * n + 1) * (sizes.blocks - 1) // (2 * count) for n in range(count)}
+def _levels(sizes: Sizes, available: float, passes: int, count: int, first: int = 0) -> list[int]:
+    """The levels with the inputs of the `first` blocks offloaded, and `count` of the others."""
+    others = sizes.blocks - 1 - first
+    offloaded = {first + (2 * n + 1) * others // (2 * count) for n in range(count)}
     levels = [OFFLOADED if index in offloaded else 0 for index in range(sizes.blocks)]
+    levels[:first] = [INPUT_OFFLOADED] * first
     for level in (1, 2, 3):
         for index in reversed(range(sizes.blocks)):
-            if levels[index] == OFFLOADED:
+            if levels[index] in (OFFLOADED, INPUT_OFFLOADED):
                 continue
             raised = [*levels[:index], level, *levels[index + 1 :]]
             if predict(sizes, raised, passes) > available:
                 return levels
             levels = raised
     return levels
+
+
+def resident(network: nn.Module) -> int:
+    """Bytes of a network's parameters where they are: streamed blocks share a ring's buffers."""
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in network.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def gathered(network: nn.Module) -> int:
@@ -142,8 +165,7 @@ def plan(
         total = torch.cuda.mem_get_info(device)[1]
         available = min(budget or 0.9 * total, 0.95 * total) - torch.cuda.memory_allocated(device)
     else:
-        weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
-        available = (budget or float("inf")) - weights - trained
+        available = (budget or float("inf")) - resident(network) - trained
     available -= (2 + gradients) * trained + gathered(network)
 
     def levels(shape: torch.Size, passes: int) -> list[int]:
@@ -153,6 +175,6 @@ def plan(
         if not config.activation_checkpointing:
             return [3] * blocks
         room = available - FLOAT8_WORKSPACE * sizes.hidden * config.float8
-        return choose_levels(sizes, room, config.offload_gib * GIB, passes)
+        return choose_levels(sizes, room, config.offload_gib * GIB, passes, inputs=hasattr(network, "streamed"))
 
     return levels

@@ -6,41 +6,22 @@ which has until the next one to end; `fetch` waits for the copy back, which `pre
 What was sent last is still there when backward begins, and is not copied back.
 """
 
-import os
 import warnings
 import weakref
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
-from train.fused.memory import GIB
+from train.host_memory import GIB, HOST_SHARE, Copier, host_memory, local_processes, locked
 
 ALIGNMENT = 4096  # bytes
-HOST_SHARE = 0.8  # of the host's memory that all of its processes may lock together
 
 
-def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this host's processes of this job may use: the machine's memory, or the least limit of a control group
-    that they are in, as Slurm's --mem and a pod's limit set it."""
-    limits = [psutil.virtual_memory().total]
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
-        _, kinds, place = line.split(":", 2)
-        names = {"": ("", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}.get(kinds)  # versions 2 and 1
-        if names is None:
-            continue
-        folder = mount / names[0] / place.lstrip("/")
-        for path in (folder, *folder.parents):  # a group is within its parents' limits
-            text = (path / names[1]).read_text(encoding="utf-8").strip() if (path / names[1]).is_file() else "max"
-            limits += [] if text == "max" else [int(text)]
-    return min(limits)
-
-
-def affordable(gib: float) -> float:
-    """At most `gib` GiB for this process, for the host's share HOST_SHARE of its memory; warns where that is less."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = HOST_SHARE * host_memory() / GIB / processes
+def affordable(gib: float, taken: int = 0) -> float:
+    """At most `gib` GiB for this process, for the host's share HOST_SHARE of its memory without the `taken` bytes that
+    its processes have locked before; warns where that is less."""
+    processes = local_processes()
+    share = max(0.0, (HOST_SHARE * host_memory() - taken) / GIB / processes)
     if gib <= share:
         return gib
     warnings.warn(
@@ -55,10 +36,8 @@ class HostStore:
     """Page-locked host memory of at most `capacity` bytes, for tensors of one GPU; regions are used again."""
 
     def __init__(self, capacity: int, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.memory = torch.empty(capacity, dtype=torch.uint8)
-        _lock(self.memory)
+        self.copier = Copier(device)
+        self.memory = locked(capacity, device)
         self.free: dict[int, list[int]] = {}  # offsets by size
         self.used = 0
         self.last: weakref.ref[Parcel] | None = None
@@ -105,21 +84,20 @@ class Parcel:
         self.leaving: list[Tensor] = tensors
         self.like = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
         self.arrived: list[Tensor] | None = None
-        store.stream.wait_stream(torch.cuda.current_stream(store.device))
-        with torch.cuda.stream(store.stream):
-            for tensor, (offset, _) in zip(tensors, regions, strict=True):
-                self._host(offset, tensor).copy_(tensor, non_blocking=True)
-            self.event = store.stream.record_event()
+        self.event = store.copier.copy(zip(self._regions(tensors), tensors, strict=True))
 
-    def _host(self, offset: int, tensor: Tensor) -> Tensor:
-        """The region as a tensor laid out as `tensor` is, so that a copy is one piece."""
-        flat = self.store.memory[offset : offset + tensor.nbytes].view(tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride())
+    def _regions(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The regions as tensors laid out as `tensors` are, so that each copy is one piece."""
+        flat = [
+            self.store.memory[offset : offset + tensor.nbytes].view(tensor.dtype)
+            for tensor, (offset, _) in zip(tensors, self.regions, strict=True)
+        ]
+        return [part.as_strided(like.shape, like.stride()) for part, like in zip(flat, tensors, strict=True)]
 
     def leave(self) -> None:
         """Let go of the device's tensors once they are copied; work queued from here on may use their memory."""
         if self.leaving:
-            torch.cuda.current_stream(self.store.device).wait_event(self.event)
+            self.store.copier.wait(self.event)
             self.leaving = []
 
     def prefetch(self) -> None:
@@ -129,26 +107,15 @@ class Parcel:
         if self.leaving:
             self.arrived, self.leaving = self.leaving, []
             return
-        device = self.store.device
-        self.arrived = [torch.empty_strided(*like[:2], dtype=like[2], device=device) for like in self.like]
-        self.store.stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self.store.stream):
-            for tensor, (offset, _) in zip(self.arrived, self.regions, strict=True):
-                tensor.copy_(self._host(offset, tensor), non_blocking=True)
-            self.event = self.store.stream.record_event()
+        copier = self.store.copier
+        self.arrived = [torch.empty_strided(*like[:2], dtype=like[2], device=copier.device) for like in self.like]
+        self.event = copier.copy(zip(self.arrived, self._regions(self.arrived), strict=True))
 
     def fetch(self) -> list[Tensor]:
         """The tensors on the device, for work queued from here on."""
         self.prefetch()
-        torch.cuda.current_stream(self.store.device).wait_event(self.event)
+        self.store.copier.wait(self.event)
         return self.arrived
 
     def __del__(self):
         self.store._give_back(self.regions)
-
-
-def _lock(memory: Tensor) -> None:
-    """Page-lock a tensor's memory until it is freed. PyTorch's own pinned tensors take the next power of two."""
-    runtime, address = torch.cuda.cudart(), memory.data_ptr()
-    torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), 0))
-    weakref.finalize(memory, runtime.cudaHostUnregister, address)

@@ -27,7 +27,8 @@ def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: 
     if not reason:
         adapters = switch.parameters()
         device = adapters[0].device
-        config = replace(config, offload_gib=affordable(config.offload_gib) if device.type == "cuda" else 0.0)
+        taken = network.streamed.ring.taken if hasattr(network, "streamed") else 0
+        config = replace(config, offload_gib=affordable(config.offload_gib, taken) if device.type == "cuda" else 0.0)
         plan = memory.plan(network, adapters, config, gradients=gradients)
         if config.float8:
             float8.check(device)

@@ -1,0 +1,160 @@
+"""Frozen weights in host memory, whose blocks visit the device one by one: the next is copied while this one computes.
+
+    host     one flat, page-locked buffer for each block
+    device   a ring of SLOTS flat buffers; the parameters of block i are views of buffer i mod SLOTS, for good
+
+So a block's parameters never move: compiled graphs, the LoRA switch and hooks meet ordinary parameters on the device,
+which hold the block's numbers from `StreamedBlocks.fetch` until its buffer is filled with another block's. Nothing is
+rounded. A block's forward pass fetches it (a hook, or `train.fused.fused_block` itself), and so does its backward pass,
+which computes it anew. Whoever meant to use weights that were overwritten meanwhile meets autograd's own error, because
+all views of a buffer count its changes.
+
+With D bytes of a block's weights and copies of B bytes a second, copies hide where a block computes for D / B seconds:
+0.65 GiB of Wan 14B's in bfloat16 take 28 ms at 25 GB/s.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.backbones.architecture import parameter_dtype
+from train.host_memory import GIB, HOST_SHARE, Copier, host_memory, leads_host, local_processes, locked
+
+SLOTS = 2  # blocks on the device at once
+ALIGNMENT = 256  # bytes, of each parameter
+
+
+class BlockLayout:
+    """Where each parameter of a block lies in a flat buffer of `size` bytes; `network` may be on the meta device."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        self.places: dict[str, tuple[int, torch.Size, torch.dtype]] = {}  # offset, shape, dtype by name
+        self.size = 0
+        for name, parameter in network.blocks[0].named_parameters():
+            kept = parameter_dtype(name, dtype)
+            self.places[name] = (self.size, parameter.shape, kept)
+            self.size += -(-parameter.numel() * kept.itemsize // ALIGNMENT) * ALIGNMENT
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        offset, shape, dtype = self.places[name]
+        return buffer[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+class Slot:
+    """One buffer of the ring: what it holds, a buffer of the host, and what marks the end of its copy."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.holds: Tensor | None = None
+        self.ready: torch.cuda.Event | None = None
+
+
+class Ring:
+    """The device's memory for blocks, shared by all networks of a backbone (`count`), whose blocks are of one layout.
+
+    together: all processes of the launch load at once, and those of one host keep one copy there.
+    """
+
+    def __init__(self, device: torch.device, *, count: int, together: bool = False):
+        self.device, self.count, self.together = device, count, together and local_processes() > 1
+        self.copier, self.slots, self.taken = Copier(device), [], 0
+
+    def reserve(self, size: int, blocks: int) -> None:
+        """Make the slots, for the first network. ValueError where the host has no room for the weights of all."""
+        if self.slots:
+            assert self.slots[0].memory.numel() == size, "the experts' blocks differ in layout"
+            return
+        copies = 1 if self.together else local_processes()
+        self.taken, most = self.count * blocks * size * copies, HOST_SHARE * host_memory()
+        if self.taken > most:
+            each = "" if copies == 1 else f", {self.taken / copies / GIB:.1f} GiB for each of {copies} processes,"
+            raise ValueError(
+                f"backbone.stream=true keeps {self.taken / GIB:.1f} GiB of weights{each} in page-locked host memory,"
+                f" but this job may lock {most / GIB:.1f} GiB here (its memory limit times {HOST_SHARE:g}): give it"
+                " more memory or fewer processes a host, or set the key to false"
+            )
+        self.slots = [Slot(size, self.device) for _ in range(SLOTS)]
+
+    def fill(self, slot: Slot, host: Tensor) -> None:
+        """Start the copy, behind the work that is queued now, unless the slot holds it."""
+        if slot.holds is not host:
+            slot.holds, slot.ready = host, self.copier.copy([(slot.memory, host)])
+
+
+class StreamedBlocks:
+    """The blocks of one network without storage. They are filled one after another, through `parameter`, until `attach`
+    makes this the network's attribute `streamed`."""
+
+    def __init__(self, ring: Ring, network: nn.Module, dtype: torch.dtype):
+        self.ring, self.layout, self.network = ring, BlockLayout(network, dtype), network
+        self.last = len(network.blocks) - 1
+        ring.reserve(self.layout.size, self.last + 1)
+        self._memory = locked((self.last + 1) * self.layout.size, ring.device, together=ring.together)
+        self.hosts = list(self._memory.view(self.last + 1, self.layout.size))
+        self.before = -1  # the block that was filled or fetched before
+        self._hooks: list[Any] = []
+
+    def slot(self, index: int) -> Slot:
+        return self.ring.slots[index % SLOTS]
+
+    def parameter(self, key: str) -> Tensor:
+        """The memory on the device of the parameter blocks.<index>.<name>. What is written there is kept once it is
+        the next block's turn."""
+        _, index, name = key.split(".", 2)
+        if int(index) != self.before:
+            self._store()
+            self.before = int(index)
+            self.slot(self.before).holds = None
+        return self.layout.view(self.slot(self.before).memory, name)
+
+    def attach(self) -> None:
+        """Every block fetches itself when it is called. Once all are filled, on all ranks."""
+        self._store()
+        if self.ring.together:
+            dist.barrier()
+        self.network.streamed = self
+        for index, block in enumerate(self.network.blocks):
+            self._hooks.append(block.register_forward_pre_hook(self._fetch_when_called(index)))
+
+    def _store(self) -> None:
+        """Keep what was written to the block that is being filled."""
+        if self.before >= 0 and (leads_host() or not self.ring.together):
+            self.hosts[self.before].copy_(self.slot(self.before).memory)
+
+    def take_over(self) -> None:
+        """From here on whoever replaces the blocks' forward calls `fetch`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def fetch(self, index: int) -> None:
+        """Block `index` is in its slot for work queued from here on, and the copy of the one after it has started."""
+        self.ring.fill(self.slot(index), self.hosts[index])
+        self.ring.copier.wait(self.slot(index).ready)
+        following = self._following(index)
+        if self.slot(following) is not self.slot(index):  # as with an odd number of blocks, from the last to the first
+            self.ring.fill(self.slot(following), self.hosts[following])
+        self.before = index
+
+    def _following(self, index: int) -> int:
+        """Which block is likely to be next: passes go up, backward passes down. A wrong guess only costs time."""
+        down = index < self.before or (index == self.last and (self.before == index or torch.is_grad_enabled()))
+        if index == 0:
+            return min(1, self.last)  # from where a backward pass ended, too: the next one begins there
+        if down:
+            return index - 1
+        return index + 1 if index < self.last else 0  # a pass without gradients is followed by another
+
+    def _fetch_when_called(self, index: int) -> Callable[..., None]:
+        def fetch(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled() and inputs[0].requires_grad and not self.network.gradient_checkpointing:
+                raise ValueError(
+                    "backbone.stream=true keeps no block's weights for its backward pass: set"
+                    " train.activation_checkpointing=true, or backbone.compile=true"
+                )
+            self.fetch(index)
+
+        return fetch

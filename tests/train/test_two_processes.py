@@ -114,6 +114,17 @@ def test_data_parallel_equals_one_process(tiny, tmp_path, one_process):
     assert distance(tiny.weights(two), tiny.weights(checkpoint.latest(one / "train" / "checkpoints"))) < 1e-4
 
 
+@pytest.mark.slow
+def test_processes_of_a_host_stream_from_one_copy(tiny, tmp_path, one_process):
+    expected, one = one_process
+    gradients, facts = measured_by("ddp", tiny, tmp_path, "backbone.stream=true")
+    assert facts == {"type": "MULTI_CPU", "ranks": 2, "one copy": True}
+    for name, tensors in gradients.items():
+        assert distance(tensors, expected[name]) < 1e-6, name
+    assert_close_metrics(tiny.metrics(tmp_path), tiny.metrics(one), 5e-4)
+    assert "streamed from 0.0 GiB of host memory" in (tmp_path / "output.txt").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def zero3(tiny, tmp_path_factory):
     """Gradients, facts, and the folder with an uninterrupted run under ZeRO-3, with clips."""

@@ -69,7 +69,7 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
     accelerator = parallel.build_accelerator()
     config = recipes.load(gdpo.Config, arguments)
     sharding = parallel.sharding(accelerator)
-    backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=sharding)
+    backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=sharding, together=True)
     network, switch = backbone.transformer, LoraSwitch(backbone.transformer, config.lora)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -80,6 +80,8 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
     measured = {}
     rank, world = accelerator.process_index, accelerator.num_processes
     facts = {"type": accelerator.distributed_type.value, "ranks": world}
+    if config.backbone.stream:
+        facts["one copy"] = "memfd:physalign" in Path("/proc/self/maps").read_text(encoding="utf-8")
     if engine is not None:
         facts["stage"] = engine.zero_optimization_stage()
         facts["whole"] = sum(parameter.ds_numel for parameter in network.parameters())

@@ -152,7 +152,13 @@ def start(config: Any) -> Accelerator:
     check_intervals(config)
     if config.ranks not in (0, accelerator.num_processes):
         raise ValueError(f"ranks={config.ranks} is for --dry-run: {accelerator.num_processes} processes were launched")
-    full, sharded = config.train.parameters == "full", parallel.sharding(accelerator) is not None
+    check_frozen(config, sharded=parallel.sharding(accelerator) is not None)
+    return accelerator
+
+
+def check_frozen(config: Any, *, sharded: bool) -> None:
+    """ValueError where what is frozen can be neither `sharded` by ZeRO-3 nor streamed as the recipe says."""
+    full = config.train.parameters == "full"
     if full and sharded:
         raise ValueError(
             "train.parameters=full cannot train under ZeRO-3, which shards what is frozen: launch with launch/ddp.yaml"
@@ -162,7 +168,6 @@ def start(config: Any) -> Accelerator:
             "backbone.stream=true streams a frozen network from host memory, with train.parameters=lora and without"
             " ZeRO-3 (launch/ddp.yaml): set it to false, or these"
         )
-    return accelerator
 
 
 def load(config: Any, accelerator: Accelerator, *, clips: bool, vae: bool) -> Backbone:

@@ -1,16 +1,19 @@
 """`--dry-run`: the numbers that follow from a recipe, printed without loading any weights."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 
-from train.backbones import BACKBONES, find_architecture
-from train.backbones.architecture import latent_shape, num_tokens, parameter_count
+from train.backbones import BACKBONES, DTYPES, find_architecture
+from train.backbones.architecture import latent_shape, num_tokens, parameter_bytes, parameter_count
+from train.backbones.streaming import SLOTS
 from train.cost import bill
-from train.fused.memory import GATHERED, GIB, Sizes, choose_levels, predict
+from train.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choose_levels, predict
 from train.groups import GroupSet
-from train.loop import accumulation_steps, gradient_sets
+from train.host_memory import GIB, HOST_SHARE, host_memory
+from train.loop import accumulation_steps, check_frozen, gradient_sets
 from train.lora_switch import adapter_shapes
 from train.parallel import build_accelerator
 from train.terms.physics import feature_block
@@ -25,10 +28,11 @@ def print_plan(config: Any, argv: list[str] | None, *, supervised: bool = False)
     """
     accelerator = build_accelerator()
     world, sharded = accelerator.num_processes, accelerator.distributed_type.value == "DEEPSPEED"
+    check_frozen(config, sharded=sharded)
     if config.ranks < 0:
         raise ValueError(f"ranks={config.ranks}: give the processes to plan for, or 0 for those of this launch")
     if config.ranks:
-        world, sharded = config.ranks, config.ranks > 1
+        world, sharded = config.ranks, config.ranks > 1 and not config.backbone.stream
     costs = bill(argv, groups=find_groups(config)[1], supervised=supervised)
     for line in [*plan(config, world=world, sharded=sharded), *costs]:
         accelerator.print(line)
@@ -67,10 +71,9 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         f"loading         at most {(memory['weights'] + largest) / GIB:.1f} GiB a device: its weights and one tensor",
     ]
     if config.backbone.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
-        gradients = gradient_sets(config, config.objective.clips_per_group(LOSERS), accumulation)
-        resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
-        resident += memory.get("gathered", 0)
-        lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
+        lines.append(f"blocks          {kept_by_blocks(config, world=world, sharded=sharded)}")
+    if config.backbone.stream:
+        lines.append(f"host memory     {on_the_host(config)}")
     block = feature_block(config.physics, layers)
     if block is not None:
         weights = f"trajectory {config.physics.trajectory:g}, relational {config.physics.relational:g}"
@@ -93,10 +96,36 @@ def find_groups(config: Any) -> tuple[str, int]:
     return f"{len(groups)} in {groups.folder} ({size}), backbone {groups.fingerprint}: {epochs:.2f} epochs", len(groups)
 
 
-def kept_by_blocks(config: Any, network: dict[str, Any], tokens: int, resident: float) -> str:
-    """How many blocks keep what for their backward pass beside `resident` bytes, and the peak, where the host has what
-    train.offload_gib asks for (`train.fused.memory`)."""
-    heads, train = network["num_attention_heads"], config.train
+@dataclass(frozen=True)
+class BlockPlan:
+    """What the blocks of a step keep for their backward pass, each by its level (`train.fused.memory`), and the bytes
+    that this takes: the peak on the device, and the activations that wait on the host."""
+
+    levels: list[int]
+    peak: float
+    host: float
+
+    def __str__(self) -> str:
+        names = ("their input", "attention", "hidden states", "everything", "everything in host memory")
+        names += ("their input in host memory",)
+        return ", ".join(
+            f"{self.levels.count(level)} {name}" for level, name in enumerate(names) if level in self.levels
+        )
+
+
+def plan_blocks(config: Any, *, world: int = 1, sharded: bool = False, passes: int = 1) -> BlockPlan:
+    """Fused blocks in a step of `world` ranks, where the host has what train.offload_gib asks for. passes: those whose
+    activations wait at once, two in the steps of the self-score."""
+    architecture, video, train = find_architecture(config.backbone), config.video, config.train
+    network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
+    adapters = lora_parameters(architecture, config.lora)
+    parameters, shards = parameter_count(architecture), world if sharded else 1
+    memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=shards)
+    clips, accumulation = config.objective.clips_per_group(LOSERS), accumulation_steps(config, world)
+    gradients = gradient_sets(config, clips, accumulation)
+    resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
+    resident += memory.get("gathered", 0)
+    heads = network["num_attention_heads"]
     sizes = Sizes(
         tokens=tokens * clips_in_a_pass(config),
         width=heads * network["attention_head_dim"],
@@ -105,11 +134,41 @@ def kept_by_blocks(config: Any, network: dict[str, Any], tokens: int, resident: 
         blocks=network["num_layers"],
         hidden_bytes=bytes_a_number(config),
     )
-    levels = choose_levels(sizes, train.memory_budget_gib * GIB - resident, train.offload_gib * GIB)
-    names = ("their input", "attention", "hidden states", "everything", "everything in host memory")
-    counts = [f"{levels.count(level)} {name}" for level, name in enumerate(names) if level in levels]
-    peak = (resident + predict(sizes, levels)) / GIB
-    return f"keep {', '.join(counts)}: peak {peak:.1f} GiB, train.memory_budget_gib {train.memory_budget_gib:g}"
+    room, host = train.memory_budget_gib * GIB - resident, train.offload_gib * GIB
+    levels = choose_levels(sizes, room, host, passes, inputs=config.backbone.stream)
+    waiting = levels.count(OFFLOADED) * sizes.offloaded + levels.count(INPUT_OFFLOADED) * sizes.hidden
+    return BlockPlan(levels, resident + predict(sizes, levels, passes), passes * waiting)
+
+
+def kept_by_blocks(config: Any, *, world: int, sharded: bool) -> str:
+    """How many blocks keep what, and the peak; what streaming makes of it where that is more than the budget."""
+    budget, found = config.train.memory_budget_gib, plan_blocks(config, world=world, sharded=sharded)
+    line = f"keep {found}: peak {found.peak / GIB:.1f} GiB, train.memory_budget_gib {budget:g}"
+    if found.peak <= budget * GIB or config.backbone.stream:
+        return line
+    streamed = plan_blocks(replace(config, backbone=replace(config.backbone, stream=True)), world=world)
+    return f"{line}; backbone.stream=true: {streamed.peak / GIB:.1f} GiB"
+
+
+def on_the_host(config: Any) -> str:
+    """What streaming keeps in host memory."""
+    weights = streamed_bytes(config) / GIB
+    line = f"{weights:.1f} GiB of weights, page-locked, one copy for the processes of a host"
+    if config.backbone.compile:
+        line += f"; up to {config.train.offload_gib:g} GiB of activations for each (train.offload_gib)"
+    return f"{line}. A job may lock {HOST_SHARE * host_memory() / GIB:.1f} GiB on this one"
+
+
+def streamed_bytes(config: Any) -> int:
+    """Of the blocks of all experts that are loaded, whose copy on the host this is."""
+    architecture = find_architecture(config.backbone)
+    block, _ = parameter_bytes(architecture, DTYPES[config.backbone.dtype])
+    return experts_loaded(config) * architecture["transformer"]["num_layers"] * block
+
+
+def experts_loaded(config: Any) -> int:
+    """The one that trains, or every one where validation makes clips."""
+    return len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1
 
 
 def bytes_a_number(config: Any) -> int:
@@ -134,7 +193,8 @@ def memory_estimate(
 ) -> dict[str, float]:
     """Bytes per device by part: weights, gathered, adapters, activations.
 
-    Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips.
+    Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips;
+    with backbone.stream SLOTS blocks of one of them, and what is outside of their blocks.
     Gathered: under ZeRO-3, blocks that are whole while they run. Adapters: weights, two moments and gradients, in
     float32.
     Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
@@ -145,10 +205,14 @@ def memory_estimate(
     size = bytes_a_number(config)
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
-    experts = len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1
+    experts = experts_loaded(config)
+    weights = experts * parameters * size / world
+    if config.backbone.stream:
+        a_block, others = parameter_bytes(architecture, DTYPES[config.backbone.dtype])
+        weights = SLOTS * a_block + experts * others
     gathered = {"gathered": GATHERED * parameters / layers * size} if world > 1 else {}
     return {
-        "weights": experts * parameters * size / world,
+        "weights": weights,
         **gathered,
         "adapters": adapters * 4 * 6,
         "activations": clips_in_a_pass(config) * kept,

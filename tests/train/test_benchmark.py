@@ -5,16 +5,16 @@ import json
 import pytest
 
 from train.tools import benchmark
-from train.tools.breakdown import kind_of
+from train.tools.breakdown import kind_of, overlap
 
 
 @pytest.mark.slow
 def test_all_parts_run_and_are_written(tmp_path):
-    parts = "benchmark.parts=[ceilings,plain,ours,low_memory,groupwise,copy,physics,self_score]"
-    arguments = ["recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", parts]
+    parts = "benchmark.parts=[ceilings,plain,ours,low_memory,streamed,groupwise,copy,physics,self_score]"
+    arguments = ["recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", "train.memory_budget_gib=1", parts]
     results = benchmark.main(arguments)
     assert json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8")) == results
-    for part in ("plain", "ours", "low_memory", "groupwise", "copy", "physics", "self_score"):
+    for part in ("plain", "ours", "low_memory", "streamed", "groupwise", "copy", "physics", "self_score"):
         assert results[part]["seconds"] > 0 and results[part]["memory_gib"] > 0
         assert results[part]["time"]["matrix"] > 0 and results[part]["time"]["attention"] > 0
         assert results[part]["compiled_later"] == 0
@@ -26,6 +26,8 @@ def test_all_parts_run_and_are_written(tmp_path):
     assert results["ours"]["limit_seconds"] == results["ceilings"]["pair_limit_seconds"]
     for part in ("low_memory", "groupwise", "copy", "physics", "self_score"):
         assert results[part]["ratio"] == results[part]["seconds"] / results["ours"]["seconds"]
+    assert results["streamed"]["ratio"] == results["streamed"]["seconds"] / results["low_memory"]["seconds"]
+    assert results["streamed"]["same_gradients"] is results["streamed"]["repeated_gradients"] is True
     assert "ratio" not in results["plain"] and "limit_seconds" not in results["self_score"]
     assert results["self_score"]["amortised"] - 1 == pytest.approx((results["self_score"]["ratio"] - 1) / 4)
 
@@ -38,6 +40,18 @@ def test_unknown_part_is_refused():
 def test_sharding_needs_a_launch_that_shards():
     with pytest.raises(ValueError, match="zero3 shards over the ranks of a DeepSpeed launch"):
         benchmark.main(["recipe=tiny", "benchmark.parts=[zero3]"])
+
+
+def test_streaming_needs_a_budget_to_keep_to():
+    with pytest.raises(ValueError, match="streamed keeps to train.memory_budget_gib: give one"):
+        benchmark.main(["recipe=tiny", "benchmark.parts=[streamed]"])
+
+
+def test_time_that_two_kinds_share_by_hand():
+    """0 to 4 and 9 to 10 meet 1 to 2, 3 to 5 and 8 to 20 in 1 + 1 + 1, however they are cut or nested."""
+    others = [(8, 20), (1, 2), (3, 5), (9, 12)]
+    assert overlap([(9, 10), (0, 3), (2, 4)], others) == overlap(others, [(0, 4), (9, 10)]) == 3
+    assert overlap([], others) == overlap(others, []) == overlap([(5, 8)], others) == 0
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,26 @@ def test_no_more_is_offloaded_than_it_takes_to_keep_everything():
     assert choose_levels(WAN_14B, 22 * GIB, 1e15).count(4) == 39
 
 
+def test_inputs_wait_on_the_host_only_where_they_do_not_fit_and_then_of_the_first_blocks():
+    for gib in (16, 19.5, 22.4, 40, 130):
+        for host in (0, 3, 13, 80):
+            levels = choose_levels(WAN_14B, gib * GIB, host * GIB, inputs=True)
+            first, used = levels.count(5), levels.count(4) * WAN_14B.offloaded + levels.count(5) * WAN_14B.hidden
+            assert levels[:first] == [5] * first and levels[-1] < 4 and used <= host * GIB
+            assert predict(WAN_14B, levels) <= gib * GIB or host < 13
+            plain = choose_levels(WAN_14B, gib * GIB, host * GIB)
+            assert (predict(WAN_14B, plain) > gib * GIB) if first else levels == plain or min(plain) == 0
+
+
+def test_the_least_that_a_step_can_take():
+    """By hand: one input and the workspace, 7.1 GiB, and an input on its way back; the others' 12.2 GiB on the host."""
+    levels = choose_levels(WAN_14B, 0, 12.3 * GIB, inputs=True)
+    assert levels == [5] * 39 + [0] and predict(WAN_14B, levels) / GIB == pytest.approx(7.44, abs=0.01)
+    assert choose_levels(WAN_14B, 0, 12 * GIB, inputs=True).count(5) == 38
+    two = choose_levels(WAN_14B, 0, 100 * GIB, passes=2, inputs=True)
+    assert two.count(5) == 39 and choose_levels(WAN_14B, 0, 12.3 * GIB, passes=2, inputs=True).count(5) == 19
+
+
 def test_processes_share_the_host(monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=100 * GIB))
     assert affordable(80.0) == 80.0
@@ -76,6 +96,8 @@ def test_processes_share_the_host(monkeypatch):
     assert affordable(20.0) == 20.0
     with pytest.warns(UserWarning, match="train.offload_gib=80 for each of 4 processes .* 20 GiB each"):
         assert affordable(80.0) == 20.0
+    with pytest.warns(UserWarning, match="10 GiB each"):  # beside streamed weights
+        assert affordable(20.0, 40 * GIB) == 10.0
 
 
 def network(device="cpu"):

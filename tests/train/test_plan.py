@@ -10,6 +10,7 @@ from train.backbones.architecture import num_tokens, parameter_count
 from train.loop import accumulation_steps
 from train.lora_switch import LoraConfig
 from train.plan import GIB, lora_parameters, memory_estimate, plan
+from train.tools import what_fits
 
 BATCH = "optim.batch_size=8"
 
@@ -119,6 +120,44 @@ def test_what_blocks_keep():
     assert "keep 40 their input" in least and float(least.split("peak ")[1].split()[0]) == pytest.approx(47.3, abs=1)
     sharded = lines_of(config_of("wan14b"), world=8, sharded=True)["blocks"]
     assert "everything" in sharded and "hidden states" not in sharded  # the room that shards leave keeps all
+
+
+def test_wan14b_streams_on_a_24_gb_card():
+    """By hand, GiB: two blocks 2 x 0.655, the rest of the network 0.485, six sets of adapters 1.76; inputs 12.5 and a
+    block's work 6.8 make 22.9, of which as much goes to the host as a budget asks for."""
+    streamed = ("backbone.stream=true", "train.offload_gib=0", "train.memory_budget_gib")
+    least = lines_of(config_of("wan14b", *streamed[:2], f"{streamed[2]}=0.001"))["blocks"]
+    assert "keep 40 their input: peak 22.9 GiB" in least
+    for budget, host in ((22.5, 80), (22.5, 13), (12, 13)):
+        lines = lines_of(config_of("wan14b", streamed[0], f"train.offload_gib={host}", f"{streamed[2]}={budget}"))
+        assert float(lines["blocks"].split("peak ")[1].split()[0]) <= budget and "input in host" in lines["blocks"]
+        assert (
+            f"26.2 GiB of weights, page-locked, one copy for the processes of a host; up to {host} GiB" in lines["host"]
+        )
+        assert "weights 1.8 +" in lines["memory"] and "at most 2.2 GiB" in lines["loading"]
+    whole = lines_of(config_of("wan14b", "train.memory_budget_gib=22.5"))
+    assert "backbone.stream=true: 22.5 GiB" in whole["blocks"] and "host" not in whole
+    assert "stream" not in lines_of(config_of("wan14b"))["blocks"]
+
+
+def test_streaming_counts_every_expert_that_validation_samples_with():
+    prompts = ("backbone.stream=true", "validation.prompts")
+    one, two = (lines_of(config_of("wan22_a14b_t2v", prompts[0], f"{prompts[1]}={p}")) for p in ("[]", "[a ball]"))
+    assert "26.2 GiB of weights" in one["host"] and "52.4 GiB of weights" in two["host"]
+    assert "weights 1.8 +" in one["memory"] and "weights 2.3 +" in two["memory"]  # they share two blocks' room
+
+
+def test_what_fits_where(monkeypatch, capsys):
+    monkeypatch.setattr(what_fits, "SIZES", (24, 80))
+    what_fits.main(["recipe=wan14b", "train.offload_gib=13"])
+    _, small, large = capsys.readouterr().out.splitlines()
+    assert small.startswith(" 24 GB  does not fit, with train.offload_gib=13: 2")  # two passes wait for the self-score
+    assert large.startswith(" 80 GB  backbone.stream=false train.memory_budget_gib=75: 7")
+    monkeypatch.setattr(what_fits, "SIZES", (24,))
+    what_fits.main(["recipe=wan14b", "train.offload_gib=13", "self_score.strength=0"])
+    assert "24 GB  backbone.stream=true train.memory_budget_gib=22.5: 22." in capsys.readouterr().out
+    with pytest.raises(ValueError, match="only compiled blocks with LoRA keep to a memory budget"):
+        what_fits.main(["recipe=wan14b", "backbone.compile=false"])
 
 
 def test_every_wan_recipe_divides_over_two_and_four_nodes_of_eight_with_one_group_a_rank():

@@ -69,6 +69,15 @@ def parameter_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if set(WanTransformer3DModel._keep_in_fp32_modules) & set(key.split(".")) else dtype
 
 
+def parameter_bytes(architecture: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of one transformer's parameters: of one of its blocks, and of all that is outside of them."""
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**architecture["transformer"])
+    sizes = {key: p.numel() * parameter_dtype(key, dtype).itemsize for key, p in network.named_parameters()}
+    block = sum(size for key, size in sizes.items() if key.startswith("blocks.0."))
+    return block, sum(size for key, size in sizes.items() if not key.startswith("blocks."))
+
+
 def parameter_count(architecture: dict[str, Any]) -> int:
     """Parameters of one transformer (of each of the two experts of A14B), counted on the meta device."""
     with torch.device("meta"):

@@ -173,8 +173,8 @@ def random_transformer(
 ) -> WanTransformer3DModel:
     """A transformer of `architecture` with seeded random weights, made on the device, frozen and in eval mode.
 
-    They are drawn as `random_parts.draw` says. Dtypes, `sharding` and `ring` are as in `load_transformer`. The same seed
-    gives other weights on another kind of device.
+    They are drawn as `random_parts.draw` says. Dtypes, `sharding` and `ring` are as in `load_transformer`. The same
+    seed gives other weights on another kind of device.
     """
     with torch.device("meta"):
         model = WanTransformer3DModel(**architecture["transformer"])

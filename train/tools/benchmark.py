@@ -7,20 +7,26 @@
 
 In one run, on one device: its ceilings (a matrix product and attention at the model's own shapes), the step as
 diffusers and peft give it (`plain`), `train.gdpo.step` (`ours`), the same keeping only each block's input
-(`low_memory`), with the reference's errors known (`cached`, as train.reference_cache does), with 8-bit products
+(`low_memory`), with the frozen network in host memory and no more on the device than `train.memory_budget_gib`
+(`streamed`), with the reference's errors known (`cached`, as train.reference_cache does), with 8-bit products
 (`float8`) and with the exact eq. 6 over four losers (`groupwise`), and full fine-tuning against a copied reference,
 which is what the LoRA switch replaces (`copy`); `ours` with the physics terms on stored targets (`physics`), and in a
 step in which the self-score regulariser is due (`self_score`; `amortised` is over `self_score.every` steps). Launched
 on several GPUs every rank measures on its own GPU at the same time as the others, and the first rank's figures are
-kept; `zero3` is `ours` with the frozen network sharded over them, a group on
-each. What follows `ours` has its ratio to it in the same run. The arithmetic limit is counted, without recomputation,
-at the ceilings' rates:
+kept; `zero3` is `ours` with the frozen network sharded over them, a group on each. What follows `ours` has its ratio to
+it in the same run, `streamed` its ratio to `low_memory`. The arithmetic limit is counted, without recomputation, at the
+ceilings' rates:
 
     pair = 2 reference forwards + 2 policy forwards + 2 backwards,  forward = W / matrix + A / attention,  backward =
     W / matrix + 2.5 A / backward
 
 The ceilings are measured twice: in a burst of a few products, as a cool chip runs them, and `sustained` over seconds,
 at which the chip's power limit lowers its clock; the limit is counted at either.
+
+`streamed` also says whether its gradients are, to the bit, those of the network that stays on the device
+(`same_gradients`), in two steps that both keep only block inputs, on a GPU with PyTorch's flash attention, whose
+backward pass can be made deterministic; `repeated_gradients` says so of that network and itself. `time.copies_hidden`
+are the seconds of copies beside which the device computes, of `time.copies`.
 
 Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`; a collective's includes waiting
 for the other ranks), as bars to `.png`, and the rate of `ours` to `rates.json`, for the bill (`train.cost`). Seconds
@@ -30,6 +36,8 @@ are medians over `benchmark.repeats` steps after a first one, optimizer included
 import gc
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +56,7 @@ from train.data import Sample
 from train.files import write_text
 from train.fused.prepare import prepare_network
 from train.groups import Loser
+from train.host_memory import GIB
 from train.loop import set_gradients
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
@@ -63,6 +72,7 @@ PARTS = (
     "plain",
     "ours",
     "low_memory",
+    "streamed",
     "float8",
     "groupwise",
     "copy",
@@ -83,6 +93,7 @@ NO_TERMS = {
 }
 CHANGES = {
     "low_memory": {"train": {"memory_budget_gib": 1e-3}},
+    "streamed": {"backbone": {"stream": True}},
     "cached": {"train": {"reference_cache": "known"}},
     "float8": {"train": {"float8": True}},
     "groupwise": {"objective": {"loss": "plackett_luce"}},
@@ -154,14 +165,84 @@ def ours(config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelera
 
 
 def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str, float]:
-    """What a part costs beside `ours`, if that came before: ratio of seconds, GiB more, and for the regulariser the
-    ratio over all steps."""
-    if "ours" not in results or part == "ours":
+    """What a part costs beside `ours`, and `streamed` beside `low_memory`, if that came before: ratio of seconds, GiB
+    more, and for the regulariser the ratio over all steps."""
+    other = "low_memory" if part == "streamed" else "ours"
+    if other not in results or part == other:
         return {}
-    measured, plain = results[part], results["ours"]
+    measured, plain = results[part], results[other]
     ratio = measured["seconds"] / plain["seconds"]
     compared = {"ratio": ratio, "more_gib": measured["memory_gib"] - plain["memory_gib"]}
     return compared | ({"amortised": 1 + (ratio - 1) / config.self_score.every} if part == "self_score" else {})
+
+
+def streamed(config: Config, accelerator: Accelerator) -> dict[str, float]:
+    """`ours` with blocks in host memory, while the allocator gives no more than train.memory_budget_gib; and how its
+    gradients compare."""
+    budget, device = config.train.memory_budget_gib, accelerator.device
+    attention = "_native_flash" if device.type == "cuda" else config.backbone.attention
+    least = replace(config, train=replace(config.train, memory_budget_gib=1e-3, offload_gib=0.0))
+    with deterministic():
+        whole, again, found = (
+            first_gradients(
+                replace(least, backbone=replace(config.backbone, stream=stream, attention=attention)), device
+            )
+            for stream in (False, False, True)
+        )
+    same = {"same_gradients": equal(found, whole), "repeated_gradients": equal(again, whole)}
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(budget * GIB / torch.cuda.mem_get_info(device)[1], device)
+    try:
+        backbone = load_backbone(config.backbone, device, parts=("expert",), together=True)
+        measured = ours(config, backbone) | same | {"budget_gib": budget}
+        if device.type == "cuda":
+            measured["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+        return measured
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, kernels that can add in one order do."""
+    settings = torch.utils.deterministic
+    filling, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = filling
+        torch.use_deterministic_algorithms(False)
+
+
+def first_gradients(config: Config, device: torch.device) -> list[Tensor]:
+    """Of one step, on the CPU, by a policy that has moved away from its reference."""
+    backbone = load_backbone(config.backbone, device, parts=("expert",), together=True)
+    switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for weight in switch.parameters():
+            weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
+    prepare_network(backbone.transformer, switch, config)
+    gradients, _ = gdpo.step(config, Policy(backbone, switch), random_batch(config, backbone, 1))
+    found = [gradient.cpu() for gradient in gradients]
+    del backbone, switch, gradients
+    clean(device)
+    return found
+
+
+def equal(found: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, others, strict=True))
+
+
+def clean(device: torch.device) -> None:
+    """Free what a part leaves, compiled graphs included."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def copied(config: Config, backbone: Backbone) -> dict[str, float]:
@@ -196,6 +277,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = recipes.load(Config, argv)
     if unknown := set(config.benchmark.parts) - set(PARTS):
         raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    if "streamed" in config.benchmark.parts and config.train.memory_budget_gib <= 0:
+        raise ValueError("benchmark.parts: streamed keeps to train.memory_budget_gib: give one, 22.5 for a 24 GB card")
     config.backbone.random_weights = True  # speed and memory do not depend on what the weights are
     accelerator = build_accelerator()
     if "zero3" in config.benchmark.parts and sharding(accelerator) is None:
@@ -228,18 +311,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             save_rates(config.output, results["device"], {"training": pair / results[part]["seconds"]})
         if accelerator.is_main_process:
             write_text(path, json.dumps(results, indent=1))
-        gc.collect()
-        torch._dynamo.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        clean(device)
     if accelerator.is_main_process:
         draw_chart(results, path.with_suffix(".png"))
     accelerator.print(f"wrote {path} and {path.with_suffix('.png').name}")
     return results
 
 
+def changed(config: Config, part: str) -> Config:
+    """The recipe of a part of `ours`."""
+    for changes in (NO_TERMS, CHANGES.get(part, {})):
+        sections = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+        config = replace(config, **sections)
+    return config
+
+
 def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, Any]:
     """Figures of one of PARTS, from a network of its own."""
+    if part == "streamed":
+        return streamed(changed(config, part), accelerator)
     spread = sharding(accelerator) if part == "zero3" else None
     backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=spread)
     if part == "ceilings":
@@ -248,9 +338,7 @@ def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, An
         return rates | both
     if part == "plain":
         return plain(config, backbone, random_batch(config, backbone, 1), config.benchmark.repeats)
-    for changes in (NO_TERMS, CHANGES.get(part, {})):
-        sections = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
-        config = replace(config, **sections)
+    config = changed(config, part)
     if part == "copy":
         return copied(config, backbone)
     losers = LOSERS if part == "groupwise" else 1

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from train.tracking import peak_memory_gib
@@ -82,7 +84,8 @@ def kind_of(kernel: str) -> str:
 
 
 def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds of device time (on a CPU of operators' own time) in one run, by kind.
+    """Seconds of device time (on a CPU of operators' own time) in one run, by kind, and on a GPU `copies_hidden`, those
+    of copies while anything but copies runs.
 
     With those BESIDE the others they add up to more than the wall time.
     """
@@ -94,7 +97,36 @@ def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, f
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
         totals[kind_of(event.key)] += microseconds / 1e6
+    if cuda:
+        spans = {True: [], False: []}  # of copies, and of all else
+        for event in profiler.events():
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+                spans[kind_of(event.name) == "copies"].append((event.time_range.start, event.time_range.end))
+        totals["copies_hidden"] = overlap(spans[True], spans[False]) / 1e6
     return totals
+
+
+def overlap(spans: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
+    """Time in which at least one of `spans` (start, end) and one of the `others` run."""
+    ours, theirs = (_merged(found) for found in (spans, others))
+    total, place = 0.0, 0
+    for start, end in ours:
+        while place < len(theirs) and theirs[place][1] <= start:
+            place += 1
+        for begin, stop in takewhile(lambda span, end=end: span[0] < end, theirs[place:]):
+            total += min(end, stop) - max(start, begin)
+    return total
+
+
+def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same time in spans that do not meet, in order."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def draw_chart(results: dict[str, Any], path: Path) -> None:

@@ -52,9 +52,10 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     largest = width * network["ffn_dim"] * (bytes_a_number(config) + 4)  # one tensor, as it is and as it is stored
     samples = config.optim.steps * config.optim.batch_size
     place = "shared out over them (ZeRO-3)" if sharded else "whole on each"
+    place = "streamed to each from host memory" if config.backbone.stream else place
     lines = [
         f"ranks           {world}, the frozen network {place}"
-        + ("; ranks=16 plans for 16 under ZeRO-3" if world == 1 else ""),
+        + ("; ranks=16 plans for 16 under ZeRO-3" if world == 1 and not config.backbone.stream else ""),
         f"backbone        {config.backbone.family} {config.backbone.architecture}:"
         f" {parameters / 1e6:,.2f} M parameters, {layers} blocks of width {width}",
         f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained",

@@ -8,12 +8,16 @@ from eval.search.masks import mask_of
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.streaming import StreamedBlocks
+from train.clips import VideoConfig
 from train.fused.inference import fuse
 from train.lora_switch import LoraConfig, LoraSwitch
+from train.sampling import SamplerConfig, sample_clips
 
 
-def load(family="wan21"):
-    config = BackboneConfig(family=family, architecture="tiny", random_weights=True, dtype="float32", text_length=8)
+def load(family="wan21", **options):
+    made = {"architecture": "tiny", "random_weights": True, "dtype": "float32", "text_length": 8}
+    config = BackboneConfig(family=family, **made, **options)
     return load_backbone(config, "cpu", parts=("transformer",))
 
 
@@ -60,12 +64,15 @@ def test_the_switch_turns_fused_blocks_as_well():
     assert (base - fused).abs().max() > 1e-2
 
 
-def test_masks_still_see_the_attention():
+@pytest.mark.parametrize("stream", [False, True])
+def test_masks_still_see_the_attention(stream):
+    """Which takes diffusers' own forward: it finds the weights of streamed blocks, too."""
     backbone = load()
     latents, conditioning = inputs(backbone)
     found = []
     for times in range(2):
         if times:
+            backbone = load(stream=stream)
             fuse(backbone, compiled=False)
         candidates = Candidates("a", "a ball", latents, conditioning[:1], None, 8.0)
         residuals = Residuals(backbone, ResidualConfig(levels=1, draws=1))
@@ -78,3 +85,21 @@ def test_what_cannot_be_fused_is_said():
     backbone = load()
     switch = LoraSwitch(backbone.transformer, LoraConfig(rank=2, alpha=2, targets=["proj_out"]))
     assert "outside" in fuse(backbone, switch)
+
+
+def test_blocks_that_a_residual_cache_leaves_out_are_not_fetched(monkeypatch):
+    video, fetch, fetched = VideoConfig(32, 32, 5), StreamedBlocks.fetch, []
+    monkeypatch.setattr(StreamedBlocks, "fetch", lambda self, index: fetched.append(index) or fetch(self, index))
+    clips = {}
+    for stream in (False, True):
+        backbone = load(stream=stream)
+        fuse(backbone, compiled=False)
+        conditioning = inputs(backbone)[1]
+        for cache in (0.0, 0.5):
+            sampler = SamplerConfig(steps=6, guidance=2.0, cache=cache)
+            made = sample_clips(backbone, conditioning[:1], [0], video, sampler, negative=conditioning[1:])
+            clips[stream, cache] = made
+    assert all(torch.equal(clips[True, cache], clips[False, cache]) for cache in (0.0, 0.5))
+    blocks, passes = len(backbone.blocks), 12
+    assert fetched[: passes * blocks] == [*range(blocks)] * passes
+    assert passes < len(fetched) - passes * blocks < passes * blocks

@@ -14,7 +14,6 @@ With D bytes of a block's weights and copies of B bytes a second, copies hide wh
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,7 +94,7 @@ class StreamedBlocks:
         self._memory = locked((self.last + 1) * self.layout.size, ring.device, together=ring.together)
         self.hosts = list(self._memory.view(self.last + 1, self.layout.size))
         self.before = -1  # the block that was filled or fetched before
-        self._hooks: list[Any] = []
+        self.fused = False  # whether what replaces the blocks' forward calls `fetch` itself
 
     def slot(self, index: int) -> Slot:
         return self.ring.slots[index % SLOTS]
@@ -117,18 +116,12 @@ class StreamedBlocks:
             dist.barrier()
         self.network.streamed = self
         for index, block in enumerate(self.network.blocks):
-            self._hooks.append(block.register_forward_pre_hook(self._fetch_when_called(index)))
+            block.register_forward_pre_hook(self._fetch_when_called(index))
 
     def _store(self) -> None:
         """Keep what was written to the block that is being filled."""
         if self.before >= 0 and (leads_host() or not self.ring.together):
             self.hosts[self.before].copy_(self.slot(self.before).memory)
-
-    def take_over(self) -> None:
-        """From here on whoever replaces the blocks' forward calls `fetch`."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
     def fetch(self, index: int) -> None:
         """Block `index` is in its slot for work queued from here on, and the copy of the one after it has started."""
@@ -150,6 +143,8 @@ class StreamedBlocks:
 
     def _fetch_when_called(self, index: int) -> Callable[..., None]:
         def fetch(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self.fused and "forward" in block.__dict__:  # else someone has put diffusers' own back for a while
+                return
             if torch.is_grad_enabled() and inputs[0].requires_grad and not self.network.gradient_checkpointing:
                 raise ValueError(
                     "backbone.stream=true keeps no block's weights for its backward pass: set"

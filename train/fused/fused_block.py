@@ -341,7 +341,7 @@ def fuse_blocks(
     graphs = [Graphs(settings, level, compiled) for level in range(len(LEVELS))]
     plan, streamed = cache(plan), getattr(network, "streamed", None)
     if streamed is not None:
-        streamed.take_over()
+        streamed.fused = True
     for index, block in enumerate(network.blocks):
         fetch = {} if streamed is None else {"fetch": partial(streamed.fetch, index)}
         block.forward = FusedBlock(block, switch, lambda *key, index=index: graphs[plan(*key)[index]], store, **fetch)

@@ -279,6 +279,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     if "streamed" in config.benchmark.parts and config.train.memory_budget_gib <= 0:
         raise ValueError("benchmark.parts: streamed keeps to train.memory_budget_gib: give one, 22.5 for a 24 GB card")
+    config.backbone.stream = False  # but in its own part
     config.backbone.random_weights = True  # speed and memory do not depend on what the weights are
     accelerator = build_accelerator()
     if "zero3" in config.benchmark.parts and sharding(accelerator) is None:

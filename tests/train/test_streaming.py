@@ -229,6 +229,30 @@ def test_two_experts_share_the_ring_and_sample_the_same():
             assert torch.equal(streamed.velocity_at(latents, t, text), plain.velocity_at(latents, t, text))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between a GPU and its host")
+def test_a_gpu_computes_with_no_weight_too_early_or_too_late():
+    """Blocks of 200 MB, whose copies take longer than they compute: a pass that did not wait would be wrong."""
+    gpu, outputs = torch.device("cuda"), []
+    architecture = wan_architecture(heads=16, ffn=8192, layers=7, text_dim=64)
+    for ring in (None, Ring(gpu, count=1)):
+        network = random_transformer(architecture, device=gpu, dtype=torch.bfloat16, seed=0, ring=ring)
+        switch = LoraSwitch(network, LoraConfig(4, 8.0))
+        fuse_blocks(network, switch, lambda *_: [0] * 7, compiled=False)
+        latents, text = (
+            torch.ones(shape, device=gpu, dtype=torch.bfloat16) for shape in ((1, 16, 2, 8, 8), (1, 6, 64))
+        )
+        time = torch.tensor([300.0], device=gpu)
+        for _ in range(3):
+            velocity = network(latents, time, text, return_dict=False)[0]
+            gradients = torch.autograd.grad(velocity.float().square().mean(), switch.parameters())
+            with switch.frozen_reference():
+                reference = network(2 * latents, time, text, return_dict=False)[0]
+            outputs.append([velocity.detach(), reference, *(gradient.norm() for gradient in gradients)])
+    for found in outputs:
+        assert torch.equal(found[0], outputs[0][0]) and torch.equal(found[1], outputs[0][1])
+        torch.testing.assert_close(found[2:], outputs[0][2:], rtol=1e-2, atol=1e-6)
+
+
 def test_a_host_without_the_memory_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr("train.backbones.streaming.host_memory", lambda: 60 * 2**30)
     monkeypatch.setattr("train.backbones.loading._fill", lambda *_: pytest.fail("weights were made"))

@@ -165,8 +165,8 @@ def check_frozen(config: Any, *, sharded: bool) -> None:
         )
     if config.backbone.stream and (full or sharded):
         raise ValueError(
-            "backbone.stream=true streams a frozen network from host memory, with train.parameters=lora and without"
-            " ZeRO-3 (launch/ddp.yaml): set it to false, or these"
+            "backbone.stream=true needs train.parameters=lora and a launch without ZeRO-3 (launch/ddp.yaml), for it"
+            " streams a whole frozen network from host memory: change these, or set it to false"
         )
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import default_collate
 
-from train import checkpoint, gdpo, sft
+from train import checkpoint, gdpo, loop, sft
 from train.backbones import load_backbone
 from train.backbones.architecture import wan_architecture
 from train.backbones.base import BackboneConfig, Conditioning
@@ -272,8 +272,10 @@ def test_what_cannot_stream_says_so(tiny, tmp_path):
     network, _ = make()
     with pytest.raises(ValueError, match="full weights do not stream: set backbone.stream=false"):
         FullParameters(network)
-    with pytest.raises(ValueError, match="backbone.stream=true streams a frozen network"):
+    with pytest.raises(ValueError, match="backbone.stream=true needs train.parameters=lora and a launch without"):
         tiny.train(tmp_path, STREAM, "train.parameters=full")
+    with pytest.raises(ValueError, match="backbone.stream=true needs train.parameters=lora and a launch without"):
+        loop.check_frozen(tiny.config(tmp_path, STREAM), sharded=True)
     config = tiny.config(tmp_path, STREAM).backbone
     with pytest.raises(ValueError, match="backbone.stream=true keeps the frozen network in host memory, and ZeRO-3"):
         load_backbone(config, "cpu", parts=("expert",), sharding=SimpleNamespace())

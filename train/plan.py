@@ -7,6 +7,7 @@ from diffusers import WanTransformer3DModel
 
 from train.backbones import BACKBONES, find_architecture
 from train.backbones.architecture import latent_shape, num_tokens, parameter_count
+from train.backbones.base import BOTH
 from train.cost import bill
 from train.fused.memory import GATHERED, GIB, Sizes, choose_levels, predict
 from train.groups import GroupSet
@@ -14,6 +15,7 @@ from train.loop import accumulation_steps, gradient_sets
 from train.lora_switch import adapter_shapes
 from train.parallel import build_accelerator
 from train.terms.physics import feature_block
+from train.timesteps import EXPERT_STEPS, Turns
 
 LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce
 
@@ -44,6 +46,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
     parameters = parameter_count(architecture)
     adapters = lora_parameters(architecture, config.lora)
+    both = config.backbone.expert == BOTH
     memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=world if sharded else 1)
     largest = width * network["ffn_dim"] * (bytes_a_number(config) + 4)  # one tensor, as it is and as it is stored
     samples = config.optim.steps * config.optim.batch_size
@@ -53,7 +56,8 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + ("; ranks=16 plans for 16 under ZeRO-3" if world == 1 else ""),
         f"backbone        {config.backbone.family} {config.backbone.architecture}:"
         f" {parameters / 1e6:,.2f} M parameters, {layers} blocks of width {width}",
-        f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained",
+        f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained"
+        + (" for each of two experts" if both else ""),
         f"clip            {video.height}x{video.width}, {video.num_frames} frames at {video.fps:g} fps ->"
         f" latents {shape}, {tokens} tokens",
         f"step            {config.optim.batch_size} groups = {world} ranks x {config.train.pairs_per_pass} a pass"
@@ -66,9 +70,11 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
         f"loading         at most {(memory['weights'] + largest) / GIB:.1f} GiB a device: its weights and one tensor",
     ]
+    if both:
+        lines += experts_lines(config, parameters, sharded=sharded)
     if config.backbone.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
         gradients = gradient_sets(config, config.objective.clips_per_group(LOSERS), accumulation)
-        resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
+        resident = memory["weights"] + adapters * 4 * (3 * (1 + both) + gradients)  # weights, AdamW's moments, too
         resident += memory.get("gathered", 0)
         lines.append(f"blocks          {kept_by_blocks(config, network, tokens, resident)}")
     block = feature_block(config.physics, layers)
@@ -91,6 +97,17 @@ def find_groups(config: Any) -> tuple[str, int]:
     epochs = config.optim.steps * config.optim.batch_size / len(groups)
     size = f"{groups.total_bytes / GIB:.2f} GiB"
     return f"{len(groups)} in {groups.folder} ({size}), backbone {groups.fingerprint}: {epochs:.2f} epochs", len(groups)
+
+
+def experts_lines(config: Any, parameters: int, *, sharded: bool) -> list[str]:
+    """Whose steps the steps are, and where the expert whose turn it is not lies."""
+    boundary = BACKBONES[config.backbone.family].default_boundary
+    turns, steps = Turns(config, boundary), config.optim.steps
+    high = sum(turns.of_step(step).expert == "high_noise" for step in range(steps))
+    host = 2 * parameters * bytes_a_number(config) / GIB
+    place = "both sharded" if sharded else f"one at a time on the device, {host:.1f} GiB of host memory a device"
+    said = f"high_noise (t >= {boundary:g}) in {high} steps, low_noise in {steps - high}, {EXPERT_STEPS} in a row"
+    return [f"experts         {said}; {place}"]
 
 
 def kept_by_blocks(config: Any, network: dict[str, Any], tokens: int, resident: float) -> str:
@@ -134,9 +151,9 @@ def memory_estimate(
 ) -> dict[str, float]:
     """Bytes per device by part: weights, gathered, adapters, activations.
 
-    Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips.
-    Gathered: under ZeRO-3, blocks that are whole while they run. Adapters: weights, two moments and gradients, in
-    float32.
+    Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips;
+    where both train and are not sharded, of one. Gathered: under ZeRO-3, blocks that are whole while they run.
+    Adapters: weights, two moments and gradients, in float32; the gradients of one expert.
     Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
     while one block is recomputed; without checkpointing the latter for every block.
     """
@@ -145,11 +162,12 @@ def memory_estimate(
     size = bytes_a_number(config)
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
-    experts = len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1
+    folders, both = BACKBONES[config.backbone.family].expert_folders, config.backbone.expert == BOTH
+    experts = len(folders) if (world > 1 if both else config.validation.prompts) else 1
     gathered = {"gathered": GATHERED * parameters / layers * size} if world > 1 else {}
     return {
         "weights": experts * parameters * size / world,
         **gathered,
-        "adapters": adapters * 4 * 6,
+        "adapters": adapters * 4 * (9 if both else 6),
         "activations": clips_in_a_pass(config) * kept,
     }

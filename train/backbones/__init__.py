@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan
 
 from train.backbones import loading
 from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.host_weights import HostWeights
 from train.backbones.random_parts import random_text, random_vae
 from train.backbones.tokenizer import build_tokenizer
 from train.backbones.wan21 import Wan21
@@ -43,13 +44,15 @@ def load_backbone(
     *,
     parts: Sequence[str] = ("text", "vae", "transformer"),
     sharding: Sharding | None = None,
+    host: bool = False,
 ) -> Backbone:
     """A backbone with the named parts on the device, in eval mode and frozen.
 
     Parts: "text" (encoder and tokenizer), "tokenizer" (alone), "vae", "transformer" (all experts), "expert" (only
-    `config.expert` of a two-expert family). With `sharding` (`train.parallel`) the transformers are spread over the
-    ranks while they are made, so that no device ever holds one whole. Raises ValueError for an unknown key, a path that
-    is no Wan pipeline or lacks a component, and a pipeline of another family than `config.family`.
+    `config.expert` of a two-expert family, the first of both). With `sharding` (`train.parallel`) the transformers are
+    spread over the ranks while they are made, so that no device ever holds one whole; with `host` they lie in host
+    memory, and the one that is asked for is on the device. Raises ValueError for an unknown key, a path that is no Wan
+    pipeline or lacks a component, and a pipeline of another family than `config.family`.
     """
     _check("family", config.family, BACKBONES)
     _check("dtype", config.dtype, DTYPES)
@@ -62,6 +65,7 @@ def load_backbone(
     wanted = list(family.expert_folders) if "transformer" in parts else [expert] if "expert" in parts else []
 
     loaded: dict[str, Any] = {}
+    place = torch.device("cpu") if host else device
     if config.random_weights:
         if config.path:
             warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
@@ -75,7 +79,7 @@ def load_backbone(
         if "vae" in parts:
             loaded["vae"] = random_vae(architecture, device)
         experts = {
-            name: loading.random_transformer(architecture, device=device, dtype=dtype, seed=seed, sharding=sharding)
+            name: loading.random_transformer(architecture, device=place, dtype=dtype, seed=seed, sharding=sharding)
             for seed, name in enumerate(family.expert_folders)
             if name in wanted
         }
@@ -95,13 +99,15 @@ def load_backbone(
             text_dim = architecture["transformer"]["text_dim"]
             loaded["text_encoder"] = loading.load_text(folder, device, dtype, text_dim)
         experts = {
-            name: loading.load_transformer(folder, family.expert_folders[name], device, dtype, sharding)
+            name: loading.load_transformer(folder, family.expert_folders[name], place, dtype, sharding)
             for name in wanted
         }
         if "vae" in parts:
             loaded["vae"] = loading.load_component(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
     for network in experts.values():
         loading.choose_attention(network, config.attention, device)
+    if host:
+        loaded["host"] = HostWeights(experts, device)
     return family(config, architecture, device, fingerprint, experts, boundary, **loaded)
 
 

@@ -19,8 +19,9 @@ where one kernel holds the float32 value. Gradients flow to the hidden states an
 embeddings get none, and there is no second derivative.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -295,13 +296,12 @@ class _BlockFunction(torch.autograd.Function):
 
 
 def unfit(network: nn.Module, switch: Any = None) -> str:
-    """Why this network's blocks cannot be fused, for a message; empty when they can. switch: what was attached to it,
-    if anything was."""
+    """Why this network's blocks cannot be fused, for a message; empty when they can. switch: what was attached, if
+    anything was."""
     if not isinstance(switch, LoraSwitch | None):
         return "all weights train"
-    names = [] if switch is None else [name for name in switch.weights if ".lora_A." in name]
-    inside = [name.removesuffix(".lora_A.weight").split(".", 2) for name in names]
-    if any(parts[0] != "blocks" or parts[2] not in LAYERS for parts in inside):
+    adapted = [name.split(".", 2) for name, layer in network.named_modules() if isinstance(layer, SwitchedLinear)]
+    if any(parts[0] != "blocks" or parts[2] not in LAYERS for parts in adapted):
         return "an adapter lies outside the blocks' linear layers"
     if network.blocks[0].attn2.add_k_proj is not None:
         return "the blocks attend to image embeddings"
@@ -318,12 +318,14 @@ def fuse_blocks(
     store: HostStore | None = None,
     float8: bool = False,
     compiled: bool = True,
+    others: Sequence[nn.Module] = (),
 ) -> None:
     """Replace every block's forward. Hooks stay outside the graphs.
 
     `plan` gives each block's index of LEVELS, for hidden states of shape (B, N, D) and a number of passes that wait for
     their backward at once (`train.fused.memory.waiting`); it is asked once. `store` is for blocks that are OFFLOADED;
-    without it, or where it is full, they keep everything on the device.
+    without it, or where it is full, they keep everything on the device. `others`: networks of the same architecture,
+    which share the graphs.
     """
     if compiled:
         compile_cache.heal()
@@ -333,5 +335,5 @@ def fuse_blocks(
     settings = Settings(block.attn1.heads, block.norm1.eps, kernel, KERNELS[name], float8)
     graphs = [Graphs(settings, level, compiled) for level in range(len(LEVELS))]
     plan = cache(plan)
-    for index, block in enumerate(network.blocks):
+    for index, block in chain.from_iterable(enumerate(one.blocks) for one in (network, *others)):
         block.forward = FusedBlock(block, switch, lambda *key, index=index: graphs[plan(*key)[index]], store)

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from train.backbones.host_weights import lock_pages
 from train.fused.memory import GIB
 
 ALIGNMENT = 4096  # bytes
@@ -58,7 +59,7 @@ class HostStore:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.memory = torch.empty(capacity, dtype=torch.uint8)
-        _lock(self.memory)
+        lock_pages(self.memory)
         self.free: dict[int, list[int]] = {}  # offsets by size
         self.used = 0
         self.last: weakref.ref[Parcel] | None = None
@@ -145,10 +146,3 @@ class Parcel:
 
     def __del__(self):
         self.store._give_back(self.regions)
-
-
-def _lock(memory: Tensor) -> None:
-    """Page-lock a tensor's memory until it is freed. PyTorch's own pinned tensors take the next power of two."""
-    runtime, address = torch.cuda.cudart(), memory.data_ptr()
-    torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), 0))
-    weakref.finalize(memory, runtime.cudaHostUnregister, address)

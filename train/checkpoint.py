@@ -1,7 +1,7 @@
 """Checkpoints: only what training changes, whole or not at all.
 
     <folder>/step_00000500/   lora.safetensors   adapter weights, float32, with rank, alpha, targets, expert and
-                              fingerprint as metadata
+                              fingerprint as metadata; of both experts, names begin with transformer or transformer_2
                               heads.safetensors   the physics terms' heads, where there are any (train/terms/physics.py)
                               optimizer.safetensors   AdamW moments by weight name
                               state.json   step, samples seen, counters, what the run was (`State`), and the size and
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
 from train import files
+from train.backbones.base import BOTH
+from train.backbones.wan22_a14b import Wan22T2V, as_one
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraSwitch, adapter_shapes, check_shapes
 from train.weight_files import (
@@ -188,17 +190,19 @@ def load(
     load_weights(path / switch.file, switch, fingerprint=fingerprint, expert=expert)
     load_heads(path, heads)
     moments, trained = read_tensors(path / OPTIMIZER_FILE), _trained(switch, heads)
+    moved = {_network(name) for name in moments}  # no other has moments: its steps so far, if any, were skipped
+    trained = {name: weight for name, weight in trained.items() if _network(name) in moved}
     wanted = {f"{name}.step": torch.Size() for name in trained}
     wanted |= {f"{name}.{key}": weight.shape for name, weight in trained.items() for key in ("exp_avg", "exp_avg_sq")}
     found = {name: tensor.shape for name, tensor in moments.items()}
     wrong = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
     wrong += [name for name, tensor in moments.items() if tensor.dtype != torch.float32]
-    if moments and wrong:  # none: every step so far was skipped
+    if wrong:
         raise ValueError(
             f"{path / OPTIMIZER_FILE} does not hold the moments of this run's weights (first: {wrong[0]}): delete"
             f" {path} to resume from the checkpoint before it"
         )
-    for name, weight in trained.items() if moments else ():
+    for name, weight in trained.items():
         optimizer.state[weight] = {
             "step": moments[f"{name}.step"].clone().to(weight.device if weight.is_cuda else "cpu"),
             "exp_avg": moments[f"{name}.exp_avg"].to(weight.device),
@@ -228,7 +232,7 @@ def load_heads(path: Path, heads: nn.Module | None) -> None:
 
 
 def weights_metadata(switch: Trainable, *, fingerprint: str, expert: str) -> dict[str, str]:
-    """What a weight file says of itself. `expert` is transformer | high_noise | low_noise."""
+    """What a weight file says of itself. `expert` is transformer | high_noise | low_noise | both."""
     return {**switch.describe(), "fingerprint": fingerprint, "expert": expert}
 
 
@@ -257,7 +261,7 @@ def load_weights(path: Path, switch: Trainable, *, fingerprint: str, expert: str
 
 
 def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, fingerprint: str) -> Trainable:
-    """Load what training wrote, a LoRA or full weights, onto the expert that it belongs to.
+    """Load what training wrote, a LoRA or full weights, onto the expert that it belongs to, or onto both.
 
     `reference()` of the result runs the untrained network. `path` as for `weights_path`. Raises ValueError as
     `load_weights` does, and for an expert that is not there.
@@ -265,15 +269,17 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
     path = weights_path(path)
     metadata = read_ours(path)
     full, expert = metadata["format"] == FullParameters.format, metadata["expert"]
-    if expert not in experts:
-        raise ValueError(f"LoRA {path} is for the network {expert!r}, this backbone has: {', '.join(experts)}")
+    needed = tuple(Wan22T2V.expert_folders) if expert == BOTH else (expert,)
+    if lacking := [name for name in needed if name not in experts]:
+        raise ValueError(f"LoRA {path} is for the network {lacking[0]!r}, this backbone has: {', '.join(experts)}")
+    network = as_one(experts) if expert == BOTH else experts[expert]
     switch: Trainable
     if full:
-        switch = FullParameters(experts[expert], keep_reference=True)
+        switch = FullParameters(network, keep_reference=True)
     else:
         config = lora_config(metadata)  # the file's word: nothing is made of it before it fits file and network
-        check_shapes(read_header(path)[1], adapter_shapes(experts[expert], config), source=f"LoRA {path}")
-        switch = LoraSwitch(experts[expert], config)
+        check_shapes(read_header(path)[1], adapter_shapes(network, config), source=f"LoRA {path}")
+        switch = LoraSwitch(network, config)
     load_weights(path, switch, fingerprint=fingerprint, expert=expert)
     return switch
 
@@ -308,6 +314,12 @@ def find_lora(path: Path | str) -> tuple[Path, dict[str, str]]:
     ours, or describes other adapters than it holds."""
     file = weights_path(path, (LoraSwitch.file,))
     return file, read_ours(file, (LoraSwitch.format,))
+
+
+def _network(name: str) -> str:
+    """Which network of two a weight of `_trained` or its moment belongs to; "" where one trains."""
+    first = name.removeprefix("heads.").partition(".")[0]
+    return first if first in Wan22T2V.expert_folders.values() else ""
 
 
 def _trained(switch: Trainable, heads: nn.Module | None) -> dict[str, nn.Parameter]:

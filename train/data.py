@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from train import entry, parallel
 from train.groups import Group, GroupSet
+from train.timesteps import Share, Turns
 from train.watch import timeout_minutes
 
 Tensors = dict[str, Tensor]
@@ -34,6 +35,7 @@ class Sample:
     position: int  # in the global stream
     group: Group
     loser_index: int  # the loser of this pair, in range(len(group.losers)); -1 in a group without losers
+    share: Share | None = None  # of the expert that serves its step, where both train
 
 
 # ---- the stream ------------------------------------------------------------------------------------------------------
@@ -140,12 +142,17 @@ def pad_text(text: Tensor, length: int) -> Tensor:
 class Prepared(Dataset):
     """The prepared group of every position, or the error for which there is none."""
 
-    def __init__(self, config: Any, stream: GroupStream, prepare: Callable[[Any, Sample], Tensors]):
-        self.config, self.stream, self.prepare = config, stream, prepare
+    def __init__(
+        self, config: Any, stream: GroupStream, prepare: Callable[[Any, Sample], Tensors], turns: Turns | None = None
+    ):
+        self.config, self.stream, self.prepare, self.turns = config, stream, prepare, turns
 
     def __getitem__(self, position: int) -> Tensors | Exception:
         try:
-            return self.prepare(self.config, self.stream[position])
+            sample = self.stream[position]
+            if self.turns is not None:
+                sample.share = self.turns.of_sample(position)
+            return self.prepare(self.config, sample)
         except (ValueError, OSError) as error:
             if not entry.is_worded(error):
                 raise  # a fault in the code, whose place only its traceback says
@@ -157,15 +164,23 @@ def _collate(samples: list[Tensors | Exception]) -> Tensors | Exception:
 
 
 def build_loader(
-    config: Any, groups: GroupSet, prepare: Callable[[Any, Sample], Tensors], *, start: int, rank: int, world: int
+    config: Any,
+    groups: GroupSet,
+    prepare: Callable[[Any, Sample], Tensors],
+    turns: Turns | None = None,
+    *,
+    start: int,
+    rank: int,
+    world: int,
 ) -> DataLoader:
-    """Endless loader of this rank's prepared groups from global position `start` on, in order."""
+    """Endless loader of this rank's prepared groups from global position `start` on, in order; `turns` where both
+    experts train."""
     stream = GroupStream(groups, config.seed, winner=config.objective.winner)
     leaving = RawValue("b", 0)  # shared with the loader's processes
     # Set at exit, before multiprocessing ends the processes by SIGTERM.
     Finalize(None, setattr, args=(leaving, "value", 1), exitpriority=0)
     return DataLoader(
-        Prepared(config, stream, prepare),
+        Prepared(config, stream, prepare, turns),
         sampler=positions(start, rank, world),
         batch_size=config.train.pairs_per_pass,
         collate_fn=_collate,

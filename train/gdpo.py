@@ -55,6 +55,7 @@ from train.teachers.targets import TargetsConfig
 from train.terms import TERMS
 from train.terms.physics import PhysicsConfig, feature_block
 from train.terms.self_score import SelfScoreConfig
+from train.timesteps import check_experts, draw_time
 from train.validation import ValidationConfig
 
 CHOICES = {
@@ -152,7 +153,7 @@ def winner_tensors(config: Config, sample: Sample, *, draws: int = 1) -> dict[st
     tensors = {
         "winner": group.winner,
         "text": pad_text(group.text, config.backbone.text_length),
-        "t": draw_time(config.objective, generator),
+        "t": draw_time(config.objective, generator, sample.share),
         "noise": torch.randn(draws, *group.winner.shape, generator=generator),
     }
     if config.train.reference_cache:
@@ -180,16 +181,6 @@ def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:
 def draw_seed(seed: int, position: int) -> int:
     """Generator seed of the draws at one global stream position."""
     return seed_of(f"draws {seed} {position}") >> 7  # 56 bits: the draws of runs begun before stay as they are
-
-
-def draw_time(objective: ObjectiveConfig, generator: torch.Generator) -> Tensor:
-    """One time t in [t_min, t_max], shape ()."""
-    if objective.timesteps == "uniform":
-        t = torch.rand((), generator=generator)
-    else:
-        t = torch.sigmoid(torch.randn((), generator=generator))
-    t = objective.timestep_shift * t / (1 + (objective.timestep_shift - 1) * t)
-    return objective.t_min + (objective.t_max - objective.t_min) * t
 
 
 def weigh(objective: ObjectiveConfig, errors: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -286,6 +277,7 @@ def check(config: Config) -> None:
     for term in TERMS.values():
         term.check(config)
     config.objective.check()
+    check_experts(config)
 
 
 def check_groups(config: Config, groups: GroupSet) -> None:

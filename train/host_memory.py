@@ -34,6 +34,20 @@ def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/s
     return min(limits)
 
 
+def reserve(key: str, size: int, copies: int) -> int:
+    """The bytes of `copies` pieces of `size`, which the recipe's `key` keeps on this host. ValueError where that is more
+    than its processes may lock."""
+    taken, most = copies * size, HOST_SHARE * host_memory()
+    if taken > most:
+        each = "" if copies == 1 else f", {size / GIB:.1f} GiB for each of {copies} processes,"
+        raise ValueError(
+            f"{key} keeps {taken / GIB:.1f} GiB of weights{each} in page-locked host memory, but this job may lock"
+            f" {most / GIB:.1f} GiB here (its memory limit times {HOST_SHARE:g}): give it more memory or fewer processes"
+            " a host, or change the key"
+        )
+    return taken
+
+
 def local_processes() -> int:
     """Processes of this launch on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from train import checkpoint, export, parallel, resume
 from train.backbones import load_backbone
-from train.backbones.base import Backbone
+from train.backbones.base import BOTH, Backbone
 from train.data import Batches, GroupStream, Sample, Tensors, build_loader
 from train.full_parameters import FullParameters
 from train.fused.prepare import prepare_network
@@ -36,6 +36,7 @@ from train.policy import Policy, attach_parameters
 from train.reference_cache import open_cache
 from train.terms.live_targets import LiveTargets
 from train.terms.physics import build_heads, lacks_targets
+from train.timesteps import turns_of
 from train.tracking import Pace, Tracker, check_trackers
 from train.validation import Validation
 
@@ -98,13 +99,13 @@ def fit(
         check_groups(config, groups)
         policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
-        policy.cache = open_cache(config, groups, clips, accelerator)
-        prepare_network(backbone.transformer, policy.switch, config, gradients=gradient_sets(config, clips, passes))
-        rates = {"heads": policy.head_parameters(), "head_lr": config.physics.head_lr}
+        policy.cache = open_cache(config, groups, clips, accelerator, policy.turns)
+        prepare_networks(config, policy, gradients=gradient_sets(config, clips, passes))
+        rates = {"heads": policy.all_heads(), "head_lr": config.physics.head_lr}
         optimizer = build_optimizer(config.optim, policy.switch.parameters(), **rates)
         run = resume.Checkpoint(config, policy, optimizer, groups, accelerator)
         run.load(newest)
-        loader = build_loader(config, groups, prepare, start=run.samples_seen, rank=rank, world=world)
+        loader = build_loader(config, groups, prepare, policy.turns, start=run.samples_seen, rank=rank, world=world)
         batches = Batches(loader, device, partial(live.complete, backbone=backbone) if live else None)
         tracker, pace = Tracker(accelerator, config, start=run.step), Pace(config, backbone, clips, device)
         stopping = StopSignal(run.save)
@@ -171,18 +172,20 @@ def check_frozen(config: Any, *, sharded: bool) -> None:
 
 
 def load(config: Any, accelerator: Accelerator, *, clips: bool, vae: bool) -> Backbone:
-    """The recipe's backbone: the expert that trains, or with `clips` every one; where needed its VAE."""
-    parts = ["transformer" if clips else "expert"] + (["vae"] if vae else [])
-    sharding = parallel.sharding(accelerator)
-    return load_backbone(config.backbone, accelerator.device, parts=parts, sharding=sharding, together=True)
+    """The recipe's backbone: the expert that trains, or with `clips` every one; where needed its VAE. Where both
+    experts train and are not sharded, only one at a time is on the device."""
+    both, sharding = config.backbone.expert == BOTH, parallel.sharding(accelerator)
+    parts = ["transformer" if clips or both else "expert"] + (["vae"] if vae else [])
+    host = both and sharding is None
+    return load_backbone(config.backbone, accelerator.device, parts=parts, sharding=sharding, together=True, host=host)
 
 
 def attach(
     config: Any, accelerator: Accelerator, backbone: Backbone, *, keep_reference: bool
 ) -> tuple[Policy, list[nn.Module | None]]:
     """The policy, and the DeepSpeed engines of the backbone's networks, which must outlive training."""
-    switch = attach_parameters(config, backbone.transformer, keep_reference=keep_reference)
-    policy = Policy(backbone, switch, build_heads(config, backbone))
+    switch = attach_parameters(config, backbone, keep_reference=keep_reference)
+    policy = Policy(backbone, switch, build_heads(config, backbone), turns=turns_of(config, backbone))
     engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
     whole = "sharded over the ranks" if engines[0] else "whole on every rank"
     if config.backbone.stream:
@@ -191,6 +194,12 @@ def attach(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
     )
     return policy, engines
+
+
+def prepare_networks(config: Any, policy: Policy, *, gradients: int) -> None:
+    """`prepare_network` for all that train."""
+    first, *others = policy.networks()
+    prepare_network(first, policy.switch, config, gradients=gradients, others=others)
 
 
 def check_intervals(config: Any) -> None:
@@ -247,11 +256,14 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
 def accumulate(
     config: Any, policy: Policy, batches: Iterator[Tensors], passes: int, step: Step, device: torch.device
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Mean gradients and metrics of this rank's share of one step."""
+    """Mean gradients and metrics of this rank's share of one step; where both experts train, of the one that serves
+    its times."""
     total: list[Tensor] | None = None
     sums: dict[str, Tensor] = {}
     for _ in range(passes):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        batch = next(batches)
+        policy.backbone.serve(batch["t"])
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         gradients, metrics = step(config, policy, batch)
         if total is None:
             total = gradients
@@ -260,6 +272,8 @@ def accumulate(
                 sum_ += gradient
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.detach().float()
+    if policy.backbone.trained == BOTH:
+        sums["high_noise"] = torch.tensor(float(passes * (policy.backbone.expert == "high_noise")), device=device)
     for gradient in total:
         gradient /= passes
     return total, {name: value / passes for name, value in sums.items()}
@@ -284,7 +298,7 @@ def set_gradients(
     for weight, gradient in zip(policy.parameters(), gradients, strict=True):
         weight.grad = gradient
     gradients.clear()
-    norms = {"grad_norm": nn.utils.clip_grad_norm_(policy.switch.parameters(), config.optim.max_grad_norm).item()}
+    norms = {"grad_norm": nn.utils.clip_grad_norm_(policy.weights(), config.optim.max_grad_norm).item()}
     if heads := policy.head_parameters():  # apart: random at first, they would leave the adapters no share of the norm
         norms["head_grad_norm"] = nn.utils.clip_grad_norm_(heads, config.optim.max_grad_norm).item()
     for group in optimizer.param_groups:

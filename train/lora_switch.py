@@ -21,6 +21,7 @@ for bit.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,17 +79,20 @@ class LoraSwitch:
     `weights` maps `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank), the key names of peft
     and diffusers, to float32 parameters on the network's device. The network's own parameters are frozen.
 
+    `network` may hold several (`train.backbones.wan22_a14b.as_one`): one switch turns all, and names begin with
+    theirs. `device`: where the adapters are, if not beside their layers.
+
     Raises ValueError when a target suffix matches no linear layer, or the rank is not positive.
     """
 
     file = "lora.safetensors"  # in a checkpoint
     format = "physalign-lora-1"  # in its metadata
 
-    def __init__(self, network: nn.Module, config: LoraConfig, *, seed: int = 0):
+    def __init__(self, network: nn.Module, config: LoraConfig, *, seed: int = 0, device: torch.device | None = None):
         if config.rank < 1:
             raise ValueError(f"lora.rank is {config.rank}: it must be at least 1")
         self.config = config
-        self.state = SwitchState(config.alpha / config.rank, next(network.parameters()).device)
+        self.state = SwitchState(config.alpha / config.rank, device or next(network.parameters()).device)
         self.weights: dict[str, nn.Parameter] = {}
         network.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
@@ -96,11 +100,11 @@ class LoraSwitch:
             bound = 1 / math.sqrt(layer.in_features)  # Kaiming-uniform with a = sqrt(5)
             down = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
             up = torch.zeros(layer.out_features, config.rank)
-            device = layer.weight.device
+            place = device or layer.weight.device
             layer.__class__ = SwitchedLinear
             # Past nn.Module's __setattr__: these must not become parameters of the network.
-            layer.__dict__["lora_down"] = self.weights[f"{name}.lora_A.weight"] = nn.Parameter(down.to(device))
-            layer.__dict__["lora_up"] = self.weights[f"{name}.lora_B.weight"] = nn.Parameter(up.to(device))
+            layer.__dict__["lora_down"] = self.weights[f"{name}.lora_A.weight"] = nn.Parameter(down.to(place))
+            layer.__dict__["lora_up"] = self.weights[f"{name}.lora_B.weight"] = nn.Parameter(up.to(place))
             layer.__dict__["lora_state"] = self.state
 
     def parameters(self) -> list[nn.Parameter]:
@@ -203,7 +207,7 @@ def targeted_layers(network: nn.Module, targets: list[str]) -> list[tuple[str, n
     linears = {name: module for name, module in network.named_modules() if type(module) is nn.Linear}
     for target in targets:
         if not any(_matches(name, target) for name in linears):
-            suffixes = sorted({".".join(name.split(".")[2:]) for name in linears if name.startswith("blocks.")})
+            suffixes = sorted({found[1] for name in linears if (found := re.search(r"blocks\.\d+\.(.+)", name))})
             raise ValueError(f"lora.targets: {target!r} matches no linear layer; {suggest(target, suffixes)}")
     return [(name, layer) for name, layer in linears.items() if any(_matches(name, target) for target in targets)]
 

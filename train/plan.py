@@ -8,6 +8,7 @@ from diffusers import WanTransformer3DModel
 
 from train.backbones import BACKBONES, DTYPES, find_architecture
 from train.backbones.architecture import latent_shape, num_tokens, parameter_bytes, parameter_count
+from train.backbones.base import BOTH
 from train.backbones.streaming import SLOTS
 from train.cost import bill
 from train.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choose_levels, predict
@@ -17,6 +18,7 @@ from train.loop import accumulation_steps, check_frozen, gradient_sets
 from train.lora_switch import adapter_shapes
 from train.parallel import build_accelerator
 from train.terms.physics import feature_block
+from train.timesteps import EXPERT_STEPS, Turns
 
 LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce
 
@@ -48,6 +50,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
     parameters = parameter_count(architecture)
     adapters = lora_parameters(architecture, config.lora)
+    both = config.backbone.expert == BOTH
     memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=world if sharded else 1)
     largest = width * network["ffn_dim"] * (bytes_a_number(config) + 4)  # one tensor, as it is and as it is stored
     samples = config.optim.steps * config.optim.batch_size
@@ -58,7 +61,8 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + ("; ranks=16 plans for 16 under ZeRO-3" if world == 1 and not config.backbone.stream else ""),
         f"backbone        {config.backbone.family} {config.backbone.architecture}:"
         f" {parameters / 1e6:,.2f} M parameters, {layers} blocks of width {width}",
-        f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained",
+        f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained"
+        + (" for each of two experts" if both else ""),
         f"clip            {video.height}x{video.width}, {video.num_frames} frames at {video.fps:g} fps ->"
         f" latents {shape}, {tokens} tokens",
         f"step            {config.optim.batch_size} groups = {world} ranks x {config.train.pairs_per_pass} a pass"
@@ -71,6 +75,8 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         + f" = {sum(memory.values()) / GIB:.1f} GiB (estimate)",
         f"loading         at most {(memory['weights'] + largest) / GIB:.1f} GiB a device: its weights and one tensor",
     ]
+    if both:
+        lines += experts_lines(config, parameters, sharded=sharded)
     if config.backbone.compile and config.train.parameters == "lora" and config.train.memory_budget_gib:
         lines.append(f"blocks          {kept_by_blocks(config, world=world, sharded=sharded)}")
     if config.backbone.stream:
@@ -95,6 +101,18 @@ def find_groups(config: Any) -> tuple[str, int]:
     epochs = config.optim.steps * config.optim.batch_size / len(groups)
     size = f"{groups.total_bytes / GIB:.2f} GiB"
     return f"{len(groups)} in {groups.folder} ({size}), backbone {groups.fingerprint}: {epochs:.2f} epochs", len(groups)
+
+
+def experts_lines(config: Any, parameters: int, *, sharded: bool) -> list[str]:
+    """Whose steps the steps are, and where the expert whose turn it is not lies."""
+    boundary = BACKBONES[config.backbone.family].default_boundary
+    turns, steps = Turns(config, boundary), config.optim.steps
+    high = sum(turns.of_step(step).expert == "high_noise" for step in range(steps))
+    host = 2 * parameters * bytes_a_number(config) / GIB
+    place = "both sharded" if sharded else f"one at a time on the device, {host:.1f} GiB of host memory a device"
+    place = "both streamed" if config.backbone.stream else place
+    said = f"high_noise (t >= {boundary:g}) in {high} steps, low_noise in {steps - high}, {EXPERT_STEPS} in a row"
+    return [f"experts         {said}; {place}"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,8 @@ def plan_blocks(config: Any, *, world: int = 1, sharded: bool = False, passes: i
     memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=shards)
     clips, accumulation = config.objective.clips_per_group(LOSERS), accumulation_steps(config, world)
     gradients = gradient_sets(config, clips, accumulation)
-    resident = memory["weights"] + adapters * 4 * (3 + gradients)  # weights and AdamW's moments, too
+    both = config.backbone.expert == BOTH
+    resident = memory["weights"] + adapters * 4 * (3 * (1 + both) + gradients)  # weights, AdamW's moments, too
     resident += memory.get("gathered", 0)
     heads = network["num_attention_heads"]
     sizes = Sizes(
@@ -168,8 +187,9 @@ def streamed_bytes(config: Any) -> int:
 
 
 def experts_loaded(config: Any) -> int:
-    """The one that trains, or every one where validation makes clips."""
-    return len(BACKBONES[config.backbone.family].expert_folders) if config.validation.prompts else 1
+    """The one that trains, or every one where both train or validation makes clips."""
+    every = config.validation.prompts or config.backbone.expert == BOTH
+    return len(BACKBONES[config.backbone.family].expert_folders) if every else 1
 
 
 def bytes_a_number(config: Any) -> int:
@@ -195,9 +215,9 @@ def memory_estimate(
     """Bytes per device by part: weights, gathered, adapters, activations.
 
     Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips;
-    with backbone.stream SLOTS blocks of one of them, and what is outside of their blocks.
-    Gathered: under ZeRO-3, blocks that are whole while they run. Adapters: weights, two moments and gradients, in
-    float32.
+    where both train and are not sharded, of one; with backbone.stream SLOTS blocks of one of them, and what is outside
+    of their blocks. Gathered: under ZeRO-3, blocks that are whole while they run. Adapters: weights, two moments and
+    gradients, in float32; the gradients of one expert.
     Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
     while one block is recomputed; without checkpointing the latter for every block.
     """
@@ -206,8 +226,8 @@ def memory_estimate(
     size = bytes_a_number(config)
     block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
-    experts = experts_loaded(config)
-    weights = experts * parameters * size / world
+    both, experts = config.backbone.expert == BOTH, experts_loaded(config)
+    weights = (1 if both and world == 1 else experts) * parameters * size / world
     if config.backbone.stream:
         a_block, others = parameter_bytes(architecture, DTYPES[config.backbone.dtype])
         weights = SLOTS * a_block + experts * others
@@ -215,6 +235,6 @@ def memory_estimate(
     return {
         "weights": weights,
         **gathered,
-        "adapters": adapters * 4 * 6,
+        "adapters": adapters * 4 * (9 if both else 6),
         "activations": clips_in_a_pass(config) * kept,
     }

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from losses.flow_matching import flow_error, interpolate
-from train.backbones.base import Backbone, Conditioning
+from train.backbones.base import BOTH, Backbone, Conditioning
+from train.backbones.wan22_a14b import as_one
 from train.full_parameters import FullParameters
 from train.fused.memory import waiting
 from train.lora_switch import LoraSwitch
 from train.reference_cache import ReferenceCache
+from train.timesteps import Turns
 
 
 class Reference(Protocol):
@@ -43,19 +45,41 @@ class Reference(Protocol):
 
 @dataclass
 class Policy:
-    """The backbone's transformer is the policy, and inside `switch.reference()` the reference."""
+    """The backbone's transformer is the policy, and inside `switch.reference()` the reference. Where both experts
+    train, a step's are those of the one that serves."""
 
     backbone: Backbone
     switch: Reference
     heads: nn.Module | None = None  # of the physics terms, where the recipe has any
     cache: ReferenceCache | None = None  # of the reference's errors
+    turns: Turns | None = None  # of the experts, where both train
 
     def parameters(self) -> list[nn.Parameter]:
         """What a step returns gradients of, in this order: the adapters (or all weights), then the heads'."""
-        return self.switch.parameters() + self.head_parameters()
+        return self.weights() + self.head_parameters()
+
+    def networks(self) -> list[nn.Module]:
+        """Those that train, in one step or another."""
+        backbone = self.backbone
+        return list(backbone.experts.values()) if backbone.trained == BOTH else [backbone.transformer]
+
+    def weights(self) -> list[nn.Parameter]:
+        """The adapters, or all weights."""
+        if self.backbone.trained != BOTH:
+            return self.switch.parameters()
+        return [weight for name, weight in self.switch.weights.items() if name.startswith(self._prefix())]
 
     def head_parameters(self) -> list[nn.Parameter]:
+        if self.heads is None or self.backbone.trained != BOTH:
+            return self.all_heads()
+        return [weight for name, weight in self.heads.named_parameters() if name.startswith(self._prefix())]
+
+    def all_heads(self) -> list[nn.Parameter]:
         return [] if self.heads is None else list(self.heads.parameters())
+
+    def _prefix(self) -> str:
+        """What the names of the serving expert's weights begin with."""
+        return f"{self.backbone.expert_folders[self.backbone.expert]}."
 
 
 @dataclass
@@ -71,14 +95,15 @@ class Prediction:
         return Prediction(self.error[::members], self.x_t[::members], self.velocity[::members], features)
 
 
-def attach_parameters(config: Any, network: nn.Module, *, keep_reference: bool) -> LoraSwitch | FullParameters:
+def attach_parameters(config: Any, backbone: Backbone, *, keep_reference: bool) -> LoraSwitch | FullParameters:
     """What trains: the recipe's adapters, or with train.parameters=full every weight, beside a copy of them for
     `keep_reference`. Adapters always have the network itself as their reference."""
     if config.train.parameters not in ("lora", "full"):
         raise ValueError(f"train.parameters={config.train.parameters!r}: must be lora or full")
     if config.train.parameters == "full":
-        return FullParameters(network, keep_reference=keep_reference)
-    return LoraSwitch(network, config.lora, seed=config.seed)
+        return FullParameters(backbone.transformer, keep_reference=keep_reference)
+    network = as_one(backbone.experts) if backbone.trained == BOTH else backbone.transformer
+    return LoraSwitch(network, config.lora, seed=config.seed, device=backbone.device)
 
 
 def winner_passes(batch: dict[str, Tensor]) -> AbstractContextManager[None]:
@@ -137,7 +162,7 @@ def policy_errors(
     """Flow errors (B,1+M') of the batch's clips under the policy, the winner's first, with their gradient; the pass
     over the winners, with the features of block `features_at`; and the losers that went through the network alone."""
     first, *others = _passes(batch)
-    weights, settled = policy.switch.parameters(), []
+    weights, settled = policy.weights(), []
     for part in others:
         error = predict(policy, *part, batch).error
         settled.append(Settled(error.detach().requires_grad_(), torch.autograd.grad(error.sum(), weights)))

@@ -27,6 +27,7 @@ from torch import Tensor
 from train import parallel
 from train.files import write_text
 from train.groups import GroupSet
+from train.timesteps import Turns
 
 # Keys of a recipe, by section, that errors depend on: all of the bits, as rounding goes with the kernels.
 DRAWN = ("loss", "winner", "noise", "timesteps", "timestep_shift", "t_min", "t_max")
@@ -45,30 +46,36 @@ KEYS = {
 }
 
 
-def dependencies(config: Any, groups: GroupSet, device: torch.device, ranks: int) -> dict[str, Any]:
+def dependencies(
+    config: Any, groups: GroupSet, device: torch.device, ranks: int, turns: Turns | None = None
+) -> dict[str, Any]:
     """What the reference's errors depend on, flat."""
     found = {f"{name}.{key}": asdict(getattr(config, name))[key] for name, keys in KEYS.items() for key in keys}
     found["self_score"] = config.self_score.every if config.self_score.strength > 0 else 0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     made = {"seed": config.seed, "ranks": ranks, "groups": groups.digest, "backbone": groups.fingerprint}
+    made |= {} if turns is None else turns.settings()
     return found | made | {"device": name, "torch": torch.__version__}
 
 
-def open_cache(config: Any, groups: GroupSet, clips: int, accelerator: Accelerator) -> "ReferenceCache | None":
+def open_cache(
+    config: Any, groups: GroupSet, clips: int, accelerator: Accelerator, turns: Turns | None = None
+) -> "ReferenceCache | None":
     """The recipe's, of 1 + M' = `clips` errors per sample; None where it has none."""
-    return ReferenceCache(config, groups, clips, accelerator) if config.train.reference_cache else None
+    return ReferenceCache(config, groups, clips, accelerator, turns) if config.train.reference_cache else None
 
 
 class ReferenceCache:
-    """Errors (B, 1 + M') float32 by position. `clips` is 1 + M', the same in every group.
+    """Errors (B, 1 + M') float32 by position. `clips` is 1 + M', the same in every group; `turns` those of two experts.
 
     ValueError where the folder holds errors that depend on other settings, naming them. Call on every rank.
     """
 
-    def __init__(self, config: Any, groups: GroupSet, clips: int, accelerator: Accelerator):
+    def __init__(self, config: Any, groups: GroupSet, clips: int, accelerator: Accelerator, turns: Turns | None = None):
         self.folder, device = Path(config.train.reference_cache), accelerator.device
         self.record = np.dtype([("position", "<i8"), ("errors", "<f4", (clips,))])
-        path, own = self.folder / "settings.json", dependencies(config, groups, device, accelerator.num_processes)
+        path, ranks = self.folder / "settings.json", accelerator.num_processes
+        own = dependencies(config, groups, device, ranks, turns)
         with parallel.together(device):
             if accelerator.is_main_process and not path.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)

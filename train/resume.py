@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 
 import recipes
 from train import checkpoint, files, parallel
+from train.backbones.base import BOTH
 from train.groups import GroupSet
 from train.policy import Policy
-from train.terms.self_score import check_resume
 from train.tracking import flatten
 
 # What of a recipe decides how weights change; paths, clips and logs do not.
@@ -89,7 +89,7 @@ class Checkpoint:
         """
         config, backbone, say = self.config, self.policy.backbone, self.accelerator.print
         if path is not None:
-            ours = {"fingerprint": backbone.fingerprint, "expert": backbone.expert, "heads": self.policy.heads}
+            ours = {"fingerprint": backbone.fingerprint, "expert": backbone.trained, "heads": self.policy.heads}
             state = checkpoint.load(path, switch=self.policy.switch, optimizer=self.optimizer, **ours)
             check(config, path, state, self.groups, self.accelerator)
             self.step = self._saved = state["step"]
@@ -123,7 +123,7 @@ class Checkpoint:
             switch=switch,
             optimizer=self.optimizer,
             state=counted | identity(self.config, self.groups),
-            metadata=checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.expert),
+            metadata=checkpoint.weights_metadata(switch, fingerprint=backbone.fingerprint, expert=backbone.trained),
             keep=self.config.train.keep_checkpoints,
             heads=self.policy.heads,
         )
@@ -138,7 +138,7 @@ def check(config: Any, path: Path, state: checkpoint.State, groups: GroupSet, ac
         raise ValueError(
             f"{path} was trained with seed={state['seed']}, the recipe says seed={config.seed}: restore the seed"
         )
-    check_resume(config.self_score, samples_seen=state["samples_seen"], batch_size=config.optim.batch_size)
+    check_batch_size(config, state["samples_seen"])
     theirs, before = state.get("groups"), state.get("settings", {})
     if theirs is not None and theirs["digest"] != groups.digest:
         raise ValueError(
@@ -154,6 +154,20 @@ def check(config: Any, path: Path, state: checkpoint.State, groups: GroupSet, ac
     if changed:  # a key of another version stands on one side alone
         listed = ", ".join(f"{key} {before.get(key, 'not set')} -> {now.get(key, 'no such key')}" for key in changed)
         accelerator.print(f"resuming with other settings: {listed}")
+
+
+def check_batch_size(config: Any, samples_seen: int) -> None:
+    """ValueError where a resumed run's steps would not begin at a multiple of the batch, and ranks would disagree on
+    what is due in a step."""
+    size = config.optim.batch_size
+    due = {"backbone.expert=both": config.backbone.expert == BOTH, "self_score.every": config.self_score.strength > 0}
+    counted = [key for key, counts in due.items() if counts]
+    if counted and samples_seen % size:
+        remedy = "" if counted[0].startswith("backbone") else ", or self_score.strength=0"
+        raise ValueError(
+            f"optim.batch_size={size} does not divide the {samples_seen} groups seen so far, by which {counted[0]}"
+            f" counts: use the batch size that the run began with{remedy}"
+        )
 
 
 def keep_recipe(config: Any, start: int) -> None:

@@ -196,6 +196,6 @@ def test_settings_that_cannot_work_stop_before_any_work(model, manifest, tmp_pat
 
 def test_a_dry_run_counts_the_budget(model, manifest, tmp_path, capsys):
     run(model, manifest, tmp_path / "out", "dry_run=true")
-    assert "groups              12 at most" in capsys.readouterr().out
+    assert "groups          12 at most" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert list(STAGES).index("difficulty") == list(STAGES).index("resample") - 1

@@ -80,11 +80,11 @@ def test_every_recipe_names_a_known_backbone_and_trains_where_its_expert_serves(
     config = load(f"recipe={name}")
     find_architecture(config.backbone)
     gdpo.check(config)
-    boundary = {"wan22_t2v": 0.875, "wan22_i2v": 0.9}.get(config.backbone.family)
-    everywhere = boundary is None or name == "physisforcing_a14b"  # which trains one expert for all t, as its paper
-    expected = (0.0, 1.0) if everywhere else (boundary, 1.0)
-    assert (config.objective.t_min, config.objective.t_max) == expected
-    assert config.backbone.expert == "high_noise"
+    assert (config.objective.t_min, config.objective.t_max) == (0, 1)
+    both = name.startswith("wan22_a14b")  # physisforcing_a14b trains one expert for all t, as its paper
+    assert config.backbone.expert == ("both" if both else "high_noise")
+    if both:  # in as many of its steps as sampling has
+        assert (config.objective.timesteps, config.objective.timestep_shift) == ("uniform", config.sampler.shift)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_every_recipe_can_be_planned_without_weights(name, world, sharded):
     lines = plan(config_of(name, BATCH, "train.pairs_per_pass=1"), world=world, sharded=sharded)
     starts = ["ranks", "backbone", "adapters", "clip", "step", "run", "learning rate", "memory a device", "loading"]
     starts.append("groups")
+    starts[-1:-1] = ["experts"] if name.startswith("wan22_a14b") else []
     starts[-1:-1] = ["blocks"] if name in ("wan14b", "wan1_3b") else []
     starts[-1:-1] = ["physics terms"] if "physisforcing" in name else []
     starts[-1:-1] = ["physics terms", "self-score"] if name == "wan14b" else []
@@ -180,7 +181,7 @@ def test_sharding_is_said_to_save_memory_only_under_zero3():
 
 
 def test_loading_holds_a_share_and_one_tensor():
-    config = config_of("wan22_a14b_t2v", "validation.prompts=[a ball]")
+    config = config_of("wan22_a14b_t2v", "validation.prompts=[a ball]", "backbone.expert=high_noise")
     both, tensor = 2 * 14.29e9 * 2 / GIB, 5120 * 13824 * 6 / GIB  # in bfloat16, and in float32 as the hub has it
     for options, share in (({"world": 8, "sharded": True}, both / 8), ({}, both)):
         line = lines_of(config, **options)["loading"]
@@ -188,9 +189,14 @@ def test_loading_holds_a_share_and_one_tensor():
 
 
 def test_both_experts_are_resident_while_validation_samples_with_them():
-    with_clips = gib_of(config_of("wan22_a14b_t2v"))
-    without = gib_of(config_of("wan22_a14b_t2v", "validation.prompts=[]"))
+    one = "backbone.expert=high_noise"
+    with_clips = gib_of(config_of("wan22_a14b_t2v", one))
+    without = gib_of(config_of("wan22_a14b_t2v", one, "validation.prompts=[]"))
     assert with_clips == pytest.approx({**without, "weights": 2 * without["weights"]})
+    both = [gib_of(config_of("wan22_a14b_t2v"), world=world) for world in (1, 8)]  # take turns, or are sharded
+    assert [parts["weights"] for parts in both] == pytest.approx([without["weights"], with_clips["weights"] / 8])
+    # In float32: weights and two moments of both experts and, as for one, three sets of gradients: 9 instead of 6.
+    assert both[0]["adapters"] == pytest.approx(1.5 * without["adapters"])
     assert gib_of(config_of("wan14b")) == gib_of(config_of("wan14b", "validation.prompts=[]"))
 
 

@@ -254,7 +254,7 @@ def test_a_gpu_computes_with_no_weight_too_early_or_too_late():
 
 
 def test_a_host_without_the_memory_is_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr("train.backbones.streaming.host_memory", lambda: 60 * 2**30)
+    monkeypatch.setattr("train.host_memory.host_memory", lambda: 60 * 2**30)
     monkeypatch.setattr("train.backbones.loading._fill", lambda *_: pytest.fail("weights were made"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     ring = Ring(CPU, count=2)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan
 
 from train.backbones import loading
 from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.host_weights import HostWeights
 from train.backbones.random_parts import random_text, random_vae
 from train.backbones.streaming import Ring
 from train.backbones.tokenizer import build_tokenizer
@@ -45,15 +46,17 @@ def load_backbone(
     parts: Sequence[str] = ("text", "vae", "transformer"),
     sharding: Sharding | None = None,
     together: bool = False,
+    host: bool = False,
 ) -> Backbone:
     """A backbone with the named parts on the device, in eval mode and frozen.
 
     Parts: "text" (encoder and tokenizer), "tokenizer" (alone), "vae", "transformer" (all experts), "expert" (only
-    `config.expert` of a two-expert family). With `sharding` (`train.parallel`) the transformers are spread over the
-    ranks while they are made, so that no device ever holds one whole. With `together` all processes of the launch call
-    at once, and those of a host keep one copy of what `config.stream` keeps there. Raises ValueError for an unknown
-    key, a path that is no Wan pipeline or lacks a component, a pipeline of another family than `config.family`, and
-    streaming with `sharding` or without the host memory for it.
+    `config.expert` of a two-expert family, the first of both). With `sharding` (`train.parallel`) the transformers are
+    spread over the ranks while they are made, so that no device ever holds one whole; with `host` they lie in host
+    memory, and the one that is asked for is on the device, unless `config.stream` has them there block by block. With
+    `together` all processes of the launch call at once, and those of a host keep one copy of what is streamed. Raises
+    ValueError for an unknown key, a path that is no Wan pipeline or lacks a component, a pipeline of another family
+    than `config.family`, and streaming with `sharding` or without the host memory for it.
     """
     _check("family", config.family, BACKBONES)
     _check("dtype", config.dtype, DTYPES)
@@ -73,6 +76,8 @@ def load_backbone(
     ring = Ring(device, count=len(wanted), together=together) if config.stream and wanted else None
 
     loaded: dict[str, Any] = {}
+    host = host and not config.stream
+    place = torch.device("cpu") if host else device
     if config.random_weights:
         if config.path:
             warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
@@ -87,7 +92,7 @@ def load_backbone(
             loaded["vae"] = random_vae(architecture, device)
         experts = {
             name: loading.random_transformer(
-                architecture, device=device, dtype=dtype, seed=seed, sharding=sharding, ring=ring
+                architecture, device=place, dtype=dtype, seed=seed, sharding=sharding, ring=ring
             )
             for seed, name in enumerate(family.expert_folders)
             if name in wanted
@@ -108,13 +113,15 @@ def load_backbone(
             text_dim = architecture["transformer"]["text_dim"]
             loaded["text_encoder"] = loading.load_text(folder, device, dtype, text_dim)
         experts = {
-            name: loading.load_transformer(folder, family.expert_folders[name], device, dtype, sharding, ring)
+            name: loading.load_transformer(folder, family.expert_folders[name], place, dtype, sharding, ring)
             for name in wanted
         }
         if "vae" in parts:
             loaded["vae"] = loading.load_component(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
     for network in experts.values():
         loading.choose_attention(network, config.attention, device)
+    if host:
+        loaded["host"] = HostWeights(experts, device)
     return family(config, architecture, device, fingerprint, experts, boundary, **loaded)
 
 

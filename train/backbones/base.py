@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from train.backbones.architecture import latent_shape, num_tokens
+from train.backbones.host_weights import HostWeights
 
+BOTH = "both"  # a value of backbone.expert
 TRAIN_TIMESTEPS = 1000.0  # the network's clock runs from 0 to 1000
 NEGATIVE_PROMPT = (  # Wan's own, word for word: sample_neg_prompt in the shared configs of Wan2.1 and Wan2.2
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
@@ -39,11 +41,10 @@ class BackboneConfig:
     architecture: str = "14B"  # key of the family's ARCHITECTURES; used for --dry-run and random weights
     random_weights: bool = False  # build the architecture with seeded random weights (no path): speed and memory runs
     dtype: str = "bfloat16"  # of the frozen weights: bfloat16 | float32 (the VAE is always float32)
-    expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise
+    expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise | both
     attention: str = "auto"  # a diffusers attention backend; auto: the fastest here, measured
     compile: bool = False  # torch.compile, in training and wherever clips are made: fused blocks where they fit
-    # Keep the transformer's blocks in page-locked host memory; each visits the GPU while the one before it computes:
-    # less GPU memory, the same numbers (train.backbones.streaming). Trains a LoRA; not under ZeRO-3.
+    # Blocks wait in host memory, and each visits the GPU while the one before it computes (train.backbones.streaming).
     stream: bool = False
     text_length: int = 512  # text tokens after zero padding; Wan was trained with 512
 
@@ -109,7 +110,8 @@ class Backbone:
     """A loaded (or partly loaded) generator; subclasses say what their network is fed.
 
     Everything is in eval mode and frozen. `expert` names the expert that trains and `transformer` is it; one-expert
-    families have one, named "transformer". A part that was not loaded is None, or absent from `experts`.
+    families have one, named "transformer". Where both train, `trained` is "both" and `expert` changes: `serve`. A part
+    that was not loaded is None, or absent from `experts`. With `host` the experts take turns on the device.
     """
 
     architectures: ClassVar[dict[str, dict[str, Any]]]
@@ -127,21 +129,24 @@ class Backbone:
     vae: AutoencoderKLWan | None = None
     text_encoder: UMT5EncoderModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    host: HostWeights | None = None
 
     def __post_init__(self, config: BackboneConfig) -> None:
         self.text_length, self.expert = config.text_length, self.training_expert(config)
+        whole = self.experts.keys() == self.expert_folders.keys()
+        self.trained = BOTH if config.expert == BOTH and whole else self.expert
 
     # What a family is
 
     @classmethod
     def training_expert(cls, config: BackboneConfig) -> str:
-        """Name of the expert that trains; ValueError when a two-expert family is given an unknown one."""
-        if len(cls.expert_folders) == 1:
-            return next(iter(cls.expert_folders))
-        if config.expert not in cls.expert_folders:
-            known = ", ".join(cls.expert_folders)
-            raise ValueError(f"backbone.expert={config.expert!r} is unknown: use one of {known}")
-        return config.expert
+        """Name of the expert that trains, the first of both; ValueError for one that the family has not."""
+        first, *more = cls.expert_folders
+        if config.expert == BOTH and not more:
+            raise ValueError(f"backbone.expert=both, but backbone.family={config.family} has one expert: leave it out")
+        if more and config.expert not in (known := (first, *more, BOTH)):
+            raise ValueError(f"backbone.expert={config.expert!r} is unknown: use one of {', '.join(known)}")
+        return config.expert if config.expert in cls.expert_folders else first
 
     @classmethod
     def input_channels(cls, architecture: dict[str, Any]) -> int:
@@ -176,7 +181,17 @@ class Backbone:
     def transformer(self) -> nn.Module:
         if self.expert not in self.experts:
             raise ValueError(f"the {self.expert} transformer is not loaded: name 'transformer' or 'expert' in parts")
-        return self.experts[self.expert]
+        return self._on_device(self.expert)
+
+    def _on_device(self, expert: str) -> nn.Module:
+        if self.host is not None:
+            self.host.bring(expert)
+        return self.experts[expert]
+
+    def serve(self, t: Tensor) -> None:
+        """Where both experts train, make `expert` the one that serves the times t (B,): on one side of the boundary."""
+        if self.trained == BOTH:
+            (self.expert,) = {self._expert_at(one) for one in t}
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -369,7 +384,7 @@ class Backbone:
         name = self._expert_at(torch.as_tensor(t, dtype=torch.float32))
         if name not in self.experts:
             raise ValueError(f"t={t:.3f} needs the {name} expert: load the part 'transformer'")
-        return self.experts[name]
+        return self._on_device(name)
 
     def guidance_at(self, t: Tensor | float, guidance: float, guidance_low: float | None) -> float:
         """The guidance scale at time t: `guidance_low`, where there is one, for a low-noise expert."""

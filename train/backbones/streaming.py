@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.backbones.architecture import parameter_dtype
-from train.host_memory import GIB, HOST_SHARE, Copier, host_memory, leads_host, local_processes, locked
+from train.host_memory import Copier, leads_host, local_processes, locked, reserve
 
 SLOTS = 2  # blocks on the device at once
 ALIGNMENT = 256  # bytes, of each parameter
@@ -67,14 +67,7 @@ class Ring:
             assert self.slots[0].memory.numel() == size, "the experts' blocks differ in layout"
             return
         copies = 1 if self.together else local_processes()
-        self.taken, most = self.count * blocks * size * copies, HOST_SHARE * host_memory()
-        if self.taken > most:
-            each = "" if copies == 1 else f", {self.taken / copies / GIB:.1f} GiB for each of {copies} processes,"
-            raise ValueError(
-                f"backbone.stream=true keeps {self.taken / GIB:.1f} GiB of weights{each} in page-locked host memory,"
-                f" but this job may lock {most / GIB:.1f} GiB here (its memory limit times {HOST_SHARE:g}): give it"
-                " more memory or fewer processes a host, or set the key to false"
-            )
+        self.taken = reserve("backbone.stream=true", self.count * blocks * size, copies)
         self.slots = [Slot(size, self.device) for _ in range(SLOTS)]
 
     def fill(self, slot: Slot, host: Tensor) -> None:
@@ -114,7 +107,7 @@ class StreamedBlocks:
         self._store()
         if self.ring.together:
             dist.barrier()
-        self.network.streamed = self
+        self.network.streamed, self.network.locked_bytes = self, self.ring.taken
         for index, block in enumerate(self.network.blocks):
             block.register_forward_pre_hook(self._fetch_when_called(index))
 

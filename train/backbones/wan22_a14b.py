@@ -8,14 +8,26 @@ frame, zeros ...].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.backbones.architecture import wan_architecture
 from train.backbones.base import TRAIN_TIMESTEPS, Backbone, Conditioning
+
+
+def expert_at(t: Tensor, boundary: float) -> str:
+    """Name of the expert that serves time t, a scalar in [0, 1]. Compared on the network's clock, as diffusers does: in
+    float32 .9 itself rounds below .9."""
+    return "high_noise" if TRAIN_TIMESTEPS * t >= TRAIN_TIMESTEPS * boundary else "low_noise"
+
+
+def as_one(experts: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Both experts as one module, in which they are named as their folders in the pipeline."""
+    return nn.ModuleDict({folder: experts[name] for name, folder in Wan22T2V.expert_folders.items()})
 
 
 class Wan22T2V(Backbone):
@@ -27,8 +39,7 @@ class Wan22T2V(Backbone):
     default_boundary = 0.875
 
     def _expert_at(self, t: Tensor) -> str:
-        # Compared on the network's clock, as diffusers does: in float32 .9 itself rounds below .9.
-        return "high_noise" if TRAIN_TIMESTEPS * t >= TRAIN_TIMESTEPS * self.boundary else "low_noise"
+        return expert_at(t, self.boundary)
 
 
 class Wan22I2V(Wan22T2V):

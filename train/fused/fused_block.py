@@ -19,7 +19,7 @@ where one kernel holds the float32 value. Gradients flow to the hidden states an
 embeddings get none, and there is no second derivative.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -301,13 +301,12 @@ class _BlockFunction(torch.autograd.Function):
 
 
 def unfit(network: nn.Module, switch: Any = None) -> str:
-    """Why this network's blocks cannot be fused, for a message; empty when they can. switch: what was attached to it,
-    if anything was."""
+    """Why this network's blocks cannot be fused, for a message; empty when they can. switch: what was attached, if
+    anything was."""
     if not isinstance(switch, LoraSwitch | None):
         return "all weights train"
-    names = [] if switch is None else [name for name in switch.weights if ".lora_A." in name]
-    inside = [name.removesuffix(".lora_A.weight").split(".", 2) for name in names]
-    if any(parts[0] != "blocks" or parts[2] not in LAYERS for parts in inside):
+    adapted = [name.split(".", 2) for name, layer in network.named_modules() if isinstance(layer, SwitchedLinear)]
+    if any(parts[0] != "blocks" or parts[2] not in LAYERS for parts in adapted):
         return "an adapter lies outside the blocks' linear layers"
     if network.blocks[0].attn2.add_k_proj is not None:
         return "the blocks attend to image embeddings"
@@ -324,13 +323,14 @@ def fuse_blocks(
     store: HostStore | None = None,
     float8: bool = False,
     compiled: bool = True,
+    others: Sequence[nn.Module] = (),
 ) -> None:
     """Replace every block's forward. Hooks stay outside the graphs.
 
     `plan` gives each block's index of LEVELS, for hidden states of shape (B, N, D) and a number of passes that wait for
     their backward at once (`train.fused.memory.waiting`); it is asked once. `store` is for blocks that are OFFLOADED;
-    without it, or where it is full, they keep everything on the device. Weights in host memory (`network.streamed`) are
-    fetched by the blocks themselves.
+    without it, or where it is full, they keep everything on the device. `others`: networks of the same architecture,
+    which share the graphs. Weights in host memory (`network.streamed`) are fetched by the blocks themselves.
     """
     if compiled:
         compile_cache.heal()
@@ -339,9 +339,12 @@ def fuse_blocks(
     kernel = KERNELS[getattr(network, "self_attention", name)]
     settings = Settings(block.attn1.heads, block.norm1.eps, kernel, KERNELS[name], float8)
     graphs = [Graphs(settings, level, compiled) for level in range(len(LEVELS))]
-    plan, streamed = cache(plan), getattr(network, "streamed", None)
-    if streamed is not None:
-        streamed.fused = True
-    for index, block in enumerate(network.blocks):
-        fetch = {} if streamed is None else {"fetch": partial(streamed.fetch, index)}
-        block.forward = FusedBlock(block, switch, lambda *key, index=index: graphs[plan(*key)[index]], store, **fetch)
+    plan = cache(plan)
+    for one in (network, *others):
+        streamed = getattr(one, "streamed", None)
+        if streamed is not None:
+            streamed.fused = True
+        for index, block in enumerate(one.blocks):
+            fetch = {} if streamed is None else {"fetch": partial(streamed.fetch, index)}
+            choose = partial(lambda index, *key: graphs[plan(*key)[index]], index)
+            block.forward = FusedBlock(block, switch, choose, store, **fetch)

@@ -13,7 +13,7 @@ from train.weight_files import Trainable
 
 
 def fuse(backbone: Backbone, switch: Trainable | None = None, *, compiled: bool = True) -> str:
-    """Fuse the blocks of all loaded experts; `switch` is what was attached to one of them.
+    """Fuse the blocks of all loaded experts; `switch` is what was attached to one of them, or to both.
 
     Returns why some network stays as it is, "" where none does: float32 weights on a GPU, an attention kernel without
     logsumexp, adapters outside the blocks, full weights.

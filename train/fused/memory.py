@@ -151,7 +151,7 @@ def gathered(network: nn.Module) -> int:
 
 
 def plan(
-    network: nn.Module, adapters: list[Tensor], config: Any, *, gradients: int = 2
+    network: nn.Module, adapters: list[Tensor], config: Any, *, gradients: float = 2
 ) -> Callable[[torch.Size, int], list[int]]:
     """Levels of a Wan network's blocks for hidden states (B, N, D) and waiting passes, by the train section `config`;
     `gradients`: sets of the adapters' gradients that a step holds at once.

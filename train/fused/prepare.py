@@ -1,5 +1,6 @@
 """How a network runs during training: activation checkpointing, compilation, fused blocks with a memory plan."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,12 @@ from train.fused.fused_block import fuse_blocks, unfit
 from train.fused.offload import HostStore, affordable
 
 
-def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: int = 2) -> None:
+def prepare_network(
+    network: nn.Module, switch: Any, config: Any, *, gradients: int = 2, others: Sequence[nn.Module] = ()
+) -> None:
     """Switch on activation checkpointing and compilation, as a recipe's train section and backbone.compile say.
     `switch` holds what trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a
-    step holds at once, for the memory plan.
+    step holds at once, for the memory plan. `others` are networks of the same architecture that train in other steps.
 
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """
@@ -27,22 +30,23 @@ def prepare_network(network: nn.Module, switch: Any, config: Any, *, gradients: 
     if not reason:
         adapters = switch.parameters()
         device = adapters[0].device
-        taken = network.streamed.ring.taken if hasattr(network, "streamed") else 0
+        taken = getattr(network, "locked_bytes", 0)
         config = replace(config, offload_gib=affordable(config.offload_gib, taken) if device.type == "cuda" else 0.0)
-        plan = memory.plan(network, adapters, config, gradients=gradients)
+        plan = memory.plan(network, adapters, config, gradients=gradients / (1 + len(others)))  # of one network's
         if config.float8:
             float8.check(device)
         store = HostStore(int(config.offload_gib * memory.GIB), device) if config.offload_gib else None
-        fuse_blocks(network, switch, plan, store=store, float8=config.float8)
+        fuse_blocks(network, switch, plan, store=store, float8=config.float8, others=others)
         return
     if config.float8:
         raise ValueError(f"train.float8 needs compiled blocks with LoRA, but {reason}: set it to false")
-    if config.activation_checkpointing:
-        network.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
     if compiled:
         compile_cache.heal()
         switch.share_graph()
+    for one in (network, *others):
+        if config.activation_checkpointing:
+            one.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
         # per mode.
-        for block in network.blocks:
+        for block in one.blocks if compiled else ():
             block.forward = torch.compile(block.forward, dynamic=False)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from losses.relational import relational_loss
 from losses.trajectory import predict_tracks, trajectory_loss
-from train.backbones.base import Backbone
+from train.backbones.base import BOTH, Backbone
 from train.data import Sample
 from train.groups import GroupSet
 from train.policy import Policy, Prediction
@@ -105,20 +105,34 @@ class PhysicsHeads(nn.Module):
         return second(activation(hidden.float()))
 
 
-def build_heads(config: Any, backbone: Backbone) -> PhysicsHeads | None:
+def build_heads(config: Any, backbone: Backbone) -> PhysicsHeads | nn.ModuleDict | None:
     """The heads of the recipe's physics terms, whole on every rank; None without such terms. ValueError for a block
-    that the network has not."""
-    if feature_block(config.physics, len(backbone.blocks)) is None:
-        return None
+    that the network has not. Where both experts train, each has its own, by the name of its folder, for their features
+    have nothing in common."""
     network = backbone.architecture["transformer"]
+    if feature_block(config.physics, network["num_layers"]) is None:
+        return None
     width = network["num_attention_heads"] * network["attention_head_dim"]
-    return PhysicsHeads(config.physics, width, seed=config.seed).to(backbone.device)
+
+    def build() -> PhysicsHeads:
+        return PhysicsHeads(config.physics, width, seed=config.seed).to(backbone.device)
+
+    if backbone.trained == BOTH:
+        return nn.ModuleDict({folder: build() for folder in backbone.expert_folders.values()})
+    return build()
+
+
+def serving_heads(heads: nn.Module, backbone: Backbone) -> PhysicsHeads:
+    """Of `build_heads`, those of the network that trains now."""
+    return heads[backbone.expert_folders[backbone.expert]] if isinstance(heads, nn.ModuleDict) else heads
 
 
 def loss(
     config: Any, policy: Policy, won: Prediction, batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
-    return None if won.features is None else physics_losses(config.physics, policy.heads, won.features, batch)
+    if won.features is None:
+        return None
+    return physics_losses(config.physics, serving_heads(policy.heads, policy.backbone), won.features, batch)
 
 
 def physics_losses(

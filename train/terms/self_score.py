@@ -16,7 +16,8 @@ Deviations: levels above Proprio's 0.3 to 0.6, at which the hinge was rarely pos
 draw per step (Proprio: 4 x 4), so there is nothing to weigh by variance; the mask is the winner's for both, or standing
 still would be a way out. Where the image is the first latent frame, z_0 has it too, and S leaves that frame out, as in
 eval/search/noise_refinement.py: the network says nothing there. Which steps are due follows from the global position of
-a sample, so every rank runs the same number of passes.
+a sample, so every rank runs the same number of passes. Where both experts of A14B train, the one that serves the step
+judges, and a level that it does not serve becomes the boundary.
 
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
 """
@@ -57,21 +58,13 @@ def check(config: Any) -> None:
         raise ValueError(f"self_score.t_min={config.t_min}, t_max={config.t_max}: need 0 < t_min <= t_max < 1")
 
 
-def check_resume(config: SelfScoreConfig, *, samples_seen: int, batch_size: int) -> None:
-    """ValueError where a resumed run's steps would not begin at a multiple of the batch: ranks would disagree."""
-    if config.strength > 0 and samples_seen % batch_size:
-        raise ValueError(
-            f"optim.batch_size={batch_size} does not divide the {samples_seen} groups seen so far, by which"
-            " self_score.every counts: use the batch size that the run began with, or self_score.strength=0"
-        )
-
-
 def prepare(config: Any, sample: Sample, generator: torch.Generator) -> dict[str, Tensor]:
     """score_t () and score_noise (C,F,H,W); empty where the step of the sample is not due."""
     own = config.self_score
     if own.strength == 0 or sample.position // config.optim.batch_size % own.every:
         return {}
     level = own.t_min + (own.t_max - own.t_min) * torch.rand((), generator=generator)
+    level = level if sample.share is None else sample.share.nearest(level)
     return {"score_t": level, "score_noise": torch.randn(sample.group.winner.shape, generator=generator)}
 
 

@@ -25,14 +25,15 @@ from losses.flow_matching import interpolate
 from losses.relational import cosines
 from train import checkpoint, entry, files, gdpo
 from train.backbones import load_backbone
-from train.backbones.base import Backbone, Conditioning
+from train.backbones.base import BOTH, Backbone, Conditioning
 from train.clips import to_pixels
 from train.data import Sample, pad_text
 from train.groups import Group, GroupSet
 from train.teachers.points import unpack
-from train.terms.physics import build_heads, feature_block, prepare, student_tokens, student_tracks
+from train.terms.physics import build_heads, feature_block, prepare, serving_heads, student_tokens, student_tracks
 
 FRAMES = 4  # columns of the first row
+LEVEL = 0.5  # the time t at which the network looks at the clip
 
 
 @dataclass
@@ -65,6 +66,7 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
         return {}
     path = checkpoint.weights_path(config.inspect.checkpoint)
     checkpoint.attach_trained(path, backbone.experts, fingerprint=backbone.fingerprint)
+    backbone.serve(torch.tensor([LEVEL]))
     heads = build_heads(config, backbone)
     if heads is None:
         raise ValueError(
@@ -72,6 +74,7 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
             " recipe=<its folder>/recipe.yaml"
         )
     checkpoint.load_heads(path.parent, heads)
+    heads = serving_heads(heads, backbone)
 
     def batch(tensor: Tensor) -> Tensor:
         return tensor[None].to(backbone.device)
@@ -80,7 +83,7 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
     targets = {name: batch(tensor) for name, tensor in prepared.items()}
     clean, text = batch(group.winner).float(), batch(pad_text(group.text, config.backbone.text_length))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)
-    t = torch.full((1,), 0.5, device=clean.device)
+    t = torch.full((1,), LEVEL, device=clean.device)
     conditioning = Conditioning(text, None if group.condition is None else batch(group.condition))
     block = feature_block(config.physics, len(backbone.blocks))
     _, features = backbone.velocity(interpolate(clean, noise, t), t, conditioning, features_at=block)
@@ -187,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     config = recipes.load(Config, argv)
     group = find_group(GroupSet(config.train.groups), config.inspect.key)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts = ("expert", "vae") if config.inspect.checkpoint else ("vae",)
+    networks = ("transformer",) if config.backbone.expert == BOTH else ("expert",)
+    parts = (*networks, "vae") if config.inspect.checkpoint else ("vae",)
     backbone = load_backbone(config.backbone, device, parts=parts)
     with torch.no_grad():
         frames = to_pixels(backbone.decode_latents(group.winner[None]))[0].cpu()

@@ -35,15 +35,15 @@ def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/s
 
 
 def reserve(key: str, size: int, copies: int) -> int:
-    """The bytes of `copies` pieces of `size`, which the recipe's `key` keeps on this host. ValueError where that is more
-    than its processes may lock."""
+    """The bytes of `copies` pieces of `size`, which the recipe's `key` keeps on this host. ValueError where they are more
+    than may be locked."""
     taken, most = copies * size, HOST_SHARE * host_memory()
     if taken > most:
         each = "" if copies == 1 else f", {size / GIB:.1f} GiB for each of {copies} processes,"
         raise ValueError(
             f"{key} keeps {taken / GIB:.1f} GiB of weights{each} in page-locked host memory, but this job may lock"
-            f" {most / GIB:.1f} GiB here (its memory limit times {HOST_SHARE:g}): give it more memory or fewer processes"
-            " a host, or change the key"
+            f" {most / GIB:.1f} GiB here (its memory limit times {HOST_SHARE:g}): give it more memory or fewer"
+            " processes a host, or change the key"
         )
     return taken
 

@@ -13,6 +13,7 @@ from train.plan import GIB, lora_parameters, memory_estimate, plan
 from train.tools import what_fits
 
 BATCH = "optim.batch_size=8"
+HIGH = ("backbone.expert=high_noise",)
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +143,9 @@ def test_wan14b_streams_on_a_24_gb_card():
 
 
 def test_streaming_counts_every_expert_that_validation_samples_with():
-    prompts = ("backbone.stream=true", "validation.prompts")
-    one, two = (lines_of(config_of("wan22_a14b_t2v", prompts[0], f"{prompts[1]}={p}")) for p in ("[]", "[a ball]"))
+    stream = ("wan22_a14b_t2v", "backbone.stream=true", "objective.t_min=0.875", "validation.prompts=[]")
+    one, two = (lines_of(config_of(*stream, *more)) for more in (HIGH, (*HIGH, "validation.prompts=[a ball]")))
+    assert two["host"] == lines_of(config_of(*stream, "objective.t_min=0"))["host"]  # as where both train
     assert "26.2 GiB of weights" in one["host"] and "52.4 GiB of weights" in two["host"]
     assert "weights 1.8 +" in one["memory"] and "weights 2.3 +" in two["memory"]  # they share two blocks' room
 

@@ -68,13 +68,7 @@ def load_backbone(
     expert = family.training_expert(config)
     wanted = list(family.expert_folders) if "transformer" in parts else [expert] if "expert" in parts else []
 
-    if config.stream and sharding is not None:
-        raise ValueError(
-            "backbone.stream=true keeps the frozen network in host memory, and ZeRO-3 shards it over the GPUs: launch"
-            " with launch/ddp.yaml, or set it to false"
-        )
-    ring = Ring(device, count=len(wanted), together=together) if config.stream and wanted else None
-
+    ring = _ring(device, len(wanted), sharding, together) if config.stream and wanted else None
     loaded: dict[str, Any] = {}
     host = host and not config.stream
     place = torch.device("cpu") if host else device
@@ -123,6 +117,16 @@ def load_backbone(
     if host:
         loaded["host"] = HostWeights(experts, device)
     return family(config, architecture, device, fingerprint, experts, boundary, **loaded)
+
+
+def _ring(device: torch.device, count: int, sharding: Sharding | None, together: bool) -> Ring:
+    """For `count` networks. ValueError with `sharding`."""
+    if sharding is not None:
+        raise ValueError(
+            "backbone.stream=true keeps the frozen network in host memory, and ZeRO-3 shards it over the GPUs: launch"
+            " with launch/ddp.yaml, or set it to false"
+        )
+    return Ring(device, count=count, together=together)
 
 
 def _check(key: str, value: str, known: Iterable[str]) -> None:

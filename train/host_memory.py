@@ -35,8 +35,8 @@ def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/s
 
 
 def reserve(key: str, size: int, copies: int) -> int:
-    """The bytes of `copies` pieces of `size`, which the recipe's `key` keeps on this host. ValueError where they are more
-    than may be locked."""
+    """The bytes of `copies` pieces of `size`, which the recipe's `key` keeps on this host. ValueError where that is
+    more than may be locked."""
     taken, most = copies * size, HOST_SHARE * host_memory()
     if taken > most:
         each = "" if copies == 1 else f", {size / GIB:.1f} GiB for each of {copies} processes,"

@@ -397,3 +397,21 @@ def test_two_ranks_train_both_and_resume_to_the_bit(two, tmp_path, launcher):
     assert_close_metrics(two.metrics(whole), two.metrics(tmp_path / "one"), 5e-4)
     last = "train/checkpoints/step_00000010"
     assert distance(two.weights(whole / last), two.weights(tmp_path / "one" / last)) < 1e-4
+
+
+def test_both_experts_stream_through_one_ring(two, tmp_path, short_turns):
+    run = (*BOTH, "optim.steps=3", "backbone.compile=false")
+    whole, streamed = (
+        checkpoint.latest(two.train(tmp_path / name, *run, f"backbone.stream={name == 'streamed'}"))
+        for name in ("whole", "streamed")
+    )
+    assert two.metrics(tmp_path / "whole") == two.metrics(tmp_path / "streamed")
+    assert {line["high_noise"] for line in two.metrics(tmp_path / "whole")} == {0, 1}
+    weights, others = (load_file(path / "lora.safetensors") for path in (whole, streamed))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_host_without_room_for_both_is_refused(two, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.host_memory.host_memory", lambda: 2**20)
+    with pytest.raises(ValueError, match="backbone.expert=both keeps .* GiB of weights in page-locked host memory"):
+        two.train(tmp_path, *BOTH, "optim.steps=1")

@@ -97,7 +97,7 @@ MOVED: dict[str, str] = {
     "search.refine.clip": "the constant eval.search.noise_refinement.CLIP",
     "search.refine.kl_weight": "the constant eval.search.noise_refinement.KL_WEIGHT",
     "search.refine.score": "always hybrid",
-    "search.refine.weighting": "always inverse_variance",
+    "search.refine.weighting": "the constant eval.search.noise_refinement.WEIGHTING",
     "search.refine.seed": "always 0",
     "search.guidance.t_min": "always 0",
     "search.guidance.t_max": "always 1",

@@ -7,6 +7,7 @@ Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -21,22 +22,29 @@ from tqdm import tqdm
 from losses.flow_matching import interpolate
 from train.backbones.base import NEGATIVE_PROMPT, TRAIN_TIMESTEPS, Backbone, Conditioning
 from train.clips import VideoConfig
+from train.files import seed_of
 
-# Euler's method is ours, over `sigma_grid`; the others are diffusers', over the grids that its Wan pipelines give them.
+# Euler's method is ours, over `sigma_grid`, and so are rCM's two samplers, over `rcm_grid`; the others are diffusers',
+# over the grids that its Wan pipelines give them.
 MULTISTEP = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
-SOLVERS = ("euler", *MULTISTEP)
+RCM = ("rcm", "rcm_ode")
+SOLVERS = ("euler", *MULTISTEP, *RCM)
+RCM_ANGLES = (1.5, 1.4, 1.0)  # of TrigFlow, after the first step and so on, in TurboDiffusion's inference scripts
 
 
 @dataclass
 class SamplerConfig:
     """The defaults are Wan2.1's own for text to video, at 480p too. Wan2.2's own are in its recipes."""
 
-    solver: str = "unipc"  # unipc: what Wan ships with | dpm++ | euler
+    # unipc: what Wan ships with | dpm++ | euler: step-distilled students, too | rcm: students of rCM (TurboWan), which
+    # noises the clean latents anew after each step | rcm_ode: Euler's method over rCM's times
+    solver: str = "unipc"
     steps: int = 50
     guidance: float = 5.0  # classifier-free guidance scale; 1 leaves the negative pass out
     guidance_low: float | None = None  # of the low-noise expert of two-expert families; null: `guidance`
     guided: list[float] = field(default_factory=lambda: [0.0, 1.0])  # guidance is applied at t in [first, second]
-    shift: float = 5.0  # of the time grid, applied once
+    shift: float = 5.0  # of the time grid, applied once; rcm and rcm_ode have a grid of their own
+    sigma_max: float = 80.0  # rcm and rcm_ode: noise over signal at the start; TurboWan2.1 80, TurboWan2.2 200
     # First Block Cache of diffusers: a pass ends after the first block where what that block adds differs by less than
     # this share from what it added in the last whole pass, and takes the other blocks' change from there. 0: every pass
     # is whole.
@@ -52,6 +60,15 @@ class SamplerConfig:
         if not 0 <= self.cache < 1:
             raise ValueError(f"{section}.cache={self.cache}: give 0 (every pass is whole) or a share such as 0.1")
         sigma_grid(self.steps, self.shift)
+        if self.solver not in RCM:
+            return
+        if self.steps > len(RCM_ANGLES) + 1:
+            raise ValueError(f"{section}.steps={self.steps}: {self.solver} has a time grid for 1 to 4 steps")
+        if not math.tan(RCM_ANGLES[0]) < self.sigma_max < math.inf:
+            raise ValueError(f"{section}.sigma_max={self.sigma_max:g}: give a number above 14.1, as its authors' 80")
+        for key in ("guidance", "guidance_low"):
+            if (scale := getattr(self, key)) not in (1, None):
+                raise ValueError(f"{section}.{key}={scale:g}: {self.solver}'s students hold guidance themselves; set 1")
 
     def settings(self) -> dict[str, Any]:
         """What clips depend on, for digests. What was added later is left out where it says what was always done."""
@@ -62,6 +79,7 @@ class SamplerConfig:
             del found["guided"]
         if not self.cache:
             del found["cache"]
+        del found["shift" if self.solver in RCM else "sigma_max"]
         return found
 
     def guidance_at(self, backbone: Backbone, t: Tensor | float) -> float:
@@ -122,12 +140,23 @@ def sigma_grid(steps: int, shift: float) -> Tensor:
     return (shift * u / (1 + (shift - 1) * u)).float()
 
 
+def rcm_grid(steps: int, sigma_max: float) -> Tensor:
+    """Times of the steps of rCM's students, (steps + 1,) float32: TrigFlow's angles as sin / (sin + cos), then 0.
+
+    The first angle is atan(sigma_max), so clips begin at sigma_max / (1 + sigma_max), with less than all of the noise:
+    4 steps from 80 are .98765, .93378, .85289, .60898, 0 (TurboDiffusion, arXiv 2512.16093; rCM, arXiv 2510.08431).
+    """
+    angles = torch.tensor([math.atan(sigma_max), *RCM_ANGLES[: steps - 1], 0], dtype=torch.float64)
+    return (angles.sin() / (angles.sin() + angles.cos())).float()
+
+
 class Stepper:
     """The steps of one sampler for one batch, to be taken in order.
 
     conditioning: of B clips. negative: the encoded negative prompt, of 1 or B clips. start: the time to begin at, in
-    (0, 1]: the whole grid is scaled to it, and the latents to begin with are noised to it. ValueError where a step is
-    guided and there is no negative.
+    (0, 1]: the whole grid is scaled to it, and the latents to begin with are noised to it. seeds: B, of the noise that
+    the solver rcm draws after each step. ValueError where a step is guided and there is no negative, or there is to be
+    noise and there are no seeds.
     """
 
     def __init__(
@@ -138,23 +167,35 @@ class Stepper:
         negative: Conditioning | None = None,
         *,
         start: float = 1.0,
+        seeds: Sequence[int] | None = None,
     ):
         self.backbone, self.conditioning = backbone, conditioning.to(backbone.device)
+        self.solver, self.seeds = sampler.solver, seeds
         self.scheduler = multistep(sampler, start) if sampler.solver in MULTISTEP else None
         self.sigmas, self.times = grid(sampler, start)  # (steps + 1,) each, on the CPU
         self.scales = [sampler.guidance_at(backbone, t) for t in self.times[:-1]]
         self.negative = negative
         if negative is None and any(scale != 1 for scale in self.scales):
             raise ValueError(f"sampler.guidance={sampler.guidance:g} needs the encoded negative prompt: give negative")
+        if sampler.solver == "rcm" and (seeds is None or len(seeds) != len(conditioning)):
+            given, clips = "no" if seeds is None else len(seeds), len(conditioning)
+            raise ValueError(f"sampler.solver=rcm draws noise by each clip's seed: {given} seeds for {clips} clips")
 
-    def start(self, noise: Tensor) -> Tensor:
-        """The latents before the first step, of initial noise, both (B, C, F, H, W); ValueError for another shape."""
+    def start(self, noise: Tensor, clean: Tensor | None = None) -> Tensor:
+        """The latents before the first step, of initial noise and the clean clips to begin from, all (B, C, F, H, W);
+        ValueError for noise of another shape."""
         if noise.dim() != 5 or len(noise) != len(self.conditioning):
             clips = len(self.conditioning)
             raise ValueError(
                 f"noise of shape {tuple(noise.shape)} with {clips} conditionings: give (B,C,F,H,W), one each"
             )
-        return self.backbone.start(noise.to(self.backbone.device, torch.float32), self.conditioning)
+        latents = noise.to(self.backbone.device, torch.float32)
+        level = self.sigmas[0].to(latents.device)
+        if clean is not None:
+            latents = interpolate(clean.to(latents.device, torch.float32), latents, level.expand(len(latents)))
+        elif self.solver in RCM:
+            latents = level * latents
+        return self.backbone.start(latents, self.conditioning)
 
     def velocity(self, latents: Tensor, step: int) -> Tensor:
         """(B, C, F, H, W), of the expert that serves the step's time, with classifier-free guidance. Differentiable."""
@@ -168,9 +209,14 @@ class Stepper:
         return latents - self.sigmas[step].to(latents.device) * velocity
 
     def after(self, latents: Tensor, velocity: Tensor, step: int, *, move: Tensor | None = None) -> Tensor:
-        """The latents after the step, plus `move`: x + (t' - t) v by Euler's method. A multistep solver reads the steps
-        before from `scheduler`; its corrector, which would take the move back, is left out of the step that follows."""
-        if self.scheduler is None:
+        """The latents after the step, plus `move`: x + (t' - t) v by Euler's method, (1 - t')(x - t v) + t' noise by
+        rcm. A multistep solver reads the steps before from `scheduler`; its corrector, which would take the move back,
+        is left out of the step that follows."""
+        if self.solver == "rcm":
+            level = self.sigmas[step + 1].to(latents.device)
+            clean, noise = self.clean(latents, velocity, step), self.drawn(latents, step)
+            latents = self.backbone.start(interpolate(clean, noise, level.expand(len(latents))), self.conditioning)
+        elif self.scheduler is None:
             latents = latents + (self.sigmas[step + 1] - self.sigmas[step]).to(latents.device) * velocity
         else:
             if step == 0:
@@ -181,6 +227,12 @@ class Stepper:
         if self.scheduler is not None:
             self.scheduler.last_sample = None
         return latents + move
+
+    def drawn(self, latents: Tensor, step: int) -> Tensor:
+        """The noise that rcm adds after a step, of the latents' shape (B, C, F, H, W): each clip's is a function of its
+        seed and the step alone, whatever the device and the clips beside it."""
+        generators = (torch.Generator("cpu").manual_seed(seed_of("rcm", seed, step)) for seed in self.seeds)
+        return torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators]).to(latents.device)
 
 
 def multistep(sampler: SamplerConfig, start: float = 1.0) -> Any:
@@ -219,9 +271,13 @@ def grid(sampler: SamplerConfig, start: float = 1.0) -> tuple[Tensor, Tensor]:
     """Noise levels of the steps and the times that the network is told, (steps + 1,) float32 each, from `start` to 0.
 
     They are one for Euler's method. diffusers' solvers have grids of their own, a thousandth of the way from
-    `sigma_grid`'s, and tell the network whole thousandths: so do we, and make the pipelines' clips.
+    `sigma_grid`'s, and tell the network whole thousandths: so do we, and make the pipelines' clips. rCM's students were
+    trained, and are sampled by their authors, with times on the network's clock in bfloat16 (988, 932, 852, 608).
     """
     sampler.check()
+    if sampler.solver in RCM:
+        sigmas = start * rcm_grid(sampler.steps, sampler.sigma_max)
+        return sigmas, (TRAIN_TIMESTEPS * sigmas).bfloat16().float() / TRAIN_TIMESTEPS
     if sampler.solver not in MULTISTEP:
         sigmas = start * sigma_grid(sampler.steps, sampler.shift)
         return sigmas, sigmas
@@ -259,12 +315,14 @@ def sample(
     negative: Conditioning | None = None,
     clean: Tensor | None = None,
     start: float = 1.0,
+    seeds: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Tensor:
     """Latents (B, C, F, H, W) float32 of generated clips, from initial noise of that shape.
 
     conditioning: of B clips. negative: `sampler.negative_prompt` already encoded; without it the text encoder must be
-    loaded where a step is guided. clean: clips (B, C, F, H, W) to begin from, noised to time `start` in (0, 1).
+    loaded where a step is guided. clean: clips (B, C, F, H, W) to begin from, noised to time `start` in (0, 1). seeds:
+    B, of the noise that the solver rcm draws between steps.
     """
     if negative is None and is_guided(backbone, sampler, start):
         negative = Conditioning(backbone.encode_text([sampler.negative_prompt]))
@@ -280,16 +338,14 @@ def sample(
                 negative=negatives and negatives[part],
                 clean=None if clean is None else clean[part],
                 start=start,
+                seeds=None if seeds is None else seeds[part],
                 progress=progress,
             )
             for part in parts
         ]
         return torch.cat(made)
-    stepper = Stepper(backbone, conditioning, sampler, negative, start=start)
-    latents = stepper.start(noise)
-    if clean is not None:
-        times = stepper.sigmas[:1].to(latents.device).expand(len(latents))
-        latents = stepper.start(interpolate(clean.to(latents.device, torch.float32), latents, times))
+    stepper = Stepper(backbone, conditioning, sampler, negative, start=start, seeds=seeds)
+    latents = stepper.start(noise, clean)
     with residual_cache(backbone, sampler.cache) if sampler.cache else nullcontext():
         for step in tqdm(range(sampler.steps), desc="sampling", unit="step", disable=not progress):
             latents = stepper.after(latents, stepper.velocity(latents, step), step)
@@ -335,6 +391,5 @@ def sample_clips(
     """
     noise = initial_noise(backbone, video, seeds)
     conditioning = conditioning.expand(len(seeds))
-    return sample(
-        backbone, conditioning, noise, sampler, negative=negative, clean=clean, start=start, progress=progress
-    )
+    given = {"negative": negative, "clean": clean, "start": start, "seeds": seeds, "progress": progress}
+    return sample(backbone, conditioning, noise, sampler, **given)

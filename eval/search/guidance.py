@@ -16,7 +16,7 @@ gradient goes on through the network. A reward is differentiable, higher is bett
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns, T video frames.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +57,16 @@ def sample_guided(
     config: GuideConfig,
     *,
     negative: Conditioning | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
     """Sample from initial noise (B,C,F,H,W) with guidance; with scale 0 the clip of plain sampling, bit for bit.
     Returns latents (B,C,F,H,W) float32, and network passes backward of one clip; those forward are the sampler's.
 
-    conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. ValueError
-    for noise that does not fit, a backbone without VAE, and a reward that is not one finite number per clip.
+    conditioning: of B clips. negative: the encoded negative prompt, needed where sampler.guidance is not 1. seeds: B,
+    of the noise that the solver rcm draws. ValueError for noise that does not fit, a backbone without VAE, and a reward
+    that is not one finite number per clip.
     """
-    stepper = Stepper(backbone, conditioning, sampler, negative)
+    stepper = Stepper(backbone, conditioning, sampler, negative, seeds=seeds)
     guided = range(0, sampler.steps, config.every) if config.scale else ()
     held = conditioning.held_frames(noise.shape[2])
     with torch.no_grad():

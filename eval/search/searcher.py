@@ -26,11 +26,11 @@ from eval.search.config import SearchConfig
 from eval.search.guidance import sample_guided
 from eval.search.noise_refinement import refine
 from eval.search.pruning import Partial, advance, begin, promising
-from eval.search.scorers import SCORERS, SETTINGS
+from eval.search.scorers import PROPRIO, SCORERS, SETTINGS
 from eval.search.scorers.proprio import MIXING
 from train.backbones.base import Backbone, Conditioning
 from train.clips import VideoConfig, to_pixels
-from train.sampling import SamplerConfig, Stepper, initial_noise, sample, sampling_passes
+from train.sampling import RCM, SamplerConfig, Stepper, initial_noise, sample, sampling_passes
 
 SEARCHES = ("", "best_of_n", "race", "prune")
 REFINEMENTS = ("", "proprio", "guidance")
@@ -63,7 +63,7 @@ def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section:
             value = getattr(method, key)
             raise ValueError(f"{section}.{key}={value!r} is unknown: leave it empty or use {', '.join(known[1:])}")
     check_whole_passes(sampler)
-    check_scorers({"chosen_by": [config.chosen_by], "prune.scorers": config.prune.scorers[:1] or [""]})
+    check_scorers({"chosen_by": [config.chosen_by], "prune.scorers": config.prune.scorers[:1] or [""]}, sampler)
     if method.search and config.num_candidates < 2:
         raise ValueError(f"search.num_candidates={config.num_candidates}: a search needs 2 or more")
     if method.search == "race" and config.chosen_by not in RACING:
@@ -80,12 +80,18 @@ def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section:
     check_batches(config)
 
 
-def check_scorers(chosen: dict[str, Sequence[str]], section: str = "search") -> None:
-    """ValueError for a name that is no scorer, by the section's key that names it."""
+def check_scorers(chosen: dict[str, Sequence[str]], sampler: SamplerConfig, section: str = "search") -> None:
+    """ValueError for a name that is no scorer, or is none for the sampler's students, by the section's key that names
+    it."""
     for key, names in chosen.items():
         for name in names:
             if name not in SCORERS:
                 raise ValueError(f"{section}.{key} names {name!r}, which is no scorer: use {', '.join(SCORERS)}")
+            if sampler.solver in RCM and name in PROPRIO and not name.endswith("-uniform"):
+                raise ValueError(
+                    f"{section}.{key} names {name}, which weighs levels by their variance: with sampler.solver="
+                    f"{sampler.solver}, of distilled generators, use {name}-uniform (Proprio, appendix A.4)"
+                )
 
 
 def check_whole_passes(sampler: SamplerConfig) -> None:
@@ -136,9 +142,9 @@ def describe(method: Method, config: SearchConfig) -> str:
     if method.search:
         parts.append(f"{method.search} of {config.num_candidates} by {config.chosen_by}: so many times these passes")
     if method.refine == "proprio":
-        updates, steps, passes = config.refine.updates, config.refine.steps, config.refine.levels * config.refine.draws
-        count = max(1, config.refine.best) if method.search else 1
-        parts.append(f"{count} refined in {updates + 1} rounds of {steps} steps and {passes} passes")
+        refine, count = config.refine, max(1, config.refine.best) if method.search else 1
+        rounds, passes = refine.updates + (not refine.fresh), refine.levels * refine.draws
+        parts.append(f"{count} refined in {rounds} rounds of {refine.steps} steps and {passes} passes")
     if method.refine == "guidance":
         parts.append(f"guided every {config.guidance.every} steps")
     return "; ".join(parts)
@@ -209,15 +215,15 @@ class Searcher:
         decode = decoder(self.backbone, self.config.batch_size)
         return Candidates(key, prompt, latents.cpu(), conditioning, decode, self.video.fps)
 
-    def _stepper(self, conditioning: Conditioning, count: int) -> Stepper:
-        """Of `count` clips of one prompt."""
-        return Stepper(self.backbone, conditioning.expand(count), self.sampler, self.negative)
+    def _stepper(self, conditioning: Conditioning, seeds: Sequence[int]) -> Stepper:
+        """Of the clips of one prompt from these seeds."""
+        return Stepper(self.backbone, conditioning.expand(len(seeds)), self.sampler, self.negative, seeds=seeds)
 
     def sample(self, conditioning: Conditioning, seeds: Sequence[int], stops: Sequence[int]) -> dict[int, Partial]:
         """The clips of these seeds as they are after each of the sampling steps `stops`, ascending."""
         found: dict[int, list[Partial]] = {stop: [] for stop in stops}
         for some in batches(seeds, self.config.batch_size):
-            stepper = self._stepper(conditioning, len(some))
+            stepper = self._stepper(conditioning, some)
             part = begin(stepper, initial_noise(self.backbone, self.video, some))
             for stop in stops:
                 part = advance(stepper, part, stop)
@@ -225,24 +231,25 @@ class Searcher:
         return {stop: Partial.cat(parts) for stop, parts in found.items()}
 
     def _noise(self, conditioning: Conditioning, seeds: Sequence[int], size: int) -> Iterator[tuple]:
-        """Conditioning and initial noise of `size` clips at a time."""
+        """Conditioning, initial noise and what else samplers take, of `size` clips at a time."""
         for start in range(0, len(seeds), size):
             part = slice(start, start + size)
-            yield conditioning[part], initial_noise(self.backbone, self.video, seeds[part])
+            given = {"negative": self.negative, "seeds": seeds[part]}
+            yield conditioning[part], initial_noise(self.backbone, self.video, seeds[part]), given
 
     def refined(self, conditioning: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Cost]:
-        """One clip per seed, from noise that Proprio's score refines: latents (B, C, F, H, W), the score before and
-        after (B, 2), the cost. conditioning: of B clips."""
+        """One clip per seed, from noise that Proprio's score refines: latents (B, C, F, H, W), the scores seen on
+        the way (B, iterates), the cost. conditioning: of B clips."""
         config, sampler, started = self.config.refine, self.sampler, time.perf_counter()
         few, latents, traces = replace(sampler, steps=config.steps), [], []
-        for told, noise in self._noise(conditioning, seeds, config.batch_size):
-            found = refine(self.backbone, told, noise, few, config, negative=self.negative)
+        for told, noise, given in self._noise(conditioning, seeds, config.batch_size):
+            found = refine(self.backbone, told, noise, few, config, **given)
             clips, passes = found.latents, found.passes
-            if few != sampler:
-                clips = sample(self.backbone, told, found.noise, sampler, negative=self.negative, progress=False)
+            if clips is None or few != sampler:
+                clips = sample(self.backbone, told, found.noise, sampler, progress=False, **given)
                 passes += sampling_passes(self.backbone, sampler)
             latents.append(clips.cpu())
-            traces.append(torch.stack([found.trace[0], found.score], dim=1).cpu())
+            traces.append(found.trace.T.cpu())
         cost = Cost(passes * len(seeds), time.perf_counter() - started, found.backward * len(seeds))
         return torch.cat(latents), torch.cat(traces), cost
 
@@ -254,8 +261,8 @@ class Searcher:
         def reward(frames: Tensor) -> Tensor:  # (B, 3, T, height, width) in [-1, 1]
             return -surprise.of(((frames + 1) * 127.5).permute(0, 2, 3, 4, 1), batch=len(frames))
 
-        given, latents = {"negative": self.negative}, []
-        for told, noise in self._noise(conditioning, seeds, config.batch_size):
+        latents = []
+        for told, noise, given in self._noise(conditioning, seeds, config.batch_size):
             clips, backward = sample_guided(self.backbone, told, noise, self.sampler, reward, config, **given)
             latents.append(clips.cpu())
         passes = sampling_passes(self.backbone, self.sampler)
@@ -291,7 +298,7 @@ class Searcher:
         if method.refine == "proprio":
             some = [seeds[index] for index in few]
             latents, traces, cost = self.refined(conditioning.expand(len(few)), some)
-            facts["refined"] = {"of": few, "score_before": traces[:, 0].tolist(), "score": traces[:, 1].tolist()}
+            facts["refined"] = {"of": few, "scores": traces.tolist()}
             if len(few) > 1:  # the best of them by the same scorer
                 values, scoring = named(latents).measure(self.scorer(config.chosen_by))
                 best, cost = choose(values), cost + scoring
@@ -317,8 +324,9 @@ class Searcher:
                 looking = self.scorer(self.config.prune.scorers[0], early=True)
                 values, early = named(part.clean).measure(looking)
                 kept = promising(values, max(1, math.ceil(self.config.prune.keep * len(seeds))))
-                rest = [part.select(some) for some in batches(kept, self.config.batch_size)]
-                steppers = [self._stepper(conditioning, len(some.latents)) for some in rest]
+                going = batches(kept, self.config.batch_size)
+                rest = [part.select(some) for some in going]
+                steppers = [self._stepper(conditioning, [seeds[index] for index in some]) for some in going]
                 latents = torch.cat([advance(*pair, last).latents for pair in zip(steppers, rest, strict=True)])
                 passes += len(kept) * sampling_passes(self.backbone, self.sampler, stop)
             spent = Cost(passes, time.perf_counter() - started - early.seconds) + early

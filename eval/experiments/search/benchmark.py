@@ -3,12 +3,11 @@
     python -m eval.experiments.search.benchmark recipe=wan14b   # random weights of the recipe's architecture, one GPU
     python -m eval.experiments.search.benchmark recipe=wan22_5b search_benchmark.parts=[generate,score]
 
-    generate   one step with classifier-free guidance, two network passes, timed and multiplied by sampler.steps
+    generate   the first step, two network passes where it is guided, timed and multiplied by sampler.steps
     score      one candidate by `search.chosen_by` with the recipe's levels and draws; its share of `generate`, and
                that of a race, which takes RACE_SHARE of the passes
-    refine     one update of Proprio's refinement through a few-step sampler without guidance, as distilled generators
-               run; activations of one block are held at a time. Timed with one sampling step and one pass of the score,
-               and multiplied by network passes
+    refine     one update of the recipe's refinement of the noise, its few-step sampler without guidance, as distilled
+               generators run; activations of one block are held at a time
 
 Latents are scored, so neither VAE nor text encoder is needed; text is random. Seconds are medians over
 `search_benchmark.repeats` after a first that compiles; memory is the peak allocated on the device. Results go to
@@ -41,7 +40,7 @@ from train.clips import VideoConfig
 from train.files import write_text
 from train.fused.inference import fuse
 from train.parallel import build_accelerator
-from train.sampling import SamplerConfig, Stepper
+from train.sampling import SamplerConfig, Stepper, sampling_passes
 
 PARTS = ("generate", "score", "refine")
 RACE_SHARE = 0.61  # of full scoring's passes that a race took on the sandbox: 2 levels; 0.46 with 4
@@ -114,15 +113,15 @@ class Bench:
 
     def generate(self) -> dict[str, Any]:
         sampler, latents = self.config.sampler, self.latents.to(self.device)
-        guided = replace(sampler, guidance=sampler.guidance if sampler.guidance != 1 else 5.0)
 
         @torch.no_grad()
         def run() -> None:
-            stepper = Stepper(self.backbone, self.conditioning, guided, self.negative)
+            stepper = Stepper(self.backbone, self.conditioning, sampler, self.negative, seeds=[self.config.seed])
             stepper.velocity(stepper.start(latents), 0)
 
         found = self.measure(run)
-        steps = {"step_seconds": found["seconds"], "steps": sampler.steps, "passes": 2 * sampler.steps}
+        passes = sampling_passes(self.backbone, sampler)
+        steps = {"step_seconds": found["seconds"], "steps": sampler.steps, "passes": passes}
         return found | {"seconds": found["seconds"] * sampler.steps} | steps
 
     def score(self) -> dict[str, Any]:
@@ -137,19 +136,25 @@ class Bench:
         return self.measure(run) | {"scorer": config.chosen_by} | settings | {"passes": passes[-1]}
 
     def refine(self) -> dict[str, Any]:
-        """One update: the iterate of `updates=1` that has a gradient; the other one is `updates=0`."""
-        settings, found = self.config.search.refine, []
-        few = SamplerConfig(steps=1, guidance=1.0, shift=self.config.sampler.shift)
+        """One update of the recipe's refinement: what `updates=1` takes more than `updates=0`."""
+        settings, found, made = self.config.search.refine, [], []
+        few = replace(self.config.sampler, steps=settings.steps, guidance=1.0, guidance_low=None)
+        given = {"seeds": [self.config.seed]}
+
+        def run(updates: int) -> None:
+            config = replace(settings, updates=updates)
+            made.append(refine(self.backbone, self.conditioning, self.latents, few, config, **given))
+
         if not self.facts["fused"]:  # fused blocks hold the activations of one block anyway
             self.backbone.transformer.enable_gradient_checkpointing()
         for updates in (0, 1):
-            config = replace(settings, updates=updates, levels=1, draws=1)
-            found.append(self.measure(partial(refine, self.backbone, self.conditioning, self.latents, few, config)))
+            found.append(self.measure(partial(run, updates)) | {"refined": made[-1]})
         if not self.facts["fused"]:
             self.backbone.transformer.disable_gradient_checkpointing()
-        passes = settings.steps + settings.levels * settings.draws  # of an update; timed: one of each
-        seconds = (found[1]["seconds"] - found[0]["seconds"]) * passes / 2
-        return {"seconds": seconds, "memory_gib": found[1]["memory_gib"], "passes": passes, "backward": passes}
+        before, after = (one.pop("refined") for one in found)
+        passes = {"passes": after.passes - before.passes, "backward": after.backward - before.backward}
+        seconds = found[1]["seconds"] - found[0]["seconds"]
+        return {"seconds": seconds, "memory_gib": found[1]["memory_gib"]} | passes
 
     def measure(self, run: Callable[[], Any]) -> dict[str, float]:
         """Median seconds of `run`, the first one left out, and the peak GiB allocated on the device, or resident."""

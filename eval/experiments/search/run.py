@@ -136,8 +136,8 @@ def list_jobs(config: Config) -> list[Job]:
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     search, experiment = config.search, config.search_experiment
-    check_scorers({"scorers": experiment.scorers}, "search_experiment")
-    check_scorers({"chosen_by": [search.chosen_by], "prune.scorers": search.prune.scorers})
+    check_scorers({"scorers": experiment.scorers}, config.sampler, "search_experiment")
+    check_scorers({"chosen_by": [search.chosen_by], "prune.scorers": search.prune.scorers}, config.sampler)
     check_batches(search)
     share_of([], experiment.share)
     if search.chosen_by not in experiment.scorers:

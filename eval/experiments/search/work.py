@@ -52,7 +52,7 @@ class Strategy:
     """How clips of several prompts are made at once, from the noise of some of each prompt's candidates."""
 
     name: str  # refined | guided
-    clips: Callable[[Conditioning, list[int]], tuple]  # -> latents (B, C, F, H, W), scores (B, 2) if refined, cost
+    clips: Callable[[Conditioning, list[int]], tuple]  # -> latents (B, C, F, H, W), scores if refined, cost
     at_once: int  # prompts
     best: int | None  # refined: so many candidates and the first; None: guided
     count: int  # guided: so many candidates, the first
@@ -78,7 +78,7 @@ class Strategy:
             if traces:
                 trace = traces[0].split(sizes)[number]
                 facts |= {"best": promising(values[number], self.best)}
-                facts |= {"score_before": trace[:, 0].tolist(), "score": trace[:, 1].tolist()}
+                facts |= {"scores": trace.tolist()}
             share = len(clips) / len(seeds)
             facts |= {"passes": round(spent.passes * share), "backward": round(spent.backward * share)}
             made.append(({"latents": clips}, facts | {"seconds": round(spent.seconds * share, 4)}))

@@ -194,6 +194,7 @@ class Objective:
         self.backward += passes if torch.is_grad_enabled() else 0
         return value
 
+    @torch.enable_grad()
     def gradient(self, parameters: Tensor, value: Tensor) -> Tensor:
         """Of L by the parameters, (2,B,C), where S is `value`."""
         loss = (value + KL_WEIGHT * kl_to_standard_normal(*parameters)).sum()

@@ -9,15 +9,17 @@ from torch.utils._pytree import tree_leaves
 
 from eval.search import noise_refinement as proprio
 from eval.search.noise_refinement import RefineConfig, SelfScore, kl_to_standard_normal, refine
+from eval.search.residuals import noise_levels
 from losses.self_score import motion_mask
 from tests.tiny_backbones import load
 from train.backbones.base import Conditioning
 from train.backbones.tiny import write_tiny_pipeline
-from train.sampling import SamplerConfig, sample, sigma_grid
+from train.sampling import SamplerConfig, Stepper, sample, sigma_grid
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 FEW = SamplerConfig("euler", steps=2, guidance=1.0)
-QUICK = {"levels": 2, "draws": 2}
+QUICK = {"levels": 2, "draws": 2, "fresh": False}
+FRESH = {"levels": 1, "draws": 1, "learning_rate": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +64,10 @@ def test_the_best_iterate_is_returned_and_its_noise_gives_it_again(backbone, ima
     conditioning, noise = conditioning_of(network, image), noise_for(network)
     config = RefineConfig(updates=3, learning_rate=0.02, **QUICK)
     found = refine(network, conditioning, noise, FEW, config)
-    assert found.trace.shape == (4, 2) and torch.equal(found.score, found.trace.amin(dim=0))
-    assert (found.score < found.trace[0]).all()
+    assert found.trace.shape == (4, 2) and (found.trace.amin(dim=0) < found.trace[0]).all()
     assert torch.equal(found.latents, plain(network, conditioning, found.noise))
     mask = motion_mask(plain(network, conditioning, noise))
-    assert torch.equal(SelfScore(network, conditioning, mask, config)(found.latents), found.score)
+    assert torch.equal(SelfScore(network, conditioning, mask, config)(found.latents), found.trace.amin(dim=0))
     if image:
         assert torch.equal(found.latents[:, :, :1], conditioning.image)
 
@@ -75,11 +76,11 @@ def test_a_score_that_gets_worse_returns_the_start(backbone, monkeypatch):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
     count = iter(range(10))
 
-    def worse(self, latents):
+    def worse(self, latents, update):
         return latents.flatten(1).mean(dim=1) * 0 + next(count)
 
     monkeypatch.setattr(SelfScore, "__call__", worse)
-    found = refine(backbone, conditioning, noise, FEW, RefineConfig(updates=3))
+    found = refine(backbone, conditioning, noise, FEW, RefineConfig(updates=3, **QUICK))
     assert torch.equal(found.latents, plain(backbone, conditioning, noise))
     assert found.trace[:, 0].tolist() == [0, 1, 2, 3]
 
@@ -128,11 +129,7 @@ def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(ba
                     errors.append(torch.stack([error.mean(), (mask[clip] * error).sum() / (mask[clip].sum() + 1e-6)]))
                 whole.append(torch.stack(errors)[:, 0])
                 motion.append(torch.stack(errors)[:, 1])
-            scores = []
-            for levels in (whole, motion):
-                weights = torch.stack([1 / (errors.detach().var(correction=0) + 1e-8) for errors in levels])
-                scores.append((weights * torch.stack([errors.mean() for errors in levels])).sum() / weights.sum())
-            score = 0.2 * scores[0] + 0.8 * scores[1]
+            score = 0.2 * torch.stack(whole).mean() + 0.8 * torch.stack(motion).mean()
             assert float(found.trace[update, clip]) == pytest.approx(score.item(), rel=2e-4)
             kl = 0.5 * (parameters[0] ** 2 + (2 * parameters[1]).exp() - 1 - 2 * parameters[1]).mean()
             (gradient,) = torch.autograd.grad(score + proprio.KL_WEIGHT * kl, parameters)
@@ -142,6 +139,91 @@ def test_a_score_through_the_samples_is_that_of_a_loop_written_out_in_float64(ba
             parameters = (parameters - config.learning_rate * step).detach().requires_grad_()
 
 
+def count_passes(backbone):
+    """The network's passes from here on, (forward without gradient, forward with), each of one clip."""
+    counts = [0, 0]
+
+    def count(network, inputs, named):  # before the pass: one that is computed again ends as soon as it can
+        counts[torch.is_grad_enabled()] += len(named["hidden_states"])
+
+    return counts, backbone.transformer.register_forward_pre_hook(count, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "passes", "backward"),
+    # Two updates of 4 steps and 1 pass of the score; spsa: two of them each, and the steps for the mask.
+    [("all", 10, 10), ("last_2", 10, 6), ("last_1", 10, 4), ("score", 10, 2), ("spsa", 24, 0)],
+)
+def test_fresh_noise_takes_few_passes_and_they_are_counted(backbone, gradient, passes, backward):
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    config = RefineConfig(updates=2, gradient=gradient, **FRESH)
+    counts, handle = count_passes(backbone)
+    found = refine(backbone, conditioning, noise, SamplerConfig("euler", steps=4, guidance=1.0), config)
+    handle.remove()
+    assert (found.passes, found.backward) == (passes, backward)
+    # A checkpoint computes again what goes backward, that is, twice with gradients on.
+    assert counts == [2 * (passes - backward), 2 * 2 * backward]
+    assert found.latents is None and found.trace.shape == (2, 2)
+    assert (found.noise != noise).flatten(1).any(dim=1).all()
+
+
+def test_velocities_before_the_last_steps_are_constants(backbone):
+    """By hand, through the last of two steps: z_0 = zeta + c - t v(zeta + c) with c of the first step as it is."""
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    stepper, config = Stepper(backbone, conditioning, FEW), RefineConfig(gradient="last_1", **FRESH)
+    objective = proprio.Objective(stepper, noise, FEW, config)
+    parameters = torch.zeros(2, 2, 16, requires_grad=True)
+    weights = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad((weights * objective.sample(parameters)).sum(), parameters)
+
+    begun = noise.clone().requires_grad_()
+    first, second = stepper.sigmas[:2]
+    with torch.no_grad():
+        constant = (second - first) * backbone.velocity(begun, first.expand(2), conditioning)
+    middle = begun + constant
+    ended = middle - second * backbone.velocity(middle, second.expand(2), conditioning)
+    (by_noise,) = torch.autograd.grad((weights * ended).sum(), begun)
+    expected = torch.stack([by_noise.sum((2, 3, 4)), (by_noise * noise).sum((2, 3, 4))])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_spsa_is_the_slope_along_its_direction(backbone, monkeypatch):
+    """g = (w . d) d of a score with gradient w: its size is the same everywhere, and w . g = (w . d)^2."""
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    monkeypatch.setattr(proprio, "KL_WEIGHT", 0.0)
+    monkeypatch.setattr(SelfScore, "__call__", lambda self, z, update: z.mean((1, 2, 3, 4)))
+    monkeypatch.setattr(Stepper, "velocity", lambda self, latents, step: torch.zeros_like(latents))
+    objective = proprio.Objective(Stepper(backbone, conditioning, FEW), noise, FEW, RefineConfig(gradient="spsa"))
+    found, value = objective.spsa(torch.zeros(2, 2, 16), 0)
+    slope = found[0, :, 0].abs()  # (B,)
+    torch.testing.assert_close(found.abs(), slope[:, None].expand_as(found))
+    gradient = torch.stack([torch.ones(2, 16), noise.mean((2, 3, 4))]) / 16  # of mean and log_scale, both at 0
+    torch.testing.assert_close((gradient * found).sum((0, 2)), slope.square(), rtol=0.01, atol=1e-5)
+    torch.testing.assert_close(value, noise.mean((1, 2, 3, 4)), rtol=0.01, atol=1e-3)
+
+
+def test_fresh_noise_differs_from_update_to_update_alone(backbone):
+    conditioning, latents = conditioning_of(backbone), noise_for(backbone)
+    score = SelfScore(backbone, conditioning, motion_mask(latents), RefineConfig(levels=2, draws=2))
+    drawn = [score.noise(latents, level, draw, update) for update in (0, 1) for level in (0, 1) for draw in (0, 1)]
+    assert len({one.sum().item() for one in drawn}) == 8 and torch.equal(drawn[0][0], drawn[0][1])
+    times = [[score.time(level, update) for level in (0, 1)] for update in range(50)]
+    at = noise_levels(3, 0.3, 0.6, 3.0)  # after 60%, 45% and 30% of the steps
+    assert all(at[1] <= first <= at[2] and at[0] <= second <= at[1] for first, second in times)
+    assert len({first for first, _ in times}) == 50 and torch.equal(score(latents, 1), score(latents, 1))
+
+
+def test_the_noise_of_rcm_stays_while_the_first_noise_is_refined(backbone):
+    conditioning, noise = conditioning_of(backbone), noise_for(backbone)
+    student, given = SamplerConfig("rcm", steps=4, guidance=1.0), {"seeds": [3, 4]}
+    config = RefineConfig(updates=2, **{**QUICK, "learning_rate": 0.02})
+    found = refine(backbone, conditioning, noise, student, config, **given)
+    assert torch.equal(found.latents, plain(backbone, conditioning, found.noise, student, **given))
+    assert (found.trace.amin(dim=0) < found.trace[0]).all()
+    alone = refine(backbone, conditioning[1:], noise[1:], student, config, seeds=[4])
+    torch.testing.assert_close(alone.trace[:, 0], found.trace[:, 1])
+
+
 def test_kl_by_hand():
     mean, log_scale = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     assert kl_to_standard_normal(mean, log_scale).item() == pytest.approx((0.5 + (torch.e**2 - 3) / 2) / 2)
@@ -149,7 +231,7 @@ def test_kl_by_hand():
 
 def test_the_kl_term_pulls_back_to_the_prior(backbone, monkeypatch):
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    monkeypatch.setattr(SelfScore, "__call__", lambda self, z: z.flatten(1).mean(dim=1))
+    monkeypatch.setattr(SelfScore, "__call__", lambda self, z, update: z.flatten(1).mean(dim=1))
 
     def drift(kl_weight):
         monkeypatch.setattr(proprio, "KL_WEIGHT", kl_weight)
@@ -184,7 +266,7 @@ class Live(TorchDispatchMode):
 def peak(backbone, steps, draws):
     """Bytes at the peak of one update."""
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = RefineConfig(updates=1, levels=1, draws=draws)
+    config = RefineConfig(updates=1, levels=1, draws=draws, fresh=False)
     with Live() as live:
         refine(backbone, conditioning, noise, SamplerConfig("euler", steps=steps, guidance=1.0), config)
     return live.peak
@@ -218,12 +300,12 @@ def test_what_does_not_fit_is_named(backbone, monkeypatch):
         refine(backbone, conditioning, noise[:1], FEW, RefineConfig())
     with pytest.raises(ValueError, match="needs the encoded negative prompt"):
         refine(backbone, conditioning, noise, SamplerConfig("euler", steps=2), RefineConfig())
-    for bad in ({"updates": -1}, {"learning_rate": 0}):
+    for bad in ({"updates": -1}, {"learning_rate": 0}, {"gradient": "last_3"}, {"gradient": "spsa", "fresh": False}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             RefineConfig(**bad)
     with pytest.raises(ValueError, match="last=1.0"):
         refine(backbone, conditioning, noise, FEW, RefineConfig(last=1.0))
-    monkeypatch.setattr(SelfScore, "__call__", lambda self, z: z.sum((1, 2, 3, 4)) * torch.nan)
+    monkeypatch.setattr(SelfScore, "__call__", lambda self, z, update: z.sum((1, 2, 3, 4)) * torch.nan)
     with pytest.raises(ValueError, match="the score gave .*nan"):
         refine(backbone, conditioning, noise, FEW, RefineConfig())
 

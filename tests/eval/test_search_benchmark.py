@@ -8,7 +8,7 @@ import torch
 from eval.experiments.search import benchmark
 
 QUICK = ["recipe=tiny", "search_benchmark.repeats=1", "sampler.steps=4"]
-QUICK += ["search.refine.levels=2", "search.refine.draws=2"]
+QUICK += ["search.refine.levels=2", "search.refine.draws=2", "search.refine.gradient=last_1"]
 
 
 def test_all_parts_run_and_are_written(tmp_path, capsys):
@@ -20,6 +20,7 @@ def test_all_parts_run_and_are_written(tmp_path, capsys):
         "score": 4,
         "refine": 6,
     }
+    assert results["refine"]["backward"] == 5  # all but the first of two steps
     for part in benchmark.PARTS:
         assert results[part]["seconds"] > 0 and results[part]["memory_gib"] > 0
     assert results["tokens"] == 80 and not results["fused"]

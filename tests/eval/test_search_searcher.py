@@ -47,7 +47,7 @@ def text(backbone, image=None):
 
 def settings(**more):
     found = {"num_candidates": 4, "batch_size": 3, "residuals": ResidualConfig(levels=2, draws=2)}
-    found["refine"] = RefineConfig(updates=1, steps=2, levels=1, draws=1, batch_size=2)
+    found["refine"] = RefineConfig(updates=1, steps=2, batch_size=2)
     found["prune"] = PruneConfig(steps=[1], scorers=["most_motion"])
     return SearchConfig(**found | more)
 
@@ -83,16 +83,37 @@ def test_race_and_prune_take_fewer_passes(backbone):
 def test_refinement_without_search_starts_from_the_seed(backbone):
     latents, facts = find(backbone, ("", "proprio"))
     assert facts["seeds"] == [7] and facts["refined"]["of"] == [0]
-    assert facts["refined"]["score"][0] <= facts["refined"]["score_before"][0]
-    # two iterates of 2 steps and 1 pass of the score, then the sampler's 3 steps
-    assert (facts["passes"], facts["backward"]) == (2 * 3 + 3, 3)
-    unrefined, _ = find(backbone, ("", "proprio"), refine=RefineConfig(updates=0, steps=2, levels=1, draws=1))
+    assert len(facts["refined"]["scores"][0]) == 1
+    # one update of 2 steps and 1 pass of the score, then the sampler's 3 steps
+    assert (facts["passes"], facts["backward"]) == (3 + 3, 3)
+    unrefined, _ = find(backbone, ("", "proprio"), refine=RefineConfig(updates=0, steps=2))
     torch.testing.assert_close(unrefined, plain(backbone, [7]), rtol=1e-4, atol=1e-4)
     assert latents.shape == unrefined.shape
 
 
+@pytest.mark.parametrize("strategy", [("prune", ""), ("race", "proprio"), ("best_of_n", "guidance")])
+def test_a_student_of_rcm_is_searched_and_refined(backbone, strategy):
+    """Each clip from its own seed's noise, whichever it was sampled beside."""
+    sampler = SamplerConfig("rcm", steps=3, guidance=1.0)
+    guided = {"surprise": SurpriseConfig(str(WORLD_MODEL), window=4, context=2, stride=4)}
+    guided |= {"guidance": GuideConfig(scale=0.0, batch_size=2), "refine": RefineConfig(updates=0, steps=2)}
+    latents, facts = find(backbone, strategy, sampler=sampler, **guided)
+    seed = facts["seeds"][facts["chosen"]]
+    expected = sample_clips(backbone, text(backbone), [seed], VIDEO, sampler, progress=False)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_variance_weights_are_refused_for_students_of_rcm():
+    student = SamplerConfig("rcm", steps=3, guidance=1.0)
+    for key, more in (("chosen_by", {}), ("prune.scorers", {"prune": PruneConfig([1], scorers=["proprio_hybrid"])})):
+        more = more or {"chosen_by": "proprio_hybrid"}
+        with pytest.raises(ValueError, match=f"search.{key} names proprio_hybrid, .* use proprio_hybrid-uniform"):
+            searcher.check(Method("prune", ""), settings(**more), student, "generate")
+    searcher.check(Method("best_of_n", ""), settings(chosen_by="proprio_hybrid-uniform"), student, "generate")
+
+
 def test_the_best_few_are_refined_and_chosen_from_again(backbone):
-    refine = RefineConfig(updates=1, steps=3, levels=1, draws=1, best=2, batch_size=4)
+    refine = RefineConfig(updates=1, steps=3, fresh=False, best=2, batch_size=4)
     _, facts = find(backbone, ("best_of_n", "proprio"), refine=refine)
     values = facts["refined"]["values"]
     order = sorted(range(4), key=lambda index: facts["values"][index])
@@ -191,7 +212,7 @@ def test_generate_searches_refines_and_resumes(model, tmp_path, monkeypatch, cap
     (sidecar,) = (tmp_path / "clips" / "base-best_of_n-proprio").glob("*.json")
     record = json.loads(sidecar.read_text(encoding="utf-8"))
     assert len(record["search"]["values"]) == 3 and record["search"]["seeds"][0] == 3
-    assert record["strategy"]["num_candidates"] == 3 and record["search"]["passes"] == 3 * 2 + 2 * 2 + 2
+    assert record["strategy"]["num_candidates"] == 3 and record["search"]["passes"] == 3 * 2 + 2 + 2
     monkeypatch.setattr("eval.maker.Maker", None)  # nothing is loaded again
     generate.main(arguments(model, tmp_path, *wanted))
     generate.main(arguments(model, tmp_path))

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 import recipes
 from train import gdpo, sft
 from train.backbones import find_architecture, load_backbone
-from train.sampling import sigma_grid
+from train.sampling import grid, sigma_grid
 from train.terms.physics import feature_block
 
 ENTRY_POINTS = [
@@ -22,6 +22,7 @@ ENTRY_POINTS = [
     "eval.generate",
     "eval.run",
     "eval.experiments.search.run",
+    "eval.experiments.search.frontier",
     "eval.experiments.search.benchmark",
     "eval.prompt_refinement.run",
 ]
@@ -109,6 +110,26 @@ def test_recipes_sample_as_wan_itself_does(name, steps, shift, guidance, high):
     backbone = load_backbone(replace(config.backbone, path="", random_weights=True), "cpu", parts=())
     served = [backbone._expert_at(t) for t in sigma_grid(sampler.steps, sampler.shift)[:-1]]
     assert high is None or served == ["high_noise"] * high + ["low_noise"] * (steps - high)
+
+
+def test_turbo_samples_as_its_authors_script_does():
+    """TurboDiffusion's wan2.2_i2v_infer.py: sigma_max 200, boundary .9: the high-noise expert serves two of four."""
+    config = load("recipe=turbo_wan22_a14b")
+    backbone = load_backbone(replace(config.backbone, path="", random_weights=True), "cpu", parts=())
+    times = grid(config.sampler)[0]
+    assert times.tolist() == pytest.approx([0.995025, 0.933781, 0.852895, 0.608979, 0], abs=1e-6)
+    assert [backbone._expert_at(t) for t in times[:-1]] == ["high_noise"] * 2 + ["low_noise"] * 2
+    clips = recipes.load(config_class("eval.generate"), ["recipe=turbo_wan22_a14b"])
+    clips.check("generate")  # search and refinement go with the sampler
+
+
+def test_the_preset_proprio_is_the_papers_refinement():
+    """Table 10 and appendix E."""
+    entry = config_class("eval.generate")
+    refine = recipes.load(entry, ["recipe=wan14b", "objective.preset=proprio"]).search.refine
+    printed = {"updates": 10, "learning_rate": 2e-3, "levels": 4, "draws": 4, "fresh": False, "gradient": "all"}
+    assert printed.items() <= asdict(refine).items() and (refine.first, refine.last, refine.steps) == (0.3, 0.6, 4)
+    assert recipes.load(entry, ["recipe=wan14b"]).search.refine.fresh
 
 
 def test_groups_validation_and_benchmarks_of_a_recipe_agree_on_the_first_frame():

@@ -4,18 +4,17 @@
     L    = S(z_0(zeta)) + kl_weight * 1/C sum_c (mean^2 + scale^2 - 1 - 2 log scale) / 2              eq. 13
 
 Adam moves mean and log_scale through a few-step sampler and the score; the generator and the motion mask, that of the
-first iterate, stay as they are. There are two ways to take the score's noise:
+first iterate, stay as they are. `gradient` says how:
 
-    fresh=false   the paper's: levels and draws stay, so scores compare, and the iterate with the lowest S (without the
-                  KL term) is returned; the last update's result is scored for that, so k updates have k + 1 iterates
-    fresh=true    ours: each update has levels and draws of its own, which a few of each suffice for; the last iterate
-                  is returned, and neither sampled nor scored here
-
-and ways to take the gradient (`gradient`): through all steps of the sampler, through the last one or two, with the
-velocities of the steps before as constants, through the score alone (every velocity a constant), or without any
-backward pass: `spsa`, simultaneous perturbation (Spall 1992), two scores on either side of the parameters,
-
-    g = (L(p + c d) - L(p - c d)) / 2c  d,      d = +1 or -1 in each of the 2 C places, drawn anew for each update.
+    proprio         the paper's way, through all steps; levels and draws stay, so scores compare, and the iterate with
+                    the lowest S (without the KL term) is returned. The last update's result is scored for that: k
+                    updates have k + 1 iterates
+    all             ours, as all that follow: each update has levels and draws of its own (fresh noise), so one of each
+                    will do; the last iterate is returned, and neither sampled nor scored here
+    last_2, last_1  through the last steps, with the velocities of the steps before as constants
+    score           through the score alone: every velocity is a constant
+    spsa            no backward pass: simultaneous perturbation (Spall 1992), a score on either side of the parameters,
+                    g = (L(p + c d) - L(p - c d)) / 2c d, with d = +1 or -1 in each of the 2 C places, drawn anew
 
 Every sampling step and every pass of the score is checkpointed: the backward pass holds the activations of one network
 pass, whatever the number of steps, levels and draws. (To hold those of one block only, turn on the transformer's own
@@ -50,7 +49,8 @@ from train.sampling import SamplerConfig, Stepper, sampling_passes
 CLIP = 3e-4  # largest gradient norm of a clip, over its 2 C parameters; table 10
 KL_WEIGHT = 5e-3  # likewise
 WEIGHTING = "uniform"  # of the levels
-THROUGH = {"all": None, "last_2": 2, "last_1": 1, "score": 0, "spsa": 0}  # of `gradient`: sampling steps, the last ones
+# By `gradient`: how many sampling steps, the last ones, it passes through; None: all.
+THROUGH = {"proprio": None, "all": None, "last_2": 2, "last_1": 1, "score": 0, "spsa": 0}
 PERTURBATION = 0.05  # c of spsa
 ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws nothing, so there is no state to keep
 
@@ -68,10 +68,7 @@ class RefineConfig(ResidualConfig):
     learning_rate: float = 0.05
     levels: int = 1
     draws: int = 1
-    fresh: bool = True  # whether each update has noise of its own; else the iterate with the lowest score is taken
-    gradient: str = (
-        "all"  # through these sampling steps: all | last_2 | last_1 | score: none; spsa: forward passes only
-    )
+    gradient: str = "all"  # proprio | all | last_2 | last_1 | score | spsa, see above
 
     def __post_init__(self) -> None:
         if self.updates < 0 or self.levels < 1 or self.draws < 1:
@@ -82,8 +79,11 @@ class RefineConfig(ResidualConfig):
             raise ValueError(f"learning_rate={self.learning_rate} must be a number above 0")
         if self.gradient not in THROUGH:
             raise ValueError(f"gradient={self.gradient!r} is unknown: use one of {', '.join(THROUGH)}")
-        if self.gradient == "spsa" and not self.fresh:
-            raise ValueError("gradient=spsa scores no iterate, so none can be the lowest: set fresh to true")
+
+    @property
+    def fresh(self) -> bool:
+        """Whether each update has noise of its own."""
+        return self.gradient != "proprio"
 
     def settings(self) -> dict[str, Any]:
         """What refined clips depend on, as plain JSON values."""

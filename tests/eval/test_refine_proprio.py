@@ -18,7 +18,7 @@ from train.sampling import SamplerConfig, Stepper, sample, sigma_grid
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 FEW = SamplerConfig("euler", steps=2, guidance=1.0)
-QUICK = {"levels": 2, "draws": 2, "fresh": False}
+QUICK = {"levels": 2, "draws": 2, "gradient": "proprio"}
 FRESH = {"levels": 1, "draws": 1, "learning_rate": 0.02}
 
 
@@ -266,7 +266,7 @@ class Live(TorchDispatchMode):
 def peak(backbone, steps, draws):
     """Bytes at the peak of one update."""
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = RefineConfig(updates=1, levels=1, draws=draws, fresh=False)
+    config = RefineConfig(updates=1, levels=1, draws=draws, gradient="proprio")
     with Live() as live:
         refine(backbone, conditioning, noise, SamplerConfig("euler", steps=steps, guidance=1.0), config)
     return live.peak
@@ -300,7 +300,7 @@ def test_what_does_not_fit_is_named(backbone, monkeypatch):
         refine(backbone, conditioning, noise[:1], FEW, RefineConfig())
     with pytest.raises(ValueError, match="needs the encoded negative prompt"):
         refine(backbone, conditioning, noise, SamplerConfig("euler", steps=2), RefineConfig())
-    for bad in ({"updates": -1}, {"learning_rate": 0}, {"gradient": "last_3"}, {"gradient": "spsa", "fresh": False}):
+    for bad in ({"updates": -1}, {"learning_rate": 0}, {"gradient": "last_3"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             RefineConfig(**bad)
     with pytest.raises(ValueError, match="last=1.0"):

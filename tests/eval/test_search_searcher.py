@@ -113,7 +113,7 @@ def test_variance_weights_are_refused_for_students_of_rcm():
 
 
 def test_the_best_few_are_refined_and_chosen_from_again(backbone):
-    refine = RefineConfig(updates=1, steps=3, fresh=False, best=2, batch_size=4)
+    refine = RefineConfig(updates=1, steps=3, gradient="proprio", best=2, batch_size=4)
     _, facts = find(backbone, ("best_of_n", "proprio"), refine=refine)
     values = facts["refined"]["values"]
     order = sorted(range(4), key=lambda index: facts["values"][index])

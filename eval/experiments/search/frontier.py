@@ -58,7 +58,7 @@ REFINEMENTS: dict[str, dict[str, Any]] = {  # over the recipe's search.refine
     "1 update": {"updates": 1},
     "2 updates": {"updates": 2},
     "4 updates at 0.02": {"updates": 4, "learning_rate": 0.02},
-    "4 updates, fixed draw": {"updates": 4, "fresh": False},
+    "4 updates, fixed draw": {"updates": 4, "gradient": "proprio"},
     "4 updates, 4 draws": {"updates": 4, "draws": 4},
     "8 updates": {"updates": 8},
     "as printed": recipes.read_yaml(recipes.PRESETS / "proprio.yaml", recipes.CONTENT)["search"]["refine"],

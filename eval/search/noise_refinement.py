@@ -59,12 +59,12 @@ ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws not
 class RefineConfig(ResidualConfig):
     """Clips refined together, of several prompts, are `batch_size`; levels and draws are those of an update's score.
 
-    The paper's settings (table 10) are the preset `proprio`; those here cost a tenth and gain more on the sandbox, see
-    the folder's README."""
+    The paper's settings (table 10) are the preset `proprio`; those here take a fifteenth of their passes; the folder's
+    README says what both gain."""
 
     best: int = 0  # of a prompt's candidates so many, the best by chosen_by, are refined, and the first; 0: none
     steps: int = 4  # of the sampler that gradients pass through; the clip is then sampled with sampler.steps
-    updates: int = 4  # Adam steps
+    updates: int = 2  # Adam steps
     learning_rate: float = 0.05
     levels: int = 1
     draws: int = 1

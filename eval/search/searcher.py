@@ -75,6 +75,8 @@ def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section:
             )
         if method.refine == "guidance":
             raise ValueError(f"{section}.search=prune looks at clips before they are guided: use best_of_n or race")
+    if method.refine == "proprio":
+        replace(sampler, steps=config.refine.steps).check("search.refine")
     if method.refine == "guidance" and not config.surprise.path:
         raise ValueError(f"{section}.refine=guidance needs a world model: name it in search.surprise.path")
     check_batches(config)

@@ -10,7 +10,7 @@ from eval.search.noise_refinement import RefineConfig
 from eval.search.searcher import Searcher
 from train.backbones.tiny import write_tiny_pipeline
 
-QUICK = ["recipe=tiny", "sampler.steps=2", "sampler.guidance=1.0", "search_experiment.clips=2"]
+QUICK = ["recipe=tiny", "sampler.steps=2", "sampler.guidance=1.0", "search_experiment.clips=1"]
 QUICK += ["search.num_candidates=2", "search.residuals.levels=2", "search.residuals.draws=1"]
 QUICK += ["search.refine.steps=1", "search.refine.batch_size=1"]
 ROWS = {"1 update": {"updates": 1}, "1 update, forward only": {"updates": 1, "gradient": "spsa"}}
@@ -32,8 +32,8 @@ def test_rows_are_made_once_shared_and_collected(tmp_path, monkeypatch, capsys):
     # and a step for the mask.
     expected = {PLAIN: 2, "best of 2": 2 * 4, "best of 2, by one pass": 2 * 3, "1 update": 3 * 2 + 2}
     assert {name: row["cost"] for name, row in rows.items()} == expected | {"1 update, forward only": 1 + 4 + 2}
-    assert all(row["clips"] == 4 for row in rows.values()) and rows[PLAIN]["gain"]["mean"] == 0
-    assert len(list((tmp_path / "search" / "frontier").glob("*.json"))) == 4 * 2 * 2  # parts, seeds, units
+    assert all(row["clips"] == 2 for row in rows.values()) and rows[PLAIN]["gain"]["mean"] == 0
+    assert len(list((tmp_path / "search" / "frontier").glob("*.json"))) == 4 * 2  # parts and seeds
 
     monkeypatch.setattr(Searcher, "refined", None)  # nothing is made again
     monkeypatch.setattr(Searcher, "sample", None)

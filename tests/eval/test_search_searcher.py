@@ -110,6 +110,8 @@ def test_variance_weights_are_refused_for_students_of_rcm():
         with pytest.raises(ValueError, match=f"search.{key} names proprio_hybrid, .* use proprio_hybrid-uniform"):
             searcher.check(Method("prune", ""), settings(**more), student, "generate")
     searcher.check(Method("best_of_n", ""), settings(chosen_by="proprio_hybrid-uniform"), student, "generate")
+    with pytest.raises(ValueError, match="search.refine.steps=10: rcm has a time grid for 1 to 4 steps"):
+        searcher.check(Method("", "proprio"), settings(refine=RefineConfig(steps=10)), student, "generate")
 
 
 def test_the_best_few_are_refined_and_chosen_from_again(backbone):

@@ -74,7 +74,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.errorbar(row["cost"], gain["mean"], yerr=error, fmt="o", color=COLOURS[what], label=label, capsize=2)
         axes.annotate(name, (row["cost"], gain["mean"]), (5, 4), textcoords="offset points", fontsize=7)
         seen.add(what)
+    costs = [row["cost"] for row in results["rows"].values()]
     axes.set_xscale("log")
+    axes.set_xticks(ticks := [10 * 2**power for power in range(10)], list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.set_xlim(0.9 * min(costs, default=10), 1.6 * max(costs, default=10))
     axes.axhline(0, color="black", linestyle="--", linewidth=1)
     clips = results["rows"].get(PLAIN, {}).get("clips", 0)
     axes.set_xlabel("network passes of one clip, backward ones as two")

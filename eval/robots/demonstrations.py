@@ -61,7 +61,7 @@ class Demonstration:
 
     def follow(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tracks (T, N, 2) and visibility (T, N) of points (N, 2) given in frame 0; see `render.follow`."""
-        return render.follow(queries, self.geoms, self.depth, self.places, self.turns)
+        return render.follow(queries, self.geoms, self.depth, self.layers, self.places, self.turns)
 
 
 def check_video(video: VideoConfig) -> int:

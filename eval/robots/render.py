@@ -98,14 +98,19 @@ def look_up(image: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def follow(
-    queries: np.ndarray, geoms: np.ndarray, depth: np.ndarray, places: np.ndarray, turns: np.ndarray
+    queries: np.ndarray,
+    geoms: np.ndarray,
+    depth: np.ndarray,
+    layers: np.ndarray,
+    places: np.ndarray,
+    turns: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the points that are seen at `queries` (N, 2) in frame 0 go, each fixed to the geom that its pixel shows.
 
-    geoms (H, W) of frame 0; depth (T, H, W); places (T, G, 3) and turns (T, G, 3, 3). Returns tracks (T, N, 2) float32
-    in [0, 1], and visible (T, N) bool: in the frame, and nothing nearer by more than DEPTH_TOLERANCE in the pixel or
-    its neighbours, whose depths differ where a surface is seen at a flat angle. A point that leaves the frame is
-    invisible and stays at its edge; one that shows no geom (background, or the goal's mark) does not move.
+    geoms (H, W) of frame 0; depth and layers (T, H, W); places (T, G, 3) and turns (T, G, 3, 3). Returns tracks
+    (T, N, 2) float32 in [0, 1], and visible (T, N) bool: in the frame, in a pixel of the same layer, and not farther
+    than that or a neighbouring pixel by more than DEPTH_TOLERANCE (a surface at a flat angle has all of these depths).
+    A point that leaves the frame is invisible and stays at its edge; background and the goal's mark do not move.
     """
     height, width = geoms.shape
     aspect = width / height
@@ -119,5 +124,6 @@ def follow(
     pixel = np.array([1 / width, 1 / height])
     around = [pixel * (x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]
     seen = np.stack([[look_up(d, p + shift) for shift in around] for d, p in zip(depth, tracks, strict=True)])
-    visible = inside & (distance <= seen.max(axis=1) + DEPTH_TOLERANCE)
+    same = np.stack([look_up(one, p) for one, p in zip(layers, tracks, strict=True)]) == look_up(layers[0], queries)
+    visible = inside & same & (distance <= seen.max(axis=1) + DEPTH_TOLERANCE)
     return np.clip(tracks, 0, 1).astype(np.float32), visible

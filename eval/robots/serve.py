@@ -1,6 +1,6 @@
 """One simulator process, for `eval.robots.simulators`: a job per line of JSON in, a message out.
 
-A job names a demonstration, the size of its clip, and what is to be drawn. A message is its length in 8 bytes
+A job names a demonstration, the size of its clip, and the options of `demonstrate`. A message is its length in 8 bytes
 and an .npz file of a Demonstration's arrays, or of `error` alone.
 """
 
@@ -23,7 +23,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            made = vars(demonstrate(Listed(**job["listed"]), VideoConfig(**job["video"]), drawn=job["drawn"]))
+            made = vars(demonstrate(Listed(**job["listed"]), VideoConfig(**job["video"]), **job["options"]))
         except Exception as error:  # of the simulator or the renderer: the parent names the demonstration
             made = {"error": np.array(f"{type(error).__name__}: {error}")}
         message = io.BytesIO()

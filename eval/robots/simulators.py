@@ -83,10 +83,11 @@ class Simulators:
         self._lock = threading.Lock()
 
     def get(
-        self, listed: Listed, video: VideoConfig, *, drawn: str = "frames", then: Sequence[Listed] = ()
+        self, listed: Listed, video: VideoConfig, *, then: Sequence[Listed] = (), **options: str | float
     ) -> Demonstration:
+        """options: of `demonstrate`."""
         wanted, *others = (
-            json.dumps({"listed": asdict(one), "video": asdict(video), "drawn": drawn}) for one in (listed, *then)
+            json.dumps({"listed": asdict(one), "video": asdict(video), "options": options}) for one in (listed, *then)
         )
         with self._lock:
             while wanted not in self._done:

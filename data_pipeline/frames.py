@@ -1,7 +1,7 @@
 """The frames of rows, and what tells their clips from others. A row is a record of the pool's table (POOL) or a later
 one.
 
-Frames come from files, members of shards, or the simulator. A stage that needs pixels decodes a clip once; one that
+Frames come from files, members of shards, or a simulator. A stage that needs pixels decodes a clip once; one that
 needs its first frame decodes that alone, and one that needs none only looks whether the container holds the clip.
 """
 
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tables import TableRow
+from eval.robots import simulators
+from eval.robots.demonstrations import Demonstration, list_demonstrations
 from eval.sandbox.clips import Clips
 from eval.sandbox.splits import simulate_block
 from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frame
 from train.files import digest, explain_full_disk, sha256
 
+SIMULATED = ("sandbox", "robots")  # sources without files
+AHEAD = 4  # robots' clips that may be made while the asked one is
 IDENTITY_BYTES = 1 << 14  # at a clip's begin and end, that tell whether the file is the same
 COPY_BYTES = 1 << 22  # of a shard's member at a time
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that no clip is to blame for
@@ -34,6 +38,8 @@ def clip_identity(row: TableRow) -> str:
     if row["source"] == "sandbox":
         del place["row"]
         return digest(place)
+    if row["source"] == "robots":
+        return digest(row["clip"])
     try:
         return file_identity(Path(row["path"]), place.get("offset", 0), place.get("size"))
     except (OSError, ValueError):  # ValueError: a zero byte in the name
@@ -68,15 +74,19 @@ class FrameReader:
         if row["source"] == "sandbox":
             clips, index = self.simulated(row)
             return clips.frames[index]
+        if row["source"] == "robots":
+            return torch.from_numpy(self.demonstration(row).frames)
         return self._from_file(row, read_clip)
 
     def read_first(self, row: TableRow) -> Tensor:
         """The first frame of `read`: (H, W, 3) uint8."""
+        if row["source"] == "robots":
+            return torch.from_numpy(self.demonstration(row, drawn="first").frames[0])
         return self.read(row)[0] if row["source"] == "sandbox" else self._from_file(row, read_first_frame)
 
     def check(self, row: TableRow) -> None:
         """See that the file holds the clip, without decoding it."""
-        if row["source"] != "sandbox":
+        if row["source"] not in SIMULATED:
             self._from_file(row, check_clip)
 
     def simulated(self, row: TableRow) -> tuple[Clips, int]:
@@ -87,6 +97,17 @@ class FrameReader:
         if block[0] != name:
             block = self._block = name, simulate_block(*name, self.video, device=self.device)
         return block[1], place["index"]
+
+    def demonstration(self, row: TableRow, *, drawn: str = "frames") -> Demonstration:
+        """A robot's clip, see `eval.robots.demonstrations.demonstrate`. Those that follow it in its source are begun
+        meanwhile."""
+        place = json.loads(row["place"])
+        numbers = range(place["number"], place["number"] + AHEAD)
+        first, *then = list_demonstrations(place["tasks"], place["split"], place["seed"], numbers)
+        try:
+            return simulators.shared().get(first, self.video, drawn=drawn, then=then)
+        except simulators.SimulatorError as error:
+            raise ClipError(Path(row["clip"]), "simulator failed", str(error)) from error
 
     def _from_file(self, row: TableRow, read: Callable[..., Any]) -> Any:
         try:

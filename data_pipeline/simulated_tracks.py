@@ -1,25 +1,29 @@
-"""Point tracks, visibility and nearness of a sandbox clip, from the simulator that made it.
+"""Point tracks, visibility and nearness of a simulated clip, from the simulator that made it.
 
-The simulator knows the centres of a few objects. Here every point of frame 0 belongs to what its pixel shows, and moves
-with it: with the object (a block also turns), with the pendulum's rod about its pivot, or, on backdrop, ground and
-panel, not at all. A ball does not turn, for it is drawn so.
+The robots' follows points itself (eval/robots/render.py). The sandbox's knows the centres of a few objects. Here every
+point of frame 0 belongs to what its pixel shows, and moves with it: with the object (a block also turns), with the
+pendulum's rod about its pivot, or, on backdrop, ground and panel, not at all. A ball does not turn, for it is drawn so.
 """
 
 import torch
 from torch import Tensor
 
+from eval.robots.demonstrations import Demonstration
 from eval.sandbox.clips import Clips
 from eval.sandbox.ramp import BEND
 from eval.sandbox.world import FIRST_OBJECT, PIVOT_HEIGHT, ROD
 from train.teachers.points import look_up
 
 
-def simulated_tracks(clip: Clips, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Follow the points `queries` (N,2), given in frame 0, through one clip (a `Clips` of length 1).
+def simulated_tracks(clip: Clips | Demonstration, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow the points `queries` (N,2), given in frame 0, through one clip (a `Clips` of length 1, or a robot's).
 
     Returns tracks (T,N,2) float32 in [0, 1] and visible (T,N) bool: whether the pixel at the point shows the layer that
     the point belongs to. A point that leaves the frame is invisible and stays at its edge.
     """
+    if isinstance(clip, Demonstration):
+        tracks, visible = clip.follow(queries.cpu().double().numpy())
+        return torch.from_numpy(tracks), torch.from_numpy(visible)
     layers = clip.layers[0].cpu().long()  # (T,H,W)
     num_frames, height, width = layers.shape
     aspect = width / height
@@ -44,9 +48,10 @@ def simulated_tracks(clip: Clips, queries: Tensor) -> tuple[Tensor, Tensor]:
     return tracks.clamp(0, 1).float(), visible
 
 
-def simulated_disparity(clip: Clips) -> Tensor:
+def simulated_disparity(clip: Clips | Demonstration) -> Tensor:
     """Nearness of every pixel of the first frame: (H,W) float32, 1 / depth scaled to [0, 1] over the frame."""
-    disparity = 1 / clip.depth[0, 0].cpu()
+    depth = torch.from_numpy(clip.depth[0]) if isinstance(clip, Demonstration) else clip.depth[0, 0].cpu()
+    disparity = 1 / depth
     low, high = disparity.min(), disparity.max()  # floor and backdrop are in every scene, so they differ
     return (disparity - low) / (high - low)
 

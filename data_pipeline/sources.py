@@ -9,6 +9,7 @@
                                     other; the clips stay in the shard and are read from there. A key is a member's name
                                     up to its last dot: webdataset's own ends at the first one, and 0.5.mp4 has two
     sandbox:<scene>:<count>[:<split>]    clips that are simulated when they are needed, see eval/sandbox/splits.py
+    robots:<task>[,<task>...]:<count>[:<split>]    demonstrations of a robot, see eval/robots/README.md
 
 Every file and member whose name ends like a video's (VIDEOS) becomes a row or is listed with its name and the reason.
 
@@ -34,6 +35,10 @@ from data_pipeline.frames import file_identity
 from data_pipeline.manifests import Row, checked, read_manifest
 from data_pipeline.tables import Dropped
 from eval.records import BadRow, Record, not_local, printable
+from eval.robots import world
+from eval.robots.demonstrations import SPLITS as STREAMS
+from eval.robots.demonstrations import check_video, list_demonstrations
+from eval.robots.tasks import TASKS
 from eval.sandbox.clips import SCENES
 from eval.sandbox.splits import SPLITS, list_clips
 from recipes import redacted
@@ -47,6 +52,7 @@ VIDEOS = (  # suffixes of a clip; those that PyAV does not read after all are li
     *(".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".obu", ".av1", ".mjpeg", ".mjpg"),
 )
 CAPTIONS = (".txt", ".json")
+SEPARATOR = re.compile(r",(?![^{]*\})(?![a-z,-]+:\d)")  # of sources; not of names in braces, nor of a robot's tasks
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # of a NAS, and of archives made on a Mac: no clips of the user's
 SIDECAR_BYTES = 1 << 20  # of a caption file that are read
 
@@ -61,14 +67,14 @@ def open_sources(manifest: Any, *, num_losers: int, video: VideoConfig, seed: in
     """The sources that `pipeline.manifest` names. Raises ValueError for one that does not exist or cannot be read."""
     if isinstance(manifest, str):
         # A file's name may hold a comma, and so may braces.
-        whole = [manifest] if os.path.exists(manifest) else re.split(r",(?![^{]*\})", manifest)
+        whole = [manifest] if os.path.exists(manifest) else SEPARATOR.split(manifest)
     else:
         whole = [str(name) for name in manifest or []]
     names = [name.strip() for name in whole if name.strip()]
     if not names:
         raise ValueError(
             "pipeline.manifest is empty: give a .csv, .jsonl or .parquet with the columns clip and prompt, a folder of"
-            " clips with captions, *.tar shards, or sandbox:<scene>:<count>"
+            " clips with captions, *.tar shards, sandbox:<scene>:<count> or robots:<task>:<count>"
         )
     return [source for name in names for source in _open(name, num_losers, video, seed)]
 
@@ -78,6 +84,12 @@ def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Sou
         scene, count, split = _parse_sandbox(name)
         size = [video.height, video.width, video.num_frames, video.fps]
         return [Source(lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
+    if name.startswith("robots:"):
+        tasks, count, split = _parse_robots(name)
+        check_video(video)
+        world.load()
+        size = [video.height, video.width, video.num_frames, video.fps]
+        return [Source(lambda: [name, size, seed], lambda: _demonstrated(tasks, count, split, seed))]
     if why := not_local(name):
         raise ValueError(redacted(f"pipeline.manifest={name} {why}"))
     sources = []
@@ -147,6 +159,36 @@ def _simulated(scene: str, count: int, split: str, seed: int, video: VideoConfig
             scores=None,
             source="sandbox",
             place=json.dumps({**place, "row": number + 1}),
+        )
+
+
+def _parse_robots(name: str) -> tuple[list[str], int, str]:
+    _, asked, count, split = (*name.split(":"), "train")[:4] if name.count(":") >= 2 else ("",) * 4
+    tasks = list(TASKS) if asked == "mixed" else list(dict.fromkeys(asked.split(",")))
+    known = set(tasks) <= TASKS.keys() and split in STREAMS
+    if not known or not count.isdecimal() or int(count) < 1 or name.count(":") > 3:
+        raise ValueError(
+            f"pipeline.manifest={name}: use robots:<task>[,<task>...]:<count>[:<split>] with tasks out of "
+            f"{', '.join(TASKS)}, or mixed for all, and a split out of {', '.join(STREAMS)}"
+        )
+    return tasks, int(count), split
+
+
+def _demonstrated(tasks: list[str], count: int, split: str, seed: int) -> Iterator[Row]:
+    """Keys like drawer-open-000123; the action is the task."""
+    for number, listed in enumerate(list_demonstrations(tasks, split, seed, range(count))):
+        place = {"tasks": tasks, "split": split, "seed": seed, "number": number, "row": number + 1}
+        yield Row(
+            key=f"{listed.task}-{number:06d}",
+            clip=listed.name,
+            path=listed.name,
+            prompt=listed.prompt,
+            start=0.0,
+            action=listed.task,
+            physics_richness=None,
+            scores=None,
+            source="robots",
+            place=json.dumps(place),
         )
 
 

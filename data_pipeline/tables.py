@@ -44,7 +44,7 @@ class Row:
     action: str
     physics_richness: float | None
     scores: list[list[float]] | None  # [semantic, physical]: one per loser, or one for all
-    source: str  # manifest | folder | webdataset | sandbox
+    source: str  # manifest | folder | webdataset | sandbox | robots
     place: str  # JSON: where in the source
 
 

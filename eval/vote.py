@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from typing_extensions import TypedDict
 
-from eval.report.intervals import Estimate, bootstrap_mean
+from eval.report.intervals import Estimate, bootstrap_mean, wilson
 from train import entry
 from train.clips import ClipError, write_clip
 from train.files import digest, lock, read_json, render, sha256, write_text
@@ -41,7 +41,6 @@ from train.files import digest, lock, read_json, render, sha256, write_text
 TEMPLATE = Path(__file__).with_name("vote.html")
 SWAPPED = {"left": "right", "right": "left", "tie": "tie"}
 OUTCOMES = {0.0: "first", 0.5: "tie", 1.0: "second"}  # by the score of a vote, which counts for the second model
-Z = 1.959964  # of a 95% interval
 
 
 class Prompted(TypedDict):
@@ -301,14 +300,6 @@ def win_rate(scores: Mapping[int, Sequence[float]], trials: Sequence[Mapping[str
     interval = wilson(estimate.mean * len(by_prompt), len(by_prompt))
     votes = sum(map(len, by_prompt.values()))
     return {**asdict(estimate), "wilson": [interval.low, interval.high], "prompts": len(by_prompt), "votes": votes}
-
-
-def wilson(successes: float, count: int) -> Estimate:
-    """A share with Wilson's 95% interval (1927). By hand: 8 of 10 -> 0.8 [0.490, 0.943]."""
-    rate, square = successes / count, Z**2
-    centre = (rate + square / (2 * count)) / (1 + square / count)
-    half = Z / (1 + square / count) * math.sqrt(rate * (1 - rate) / count + square / (4 * count**2))
-    return Estimate(rate, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
 def share(successes: int, count: int) -> dict[str, Any] | None:

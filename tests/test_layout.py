@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "train": {"losses", "recipes", "train"},
     "eval": {"losses", "recipes", "eval", *FROM_TRAIN},
     "data_pipeline": {
-        *("losses", "recipes", "data_pipeline", "eval.judges", "eval.records", "eval.sandbox", "eval.vlm"),
+        *("losses", "recipes", "data_pipeline"),
+        *("eval.judges", "eval.records", "eval.robots", "eval.sandbox", "eval.vlm"),
         *FROM_TRAIN,
         *("train.tools", "train.tracking"),  # of its benchmark
     },

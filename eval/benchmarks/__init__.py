@@ -7,6 +7,7 @@ from eval.benchmarks.likephys import LikePhys, LikePhysConfig
 from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
 from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
 from eval.benchmarks.r_bench import RBench, RBenchConfig
+from eval.benchmarks.robots import Robots, RobotsConfig
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
 from eval.benchmarks.vbench import VBench, VBenchConfig
 from eval.benchmarks.videophy import RatedConfig, VideoPhy
@@ -19,6 +20,7 @@ class BenchmarkSettings:
     """One field per benchmark, of its name."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    robots: RobotsConfig = field(default_factory=RobotsConfig)
     physics_iq: PhysicsIQConfig = field(default_factory=PhysicsIQConfig)
     videophy: RatedConfig = field(default_factory=RatedConfig)
     videophy2: VideoPhy2Config = field(default_factory=VideoPhy2Config)
@@ -32,6 +34,7 @@ class BenchmarkSettings:
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     "sandbox": Sandbox,
+    "robots": Robots,
     "physics_iq": PhysicsIQ,
     "videophy": VideoPhy,
     "videophy2": VideoPhy2,

@@ -15,6 +15,7 @@ import torch
 
 from eval.judges import videocon_physics, videophy2, vlm
 from eval.judges.external_tool import RatersConfig
+from eval.judges.robots import judge as robots
 from eval.judges.sandbox import judge as sandbox
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.scores import Judge
@@ -26,7 +27,7 @@ from recipes import suggest
 class JudgeConfig:
     """The recipe's section `judge`. Settings of the judges themselves are the sections `vlm` and `raters`."""
 
-    name: str = ""  # sandbox | videocon_physics | videophy2 | vlm; empty: no judge
+    name: str = ""  # sandbox | robots | videocon_physics | videophy2 | vlm; empty: no judge
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Judging:
 
 JUDGES: dict[str, Callable[[Judging, float, torch.device | str], Judge]] = {
     "sandbox": lambda given, fps, device: sandbox.build(SandboxJudgeConfig(fps=fps), device),
+    "robots": lambda given, fps, device: robots.build(device),
     "videocon_physics": lambda given, fps, device: videocon_physics.build(given.raters.videocon_physics, fps, device),
     "videophy2": lambda given, fps, device: videophy2.build(given.raters.videophy2, fps, device),
     "vlm": lambda given, fps, device: vlm.build(given.vlm, fps, device),
@@ -71,4 +73,6 @@ def judge_settings(judging: Judging) -> dict[str, Any]:
     tools = {name: asdict(getattr(judging.raters, name)) | {"fps": 16.0} for name in ("videocon_physics", "videophy2")}
     tools["videocon_physics"]["batch_size"] = videocon_physics.BATCH_SIZE
     settings = {"sandbox": asdict(SandboxJudgeConfig()), "vlm": recorded(judging.vlm) | {"fps": 16.0}}
+    # Added where it is asked for, so that other judges' digests stay as they were.
+    settings |= {"robots": {"tolerances": robots.tolerances()}} if judging.judge.name == "robots" else {}
     return {"name": judging.judge.name} | settings | tools

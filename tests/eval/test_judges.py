@@ -22,7 +22,8 @@ def test_an_unknown_judge_gets_a_suggestion(name, hint):
 
 def test_what_scores_depend_on_has_the_form_of_finished_works_digests():
     settings = judge_settings(Judging(JudgeConfig("vlm"), VlmConfig(model="m"), RatersConfig()))
-    assert set(settings) == {"name", *JUDGES} and settings["name"] == "vlm"
+    assert set(settings) == {"name", *JUDGES} - {"robots"} and settings["name"] == "vlm"
+    assert "robots" in judge_settings(Judging(JudgeConfig("robots")))  # only where it judges: it came later
     assert settings["sandbox"] == {"fps": 8.0, "batch_size": 16}
     assert settings["vlm"]["model"] == "m" and settings["vlm"]["seed"] == 0 and len(settings["vlm"]) == 18
     tool = {"checkout": "", "python": "", "checkpoint": "", "timeout": 1800.0, "fps": 16.0}

@@ -1,0 +1,156 @@
+"""Demonstrations from processes of their own: a simulator that crashes or hangs costs one clip.
+
+    simulators = shared()
+    simulators.get(listed, video, then=[...])      a Demonstration; those named in `then` are begun meanwhile
+
+Raises SimulatorError for a demonstration that failed; the process is replaced, and the next one is made as ever.
+"""
+
+import atexit
+import io
+import json
+import os
+import selectors
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from eval.robots.demonstrations import Demonstration, Listed
+from train.clips import VideoConfig
+
+TIMEOUT = 120.0  # seconds for one demonstration, the start of the process included
+KEPT = 8  # finished demonstrations that nobody has asked for yet
+
+
+class SimulatorError(RuntimeError):
+    """What the process of a demonstration said or did."""
+
+
+class _Process:
+    """One simulator. Its pipe is read when it has something, so that several can be waited for."""
+
+    def __init__(self, command: Sequence[str]):
+        root = str(Path(__file__).parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        threads = {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}  # the second of Mesa's software renderer
+        environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
+        self.job, self.deadline, self._received = "", 0.0, bytearray()
+
+    def begin(self, job: str, timeout: float) -> None:
+        self.job, self.deadline, self._received = job, time.monotonic() + timeout, bytearray()
+        try:
+            self.process.stdin.write(job.encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: `receive` finds the end of its output
+
+    def receive(self) -> dict[str, np.ndarray] | None:
+        """What it answers, once it is there; None before. Raises EOFError where the process has ended."""
+        part = os.read(self.process.stdout.fileno(), 1 << 20)
+        if not part:
+            raise EOFError(f"its process ended with status {self.process.wait()}")
+        self._received += part
+        if len(self._received) < 8 or len(self._received) < 8 + struct.unpack_from("<Q", self._received)[0]:
+            return None
+        with np.load(io.BytesIO(bytes(self._received[8:]))) as arrays:
+            return dict(arrays)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Simulators:
+    """`count` processes, started when they are needed. command: of one, as `eval.robots.serve`."""
+
+    def __init__(self, count: int, *, command: Sequence[str] = (), timeout: float = TIMEOUT):
+        self.count, self.timeout = count, timeout
+        self.command = command or (sys.executable, "-m", "eval.robots.serve")
+        self._processes: list[_Process] = []
+        self._done: dict[str, Demonstration | SimulatorError] = {}  # by job, the oldest first
+        self._lock = threading.Lock()
+
+    def get(
+        self, listed: Listed, video: VideoConfig, *, then: Sequence[Listed] = (), **options: str | float
+    ) -> Demonstration:
+        """options: of `demonstrate`."""
+        wanted, *others = (
+            json.dumps({"listed": asdict(one), "video": asdict(video), "options": options}) for one in (listed, *then)
+        )
+        with self._lock:
+            while wanted not in self._done:
+                self._begin(wanted)
+                for job in others:
+                    self._begin(job)
+                self._wait()
+            found = self._done.pop(wanted)
+            for job in list(self._done)[:-KEPT]:
+                del self._done[job]
+        if isinstance(found, SimulatorError):
+            raise found
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            for process in self._processes:
+                process.end()
+            self._processes.clear()
+
+    def _begin(self, job: str) -> None:
+        """Give a job to an idle process, unless it is at work or done; or leave it."""
+        if job in self._done or any(process.job == job for process in self._processes):
+            return
+        idle = next((process for process in self._processes if not process.job), None)
+        if idle is None and len(self._processes) < self.count:
+            idle = _Process(self.command)
+            self._processes.append(idle)
+        if idle is not None:
+            idle.begin(job, self.timeout)
+
+    def _wait(self) -> None:
+        """Until one of the processes has something to say or its time is over."""
+        at_work = [process for process in self._processes if process.job]
+        with selectors.DefaultSelector() as selector:
+            for process in at_work:
+                selector.register(process.process.stdout, selectors.EVENT_READ, process)
+            first = min(process.deadline for process in at_work)
+            ready = [key.data for key, _ in selector.select(max(0.0, first - time.monotonic()))]
+        for process in at_work:
+            try:
+                if process in ready:
+                    arrays = process.receive()
+                    if arrays is not None:
+                        self._finish(process, arrays)
+                elif process.deadline <= time.monotonic():
+                    raise EOFError(f"it was not done after {self.timeout:g} s")
+            except EOFError as error:
+                self._processes.remove(process)
+                process.end()
+                self._finish(process, {"error": np.array(str(error))})
+
+    def _finish(self, process: _Process, arrays: dict[str, np.ndarray]) -> None:
+        job, process.job = process.job, ""
+        if "error" in arrays:
+            self._done[job] = SimulatorError(str(arrays["error"]))
+        else:
+            self._done[job] = Demonstration(**arrays)
+
+
+@cache
+def shared() -> Simulators:
+    """This process's simulators, one per core."""
+    simulators = Simulators(os.cpu_count() or 1)
+    atexit.register(simulators.close)
+    return simulators

@@ -1,0 +1,74 @@
+"""The robots benchmark with stand-ins for the simulator: tasks, true clips, distances from them, what is missing."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from eval.benchmarks.base import Sample
+from eval.benchmarks.robots import Robots, RobotsConfig
+from eval.robots import simulators
+from eval.sandbox.world import COLOURS
+from train.clips import VideoConfig, read_clip, write_clip
+
+VIDEO = VideoConfig(height=64, width=64, num_frames=9, fps=10)
+
+
+def picture(colour, shift=0):
+    """(9, 64, 64, 3) uint8: an object that stands still and a hand that comes nearer."""
+    clip = np.full((9, 64, 64, 3), 0.5)
+    clip[:, 40:48, 40 + shift : 48 + shift] = COLOURS[colour]
+    for frame in range(9):
+        clip[frame, 4:16, 4 + frame : 10 + frame] = COLOURS["blue"]
+    return (clip * 255).round().astype(np.uint8)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    class Made:
+        def __init__(self, frames):
+            self.frames = frames
+
+    class StandIn:
+        def get(self, listed, video, *, then=(), drawn="frames"):
+            if listed.index == 1:
+                raise simulators.SimulatorError("its process ended with status 7")
+            return Made(picture(listed.colour)[: 1 if drawn == "first" else None])
+
+    monkeypatch.setattr(simulators, "shared", StandIn)
+    return Robots(RobotsConfig(clips=4, tasks=["drawer-open", "reach"]), VIDEO)
+
+
+def test_a_model_is_shown_the_first_frame_and_measured_against_the_future(benchmark, tmp_path, capsys):
+    tasks = benchmark.prompts()
+    assert [task.category for task in tasks] == ["drawer-open", "reach"] * 2 and len({task.key for task in tasks}) == 4
+    assert benchmark.shown(tasks[0]).shape == (1, 64, 64, 3)
+    with pytest.raises(ValueError, match=r"robots:drawer-open:heldout:0:1: the simulator failed: .*status 7"):
+        benchmark.shown(tasks[2])
+
+    truths = benchmark.references(tmp_path / "references")
+    assert "status 7" in capsys.readouterr().out
+    true = {row.key: row for row in benchmark.score(truths, tmp_path / "scoring")}
+    assert true[tasks[0].key].values["object_error"] == 0 and true[tasks[0].key].values["physical"] > 0.9
+    assert "status 7" in true[tasks[2].key].error and not true[tasks[2].key].values
+    assert set(true[tasks[1].key].values) == set(benchmark.columns)
+
+    colour = next(name for name in COLOURS if name in tasks[0].text)
+    made = Sample(tasks[0], 0, tmp_path / "made.mp4")
+    write_clip(made.path, torch.from_numpy(picture(colour, shift=8)), 10.0, lossless=True)
+    (row,) = benchmark.score([made], tmp_path / "scoring")
+    assert row.values["object_error"] == pytest.approx(8 / 64) and row.values["gripper_error"] == 0
+    assert torch.equal(read_clip(truths[0].path, VIDEO), torch.from_numpy(picture(colour)))
+    (row,) = benchmark.score([Sample(tasks[0], 1, tmp_path / "none.mp4")], tmp_path / "scoring")
+    assert "missing" in row.error
+
+
+def test_it_says_what_to_install_and_refuses_bad_settings(benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    (needed,) = benchmark.requirements()
+    assert not needed.found and "install physalign[robots]" in needed.remedy
+    with pytest.raises(ValueError, match="run.robots"):
+        RobotsConfig(tasks=["bowling"])
+    with pytest.raises(ValueError, match="does not divide"):
+        Robots(RobotsConfig(), VideoConfig(64, 64, 9, 24)).prompts()

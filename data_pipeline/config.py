@@ -173,13 +173,17 @@ class Setup:
         return asked
 
     @cached_property
+    def shell(self) -> Backbone:
+        """The backbone without weights."""
+        return load_backbone(self.config.backbone, "cpu", parts=())
+
+    @cached_property
     def winner_settings(self) -> dict[str, Any]:
-        """Of encoded winners."""
-        config = self.config
-        shell = load_backbone(config.backbone, "cpu", parts=())
+        """Of encoded winners, which know nothing of backbone.loras."""
+        config, shell = self.config, self.shell
         shell.latent_shape(config.video.height, config.video.width, config.video.num_frames)
         settings = {
-            "fingerprint": shell.fingerprint,
+            "fingerprint": shell.fingerprints[0],
             "dtype": config.backbone.dtype,
             "text_length": config.backbone.text_length,
             "video": asdict(config.video),
@@ -190,7 +194,8 @@ class Setup:
     def clip_settings(self, sampler: SamplerConfig, count: int) -> dict[str, Any]:
         """Of the model's own clips, `count` per row."""
         more = {"sampler": sampler.settings(), "seed": self.config.seed, "num_losers": count}
-        return self.winner_settings | more
+        loras = {"network": self.shell.fingerprint} if self.config.backbone.loras else {}
+        return self.winner_settings | more | loras
 
     @cached_property
     def loser_sampler(self) -> SamplerConfig:

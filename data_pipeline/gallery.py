@@ -39,7 +39,7 @@ def load_vae(model: str, groups: GroupSet) -> Backbone:
         backbone = load_backbone(BackboneConfig(family=family, path=model), device, parts=("vae",))
     except ValueError as error:
         raise ValueError(f"--model {model} cannot decode the groups of {groups.fingerprint}: {error}") from error
-    if backbone.fingerprint != groups.fingerprint:
+    if groups.fingerprint not in backbone.group_fingerprints:
         raise ValueError(
             f"the groups in {groups.folder} were built with backbone {groups.fingerprint}, but --model {model} is"
             f" {backbone.fingerprint}: give the pipeline that built them"

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -35,10 +36,10 @@ from accelerate.utils import broadcast_object_list
 import recipes
 from eval.clips import Clip, warn_of_outdated
 from eval.config import ClipsConfig
+from eval.loras import Lora, read_lora
 from eval.maker import (
     BASE,
     TUNED,
-    Lora,
     Model,
     Request,
     batches,
@@ -46,7 +47,6 @@ from eval.maker import (
     first_frame,
     image_problem,
     make_clips,
-    read_lora,
     warn_of_cut_prompts,
 )
 from eval.prompts import Prompt, PromptsConfig, read_prompts
@@ -66,7 +66,9 @@ SHEET_COLUMNS = 6  # frames of a clip on the contact sheet
 @dataclass
 class GenerateConfig(PromptsConfig):
     seeds: list[int] = field(default_factory=list)  # of the noise, one clip per prompt and seed; none: `seed` alone
-    lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: base clips only
+    # LoRA file of any tool, checkpoint folder or training folder; {high_noise: one, low_noise: one} for the two experts
+    # of A14B; empty: base clips only
+    lora: Any = ""
     name: str = TUNED  # of the LoRA's clips: their folder and label
     base: bool = True  # also make the base model's clips, and with a LoRA the side-by-side clips
     folder: str = "${output}/clips"  # everything goes here
@@ -147,7 +149,7 @@ def prepare(config: Config) -> Work:
     shell = load_backbone(backbone, "cpu", parts=())
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts, shell)
-    lora = read_lora(settings.lora, shell.fingerprint if here else "", key="generate.lora")
+    lora = read_lora(settings.lora, shell, key="generate.lora", check=here)
     if here:
         warn_of_cut_prompts(config.backbone, prompts)
     folder, seeds = Path(settings.folder), settings.seeds or [config.seed]
@@ -217,10 +219,9 @@ def plan(config: Config, work: Work, *, world: int) -> str:
     clips, todo, jobs = sum(map(len, work.requests.values())), len(work.missing()), [pair[0] for pair in work.pairs]
     passes = sampling_passes(shell, sampler)
     size = (video.height, video.width, video.num_frames)
-    rank = f"rank {lora.config.rank}, alpha {lora.config.alpha:g}" if lora and lora.config else "all weights"
     lines = {
         "backbone": shell.fingerprint if _is_here(config) else "not here yet",
-        "LoRA": f"{lora.path} ({rank}, for {lora.expert})" if lora else "none: base clips only",
+        "LoRA": f"{lora.path} ({lora.describe()}, for {lora.expert})" if lora else "none: base clips only",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "tokens": f"{shell.num_tokens(*size)} per network pass",
         "jobs": f"{len(jobs)} = {len({job.prompt.key for job in jobs})} prompts x"

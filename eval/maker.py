@@ -20,48 +20,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval.clips import Clip
+from eval.loras import Lora, attach
 from eval.prompts import Prompt
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
-from train.checkpoint import attach_trained, lora_config, read_ours, weights_path
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels
 from train.files import sha256
 from train.fused.inference import fuse
-from train.lora_switch import LoraConfig
 from train.sampling import SamplerConfig, sample_clips
 
 BASE, TUNED = "base", "tuned"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Trained weights: a LoRA or, where `config` is None, all weights of a network."""
-
-    path: Path  # of the file
-    sha256: str
-    expert: str  # the network that it was trained on
-    config: LoraConfig | None
-
-
-def read_lora(path: str, fingerprint: str, *, key: str) -> Lora | None:
-    """What trained weights say of themselves, None for an empty path; `key` is the recipe's, for messages.
-
-    ValueError where there are none at the path, or they belong to another backbone than `fingerprint` ("": unchecked).
-    """
-    if not path:
-        return None
-    try:
-        file = weights_path(path)
-        metadata = read_ours(file)
-    except ValueError as error:
-        raise ValueError(f"{key}={path}: {error}; exports and LoRAs of other tools are not read") from None
-    if fingerprint and metadata["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{key}={path} was trained on backbone {metadata['fingerprint']}, but backbone.path is"
-            f" {fingerprint}: use the backbone it was trained on"
-        )
-    shape = lora_config(metadata) if "rank" in metadata else None
-    return Lora(file, sha256(file), metadata["expert"], shape)
 
 
 @dataclass(frozen=True)
@@ -189,7 +157,7 @@ def make_clips(
 
     config: of an entry point, with `backbone` and `sampler`; models: those that the clips' folders are named after.
     Every model's `lora` is this one or None. Weights are loaded only where there is anything to make, and are gone
-    afterwards. ValueError as `load_backbone` and `attach_trained` raise it.
+    afterwards. ValueError as `load_backbone` and `attach` raise it.
     """
     mine, device = todo[accelerator.process_index :: accelerator.num_processes], accelerator.device
     if not mine:
@@ -236,9 +204,7 @@ class Maker:
         self.passes = 0  # network passes so far, of one clip each
         for expert in self.backbone.experts.values():
             expert.register_forward_hook(self._count)
-        self.switch = None
-        if lora:
-            self.switch = attach_trained(lora.path, self.backbone.experts, fingerprint=self.backbone.fingerprint)
+        self.switch = attach(lora, self.backbone) if lora else None
         if config.backbone.compile and (reason := fuse(self.backbone, self.switch)):
             print(f"blocks are not fused: {reason}")
 
@@ -264,7 +230,7 @@ class Maker:
             prompt = request.prompt
             facts = {"key": prompt.key, "seconds": seconds, "passes": (self.passes - passes) / len(requests)}
             facts |= {"image": str(prompt.image)} if prompt.image else {}
-            facts |= {"lora": str(model.lora.path)} if model.lora else {}
+            facts |= {"lora": model.lora.path} if model.lora else {}
             facts |= more
             request.clip.write(clip, request.video.fps, facts)
 

@@ -40,17 +40,16 @@ from eval.benchmarks import BENCHMARKS, BenchmarkSettings
 from eval.benchmarks.base import Benchmark, Sample, Task
 from eval.clips import warn_of_outdated
 from eval.config import ClipsConfig
+from eval.loras import Lora, attach, read_lora
 from eval.maker import (
     BASE,
     TUNED,
-    Lora,
     Model,
     batches,
     build_request,
     first_frame,
     image_problem,
     make_clips,
-    read_lora,
     warn_of_cut_prompts,
 )
 from eval.prompts import Prompt
@@ -61,7 +60,6 @@ from eval.scoring import Plan, Probe, compare_clips, probe, score, unprobed
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
-from train.checkpoint import attach_trained
 from train.clips import VideoConfig
 from train.files import atomic, lock, write_text
 from train.parallel import any_rank
@@ -71,7 +69,9 @@ SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed
 
 @dataclass
 class RunConfig(BenchmarkSettings):
-    lora: str = ""  # LoRA file, checkpoint folder or training folder (of full weights too); empty: the base model alone
+    # LoRA file of any tool, checkpoint folder or training folder (of full weights too), or for the two experts of A14B
+    # {high_noise: one, low_noise: one}; empty: the base model alone
+    lora: Any = ""
     folder: str = "${output}/eval"  # everything goes here
     seeds: list[int] = field(default_factory=lambda: [0])  # one clip per prompt and seed, from noise of its own
     batch_size: int = 16  # clips sampled together, per GPU
@@ -190,7 +190,7 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
     Raises ValueError for a backbone or LoRA that is not there. What a single benchmark lacks is its plan's problem.
     """
     shell = load_backbone(config.backbone, "cpu", parts=())
-    lora = read_lora(config.run.lora, shell.fingerprint, key="run.lora")
+    lora = read_lora(config.run.lora, shell, key="run.lora")
     plans = []
     for name in dict.fromkeys(config.benchmarks):
         plan = Plan(build(config, name), Path(config.run.folder) / name)
@@ -288,7 +288,7 @@ def run_probes(config: Config, probes: Sequence[Probe], lora: Lora | None, devic
     if not probes:
         return
     backbone = load_backbone(config.backbone, device)
-    switch = attach_trained(lora.path, backbone.experts, fingerprint=backbone.fingerprint) if lora else None
+    switch = attach(lora, backbone) if lora else None
     for one in probes:
         benchmark = build(config, one.benchmark)
         with switch.reference() if switch and one.model.lora is None else nullcontext():
@@ -354,8 +354,7 @@ def describe(lora: Lora | None) -> dict[str, Any] | None:
     """What is reported of trained weights."""
     if lora is None:
         return None
-    shape = asdict(lora.config) if lora.config else "all weights"
-    return {"path": str(lora.path), "sha256": lora.sha256, "expert": lora.expert, "shape": shape}
+    return {"path": lora.path, "sha256": lora.sha256, "expert": lora.expert, "shape": lora.shape}
 
 
 def device_name(device: torch.device) -> str:

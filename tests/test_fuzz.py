@@ -32,7 +32,7 @@ from torch import nn
 from data_pipeline.manifests import Row, read_manifest
 from eval import vote
 from eval.clips import Clip
-from eval.maker import read_lora
+from eval.loras import read_lora
 from tests.synthetic_groups import replace_sample, sample_bytes, verify, write_synthetic_groups
 from train import checkpoint, entry, export
 from train.clips import VideoConfig, read_clip, write_clip

@@ -24,6 +24,8 @@ FROM_TRAIN = {
         "groups",
         "checkpoint",
         "lora_switch",
+        "lora_formats",
+        "attached_loras",
         "clips",
         "files",
         "entry",

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
 from train import files
-from train.backbones.base import BOTH
-from train.backbones.wan22_a14b import Wan22T2V, as_one
+from train.experts import BOTH, EXPERT_FOLDERS, as_one
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraSwitch, adapter_shapes, check_shapes
 from train.weight_files import (
@@ -269,7 +268,7 @@ def attach_trained(path: Path | str, experts: Mapping[str, nn.Module], *, finger
     path = weights_path(path)
     metadata = read_ours(path)
     full, expert = metadata["format"] == FullParameters.format, metadata["expert"]
-    needed = tuple(Wan22T2V.expert_folders) if expert == BOTH else (expert,)
+    needed = tuple(EXPERT_FOLDERS) if expert == BOTH else (expert,)
     if lacking := [name for name in needed if name not in experts]:
         raise ValueError(f"LoRA {path} is for the network {lacking[0]!r}, this backbone has: {', '.join(experts)}")
     network = as_one(experts) if expert == BOTH else experts[expert]
@@ -319,7 +318,7 @@ def find_lora(path: Path | str) -> tuple[Path, dict[str, str]]:
 def _network(name: str) -> str:
     """Which network of two a weight of `_trained` or its moment belongs to; "" where one trains."""
     first = name.removeprefix("heads.").partition(".")[0]
-    return first if first in Wan22T2V.expert_folders.values() else ""
+    return first if first in EXPERT_FOLDERS.values() else ""
 
 
 def _trained(switch: Trainable, heads: nn.Module | None) -> dict[str, nn.Parameter]:

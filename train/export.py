@@ -4,15 +4,15 @@
     python -m train.export runs/wan14b/train out/lora.safetensors --to comfyui  # ComfyUI's key names
     python -m train.export runs/wan14b/train out/ --to merged --base Wan-AI/Wan2.1-T2V-14B-Diffusers   # full weights
 
-The first argument is a LoRA file, a checkpoint folder, or a training folder (its newest checkpoint). Merged weights are
-rounded to bfloat16 unless `--dtype float32` is given: on a small network rounding moves the output by more than a short
-training does.
+The first argument is a checkpoint folder, a training folder (its newest checkpoint), or a LoRA file of any tool
+(train.lora_formats). Merged weights are rounded to bfloat16 unless `--dtype float32` is given: on a small network
+rounding moves the output by more than a short training does.
 
-Of the two experts of A14B a file's metadata say which it is for. One of both is written as one file for diffusers, as
-two for ComfyUI (..._high_noise, ..._low_noise) and as two folders of full weights (transformer, transformer_2). In
-diffusers 0.42 `load_lora_weights` reads the keys that begin with `transformer.`, and no others, also where
-load_into_transformer_2=True puts them into the low-noise network. That is how a low-noise expert's own file is loaded;
-of a file of both it would load the wrong half:
+Of the two experts of A14B a file's metadata say which it is for; where another tool's does not, `--expert` does. One of
+both is written as one file for diffusers, as two for ComfyUI (..._high_noise, ..._low_noise) and as two folders of full
+weights (transformer, transformer_2). In diffusers 0.42 `load_lora_weights` reads the keys that begin with
+`transformer.`, and no others, also where load_into_transformer_2=True puts them into the low-noise network. That is how
+a low-noise expert's own file is loaded; of a file of both it would load the wrong half:
 
     pipe.load_lora_weights("out/")
     pipe.transformer_2.load_lora_adapter("out/", prefix="transformer_2", use_safetensors=True)
@@ -23,7 +23,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import WanPipeline
@@ -31,30 +34,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from train import entry, files
-from train.backbones.base import BOTH
 from train.backbones.loading import fingerprint, load_transformer, resolve_folder
-from train.backbones.wan22_a14b import Wan22T2V
-from train.checkpoint import attach_trained, find_lora
-from train.lora_switch import SwitchedLinear
+from train.checkpoint import attach_trained, find_lora, weights_path
+from train.experts import BOTH, EXPERT_FOLDERS
+from train.lora_formats import FOLDER_FILES, ORIGINAL_NAMES, is_ours, read
+from train.lora_switch import LoraSwitch, SwitchedLinear
 from train.weight_files import by_expert, read_tensors, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 ADAPTERS = "lora_adapter_metadata"  # diffusers' key
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FOLDERS = {"transformer": "transformer", **Wan22T2V.expert_folders}  # of each expert, in a pipeline
-# diffusers' layer names within a block, and those of Wan's own code, which ComfyUI uses.
-ORIGINAL_NAMES = {
-    "attn1.to_q": "self_attn.q",
-    "attn1.to_k": "self_attn.k",
-    "attn1.to_v": "self_attn.v",
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_q": "cross_attn.q",
-    "attn2.to_k": "cross_attn.k",
-    "attn2.to_v": "cross_attn.v",
-    "attn2.to_out.0": "cross_attn.o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
+FOLDERS = {"transformer": "transformer", **EXPERT_FOLDERS}  # of each expert, in a pipeline
 
 
 def to_diffusers(source: Path, target: Path) -> Path:
@@ -118,7 +108,7 @@ def comfyui_files(target: Path, expert: str) -> list[Path]:
     """`target`, or of both experts a file for each, whose name ends with the expert's."""
     if expert != BOTH:
         return [target]
-    return [target.with_stem(f"{target.stem}_{name}") for name in Wan22T2V.expert_folders]
+    return [target.with_stem(f"{target.stem}_{name}") for name in EXPERT_FOLDERS]
 
 
 def _comfyui(layers: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -148,18 +138,18 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
     """
     path, metadata = find_lora(source)
     scale = float(metadata["alpha"]) / float(metadata["rank"])
-    pipeline = resolve_folder(base)
-    found = fingerprint(metadata["fingerprint"].partition("-")[0], pipeline)
-    if found != metadata["fingerprint"]:
+    pipeline, trained_on = resolve_folder(base), metadata["fingerprint"]
+    found = fingerprint(trained_on.partition("-")[0], pipeline)
+    if trained_on and trained_on != found:  # other tools' files do not say
         raise ValueError(
-            f"LoRA {path} was trained on backbone {metadata['fingerprint']}, {base} is {found}."
-            " Merge into the pipeline that it was trained on."
+            f"LoRA {path} was trained on backbone {trained_on}, {base} is {found}."
+            " Merge into the pipeline that it was trained on (after a + a fingerprint counts backbone.loras)."
         )
     both = metadata["expert"] == BOTH
-    names = Wan22T2V.expert_folders if both else {metadata["expert"]: FOLDERS[metadata["expert"]]}
+    names = EXPERT_FOLDERS if both else {metadata["expert"]: FOLDERS[metadata["expert"]]}
     cpu = torch.device("cpu")
     networks = {expert: load_transformer(pipeline, name, cpu, dtype) for expert, name in names.items()}
-    attach_trained(path, networks, fingerprint=found)
+    attach_trained(path, networks, fingerprint=trained_on)
     with torch.no_grad():
         for layer in (layer for network in networks.values() for layer in network.modules()):
             if isinstance(layer, SwitchedLinear):
@@ -167,6 +157,42 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
     for expert, network in networks.items():
         save_network(network, target / names[expert] if both else target)
     return target
+
+
+@contextmanager
+def in_our_format(source: Path, expert: str = "") -> Iterator[Path]:
+    """`source` itself where our training wrote it, else the LoRA of another tool, or an export of ours, as a file of
+    ours that is gone afterwards: of the largest rank, other layers' filled up with zeros, and with alpha = rank.
+
+    `expert`: the network that it is for where it does not say. ValueError for LoRAs with full differences.
+    """
+    if not any((source / name).is_file() for name in FOLDER_FILES):
+        path = weights_path(source)
+        if is_ours(path):
+            yield source
+            return
+    found = read(source)
+    given = [expert or found.expert or "transformer"] if len(found.networks) == 1 else list(EXPERT_FOLDERS)
+    parts = found.by_expert(given, expert=expert, source=f"LoRA {found.path}")
+    ranks = [lora.rank(layer) for lora in parts.values() for layer in lora.pairs]
+    if any(lora.differences for lora in parts.values()):
+        raise ValueError(f"LoRA {found.path} holds full differences, which no export has: use it as backbone.loras")
+    tensors = {}
+    for name, lora in parts.items():
+        prefix = f"{FOLDERS[name]}." if len(parts) > 1 else ""
+        for layer in lora.pairs:
+            down, up = lora.matrices(layer)
+            more = max(ranks) - len(down)
+            tensors[f"{prefix}{layer}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, more))
+            tensors[f"{prefix}{layer}.lora_B.weight"] = nn.functional.pad(up, (0, more))
+    targets = sorted({layer for lora in parts.values() for layer in lora.pairs})
+    metadata = {"format": LoraSwitch.format, "rank": str(max(ranks)), "alpha": str(float(max(ranks)))}
+    metadata |= {"targets": json.dumps(targets), "fingerprint": found.fingerprint}
+    metadata |= {"expert": given[0] if len(given) == 1 else BOTH}
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / LoraSwitch.file
+        write_tensors(tensors, file, metadata)
+        yield file
 
 
 def save_network(network: nn.Module, folder: Path) -> Path:
@@ -186,24 +212,28 @@ def save_network(network: nn.Module, folder: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="LoRA file, checkpoint folder or training folder")
+    parser.add_argument("source", type=Path, help="checkpoint folder, training folder, or LoRA file of any tool")
     parser.add_argument("target", type=Path, help="file (diffusers, comfyui) or folder (diffusers, merged) to write")
     parser.add_argument("--to", choices=("diffusers", "comfyui", "merged"), default="diffusers")
     parser.add_argument("--base", help="pipeline to merge into: hub id or folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of merged weights (default: bfloat16)")
+    parser.add_argument(
+        "--expert", choices=EXPERT_FOLDERS, default="", help="of A14B, where another tool's LoRA is for one"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.to == "merged":
-        if not arguments.base:
-            parser.error("--to merged needs --base, the pipeline that the LoRA was trained on")
-        dtype = DTYPES[arguments.dtype]
-        written = to_merged(arguments.source, arguments.target, base=arguments.base, dtype=dtype)
-    elif arguments.to == "comfyui":
-        to_comfyui(arguments.source, arguments.target)
-        written = " and ".join(map(str, comfyui_files(arguments.target, find_lora(arguments.source)[1]["expert"])))
-    else:
-        is_file = arguments.target.suffix == ".safetensors"
-        written = to_diffusers(arguments.source, arguments.target if is_file else arguments.target / DIFFUSERS_FILE)
-    expert = find_lora(arguments.source)[1]["expert"]
+    if arguments.to == "merged" and not arguments.base:
+        parser.error("--to merged needs --base, the pipeline that the LoRA was trained on")
+    with in_our_format(arguments.source, arguments.expert) as source:
+        expert = find_lora(source)[1]["expert"]
+        if arguments.to == "merged":
+            dtype = DTYPES[arguments.dtype]
+            written = to_merged(source, arguments.target, base=arguments.base, dtype=dtype)
+        elif arguments.to == "comfyui":
+            to_comfyui(source, arguments.target)
+            written = " and ".join(map(str, comfyui_files(arguments.target, expert)))
+        else:
+            is_file = arguments.target.suffix == ".safetensors"
+            written = to_diffusers(source, arguments.target if is_file else arguments.target / DIFFUSERS_FILE)
     experts = "both experts" if expert == BOTH else f"the {expert} expert"
     print(f"wrote {written}" + ("" if expert == "transformer" else f", for {experts}"))
 

@@ -9,6 +9,7 @@ import math
 import re
 import tarfile
 from dataclasses import dataclass, field
+from typing import NotRequired
 
 import safetensors.torch
 import torch
@@ -42,6 +43,7 @@ class Description(TypedDict):
     source: str
     losers: list[Loser]
     fingerprint: str
+    network: NotRequired[str]
 
 
 @dataclass(eq=False)
@@ -52,12 +54,13 @@ class Group:
     physics_richness: float | None  # difficulty that the filter gave the clip; None if not filtered
     source: str  # the winner's origin: path and start time
     losers_info: list[Loser]  # one for each of `losers`
-    fingerprint: str  # of the backbone that encoded and generated it
+    fingerprint: str  # of the encoders that made latents and text; in earlier versions, of the whole pipeline
     winner: Tensor  # (C, F, H, W) normalised latent
     losers: Tensor  # (M, C, F, H, W), the winner's dtype; M = 0 serves supervised training only
     text: Tensor  # (L', D) text embedding without padding
     condition: Tensor | None = None  # image condition latents of I2V families
     extra: dict[str, Tensor] = field(default_factory=dict)  # of the winner: tracks, visibility, keep, ...
+    network: str = ""  # fingerprint of the backbone that made the losers; empty: that is `fingerprint`
 
 
 def check_group(group: Group) -> None:
@@ -115,7 +118,11 @@ def tensors_of(group: Group) -> dict[str, Tensor]:
 
 def common(group: Group) -> Common:
     latent = {"latent_shape": list(group.winner.shape), "latent_dtype": dtype_name(group.winner.dtype)}
-    return {"fingerprint": group.fingerprint, **latent}
+    return {"fingerprint": group.fingerprint, **latent, **_network(group)}
+
+
+def _network(group: Group) -> dict[str, str]:
+    return {"network": group.network} if group.network else {}
 
 
 def sample_bytes(group: Group) -> memoryview:
@@ -132,6 +139,7 @@ def sample_bytes(group: Group) -> memoryview:
             for loser in group.losers_info
         ],
         "fingerprint": group.fingerprint,
+        **_network(group),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(group).items()}
     buffer = io.BytesIO()
@@ -156,6 +164,7 @@ def parse_sample(data: bytes, *, name: str, remedy: str) -> Group:
     return Group(
         **{field_name: description[field_name] for field_name in plain},
         losers_info=description["losers"],
+        network=description.get("network", ""),
         **{tensor: tensors[tensor] for tensor in ("winner", "losers", "text")},
         condition=tensors.get("condition"),
         extra={name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")},

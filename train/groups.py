@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -90,9 +90,10 @@ class ShardWriter:
             raise ValueError(f"group {group.key!r}: {self.path} already holds a group with this key")
         found = common(group)
         self._common = self._common or found
-        for name, value in found.items():
-            if value != self._common[name]:
-                raise ValueError(f"group {group.key!r} has {name} {value}, but {self.path} holds {self._common[name]}")
+        for name in self._common | found:
+            value, held = found.get(name), self._common.get(name)
+            if value != held:
+                raise ValueError(f"group {group.key!r} has {name} {value}, but {self.path} holds {held}")
         data = sample_bytes(group)
         self._samples[group.key] = {
             "key": group.key,
@@ -175,7 +176,7 @@ def write_index(folder: str | Path, *, fingerprint: str, video: Any) -> dict[str
         raise ValueError(f"no preference group in {folder}: the build made no shard, or only empty ones")
     index = {
         "schema": SCHEMA,
-        **common,
+        **{name: value for name, value in common.items() if value is not None},
         "video": asdict(video) if is_dataclass(video) else dict(video),
         "num_groups": len(shard_of_key),
         "total_bytes": sum(shard["bytes"] for shard in shards),
@@ -191,24 +192,27 @@ def write_index(folder: str | Path, *, fingerprint: str, video: Any) -> dict[str
 class GroupSet(torch.utils.data.Dataset):
     """Random access to the groups of a folder. It keeps no file open: forked and spawned DataLoader workers may use it.
 
-    fingerprint: of the backbone that will train on the groups; None skips that check.
+    fingerprint: of the backbone that will train on the groups, or those that suit it; None skips that check.
 
-    Attributes: fingerprint, video (dict), latent_shape (C, F, H, W), latent_dtype, total_bytes, digest (SHA-256 of
-    index.json, which has the checksums of all groups: equal digests mean equal groups in the same order).
+    Attributes: fingerprint, network (of the backbone that made the losers, its fingerprint), video (dict), latent_shape
+    (C, F, H, W), latent_dtype, total_bytes, digest (SHA-256 of index.json, which has the checksums of all groups: equal
+    digests mean equal groups in the same order).
 
     Raises ValueError on opening for a URL, a missing or unreadable index, another schema, another fingerprint, a
     missing shard or one whose size is not the index's; on reading, with shard, key and remedy, for a group whose
     checksum is not the index's, that `check_group` refuses, or that the index describes otherwise.
     """
 
-    def __init__(self, folder: str | Path, *, fingerprint: str | None = None):
+    def __init__(self, folder: str | Path, *, fingerprint: str | Sequence[str] | None = None):
         self.folder = local_folder(folder)
         self.index, self.digest = _read_index(self.folder)
         self.fingerprint: str = self.index["fingerprint"]
-        if fingerprint is not None and fingerprint != self.fingerprint:
+        self.network: str = self.index.get("network", self.fingerprint)
+        known = [fingerprint] if isinstance(fingerprint, str) else fingerprint
+        if known is not None and self.fingerprint not in known:
             raise ValueError(
                 f"the groups in {self.folder} were built with backbone {self.fingerprint}, but training uses "
-                f"{fingerprint}; train that backbone or build the groups again with this one"
+                f"{known[-1]}; train that backbone or build the groups again with this one"
             )
         for shard in self.index["shards"]:
             if problem := _file_problem(self.folder, shard):
@@ -291,8 +295,8 @@ def _checked_group(path: Path, index: Index, sample: SampleRecord, data: bytes) 
         check_group(group)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_rebuild(path)}") from error
-    found = {"key": group.key, "num_losers": len(group.losers), **common(group)}
-    listed = {**index, **sample}
+    found = {"key": group.key, "num_losers": len(group.losers), "network": None, **common(group)}
+    listed = {"network": None, **index, **sample}
     for name, value in found.items():
         if value != listed[name]:
             raise ValueError(f"{path}: {where} has {name} {value}, but {INDEX} says {listed[name]}; {_rebuild(path)}")

@@ -99,7 +99,7 @@ def fit(
         check_groups(config, groups)
         policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
-        policy.cache = open_cache(config, groups, clips, accelerator, policy.turns)
+        policy.cache = open_cache(config, groups, backbone.fingerprint, clips, accelerator, policy.turns)
         prepare_networks(config, policy, gradients=gradient_sets(config, clips, passes))
         rates = {"heads": policy.all_heads(), "head_lr": config.physics.head_lr}
         optimizer = build_optimizer(config.optim, policy.switch.parameters(), **rates)
@@ -241,7 +241,7 @@ def gradient_sets(config: Any, clips: int, accumulation: int) -> int:
 
 def open_groups(config: Any, backbone: Backbone) -> GroupSet:
     """The recipe's groups, checked against the backbone and the recipe's video size."""
-    groups = GroupSet(config.train.groups, fingerprint=backbone.fingerprint)
+    groups = GroupSet(config.train.groups, fingerprint=backbone.group_fingerprints)
     video = config.video
     expected = backbone.latent_shape(video.height, video.width, video.num_frames)
     if groups.latent_shape != tuple(expected):

@@ -41,6 +41,9 @@ class LoraConfig:
     # Suffixes of the linear layers that get an adapter; the paper's: query, key, value and output of every self-
     # attention.
     targets: list[str] = field(default_factory=lambda: ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
+    # LoRA that the policy starts from, of this rank and these targets: a training or checkpoint folder, or a file of
+    # any tool. The reference stays the base; for a LoRA under both see backbone.loras. Empty: B starts at zero.
+    start: str = ""
 
 
 class SwitchState:
@@ -61,8 +64,8 @@ class SwitchState:
 
 
 class SwitchedLinear(nn.Linear):
-    """A frozen linear layer plus a low-rank update that can be switched off. Made by `LoraSwitch`, by changing a
-    layer's class in place."""
+    """A frozen linear layer plus a low-rank update that can be switched off. Made by `adapt`, by changing a layer's
+    class in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -73,13 +76,27 @@ class SwitchedLinear(nn.Linear):
         return y + F.linear(down, (self.lora_up * state.gate).to(x.dtype))  # scaled in float32
 
 
+def adapt(
+    layer: nn.Linear, down: Tensor, up: Tensor, state: SwitchState, device: torch.device | None = None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Give a layer an adapter of A (rank, in) and B (out, rank), which are returned as parameters on `device`, or else
+    beside the layer."""
+    place = device or layer.weight.device
+    layer.__class__ = SwitchedLinear
+    # Past nn.Module's __setattr__: these must not become parameters of the network.
+    layer.__dict__["lora_down"] = nn.Parameter(down.to(place))
+    layer.__dict__["lora_up"] = nn.Parameter(up.to(place))
+    layer.__dict__["lora_state"] = state
+    return layer.lora_down, layer.lora_up
+
+
 class LoraSwitch:
     """The adapters of one network and the switch between policy and reference.
 
     `weights` maps `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank), the key names of peft
     and diffusers, to float32 parameters on the network's device. The network's own parameters are frozen.
 
-    `network` may hold several (`train.backbones.wan22_a14b.as_one`): one switch turns all, and names begin with
+    `network` may hold several (`train.experts.as_one`): one switch turns all, and names begin with
     theirs. `device`: where the adapters are, if not beside their layers.
 
     Raises ValueError when a target suffix matches no linear layer, or the rank is not positive.
@@ -100,12 +117,8 @@ class LoraSwitch:
             bound = 1 / math.sqrt(layer.in_features)  # Kaiming-uniform with a = sqrt(5)
             down = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
             up = torch.zeros(layer.out_features, config.rank)
-            place = device or layer.weight.device
-            layer.__class__ = SwitchedLinear
-            # Past nn.Module's __setattr__: these must not become parameters of the network.
-            layer.__dict__["lora_down"] = self.weights[f"{name}.lora_A.weight"] = nn.Parameter(down.to(place))
-            layer.__dict__["lora_up"] = self.weights[f"{name}.lora_B.weight"] = nn.Parameter(up.to(place))
-            layer.__dict__["lora_state"] = self.state
+            pair = adapt(layer, down, up, self.state, device)
+            self.weights[f"{name}.lora_A.weight"], self.weights[f"{name}.lora_B.weight"] = pair
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.weights.values())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from losses.flow_matching import flow_error, interpolate
 from train.backbones.base import BOTH, Backbone, Conditioning
-from train.backbones.wan22_a14b import as_one
+from train.experts import as_one
 from train.full_parameters import FullParameters
 from train.fused.memory import waiting
 from train.lora_switch import LoraSwitch

@@ -47,22 +47,25 @@ KEYS = {
 
 
 def dependencies(
-    config: Any, groups: GroupSet, device: torch.device, ranks: int, turns: Turns | None = None
+    config: Any, groups: GroupSet, backbone: str, device: torch.device, ranks: int, turns: Turns | None = None
 ) -> dict[str, Any]:
     """What the reference's errors depend on, flat."""
     found = {f"{name}.{key}": asdict(getattr(config, name))[key] for name, keys in KEYS.items() for key in keys}
     found["self_score"] = config.self_score.every if config.self_score.strength > 0 else 0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    made = {"seed": config.seed, "ranks": ranks, "groups": groups.digest, "backbone": groups.fingerprint}
+    made = {"seed": config.seed, "ranks": ranks, "groups": groups.digest, "backbone": backbone}
     made |= {} if turns is None else turns.settings()
     return found | made | {"device": name, "torch": torch.__version__}
 
 
 def open_cache(
-    config: Any, groups: GroupSet, clips: int, accelerator: Accelerator, turns: Turns | None = None
+    config: Any, groups: GroupSet, backbone: str, clips: int, accelerator: Accelerator, turns: Turns | None = None
 ) -> "ReferenceCache | None":
-    """The recipe's, of 1 + M' = `clips` errors per sample; None where it has none."""
-    return ReferenceCache(config, groups, clips, accelerator, turns) if config.train.reference_cache else None
+    """The recipe's, of 1 + M' = `clips` errors per sample under the reference of this fingerprint; None where it has
+    none."""
+    if not config.train.reference_cache:
+        return None
+    return ReferenceCache(config, groups, backbone, clips, accelerator, turns)
 
 
 class ReferenceCache:
@@ -71,11 +74,19 @@ class ReferenceCache:
     ValueError where the folder holds errors that depend on other settings, naming them. Call on every rank.
     """
 
-    def __init__(self, config: Any, groups: GroupSet, clips: int, accelerator: Accelerator, turns: Turns | None = None):
+    def __init__(
+        self,
+        config: Any,
+        groups: GroupSet,
+        backbone: str,
+        clips: int,
+        accelerator: Accelerator,
+        turns: Turns | None = None,
+    ):
         self.folder, device = Path(config.train.reference_cache), accelerator.device
         self.record = np.dtype([("position", "<i8"), ("errors", "<f4", (clips,))])
         path, ranks = self.folder / "settings.json", accelerator.num_processes
-        own = dependencies(config, groups, device, ranks, turns)
+        own = dependencies(config, groups, backbone, device, ranks, turns)
         with parallel.together(device):
             if accelerator.is_main_process and not path.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import recipes
 from train import checkpoint, files, parallel
 from train.backbones.base import BOTH
 from train.groups import GroupSet
+from train.lora_start import read_start, start_from
 from train.policy import Policy
 from train.tracking import flatten
 
@@ -39,8 +40,8 @@ def claimed(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def newest(config: Any) -> Path | None:
-    """The newest whole checkpoint of the run's folder, or None. ValueError where there may be none, or ranks see
-    different ones."""
+    """The newest whole checkpoint of the run's folder, or None. ValueError where there may be none, ranks see different
+    ones, or `lora.start` cannot be what a run without one begins with."""
     folder = checkpoint_folder(config)
     found = checkpoint.latest(folder)
     if len(set(gather_object([found and found.name]))) > 1:
@@ -48,6 +49,8 @@ def newest(config: Any) -> Path | None:
             f"the newest checkpoint in {folder} is {found.name if found else 'none'} here and another one for other"
             f" ranks: output={config.output} must lie on one file system that all nodes share"
         )
+    if found is None and config.lora.start:
+        read_start(config)  # before any weights are
     if found is not None and not config.train.resume:
         raise ValueError(f"{folder} already holds {found.name} and train.resume is false: choose another output folder")
     return found
@@ -94,6 +97,8 @@ class Checkpoint:
             check(config, path, state, self.groups, self.accelerator)
             self.step = self._saved = state["step"]
             self.samples_seen, self.skipped = state["samples_seen"], state["skipped"]
+        elif config.lora.start:  # once: a checkpoint holds what became of it
+            say(start_from(config, backbone, self.policy.switch))
         if self.step >= config.optim.steps:
             say(f"step {self.step} of optim.steps={config.optim.steps}: nothing to train")
         elif self.accelerator.is_main_process:
@@ -103,6 +108,9 @@ class Checkpoint:
                 f"optim.batch_size={config.optim.batch_size} is more than the {len(self.groups)} groups there are:"
                 " every step meets some of them more than once"
             )
+        meets_losers = config.objective.clips_per_group(self.groups.num_losers(0)) > 1
+        if meets_losers and self.groups.network != backbone.fingerprint:
+            say(f"the losers were made by {self.groups.network}, the reference is {backbone.fingerprint}")
 
     def advance(self, *, finite: bool) -> None:
         """Count a step; one that was not `finite` was skipped."""

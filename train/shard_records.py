@@ -44,9 +44,10 @@ class ShardRecord(TypedDict):
 class Common(TypedDict):
     """What all groups of a folder share."""
 
-    fingerprint: str
+    fingerprint: str  # of the encoders; in groups of earlier versions, of the whole pipeline
     latent_shape: Shape
     latent_dtype: Dtype
+    network: NotRequired[str]  # fingerprint of what made the losers, where it is another one
 
 
 class Marker(ShardRecord):
@@ -54,6 +55,7 @@ class Marker(ShardRecord):
     fingerprint: NotRequired[str]  # an empty shard has nothing in common with others
     latent_shape: NotRequired[Shape]
     latent_dtype: NotRequired[Dtype]
+    network: NotRequired[str]
 
 
 class Index(Common):
@@ -80,7 +82,7 @@ def _check_shard(shard: ShardRecord) -> None:
 def _check_marker(marker: Marker) -> Marker:
     """Samples that fit the size of the archive, and what they have in common."""
     _check_shard(marker)
-    if lacking := [name for name in Common.__annotations__ if marker["samples"] and name not in marker]:
+    if lacking := [name for name in Common.__required_keys__ if marker["samples"] and name not in marker]:
         raise ValueError(f"{', '.join(lacking)} of the samples is missing")
     return marker
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
 from train import files
-from train.backbones.base import BOTH
-from train.backbones.wan22_a14b import Wan22T2V
+from train.experts import BOTH, EXPERT_FOLDERS
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch
 
@@ -78,7 +77,7 @@ def read_ours(path: Path, formats: Sequence[str] = (LoraSwitch.format, FullParam
             raise ValueError(f"LoRA {path} is damaged: {error}") from None
         _check_pairs(path, rank, shapes)
         networks = {name.partition(".")[0] for name in shapes}
-        if metadata["expert"] == BOTH and networks != set(Wan22T2V.expert_folders.values()):
+        if metadata["expert"] == BOTH and networks != set(EXPERT_FOLDERS.values()):
             raise ValueError(f"LoRA {path} is damaged: its metadata say both experts, but its tensors are not of both")
     return metadata
 
@@ -90,7 +89,7 @@ def by_expert(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Te
         return {metadata["expert"]: tensors}
     return {
         expert: {key.removeprefix(f"{folder}."): tensors[key] for key in tensors if key.startswith(f"{folder}.")}
-        for expert, folder in Wan22T2V.expert_folders.items()
+        for expert, folder in EXPERT_FOLDERS.items()
     }
 
 

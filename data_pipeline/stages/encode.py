@@ -3,7 +3,7 @@
 Winners are kept by the digest of what they depend on, like losers: new scores write the shards anew without a network.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,19 @@ class Encode(Stage):
     @cached_property
     def backbone(self) -> Backbone:
         return self.setup.load(PARTS)
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """Fingerprints for the groups: of the encoders, and of the backbone that made the losers. A folder that an
+        earlier version began goes on with its one, of the whole pipeline."""
+        shell, names = self.setup.shell, sorted(path.stem for path in self.groups.glob("unit-*.json"))
+        begun = next((found["fingerprint"] for found in self._shards(names) if "fingerprint" in found), "")
+        fingerprint = begun if begun == shell.fingerprints[0] else shell.encoders
+        made = self.setup.pipeline.losers.count > 0 and shell.fingerprint != fingerprint
+        return {"fingerprint": fingerprint, "network": shell.fingerprint if made else ""}
+
+    def _shards(self, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        return filter(None, (shard_record(self.groups, name) for name in names))
 
     def plan(self, before: Table) -> list[Unit]:
         settings = [self.store.settings, self.losers.settings, self.targets and self.targets.settings]
@@ -79,7 +92,7 @@ class Encode(Stage):
             **{name: record[name] for name in ("key", "prompt", "action", "physics_richness")},
             source=f"{record['clip']} at {record['start']:g} s",
             losers_info=[Loser(*values) for values in scored],
-            fingerprint=self.store.settings["fingerprint"],
+            **self.origin,
             winner=made["winner"],
             losers=losers,
             text=made["text"],
@@ -100,7 +113,7 @@ class Encode(Stage):
         for path in [*self.groups.glob("unit-*.json"), *self.groups.glob("unit-*.tar")]:
             if path.stem not in names:
                 path.unlink()
-        index = write_index(self.groups, fingerprint=self.store.settings["fingerprint"], video=self.setup.video)
+        index = write_index(self.groups, fingerprint=self.origin["fingerprint"], video=self.setup.video)
         count, total = index["num_groups"], index["total_bytes"]
         print(f"groups: {self.groups}, {count} groups, {total // count} bytes per group")
 

@@ -27,7 +27,8 @@ from torch import Tensor
 import recipes
 from eval.config import ClipsConfig
 from eval.judges import Judging
-from eval.maker import TUNED, Model, Request, condition, read_lora
+from eval.loras import attach, read_lora
+from eval.maker import TUNED, Model, Request, condition
 from eval.prompt_refinement.prompts import ClipScorer, PromptRefineConfig, PromptRefiner
 from eval.prompts import Prompt, PromptsConfig, make_key, read_prompts
 from eval.search import searcher
@@ -37,7 +38,6 @@ from eval.search.searcher import decoder
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
-from train.checkpoint import attach_trained
 from train.clips import from_pixels
 from train.files import digest, lock, write_text
 from train.parallel import any_rank
@@ -45,7 +45,7 @@ from train.parallel import any_rank
 
 @dataclass
 class RunConfig(PromptRefineConfig, PromptsConfig):
-    lora: str = ""  # LoRA file, checkpoint folder or training folder; empty: the base model
+    lora: Any = ""  # as generate.lora; empty: the base model
     folder: str = "${output}/refined_prompts"  # everything goes here
     chosen_by: str = ""  # scorer that chooses among a prompt's rounds; empty: the last round's clip
     search: str = ""  # best_of_n | race | prune: of every round's clip; see eval.search.searcher
@@ -102,10 +102,10 @@ class Generator:
 
     def __init__(self, config: Config, device: torch.device, *, images: bool):
         self.config, self.device, self.images = config, device, images  # images: prompts have one, all or none
-        fingerprint = load_backbone(config.backbone, "cpu", parts=()).fingerprint
-        self.lora = read_lora(config.refine_prompts.lora, fingerprint, key="refine_prompts.lora")
+        shell = load_backbone(config.backbone, "cpu", parts=())
+        self.lora = read_lora(config.refine_prompts.lora, shell, key="refine_prompts.lora")
         self.model = config.searching(Model(TUNED), "refine_prompts")
-        backbone = [fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
+        backbone = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
         weights = self.lora.sha256 if self.lora else ""
         self.digest = digest([backbone, config.sampler.settings(), weights, self.model.settings])
 
@@ -113,7 +113,7 @@ class Generator:
     def backbone(self) -> Backbone:
         backbone = load_backbone(self.config.backbone, self.device)
         if self.lora:
-            attach_trained(self.lora.path, backbone.experts, fingerprint=backbone.fingerprint)
+            attach(self.lora, backbone)
         return backbone
 
     @torch.no_grad()

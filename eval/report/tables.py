@@ -177,7 +177,9 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         shape = lora["shape"]
         if isinstance(shape, Mapping):
             shape = f"rank {shape['rank']}, alpha {shape['alpha']:g}"
-        tuned = f"{lora['path']} ({shape}, {lora['expert']}, sha256 {lora['sha256'][:12]}…)"
+        found = lora["sha256"]
+        hashes = " and ".join(one[:12] + "…" for one in (found.values() if isinstance(found, Mapping) else [found]))
+        tuned = f"{lora['path']} ({shape}, {lora['expert']}, sha256 {hashes})"
     return [
         ("Recipe", results["recipe"] or "none"),
         ("Date", results["date"]),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from train.backbones import loading
+from train.backbones import base_loras, loading
 from train.backbones.base import Backbone, BackboneConfig
 from train.backbones.host_weights import HostWeights
 from train.backbones.random_parts import random_text, random_vae
@@ -56,7 +56,8 @@ def load_backbone(
     memory, and the one that is asked for is on the device, unless `config.stream` has them there block by block. With
     `together` all processes of the launch call at once, and those of a host keep one copy of what is streamed. Raises
     ValueError for an unknown key, a path that is no Wan pipeline or lacks a component, a pipeline of another family
-    than `config.family`, and streaming with `sharding` or without the host memory for it.
+    than `config.family`, LoRAs that cannot be merged into it, and streaming with `sharding` or without the host memory
+    for it.
     """
     _check("family", config.family, BACKBONES)
     _check("dtype", config.dtype, DTYPES)
@@ -75,8 +76,11 @@ def load_backbone(
     if config.random_weights:
         if config.path:
             warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
+        if config.loras and wanted:
+            raise ValueError("backbone.loras needs backbone.path: random weights have no LoRAs")
         architecture, boundary = find_architecture(config), family.default_boundary
-        fingerprint = f"{config.family}-random-{config.architecture}"
+        encoders = f"{config.family}-random-{config.architecture}"
+        fingerprints = (encoders,)
         if "text" in parts or "tokenizer" in parts:
             loaded["tokenizer"] = build_tokenizer()
         if "text" in parts:
@@ -101,13 +105,17 @@ def load_backbone(
                 f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
             )
         fingerprint, boundary = loading.fingerprint(config.family, folder), model_index.get("boundary_ratio")
+        encoders = loading.fingerprint(config.family, folder, loading.ENCODERS)
+        fingerprints, loras = base_loras.read(config.loras, family.expert_folders, fingerprint, architecture)
         if "text" in parts or "tokenizer" in parts:
             loaded["tokenizer"] = loading.load_tokenizer(folder)
         if "text" in parts:
             text_dim = architecture["transformer"]["text_dim"]
             loaded["text_encoder"] = loading.load_text(folder, device, dtype, text_dim)
         experts = {
-            name: loading.load_transformer(folder, family.expert_folders[name], place, dtype, sharding, ring)
+            name: loading.load_transformer(
+                folder, family.expert_folders[name], place, dtype, sharding, ring, loras.get(name, ())
+            )
             for name in wanted
         }
         if "vae" in parts:
@@ -116,7 +124,7 @@ def load_backbone(
         loading.choose_attention(network, config.attention, device)
     if host:
         loaded["host"] = HostWeights(experts, device)
-    return family(config, architecture, device, fingerprint, experts, boundary, **loaded)
+    return family(config, architecture, device, fingerprints, encoders, experts, boundary, **loaded)
 
 
 def _ring(device: torch.device, count: int, sharding: Sharding | None, together: bool) -> Ring:

@@ -82,3 +82,10 @@ def parameter_count(architecture: dict[str, Any]) -> int:
     """Parameters of one transformer (of each of the two experts of A14B), counted on the meta device."""
     with torch.device("meta"):
         return sum(p.numel() for p in WanTransformer3DModel(**architecture["transformer"]).parameters())
+
+
+def parameter_shapes(architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of one transformer, by its name, from the meta device."""
+    with torch.device("meta"):
+        network = WanTransformer3DModel.from_config(architecture["transformer"])
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}

@@ -10,9 +10,9 @@ Time t is in [0, 1] and 1 is noise; the network is fed 1000 t. The network predi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,15 +22,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from train.backbones.architecture import latent_shape, num_tokens
+from train.backbones.conditioning import Conditioning as Conditioning
 from train.backbones.host_weights import HostWeights
+from train.experts import BOTH as BOTH
 
-BOTH = "both"  # a value of backbone.expert
 TRAIN_TIMESTEPS = 1000.0  # the network's clock runs from 0 to 1000
 NEGATIVE_PROMPT = (  # Wan's own, word for word: sample_neg_prompt in the shared configs of Wan2.1 and Wan2.2
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
     "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
     "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+
+
+@dataclass
+class BaseLora:
+    """A LoRA that becomes part of the base."""
+
+    path: str = ""  # LoRA file of any tool (train.lora_formats), checkpoint folder or training folder
+    weight: float = 1.0  # what its difference is multiplied by
+    expert: str = ""  # high_noise | low_noise; empty: what the file says, else the only network
 
 
 @dataclass
@@ -47,57 +57,9 @@ class BackboneConfig:
     # Blocks wait in host memory, and each visits the GPU while the one before it computes (train.backbones.streaming).
     stream: bool = False
     text_length: int = 512  # text tokens after zero padding; Wan was trained with 512
-
-
-@dataclass
-class Conditioning:
-    """What the network is told beside the noisy latents.
-
-    `text` (B, L, D) is zero-padded to the backbone's text_length. `image` holds image latents: for wan22_ti2v the
-    first latent frame (B, C, 1, H, W); for wan22_i2v the VAE latents (B, C, F, H, W) of [first frame, zeros ...];
-    None elsewhere.
-    """
-
-    text: Tensor
-    image: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.text.shape[0]
-
-    def __getitem__(self, index: slice) -> Conditioning:
-        return Conditioning(self.text[index], None if self.image is None else self.image[index])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Both tensors moved and/or cast."""
-        image = None if self.image is None else self.image.to(device=device, dtype=dtype)
-        return Conditioning(self.text.to(device=device, dtype=dtype), image)
-
-    def expand(self, batch: int) -> Conditioning:
-        """One conditioning repeated for a batch, without a copy; a batch of `batch` is returned as it is."""
-        if len(self) == batch:
-            return self
-        if len(self) != 1:
-            raise ValueError(f"a conditioning of {len(self)} clips cannot serve {batch}: give 1 or {batch}")
-        image = None if self.image is None else self.image.expand(batch, -1, -1, -1, -1)
-        return Conditioning(self.text.expand(batch, -1, -1), image)
-
-    def held_frames(self, num_frames: int) -> int:
-        """Leading ones of `num_frames` latent frames that are the image itself and are not generated: wan22_ti2v's
-        one, none elsewhere."""
-        return 0 if self.image is None or self.image.shape[2] == num_frames else self.image.shape[2]
-
-    def generated(self, cells: Tensor) -> Tensor:
-        """The latent frames of cells (..., F, H, W) that are generated, the ones that an error counts: all but the
-        `held_frames`."""
-        return cells[..., self.held_frames(cells.shape[-3]) :, :, :]
-
-    @staticmethod
-    def cat(items: Sequence[Conditioning]) -> Conditioning:
-        """Joined along the batch; either all items have an image or none has."""
-        with_image = [item.image for item in items if item.image is not None]
-        if with_image and len(with_image) != len(items):
-            raise ValueError(f"{len(with_image)} of {len(items)} conditionings have an image: give all one, or none")
-        return Conditioning(torch.cat([item.text for item in items]), torch.cat(with_image) if with_image else None)
+    # LoRAs merged into the frozen weights while they are read, in this order, as '[{path: runs/sft/train}]': a step-
+    # distilled one for losers and searches, or the supervised start of preference training, then in its reference too.
+    loras: list[BaseLora] = field(default_factory=list)
 
 
 def _cached(expert: nn.Module, name: str) -> AbstractContextManager[None]:
@@ -123,7 +85,9 @@ class Backbone:
     config: InitVar[BackboneConfig]
     architecture: dict[str, Any]
     device: torch.device
-    fingerprint: str
+    # Of the pipeline's folder, and after each of backbone.loras of the folder with the LoRAs up to that one.
+    fingerprints: tuple[str, ...]
+    encoders: str  # fingerprint of VAE and text encoder alone, on which latents and text embeddings depend
     experts: dict[str, nn.Module]
     boundary: float | None = None
     vae: AutoencoderKLWan | None = None
@@ -135,6 +99,16 @@ class Backbone:
         self.text_length, self.expert = config.text_length, self.training_expert(config)
         whole = self.experts.keys() == self.expert_folders.keys()
         self.trained = BOTH if config.expert == BOTH and whole else self.expert
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that a clip depends on: the folder and the LoRAs in its networks."""
+        return self.fingerprints[-1]
+
+    @property
+    def group_fingerprints(self) -> tuple[str, ...]:
+        """Those of the groups that suit it: of their encoders or, in groups of earlier versions, of the folder."""
+        return self.encoders, self.fingerprints[0]
 
     # What a family is
 

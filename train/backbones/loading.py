@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,11 @@ from train.backbones.architecture import parameter_dtype
 from train.backbones.attention_kernels import attention_seconds
 from train.backbones.random_parts import draw
 from train.backbones.streaming import Ring, StreamedBlocks
+from train.lora_formats import NetworkLora
 from train.parallel import Sharding
 
 WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
+ENCODERS = ("vae", "text_encoder")
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file, for the fingerprint
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
@@ -115,12 +117,14 @@ def load_transformer(
     dtype: torch.dtype,
     sharding: Sharding | None = None,
     ring: Ring | None = None,
+    loras: Sequence[tuple[NetworkLora, float]] = (),
 ) -> WanTransformer3DModel:
     """The transformer in the pipeline's subfolder `name`, read tensor by tensor onto the device; frozen, eval mode.
 
     Modules that must stay float32 (norms, time embedder, scale tables) do, whatever `dtype` is. With `sharding` one
     rank reads, and a module's parameters are shared out before the next module's are there. With `ring` blocks go on to
-    host memory and visit the device (`train.backbones.streaming`).
+    host memory and visit the device (`train.backbones.streaming`). `loras`, with the weight of each, are added to each
+    tensor in float32, before it is rounded. ValueError where one does not fit.
     """
     stored = _stored(folder, name)
     with _named(folder, name), torch.device("meta"):
@@ -136,10 +140,16 @@ def load_transformer(
                 f" {tuple(stored[key].shape)}, not {tuple(shape)}): download it again"
             )
 
+    for lora, _ in loras:
+        lora.check(wanted, source=f"LoRA {lora.path}")
+
     def read(key: str, parameter: Tensor) -> None:
         if sharding is None or sharding.reads:
             with safe_open(stored[key].file, "pt") as file:
-                parameter.copy_(file.get_tensor(key).to(device))  # there, casting costs nothing
+                weight = file.get_tensor(key).to(device)  # there, casting costs nothing
+            for lora, strength in loras:
+                weight = lora.add(key, weight, strength=strength)
+            parameter.copy_(weight)
 
     with _named(folder, name):
         return _fill(model, device, dtype, read, sharding, ring)
@@ -237,14 +247,14 @@ def choose_attention(network: WanTransformer3DModel, name: str, device: torch.de
         raise ValueError(f"backbone.attention={name!r} cannot be used: {error}; use auto, native or flash") from error
 
 
-def fingerprint(family: str, folder: Path) -> str:
+def fingerprint(family: str, folder: Path, components: Sequence[str] = WEIGHT_FOLDERS) -> str:
     """A pipeline folder's name, <family>-<12 hex>: its configs and each weight file's name, size and 16 samples.
 
-    The same for any dtype, device and choice of loaded parts, but it covers the whole folder: a folder that lacks a
-    component gives another fingerprint. Keys that begin with "_" (library versions, paths) do not count.
+    The same for any dtype, device and choice of loaded parts, but it covers all of `components`: a folder that lacks
+    one gives another fingerprint. Keys that begin with "_" (library versions, paths) do not count.
     """
     digest = hashlib.sha256(family.encode())
-    for name in WEIGHT_FOLDERS:
+    for name in components:
         if not (folder / name / "config.json").is_file():
             continue
         config = json.dumps(_read_config(folder, name), sort_keys=True)

@@ -8,15 +8,15 @@ frame, zeros ...].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.backbones.architecture import wan_architecture
 from train.backbones.base import TRAIN_TIMESTEPS, Backbone, Conditioning
+from train.experts import EXPERT_FOLDERS
 
 
 def expert_at(t: Tensor, boundary: float) -> str:
@@ -25,17 +25,12 @@ def expert_at(t: Tensor, boundary: float) -> str:
     return "high_noise" if TRAIN_TIMESTEPS * t >= TRAIN_TIMESTEPS * boundary else "low_noise"
 
 
-def as_one(experts: Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """Both experts as one module, in which they are named as their folders in the pipeline."""
-    return nn.ModuleDict({folder: experts[name] for name, folder in Wan22T2V.expert_folders.items()})
-
-
 class Wan22T2V(Backbone):
     architectures = {
         "tiny": wan_architecture(heads=2, head_dim=32, ffn=256, layers=2, text_dim=64),
         "A14B": wan_architecture(heads=40, ffn=13824, layers=40),
     }
-    expert_folders = {"high_noise": "transformer", "low_noise": "transformer_2"}
+    expert_folders = EXPERT_FOLDERS
     default_boundary = 0.875
 
     def _expert_at(self, t: Tensor) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from train import compile_cache
 from train.backbones.attention_kernels import KERNELS, kernel_name
+from train.full_parameters import FullParameters
 from train.fused import float8
 from train.fused.memory import INPUT_OFFLOADED, OFFLOADED, passes_waiting
 from train.fused.offload import HostStore
@@ -303,7 +304,7 @@ class _BlockFunction(torch.autograd.Function):
 def unfit(network: nn.Module, switch: Any = None) -> str:
     """Why this network's blocks cannot be fused, for a message; empty when they can. switch: what was attached, if
     anything was."""
-    if not isinstance(switch, LoraSwitch | None):
+    if isinstance(switch, FullParameters):
         return "all weights train"
     adapted = [name.split(".", 2) for name, layer in network.named_modules() if isinstance(layer, SwitchedLinear)]
     if any(parts[0] != "blocks" or parts[2] not in LAYERS for parts in adapted):

@@ -5,24 +5,22 @@ to the latents (refinement, guidance) computes each block anew, as activation ch
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 from train.backbones.base import Backbone
 from train.fused.fused_block import fuse_blocks, unfit
 from train.lora_switch import SwitchedLinear, SwitchState
-from train.weight_files import Trainable
 
 
-def fuse(backbone: Backbone, switch: Trainable | None = None, *, compiled: bool = True) -> str:
+def fuse(backbone: Backbone, switch: Any = None, *, compiled: bool = True) -> str:
     """Fuse the blocks of all loaded experts; `switch` is what was attached to one of them, or to both.
 
     Returns why some network stays as it is, "" where none does: float32 weights on a GPU, an attention kernel without
     logsumexp, adapters outside the blocks, full weights.
     """
-    if switch is not None and (reason := unfit(backbone.transformer, switch)):
-        return reason
     reasons = {}
     for network in backbone.experts.values():
-        if reason := unfit(network):
+        if reason := unfit(network, switch):
             reasons[reason] = None
             continue
         adapted = any(isinstance(layer, SwitchedLinear) for layer in network.modules())

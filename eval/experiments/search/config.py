@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from eval.config import ClipsConfig
 from eval.experiments.search.work import Job
@@ -18,7 +19,7 @@ class ExperimentConfig:
     share: str = ""  # "2/8": only the second of eight shares of the prompts, without a table, beside other processes
     clips: int = 256  # held-out prompts, of all scenes
     seed: int = 0  # of the held-out scenes
-    lora: str = ""  # search with this LoRA or full weights attached; empty: the base model
+    lora: Any = ""  # search with this LoRA or full weights attached, as generate.lora; empty: the base model
     scorers: list[str] = field(  # keys of eval.search.scorers.SCORERS
         default_factory=lambda: ["random", "most_motion", "proprio_hybrid", "residual_per_motion"]
     )

@@ -22,6 +22,7 @@ from eval.experiments.search.store import read_record, read_tensors, write_recor
 from eval.judges import Judging
 from eval.judges.sandbox.judge import SandboxJudgeConfig
 from eval.judges.sandbox.judge import build as build_judge
+from eval.loras import attach, read_lora
 from eval.search import racing
 from eval.search.candidates import Candidates, choose
 from eval.search.pruning import promising
@@ -29,9 +30,8 @@ from eval.search.scorers.baselines import motion_energy
 from eval.search.searcher import RACING, Searcher, batches, prune_settings, scorer_settings
 from train.backbones import load_backbone
 from train.backbones.base import Backbone, Conditioning
-from train.checkpoint import attach_trained, weights_path
 from train.clips import write_clip
-from train.files import digest, sha256
+from train.files import digest
 from train.sampling import sampling_passes
 
 Made = tuple[dict[str, Tensor], dict[str, Any]]  # a prompt's tensors, "latents" (n, C, F, H, W) among them, and facts
@@ -93,9 +93,9 @@ class Work:
         self.folder, self.judging = Path(self.experiment.folder), Judging.of(config)
         self.backbone: Backbone = load_backbone(config.backbone, device)
         self.lora = ""
-        if self.experiment.lora:
-            attach_trained(self.experiment.lora, self.backbone.experts, fingerprint=self.backbone.fingerprint)
-            self.lora = sha256(weights_path(self.experiment.lora))
+        if lora := read_lora(self.experiment.lora, self.backbone, key="search_experiment.lora"):
+            attach(lora, self.backbone)
+            self.lora = lora.sha256
         negative = None
         if sampling_passes(self.backbone, config.sampler) > config.sampler.steps:  # some step is guided
             negative = Conditioning(self.backbone.encode_text([config.sampler.negative_prompt]))

@@ -1,0 +1,45 @@
+"""`backbone.loras`: LoRAs that become part of a base, checked before any weights are read, and its fingerprint then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from train import files, lora_formats
+from train.backbones.architecture import parameter_shapes
+from train.backbones.base import BaseLora
+from train.lora_formats import NetworkLora
+
+
+def read(
+    loras: Sequence[BaseLora], experts: Iterable[str], folder: str, architecture: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, list[tuple[NetworkLora, float]]]]:
+    """Fingerprints as in `Backbone.fingerprints`, `folder` first, and by network its LoRAs with their weights.
+
+    A fingerprint is <folder>+<12 hex>: of the LoRAs' contents, weights and networks, in order. Raises ValueError,
+    naming the entry, for a LoRA that is none, fits no network of `experts`, or was trained on another base than the
+    folder, with those LoRAs merged that come before it or some first ones of them.
+    """
+    fingerprints, made, found = [folder], [], {}
+    shapes = parameter_shapes(architecture) if loras else {}
+    for entry in loras:
+        source = f"backbone.loras={entry.path}"
+        if not math.isfinite(entry.weight):
+            raise ValueError(f"{source}: weight={entry.weight} is no finite number")
+        try:
+            lora = lora_formats.read(entry.path)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        if lora.fingerprint and lora.fingerprint not in fingerprints:
+            raise ValueError(
+                f"{source} was trained on backbone {lora.fingerprint}, but it would be merged into {fingerprints[-1]}:"
+                " use the backbone it was trained on; after a + a fingerprint counts the LoRAs of backbone.loras"
+            )
+        by_expert = lora.by_expert(list(experts), expert=entry.expert, source=source)
+        for name, network in by_expert.items():
+            network.check(shapes, source=source)
+            found.setdefault(name, []).append((network, float(entry.weight)))
+        made.append([lora.sha256, float(entry.weight), sorted(by_expert)])
+        fingerprints.append(f"{folder}+{files.digest(made)[:12]}")
+    return tuple(fingerprints), found

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from eval.clips import Clip
 from eval.loras import read_lora
 from tests.synthetic_groups import replace_sample, sample_bytes, verify, write_synthetic_groups
 from train import checkpoint, entry, export
+from train.backbones.wan21 import Wan21
 from train.clips import VideoConfig, read_clip, write_clip
 from train.data import GroupStream
 from train.groups import GroupSet, check_group, shard_record, write_index
@@ -240,6 +242,15 @@ def network() -> nn.Module:
     return whole
 
 
+# What a backbone says of itself, for `read_lora`.
+SHELL = SimpleNamespace(
+    fingerprint=FINGERPRINT,
+    fingerprints=(FINGERPRINT,),
+    expert_folders=Wan21.expert_folders,
+    architecture=Wan21.architectures["tiny"],
+)
+
+
 def write_checkpoint(folder: Path) -> Path:
     switch = LoraSwitch(network(), LoraConfig(rank=2, alpha=2.0, targets=["attn1.to_q"]))
     optimizer = build_optimizer(OptimConfig(), switch.parameters())
@@ -277,7 +288,7 @@ def lora(folder: Path) -> Target:
 
     def read(data: bytes) -> bool:
         file.write_bytes(data)
-        read_lora(str(file), FINGERPRINT, key="generate.lora")
+        read_lora(str(file), SHELL, key="generate.lora")
         uses = (
             lambda: checkpoint.attach_trained(file, {"transformer": network()}, fingerprint=FINGERPRINT),
             lambda: export.to_diffusers(file, folder / "diffusers.safetensors"),

@@ -259,10 +259,10 @@ def _slots(path: Path, keys: Iterable[str]) -> dict[str, dict[str, dict[str, str
 
 def _unflattened(layer: str) -> str | None:
     """kohya's name with its dots; others as they are. None for one of another network."""
-    if not layer.startswith("lora_unet_"):
+    if not layer.startswith("lora_"):
         return layer
     match = re.fullmatch(r"lora_unet_(?:(blocks)_(\d+)_)?(.+)", layer)
-    if match[3] not in FLAT_NAMES:
+    if match is None or match[3] not in FLAT_NAMES:
         return None
     return f"blocks.{match[2]}.{FLAT_NAMES[match[3]]}" if match[1] else FLAT_NAMES[match[3]]
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from eval.loras import attach, read_lora
 from eval.search.candidates import Candidates
 from eval.search.masks import mask_of
 from eval.search.residuals import ResidualConfig, Residuals
@@ -46,6 +48,31 @@ def test_velocity_and_gradient_are_those_of_plain_blocks(family):
             found.append((velocity.detach(), gradient))
     for plain, fused in zip(found[:2], found[2:], strict=True):
         torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-4)
+
+
+def test_loras_of_both_experts_and_full_differences_stay_in_fused_blocks(tmp_path):
+    backbone, tensors = load("wan22_t2v"), {}
+    latents, conditioning = inputs(backbone)
+    for network in ("transformer", "transformer_2"):
+        tensors[f"{network}.blocks.0.attn1.to_q.lora_A.weight"] = draw(2, 64) / 4
+        tensors[f"{network}.blocks.0.attn1.to_q.lora_B.weight"] = draw(64, 2, seed=1) / 4
+        tensors[f"{network}.blocks.1.norm2.diff"] = draw(64, seed=2) / 4
+        tensors[f"{network}.blocks.1.attn2.to_v.diff_b"] = draw(64, seed=3) / 4
+    save_file(tensors, tmp_path / "lora.safetensors")
+    attached = attach(read_lora(str(tmp_path / "lora.safetensors"), backbone, key="x"), backbone)
+    found = []
+    with torch.no_grad():
+        for times in range(2):
+            if times:
+                assert fuse(backbone, attached, compiled=False) == ""
+            for t in (0.95, 0.3):
+                found.append(backbone.velocity_at(latents, t, conditioning))
+                with attached.reference():
+                    found.append(backbone.velocity_at(latents, t, conditioning))
+    for plain, fused in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-4)
+    for tuned, base in zip(found[::2], found[1::2], strict=True):
+        assert (tuned - base).abs().max() > 1e-2
 
 
 def test_the_switch_turns_fused_blocks_as_well():

@@ -117,6 +117,7 @@ def describe(groups: GroupSet) -> str:
     lines = {
         "folder": groups.folder,
         "fingerprint": groups.fingerprint,
+        **({"losers of": groups.network} if groups.network != groups.fingerprint else {}),
         "video": ", ".join(f"{name} {value}" for name, value in groups.video.items()),
         "latent shape": f"{groups.latent_shape} {dtype_name(groups.latent_dtype)}",
         "groups": len(groups),

@@ -4,6 +4,7 @@ from typing import Any
 
 from train import lora_formats
 from train.backbones.base import Backbone
+from train.experts import BOTH
 from train.lora_formats import LoraFile
 from train.lora_switch import LoraSwitch
 from train.policy import Reference
@@ -47,14 +48,18 @@ def start_from(config: Any, backbone: Backbone, switch: Reference) -> str:
             " backbone.path and backbone.loras that it was trained with"
         )
     assert isinstance(switch, LoraSwitch)
-    says = file.expert or "transformer_2" in file.networks
-    found = file.by_expert(list(backbone.expert_folders), expert="" if says else backbone.expert, source=source)
-    if backbone.expert not in found:
-        name = next(iter(found))
-        raise ValueError(f"{source} is for {name}, this run trains {backbone.expert}: set backbone.expert={name}")
-    lora, scale, state = found[backbone.expert], config.lora.alpha / config.lora.rank, {}
-    for layer, pair in lora.pairs.items():
-        state[f"{layer}.lora_A.weight"] = lora.tensor(pair.down)
-        state[f"{layer}.lora_B.weight"] = lora.tensor(pair.up) * (pair.scale / scale)
+    trained, both = backbone.trained, backbone.trained == BOTH
+    says = both or file.expert or "transformer_2" in file.networks
+    found = file.by_expert(list(backbone.expert_folders), expert="" if says else trained, source=source)
+    needed = tuple(backbone.expert_folders) if both else (trained,)
+    if any(name not in found for name in needed):
+        name = ", ".join(found)
+        raise ValueError(f"{source} is for {name}, this run trains {trained}: set backbone.expert={name}")
+    scale, state = config.lora.alpha / config.lora.rank, {}
+    for name in needed:
+        prefix, lora = f"{backbone.expert_folders[name]}." if both else "", found[name]
+        for layer, pair in lora.pairs.items():
+            state[f"{prefix}{layer}.lora_A.weight"] = lora.tensor(pair.down)
+            state[f"{prefix}{layer}.lora_B.weight"] = lora.tensor(pair.up) * (pair.scale / scale)
     switch.load_state_dict(state, source=source)
     return f"the policy starts from {file.path}, the reference is {backbone.fingerprint} without it"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import recipes
 from data_pipeline import build, config, tables
@@ -31,6 +32,7 @@ from eval.sandbox.splits import list_clips, simulate_block
 from tests.synthetic_groups import verify
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
+from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip
 from train.files import lock, seed_of
@@ -39,6 +41,7 @@ from train.sampling import SamplerConfig, sample_clips
 
 ROOT = Path(__file__).parents[2]
 GOOD = ("red", "green", "blue", "grey", "pink")
+SHAPES = {"A": (2, 128), "B": (128, 2)}  # of a LoRA on the tiny network
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +168,8 @@ def test_winner_and_losers_are_what_the_backbone_makes(built, model, clips):
     loaded = BackboneConfig(path=str(model), architecture="tiny", dtype="float32", text_length=32)
     backbone = load_backbone(loaded, "cpu")
     group = by_key(built / "out")["green"]
-    assert group.fingerprint == backbone.fingerprint == GroupSet(built / "out" / "groups").fingerprint
+    assert group.fingerprint == backbone.encoders == GroupSet(built / "out" / "groups").fingerprint
+    assert group.network == backbone.fingerprint == GroupSet(built / "out" / "groups").network
     frames = read_clip(clips / "green.mp4", VideoConfig(64, 64, 9, 8.0))
     torch.testing.assert_close(group.winner, backbone.encode_video(from_pixels(frames)[None])[0].bfloat16())
     text, seeds = backbone.condition(["a green ball falls"]), [group.losers_info[1].seed]
@@ -244,6 +248,41 @@ def test_a_second_run_does_nothing(built, copied, model, no_weights, capsys):
     assert "quarantine" not in printed and "warning" not in printed
     assert shards(copied / "out") == before
     assert (copied / "out" / "groups" / "index.json").read_bytes() == index
+
+
+def test_a_build_of_an_earlier_version_goes_on_under_its_fingerprint(model, clips, tmp_path, monkeypatch, capsys):
+    """Those have the whole pipeline's fingerprint in their groups, and nothing beside it."""
+    manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:3])
+    earlier = {"fingerprint": fingerprint("wan21", model), "network": ""}
+    with monkeypatch.context() as patch:
+        patch.setattr(Encode, "origin", earlier)
+        build.main(arguments(model, manifest, tmp_path / "out"))
+    before = shards(tmp_path / "out")
+    index = (tmp_path / "out" / "groups" / "index.json").read_bytes()
+    build.main(arguments(model, manifest, tmp_path / "out"))  # finished: not a byte is written
+    assert shards(tmp_path / "out") == before
+    assert (tmp_path / "out" / "groups" / "index.json").read_bytes() == index
+    write_manifest(manifest, clips, good_rows(red={"semantic": "0.9", "physical": "0.8"})[:3])
+    build.main(arguments(model, manifest, tmp_path / "out"))  # one of its two shards is written anew
+    assert {name for name, data in shards(tmp_path / "out").items() if data != before[name]} == {"unit-00000.tar"}
+    groups = GroupSet(tmp_path / "out" / "groups")
+    assert {groups.fingerprint, groups.network} == {earlier["fingerprint"]} and "network" not in groups.index
+
+
+def test_loras_under_the_base_make_other_losers_of_the_same_winners(built, copied, model, tmp_path):
+    name = {f"blocks.0.self_attn.q.lora_{side}.weight": torch.ones(*shape) for side, shape in SHAPES.items()}
+    save_file(name, tmp_path / "lora.safetensors")
+    loras = f"backbone.loras=[{{path: {tmp_path / 'lora.safetensors'}}}]"
+    build.main(arguments(model, built / "clips.csv", copied / "out", loras))
+    before, after = by_key(built / "out"), by_key(copied / "out")
+    groups = GroupSet(copied / "out" / "groups")
+    whole = fingerprint("wan21", model)
+    assert groups.network.startswith(f"{whole}+") and groups.fingerprint == before["red"].fingerprint
+    for key, group in after.items():
+        assert torch.equal(group.winner, before[key].winner) and group.network == groups.network
+        assert not torch.equal(group.losers, before[key].losers)
+    winners = list((copied / "out" / "pipeline" / "encode" / "winners").rglob("*.safetensors"))
+    assert len(winners) == len(GOOD)  # none was encoded again
 
 
 @pytest.mark.slow

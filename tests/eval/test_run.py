@@ -27,7 +27,7 @@ from eval.report import tables as report
 from eval.report.rows import RowFile, identity, scoring_settings
 from eval.vlm.client import jpeg_frames
 from tests.eval.vlm_stub import StubServer
-from train import checkpoint
+from train import checkpoint, export
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
@@ -437,14 +437,20 @@ def test_a_dry_run_counts(copied, no_sampling, capsys):
     assert expected in capsys.readouterr().out
 
 
-def test_an_export_and_another_tools_lora_are_refused_with_what_to_give(tuned, tmp_path):
+@pytest.mark.slow
+def test_an_export_gives_the_clips_of_its_training_folder(tuned, tmp_path):
+    exported = export.to_comfyui(tuned.model.parent / "lora.safetensors", tmp_path / "comfy.safetensors")
+    results = tuned.run(f"run.lora={exported}", f"output={tmp_path / 'out'}")
+    assert results["lora"]["shape"] == "rank 2" and results["lora"]["path"] == str(exported)
+    ours, theirs = (sorted((folder / "eval").rglob("tuned/*.mp4")) for folder in (tuned.folder, tmp_path / "out"))
+    assert ours and [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+
+
+def test_half_a_lora_is_refused(tuned, tmp_path):
     state = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 4)}
-    save_file(state, tmp_path / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
-    for given in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
-        with pytest.raises(
-            ValueError, match=rf"run.lora={given}: .*give a .*; exports and LoRAs of other tools are not"
-        ):
-            tuned.run(f"run.lora={given}", f"output={tmp_path / 'out'}")
+    save_file(state, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"run.lora=.*half.safetensors: LoRA .* without its B \(up\): the file is not"):
+        tuned.run(f"run.lora={tmp_path / 'half.safetensors'}", f"output={tmp_path / 'other'}")
 
 
 def written(folder: Path) -> dict[str, bytes]:

@@ -19,8 +19,8 @@ from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
-from train.backbones.wan22_a14b import as_one
 from train.data import build_loader
+from train.experts import as_one
 from train.fused.inference import fuse
 from train.groups import GroupSet
 from train.lora_switch import LoraSwitch

@@ -47,7 +47,7 @@ def write_shard(folder, name, *groups):
 
 
 def assert_equal_groups(left, right):
-    for name in ("key", "prompt", "action", "physics_richness", "source", "losers_info", "fingerprint"):
+    for name in ("key", "prompt", "action", "physics_richness", "source", "losers_info", "fingerprint", "network"):
         assert getattr(left, name) == getattr(right, name)
     assert left.extra.keys() == right.extra.keys()
     pairs = [(getattr(left, name), getattr(right, name)) for name in ("winner", "losers", "text", "condition")]
@@ -224,6 +224,21 @@ def test_an_interrupted_shard_is_not_done(tmp_path):
     assert shard_record(tmp_path, "a") is None
     with pytest.raises(ValueError, match="'a'.*not finished"):
         write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
+
+
+def test_the_network_that_made_the_losers_is_kept_where_it_is_another(tmp_path):
+    write_shard(tmp_path, "a", make_group(0, network="tiny-1+2"), make_group(1, network="tiny-1+2"))
+    write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
+    groups = GroupSet(tmp_path, fingerprint=("tiny-1", "tiny-0"))
+    assert (groups.fingerprint, groups.network, groups[1].network) == ("tiny-1", "tiny-1+2", "tiny-1+2")
+    assert verify(tmp_path) == []
+    for others in ([make_group(2)], [make_group(2, network="tiny-9")]):
+        write_shard(tmp_path, "b", *others)
+        with pytest.raises(ValueError, match=r"'b' in .* has network (None|tiny-9), not tiny-1\+2 as the others"):
+            write_index(tmp_path, fingerprint="tiny-1", video=VIDEO)
+    for pair in ((make_group(0), make_group(1, network="x")), (make_group(0, network="x"), make_group(1))):
+        with pytest.raises(ValueError, match="'group-000001' has network"):
+            write_shard(tmp_path, "c", *pair)
 
 
 def test_write_index_refuses_shards_that_do_not_belong_together(tmp_path):

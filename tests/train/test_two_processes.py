@@ -155,6 +155,19 @@ def test_zero3_shards_the_network_and_equals_one_process(tiny, one_process, zero
 
 
 @pytest.mark.slow
+def test_zero3_merges_loras_while_it_shards(tiny, tmp_path):
+    """One rank reads, merges and shares out; the run is that of one process on the same merged base."""
+    run = ("optim.batch_size=4", "optim.steps=2", "validation.prompts=[]", *two_process_worker.NO_TERMS)
+    tiny.train(tmp_path / "plain", *run)
+    loras = f"backbone.loras=[{{path: {tmp_path / 'plain' / 'train'}, weight: 30}}]"
+    tiny.train(tmp_path / "one", *run, loras)
+    finish(launch("zero3", ("-m", "train.gdpo"), *tiny.arguments(tmp_path, *run, loras), tmp_path=tmp_path), tmp_path)
+    assert_close_metrics(tiny.metrics(tmp_path), tiny.metrics(tmp_path / "one"), 5e-4)
+    errors = [tiny.metrics(folder)[0]["policy_winner"] for folder in (tmp_path, tmp_path / "plain")]
+    assert errors[0] != pytest.approx(errors[1], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_zero3_gathers_fused_blocks_for_both_passes(tiny, tmp_path, one_process, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # fused, but run as written
     expected, _ = one_process

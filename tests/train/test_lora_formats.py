@@ -165,6 +165,7 @@ def test_diffusers_metadata_state_alpha_by_pattern(tmp_path):
         lora_formats.read(tmp_path / "lora.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:Adapter")  # peft takes a bias for a shard
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
 def test_pefts_own_folder_gives_what_peft_merges(tmp_path, options):
     network = random_transformer(
@@ -426,3 +427,37 @@ def test_merged_weights_are_rounded_once(tmp_path, ours, tiny_pipeline, dtype):
         torch.testing.assert_close(weight.float(), expected, **close)
         if name not in ours[2] and name not in made.delta:
             assert torch.equal(weight, base[name].to(weight.dtype))
+
+
+# Exports of another tool's LoRA
+
+
+@pytest.mark.parametrize("to", ["diffusers", "comfyui", "merged"])
+def test_any_file_is_exported_with_its_difference(tmp_path, tiny_pipeline, to, capsys):
+    """Ranks and alphas differ by layer."""
+    made, source = Made(IN_BLOCKS), tmp_path / "musubi.safetensors"
+    key = {"key": "lora_unet_{}.{}.weight", "down": "lora_down", "up": "lora_up", "alpha": "lora_unet_{}.alpha"}
+    save_file(made.tensors(flat(IN_BLOCKS), **key), source)
+    target = tmp_path / ("merged" if to == "merged" else "out.safetensors")
+    more = ["--base", str(tiny_pipeline), "--dtype", "float32"] if to == "merged" else []
+    export.main([str(source), str(target), "--to", to, *more])
+    assert capsys.readouterr().out == f"wrote {target}\n"
+    if to == "merged":
+        base = WanTransformer3DModel.from_pretrained(tiny_pipeline / "transformer").state_dict()
+        for name, weight in WanTransformer3DModel.from_pretrained(target).state_dict().items():
+            delta = made.delta.get(name, torch.zeros_like(weight))
+            torch.testing.assert_close(weight - base[name], delta, rtol=0, atol=1e-6)
+    else:
+        assert_gives(target, made.delta)
+
+
+def test_exports_say_the_expert_that_is_given_and_refuse_whole_differences(tmp_path, capsys):
+    made, source = Made(["blocks.0.attn1.to_q"]), tmp_path / "lora.safetensors"
+    tensors = made.tensors({"blocks.0.attn1.to_q": "blocks.0.self_attn.q"}, "{}.{}.weight", down="lora_A", up="lora_B")
+    save_file(tensors, source)
+    export.main([str(source), str(tmp_path / "out.safetensors"), "--expert", "low_noise"])
+    assert capsys.readouterr().out.endswith("out.safetensors, for the low_noise expert\n")
+    assert lora_formats.read(tmp_path / "out.safetensors").expert == "low_noise"
+    save_file(tensors | {"blocks.0.norm3.diff": torch.ones(128)}, source)
+    with pytest.raises(ValueError, match="holds full differences, which no export has: use it as backbone.loras"):
+        export.main([str(source), str(tmp_path / "other.safetensors")])

@@ -10,6 +10,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, safe_open, save_file
 
 import recipes
+from eval.loras import attach, read_lora
 from tests.conftest import LATENT_SHAPE, TEXT_SHAPE, Tiny
 from tests.synthetic_groups import write_synthetic_groups
 from tests.train.test_resume import assert_equal_runs
@@ -23,6 +24,7 @@ from train.data import build_loader
 from train.experts import as_one
 from train.fused.inference import fuse
 from train.groups import GroupSet
+from train.lora_start import start_from
 from train.lora_switch import LoraSwitch
 from train.plan import plan
 from train.policy import Policy
@@ -300,6 +302,41 @@ def test_comfyui_gets_a_file_for_each_expert(two, tmp_path, trained, capsys):
             assert opened.metadata()["expert"] == file.stem.removeprefix("lora_")
         up = load_file(file)["diffusion_model.blocks.1.self_attn.q.lora_up.weight"]
         assert torch.equal(up, policy.switch.weights[f"{folder}.blocks.1.attn1.to_q.lora_B.weight"])
+
+
+def test_all_forms_of_a_lora_of_both_come_back_as_one(two, tmp_path, trained):
+    """Our file, its exports for diffusers (one file) and for ComfyUI (two), bit for bit."""
+    _, path = trained
+    diffusers = export.to_diffusers(path, tmp_path / "out" / export.DIFFUSERS_FILE)
+    export.to_comfyui(path, tmp_path / "comfy.safetensors")
+    high, low = export.comfyui_files(tmp_path / "comfy.safetensors", "both")
+    config = BackboneConfig(family="wan22_t2v", path=str(two.model), dtype="float32", text_length=64)
+    latents, text, found = torch.randn(1, *LATENT_SHAPE), Conditioning(torch.randn(1, 64, TEXT_SHAPE[1])), []
+    for given in (str(path), str(diffusers), {"high_noise": str(high), "low_noise": str(low)}):
+        backbone = load_backbone(config, "cpu", parts=("transformer",))
+        attach(read_lora(given, backbone, key="run.lora"), backbone)
+        with torch.no_grad():
+            found.append([backbone.velocity_at(latents, t, text) for t in (0.95, 0.3)])
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+def test_both_start_from_a_lora_of_both(two, tmp_path, trained, short_turns):
+    policy, path = trained
+    diffusers = export.to_diffusers(path, tmp_path / "out" / export.DIFFUSERS_FILE)
+    alpha = ("lora.alpha=12", "objective.loss=bound")
+    config = two.config(tmp_path, *BOTH, *alpha, f"lora.start={diffusers}")
+    fresh = policy_of(two.config(tmp_path, *BOTH, *alpha))
+    for weight in fresh.switch.parameters():
+        weight.data.zero_()
+    start_from(config, fresh.backbone, fresh.switch)
+    assert all(torch.equal(weight, policy.switch.weights[name]) for name, weight in fresh.switch.weights.items())
+    export.to_comfyui(path, tmp_path / "one.safetensors")
+    one, _ = export.comfyui_files(tmp_path / "one.safetensors", "both")
+    with pytest.raises(ValueError, match="is for high_noise, this run trains both: set backbone.expert=high_noise"):
+        start_from(two.config(tmp_path, *BOTH, f"lora.start={one}"), fresh.backbone, fresh.switch)
+    two.train(tmp_path / "run", *BOTH, *alpha, f"lora.start={diffusers}", "optim.steps=2")
+    assert two.metrics(tmp_path / "run")[0]["margin"] != 0
 
 
 def test_both_networks_are_merged(two, tmp_path, trained):

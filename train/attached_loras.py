@@ -38,8 +38,10 @@ class AttachedLoras:
                 whole.append(f"{layer}.weight")
         for key in dict.fromkeys(whole):
             parameter = parameters[key]
+            streamed = getattr(network, "streamed", None) if key.startswith("blocks.") else None
+            base = parameter.data if streamed is None else streamed.stored(key).to(parameter.device)
             self._changed.append((parameter, parameter.data))
-            parameter.data = lora.add(key, parameter.data).to(parameter.dtype)
+            parameter.data = lora.add(key, base).to(parameter.dtype)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from itertools import count
 
@@ -267,6 +268,30 @@ def test_attached_differences_are_switched_off_with_the_adapters(tmp_path):
         assert torch.equal(velocity(plain), base)
     torch.testing.assert_close(velocity(plain), velocity(merged), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(velocity(plain), base, atol=0.01)
+
+
+def test_streamed_blocks_take_loras_under_and_on_them(tmp_path, tiny_pipeline):
+    """Their parameters hold other blocks' numbers in between."""
+    made = Made(IN_BLOCKS)
+    tensors = made.tensors(IN_BLOCKS, "diffusion_model.{}.{}.weight", down="lora_down", up="lora_up")
+    tensors |= {f"diffusion_model.{key}": draw(*shapes()[name]) for name, key in DIFFERENCES.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    (lora,) = lora_formats.read(tmp_path / "lora.safetensors").networks.values()
+    under = [BaseLora(str(tmp_path / "lora.safetensors"))]
+    found = {}
+    for stream in (False, True):
+        config = BackboneConfig(path=str(tiny_pipeline), dtype="float32", stream=stream)
+        plain = load_backbone(config, "cpu", parts=("transformer",))
+        base = velocity(plain.transformer)
+        attached = AttachedLoras(plain.experts, {"transformer": lora}, source="it")
+        tuned = velocity(plain.transformer)
+        with attached.reference():
+            assert torch.equal(velocity(plain.transformer), base)
+        assert torch.equal(velocity(plain.transformer), tuned)
+        merged = load_backbone(replace(config, loras=under), "cpu", parts=("transformer",))
+        torch.testing.assert_close(velocity(merged.transformer), tuned, rtol=1e-5, atol=1e-5)
+        found[stream] = (base, tuned, velocity(merged.transformer))
+    assert all(map(torch.equal, found[False], found[True]))
 
 
 # Which network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,14 +97,7 @@ def load_backbone(
             if name in wanted
         }
     else:
-        folder = loading.resolve_folder(config.path, config.revision)
-        model_index, architecture = loading.read_pipeline(folder)
-        if problem := family.mismatch(model_index, architecture):
-            fitting = [name for name, other in BACKBONES.items() if not other.mismatch(model_index, architecture)]
-            remedy = f"set backbone.family={fitting[0]}" if fitting else "give a pipeline of that family"
-            raise ValueError(
-                f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
-            )
+        folder, model_index, architecture = _open(config)
         fingerprint, boundary = loading.fingerprint(config.family, folder), model_index.get("boundary_ratio")
         encoders = loading.fingerprint(config.family, folder, loading.ENCODERS)
         fingerprints, loras = base_loras.read(config.loras, family.expert_folders, fingerprint, architecture)
@@ -125,6 +119,19 @@ def load_backbone(
     if host:
         loaded["host"] = HostWeights(experts, device)
     return family(config, architecture, device, fingerprints, encoders, experts, boundary, **loaded)
+
+
+def _open(config: BackboneConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Folder, model_index.json and architecture of the pipeline. ValueError where it is of another family."""
+    folder = loading.resolve_folder(config.path, config.revision)
+    model_index, architecture = loading.read_pipeline(folder)
+    if problem := BACKBONES[config.family].mismatch(model_index, architecture):
+        fitting = [name for name, other in BACKBONES.items() if not other.mismatch(model_index, architecture)]
+        remedy = f"set backbone.family={fitting[0]}" if fitting else "give a pipeline of that family"
+        raise ValueError(
+            f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
+        )
+    return folder, model_index, architecture
 
 
 def _ring(device: torch.device, count: int, sharding: Sharding | None, together: bool) -> Ring:

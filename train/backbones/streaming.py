@@ -102,6 +102,11 @@ class StreamedBlocks:
             self.slot(self.before).holds = None
         return self.layout.view(self.slot(self.before).memory, name)
 
+    def stored(self, key: str) -> Tensor:
+        """What the parameter blocks.<index>.<name> is, in host memory."""
+        _, index, name = key.split(".", 2)
+        return self.layout.view(self.hosts[int(index)], name)
+
     def attach(self) -> None:
         """Every block fetches itself when it is called. Once all are filled, on all ranks."""
         self._store()

@@ -13,6 +13,7 @@ import sys
 import numpy as np
 
 from eval.robots.demonstrations import Listed, demonstrate
+from train import entry
 from train.clips import VideoConfig
 
 
@@ -33,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

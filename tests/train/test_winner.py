@@ -424,7 +424,7 @@ def knowing():
     config = BackboneConfig(family="wan22_ti2v", text_length=2)
     architecture = find_architecture(replace(config, architecture="tiny"))
     network = Knows(winner)
-    backbone = Wan22TI2V(config, architecture, torch.device("cpu"), "known", experts={"transformer": network})
+    backbone = Wan22TI2V(config, architecture, torch.device("cpu"), ("known",), "known", {"transformer": network})
     policy = Policy(backbone, FullParameters(network, keep_reference=True))
     with torch.no_grad():
         network.offset.fill_(OFF)

@@ -3,11 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from diffusers import WanTransformer3DModel
-
 from train.backbones import BACKBONES, DTYPES, find_architecture
-from train.backbones.architecture import latent_shape, num_tokens, parameter_bytes, parameter_count
+from train.backbones.architecture import latent_shape, num_tokens, parameter_bytes, parameter_count, without_storage
 from train.backbones.base import BOTH
 from train.backbones.streaming import SLOTS
 from train.cost import bill
@@ -204,9 +201,7 @@ def clips_in_a_pass(config: Any) -> int:
 
 def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:
     """Trained parameters, counted by attaching the adapters' shapes to a network without storage."""
-    with torch.device("meta"):
-        network = WanTransformer3DModel(**architecture["transformer"])
-    return sum(rows * columns for rows, columns in adapter_shapes(network, lora).values())
+    return sum(rows * columns for rows, columns in adapter_shapes(without_storage(architecture), lora).values())
 
 
 def memory_estimate(

@@ -6,6 +6,8 @@ An architecture is a plain dict: "transformer" (keyword arguments of WanTransfor
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 import torch
@@ -71,8 +73,7 @@ def parameter_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
 
 def parameter_bytes(architecture: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of one transformer's parameters: of one of its blocks, and of all that is outside of them."""
-    with torch.device("meta"):
-        network = WanTransformer3DModel(**architecture["transformer"])
+    network = without_storage(architecture)
     sizes = {key: p.numel() * parameter_dtype(key, dtype).itemsize for key, p in network.named_parameters()}
     block = sum(size for key, size in sizes.items() if key.startswith("blocks.0."))
     return block, sum(size for key, size in sizes.items() if not key.startswith("blocks."))
@@ -80,12 +81,20 @@ def parameter_bytes(architecture: dict[str, Any], dtype: torch.dtype) -> tuple[i
 
 def parameter_count(architecture: dict[str, Any]) -> int:
     """Parameters of one transformer (of each of the two experts of A14B), counted on the meta device."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in WanTransformer3DModel(**architecture["transformer"]).parameters())
+    return sum(parameter.numel() for parameter in without_storage(architecture).parameters())
 
 
 def parameter_shapes(architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of one transformer, by its name, from the meta device."""
+    return {name: tuple(parameter.shape) for name, parameter in without_storage(architecture).named_parameters()}
+
+
+def without_storage(architecture: dict[str, Any]) -> WanTransformer3DModel:
+    """One transformer on the meta device, the same one for the same architecture: to be looked at, not changed."""
+    return _on_meta(json.dumps(architecture["transformer"], sort_keys=True))
+
+
+@functools.cache
+def _on_meta(config: str) -> WanTransformer3DModel:
     with torch.device("meta"):
-        network = WanTransformer3DModel.from_config(architecture["transformer"])
-    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        return WanTransformer3DModel.from_config(json.loads(config))

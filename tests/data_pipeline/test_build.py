@@ -591,7 +591,8 @@ def hold(folders: list[Path], task: str, held, release) -> None:
         release.wait(60)
 
 
-@pytest.mark.parametrize("place", [pytest.param("pipeline", marks=pytest.mark.slow), "groups"])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["pipeline", "groups"])
 def test_a_second_build_in_a_folder_is_refused_with_the_first_ones_name(place, model, clips, tmp_path):
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()

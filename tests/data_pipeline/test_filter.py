@@ -322,6 +322,7 @@ vlm.run(lambda number: ask(vlm, str(number), lambda: [b"frame"]), range(200))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_where_it_was(tmp_path):
     prompts, killed = list(map(str, range(200))), False
 

@@ -65,7 +65,7 @@ def test_a_clip_whose_last_frame_is_held_is_taken_by_all(tmp_path):
 @pytest.mark.parametrize(
     ("family", "more", "decoded"),
     [
-        ("wan21", [], {"generate": 0, "targets": 9, "encode": 9}),
+        pytest.param("wan21", [], {"generate": 0, "targets": 9, "encode": 9}, marks=pytest.mark.slow),
         ("wan22_ti2v", ["pipeline.first_frame=true"], {"generate": 1, "targets": 9, "encode": 9}),
     ],
 )

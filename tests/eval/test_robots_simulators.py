@@ -37,6 +37,7 @@ def simulators():
     made.close()
 
 
+@pytest.mark.slow
 def test_a_crash_a_hang_and_a_refusal_cost_one_demonstration_each(simulators):
     listed = list_demonstrations(["push"], "pool", 0, range(6))
     reasons = {1: "status 7", 2: "not done after 3 s", 3: "no"}

@@ -667,6 +667,7 @@ def test_fewer_groups_and_shards_than_ranks(tmp_path):
     assert len(pairs) == 6
 
 
+@pytest.mark.slow
 def test_workers_give_the_stream_of_the_main_process(tmp_path):
     write_synthetic_groups(tmp_path, num_groups=5, num_losers=[1, 3, 2, 1, 2], samples_per_shard=2)
     stream = GroupStream(GroupSet(tmp_path), seed=1)

@@ -27,7 +27,7 @@ def passes(monkeypatch):
     "more",
     [
         ("objective.loss=bound", "self_score.strength=3", "self_score.every=2"),
-        ("objective.loss=plackett_luce",),
+        pytest.param(("objective.loss=plackett_luce",), marks=pytest.mark.slow),
         ("objective.loss=bound", "train.pairs_per_pass=2", "optim.batch_size=4"),
     ],
 )

@@ -243,6 +243,7 @@ def test_killed_again_and_again(tiny, tmp_path, twelve_steps):
     assert names == ["step_00000011", "step_00000012"]  # what a kill left aside is gone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everyone", [False, True])
 def test_preempted(tiny, tmp_path, twelve_steps, everyone):
     """SIGTERM, to the trainer alone or as a scheduler sends it, to its loader processes too: saved, exit code 0."""

@@ -46,6 +46,13 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])  # the recipe names the shipped model by a relative path
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Pictures take a second each: they are drawn where a test's name says so."""
+    if "drawn" not in request.node.name and "draws" not in request.node.name:
+        monkeypatch.setattr(ablation, "draw", lambda *_: None)
+
+
 class Fake:
     """Stands in for the subprocesses: leaves what the commands leave, scores by the run's own row and seed."""
 

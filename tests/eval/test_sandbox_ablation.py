@@ -235,7 +235,7 @@ def test_a_failing_run_is_reported_and_the_others_finish(tmp_path, capsys):
     for line in (
         "FAILED   sft-0: train.sft ended with status 1",
         "FAILED   pairs-0: ",
-        "FAILED   flow_dpo-0: its groups failed",
+        "FAILED   flow_dpo-0: what it needs failed",
     ):
         assert line in captured.err
     continued = Fake()
@@ -264,6 +264,27 @@ def test_a_trainer_that_was_asked_to_stop_is_not_evaluated(tmp_path, capsys):
     assert start(tmp_path, run, rows="sft", seeds="0") == 1
     assert run.calls == [("data_pipeline.build", "groups-0")]
     assert "stopped before its last step" in capsys.readouterr().err
+
+
+def test_rows_that_start_from_another_wait_for_it(tmp_path):
+    run = Fake()
+    assert start(tmp_path, run, "--suite", "starts", rows="base,sft_start,sft_merged,sft_half", seeds="0") == 0
+    order = [name for module, name in run.calls if module.startswith("train")]
+    assert order[0] == "sft_half-0" and set(order[1:]) == {"sft_start-0", "sft_merged-0"}
+    plan, rows = Plan(tmp_path, (0,), suite="starts"), ablation_rows.starts({}).rows
+    folder = tmp_path / "sft_half-0" / "train"
+    assert f"lora.start={folder}" in plan.train_arguments(rows["sft_start"], 0)
+    merged = f"backbone.loras=[{{path: '{folder}'}}]"
+    assert merged in plan.train_arguments(rows["sft_merged"], 0) and merged in plan.eval_arguments(
+        rows["sft_merged"], 0
+    )
+    config = recipes.load(gdpo.Config, plan.train_arguments(rows["sft_merged"], 0))
+    assert [lora.path for lora in config.backbone.loras] == [str(folder)]
+    other = Plan(tmp_path, (0,), suite="starts", overrides=("optim.lr=1",))
+    assert other.digests(rows["sft_start"], 0)["training"] != plan.digests(rows["sft_start"], 0)["training"]
+    failing = Fake(fail={("train.sft", "sft_half-0")})
+    assert start(tmp_path / "other", failing, "--suite", "starts", rows="sft_half,sft_start", seeds="0") == 1
+    assert [name for module, name in failing.calls if module.startswith("train")] == ["sft_half-0"]
 
 
 def test_the_base_models_clips_are_sampled_once_a_seed(tmp_path):

@@ -80,19 +80,23 @@ class Plan:
 
     def train_arguments(self, row: Row, seed: int) -> list[str]:
         own = (f"output={self.place(row.name, seed)}", f"seed={seed}", f"train.groups={self.place(row.groups, seed)}")
-        return self.arguments(row.trainer, *row.overrides, *own)
+        return self.arguments(row.trainer, *self.filled(row, seed, *row.overrides, *row.base), *own)
+
+    def filled(self, row: Row, seed: int, *overrides: str) -> list[str]:
+        """Overrides with the training folder of the row that this one starts from."""
+        return [pair.replace("{start}", str(self.place(row.start, seed) / "train")) for pair in overrides]
 
     def eval_arguments(self, row: Row, seed: int) -> list[str]:
         place = self.place(row.name, seed)
         own = [f"output={place}", f"run.sandbox.clips={self.clips}", f"run.sandbox.seed={seed}"]
         own += [f"run.seeds=[{seed}]", "benchmarks=[sandbox]"]
         lora = [f"run.lora={place / 'train'}"] if row.trainer else []
-        return self.arguments("eval.run", *own, *lora)
+        return self.arguments("eval.run", *self.filled(row, seed, *row.base), *own, *lora)
 
     def digests(self, row: Row, seed: int) -> dict[str, str]:
         """Of everything that determines the run, but not of how fast it goes on a device: `training` of what comes
         before the evaluation, `settings` of all, and `groups` of the group set's index, "" where there is none."""
-        sections = read_recipe([*self.overrides, *row.overrides])
+        sections = read_recipe([*self.overrides, *row.overrides, *row.base])
         # Results of earlier versions have these sections below `pipeline`, and so have all digests.
         moved = ("vlm", "judge", "raters", "targets")
         sections["pipeline"] |= {name: found for name in moved if (found := sections.pop(name))}
@@ -102,6 +106,8 @@ class Plan:
 
         groups = [f"pipeline.{text.removeprefix('pipeline.')}" for text in GROUPS[row.groups]]
         kind = [row.trainer, groups, seed, self.model]
+        if row.start:
+            kind.append(self.digests(self.make_suite().rows[row.start], seed)["training"])
         training = digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
         index = self.place(row.groups, seed) / "index.json"
         return {

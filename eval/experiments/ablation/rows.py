@@ -100,6 +100,8 @@ class Row:
     sweep: tuple[str, float] | None = None  # (key, value)
     against: str = "sft"  # the row that it is compared with
     passes: float | None = None  # network passes per prompt, for its losers
+    start: str = ""  # the row whose training folder stands for {start} in the overrides
+    base: tuple[str, ...] = ()  # overrides of the evaluation too: of the frozen network
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,24 @@ def transfer(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, {}, "recipe_1")
 
 
+HALF = ("optim.steps=150",)
+
+
+def starts(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """Supervised training first, then preferences, at the recipe's number of steps in all: from the LoRA as policy with
+    the base model as reference, and with it merged into both."""
+    merged, after = ("backbone.loras=[{path: '{start}'}]",), {"against": "gdpo", "start": "sft_half"}
+    rows = [
+        Row("base", "base model", "", against="gdpo"),
+        Row("sft", "LoRA-SFT", "train.sft", against="gdpo"),
+        Row("gdpo", "PhyGDPO (recipe)", "train.gdpo", against="sft"),
+        Row("sft_half", "LoRA-SFT, half the steps", "train.sft", HALF, against="gdpo"),
+        Row("sft_start", "then PhyGDPO from its LoRA", "train.gdpo", (*HALF, "lora.start={start}"), **after),
+        Row("sft_merged", "then PhyGDPO on it, merged", "train.gdpo", HALF, **after, base=merged),
+    ]
+    return Suite({row.name: row for row in rows}, {}, "gdpo")
+
+
 SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {
     "preference": preference,
     "physics": physics,
@@ -319,6 +339,7 @@ SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {
     "timesteps": timesteps,
     "losers": loser_rows,
     "transfer": transfer,
+    "starts": starts,
 }
 
 

@@ -84,7 +84,11 @@ def summarize(row: Row, results: dict[str, dict[int, dict[str, Any]]]) -> dict[s
             for name in SCORES
         }
 
-    gains = {name: [own(r, name) - r["scores"]["base"][name] for r in runs.values() if row.trainer] for name in SCORES}
+    base = {seed: found["scores"]["base"] for seed, found in results.get("base", {}).items()}
+    gains = {
+        name: [own(r, name) - base.get(seed, r["scores"]["base"])[name] for seed, r in runs.items() if row.trainer]
+        for name in SCORES
+    }
     return {
         "name": row.name,
         "label": row.label,

@@ -77,10 +77,14 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
             source = builds.get(("groups", seed)) if name == CORRUPTED else None
             builds[name, seed] = pool.submit(run_build, run, plan.build_command(name, seed), log, source)
             names[builds[name, seed]] = log.parent.name
-        # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them.
-        for row, seed in sorted(todo, key=lambda pair: pair[0].trainer != ""):
-            build = builds[row.groups, seed] if row.trainer else None
-            names[pool.submit(run_row, plan, row, seed, run, build)] = plan.place(row.name, seed).name
+        # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them, and those
+        # before the rows that start from them.
+        started = {}
+        for row, seed in sorted(todo, key=lambda pair: (pair[0].trainer != "", pair[0].start != "")):
+            before = [builds[row.groups, seed]] if row.trainer else []
+            before += [started[row.start, seed]] if (row.start, seed) in started else []
+            future = started[row.name, seed] = pool.submit(run_row, plan, row, seed, run, before)
+            names[future] = plan.place(row.name, seed).name
         try:
             for future in as_completed(names):
                 if error := future.exception():
@@ -102,10 +106,11 @@ def run_build(run: Run, command: tuple[str, list[str]], log: Path, source: Futur
     run(*command, log)
 
 
-def run_row(plan: Plan, row: Row, seed: int, run: Run, groups: Future | None) -> None:
+def run_row(plan: Plan, row: Row, seed: int, run: Run, before: Sequence[Future]) -> None:
     """Train and evaluate one row with one seed, from where it stands. Raises StepFailed."""
-    if groups is not None and groups.exception() is not None:  # waits for the build
-        raise StepFailed(f"its groups failed: {plan.place(row.groups, seed)}")
+    if any(future.exception() is not None for future in before):  # waits for them
+        needed = [plan.place(name, seed) for name in (row.groups, row.start) if name]
+        raise StepFailed(f"what it needs failed: {' or '.join(map(str, needed))}")
     place = plan.place(row.name, seed)
     digests = plan.digests(row, seed)
     started = read_result(place / "started.json")

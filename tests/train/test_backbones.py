@@ -117,7 +117,7 @@ def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_
     )
     theirs = call(output_type="latent").frames
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)  # latents are of order 5: float32 rounding
     assert (ours - noise).abs().mean() > 0.1  # it went somewhere
 
     video = call(output_type="pt").frames.transpose(1, 2) * 2 - 1  # (B,3,T,H,W)

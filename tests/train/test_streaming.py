@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import default_collate
 
+from eval.search.noise_refinement import RefineConfig, refine
 from train import checkpoint, gdpo, loop, sft
 from train.backbones import load_backbone
 from train.backbones.architecture import wan_architecture
@@ -18,12 +19,14 @@ from train.backbones.streaming import Ring
 from train.data import GroupStream
 from train.full_parameters import FullParameters
 from train.fused.fused_block import fuse_blocks
+from train.fused.inference import fuse
 from train.fused.memory import resident
 from train.fused.offload import HostStore
 from train.fused.prepare import prepare_network
 from train.groups import GroupSet
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.policy import Policy
+from train.sampling import SamplerConfig
 from train.terms.physics import build_heads
 
 CPU = torch.device("cpu")
@@ -158,6 +161,7 @@ def test_the_device_holds_two_blocks():
 
 def test_weights_that_were_overwritten_meanwhile_are_no_silent_error():
     network, _ = make()
+    network.disable_gradient_checkpointing()
     with pytest.raises(ValueError, match="backbone.stream=true keeps no block's weights for its backward pass"):
         velocity(network)
     for index, block in enumerate(network.blocks):  # as a caller that bypasses the check would
@@ -165,6 +169,20 @@ def test_weights_that_were_overwritten_meanwhile_are_no_silent_error():
         block.register_forward_pre_hook(lambda *_, index=index: network.streamed.fetch(index))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         velocity(network).sum().backward()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_to_the_noise_are_the_same_to_the_bit(tiny_pipeline, fused):
+    found = []
+    for stream in (False, True):
+        config = BackboneConfig(path=str(tiny_pipeline), dtype="float32", text_length=16, stream=stream)
+        backbone = load_backbone(config, "cpu", parts=("transformer",))
+        assert not fused or not fuse(backbone, compiled=False)
+        noise = torch.randn(1, *backbone.latent_shape(32, 32, 5), generator=torch.Generator().manual_seed(7))
+        text = Conditioning(torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(8)))
+        found.append(refine(backbone, text, noise, SamplerConfig("euler", steps=2, guidance=1.0), RefineConfig()))
+    assert torch.equal(found[0].noise, found[1].noise) and torch.equal(found[0].trace, found[1].trace)
+    assert (found[0].noise != noise).any()
 
 
 RUN = ("optim.batch_size=1", "optim.schedule=constant", "train.checkpoint_every=2")

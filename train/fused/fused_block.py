@@ -345,6 +345,7 @@ def fuse_blocks(
         streamed = getattr(one, "streamed", None)
         if streamed is not None:
             streamed.fused = True
+            one.disable_gradient_checkpointing()  # fused blocks compute themselves anew
         for index, block in enumerate(one.blocks):
             fetch = {} if streamed is None else {"fetch": partial(streamed.fetch, index)}
             choose = partial(lambda index, *key: graphs[plan(*key)[index]], index)

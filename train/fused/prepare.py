@@ -46,6 +46,8 @@ def prepare_network(
     for one in (network, *others):
         if config.activation_checkpointing:
             one.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
+        else:
+            one.disable_gradient_checkpointing()  # streamed networks come with it
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
         # per mode.
         for block in one.blocks if compiled else ():

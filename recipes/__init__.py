@@ -328,6 +328,20 @@ def _check_keys(section_class: Any, section: str, value: Any, source: str) -> No
             path = f"{section}.{key}"
             remedy = f"it is {MOVED[path]} now" if path in MOVED else suggest(key, known)
             raise ValueError(f"{source}: unknown key {path}; {remedy}")
-        if typing.get_origin(known[key]) is list and not isinstance(inner, list) and not str(inner).startswith("${"):
-            raise ValueError(f"{source}: {section}.{key}={inner!r} must be a list: {section}.{key}=[{inner}]")
+        if typing.get_origin(known[key]) is list and not str(inner).startswith("${"):
+            _check_list(*typing.get_args(known[key]), f"{section}.{key}", inner, source)
         _check_keys(known[key], f"{section}.{key}", inner, source)
+
+
+def _check_list(entry_class: Any, name: str, value: Any, source: str) -> None:
+    """ValueError unless the value is a list and, of dataclasses, its entries hold their keys."""
+    form = "{}"
+    if sections := dataclasses.is_dataclass(entry_class):
+        form = "{{" + dataclasses.fields(entry_class)[0].name + ": {}}}"
+    if not isinstance(value, list):
+        entry = value if isinstance(value, dict) else form.format(value)
+        raise ValueError(f"{source}: {name}={value!r} must be a list: {name}=[{entry}]")
+    for number, entry in enumerate(value if sections else ()):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{source}: {name}[{number}]={entry!r} must hold keys: {name}=[{form.format(entry)}]")
+        _check_keys(entry_class, f"{name}[{number}]", entry, source)

@@ -51,6 +51,9 @@ def read_lora(value: Any, shell: Backbone, *, key: str, check: bool = True) -> L
     if not value:
         return None
     if isinstance(value, Mapping):
+        for name, path in value.items():
+            if not (path and isinstance(path, str | Path)):
+                raise ValueError(f"{key}.{name}={path!r}: give the path of a LoRA, or leave it out")
         found = {name: _foreign(path, shell, f"{key}={path}", check, str(name)) for name, path in value.items()}
         path, expert, shape = (
             ", ".join(dict.fromkeys(texts))

@@ -130,10 +130,12 @@ class NetworkLora:
             )
 
     def tensor(self, key: str) -> Tensor:
-        """float32, on the CPU. ValueError where it is not finite."""
+        """float32, on the CPU. ValueError where it is not finite, or of another kind than floats."""
         with safe_open(self.path, framework="pt") as file:
-            tensor = file.get_tensor(key).float()
-        if not torch.isfinite(tensor).all():
+            tensor = file.get_tensor(key)
+        if not tensor.is_floating_point():
+            raise ValueError(f"LoRA {self.path}: {key} is quantised ({tensor.dtype}): use the file in 16 bits")
+        if not torch.isfinite(tensor := tensor.float()).all():
             raise ValueError(f"LoRA {self.path}: {key} is not finite: the file is damaged, use another one")
         return tensor
 
@@ -165,8 +167,11 @@ class LoraFile:
     fingerprint: str  # of the backbone that it was trained on; empty: the file does not say
     expert: str  # likewise, the network; of both experts: "both"
 
-    def by_expert(self, experts: Sequence[str], *, expert: str = "", source: str) -> dict[str, NetworkLora]:
-        """The LoRAs by the backbone's network that each is for, of `experts`; `expert` is what the recipe says.
+    def by_expert(
+        self, experts: Sequence[str], *, expert: str = "", source: str, remedy: str = ""
+    ) -> dict[str, NetworkLora]:
+        """The LoRAs by the backbone's network that each is for, of `experts`; `expert` is what the recipe says, and
+        `remedy` how it would say that, if not by a mapping.
 
         ValueError naming `source` where that is not one of them, contradicts the file, or cannot be known.
         """
@@ -185,11 +190,8 @@ class LoraFile:
             raise ValueError(f"{source} is given for the expert {expert}, but the file says that it is for {says}")
         name = expert or says or (experts[0] if len(experts) == 1 else "")
         if not name:
-            key = source.partition("=")[0]
-            raise ValueError(
-                f"{source} does not say which of {', '.join(experts)} it is for: name it, as in"
-                f" '{key}={{{experts[0]}: {self.path}}}'"
-            )
+            remedy = remedy or f"name it, as in '{source.partition('=')[0]}={{{experts[0]}: {self.path}}}'"
+            raise ValueError(f"{source} does not say which of {', '.join(experts)} it is for: {remedy}")
         if name not in experts:
             raise ValueError(f"{source} is for the network {name!r}, this backbone has: {', '.join(experts)}")
         return {name: lora}
@@ -224,7 +226,10 @@ def read(path: Path | str) -> LoraFile:
         name: _network(path, shapes, parts, config, prefix=name) for name, parts in _slots(path, shapes).items()
     }
     if len(networks) > 1 and networks.keys() != EXPERTS.keys():
-        raise ValueError(f"LoRA {path} names its networks {', '.join(networks)}: known are {', '.join(EXPERTS)}")
+        known, found = (
+            " and ".join(f"{name}." if name else "no network" for name in names) for names in (EXPERTS, networks)
+        )
+        raise ValueError(f"LoRA {path} has keys of {found}: a file of one network has one of these, of two {known}")
     expert = metadata.get("expert", "")
     return LoraFile(path, sha256, networks, metadata.get("fingerprint", ""), "" if expert == BOTH else expert)
 

@@ -50,7 +50,8 @@ def start_from(config: Any, backbone: Backbone, switch: Reference) -> str:
     assert isinstance(switch, LoraSwitch)
     trained, both = backbone.trained, backbone.trained == BOTH
     says = both or file.expert or "transformer_2" in file.networks
-    found = file.by_expert(list(backbone.expert_folders), expert="" if says else trained, source=source)
+    remedy = "a run of both starts from one of both: set backbone.expert to the one that it is for"
+    found = file.by_expert(list(backbone.expert_folders), expert="" if says else trained, source=source, remedy=remedy)
     needed = tuple(backbone.expert_folders) if both else (trained,)
     if any(name not in found for name in needed):
         name = ", ".join(found)

@@ -111,13 +111,17 @@ def test_what_does_not_suit_is_refused_before_weights_are_loaded(pipeline, loras
         ({"high_noise": trained}, stranger, "was trained on backbone wan22_t2v-"),
         ({"high_noise": str(wrong)}, shell, "does not fit this network in 1 of 1 entries: blocks.9.attn1.to_q, which"),
         ({"high_noise": str(tmp_path / "none")}, shell, "does not exist"),
+        ({"high_noise": high, "low_noise": ""}, shell, "k.low_noise='': give the path of a LoRA, or leave it out"),
+        ({"high_noise": None}, shell, "k.high_noise=None: give the path of a LoRA, or leave it out"),
         ([high], shell, "give a path, or for two experts {high_noise: path, low_noise: path}"),
     ]
     for value, backbone, message in cases:
         with pytest.raises(ValueError) as caught:
             read_lora(value, backbone, key="k")
-        assert message in str(caught.value) and str(caught.value).startswith("k=")
+        assert message in str(caught.value) and str(caught.value).startswith(("k=", "k."))
     assert read_lora("", shell, key="k") is None
+    with pytest.raises(ValueError, match=r"it is for: name it in its entry, as in '\{path: .*, expert: high_noise\}'"):
+        load_backbone(backbone_config(pipeline, "wan22_t2v", loras=[BaseLora(high)]), "cpu", parts=())
 
 
 def test_a_lora_also_suits_its_base_with_more_loras_merged(pipeline, loras):

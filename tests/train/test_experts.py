@@ -335,6 +335,11 @@ def test_both_start_from_a_lora_of_both(two, tmp_path, trained, short_turns):
     one, _ = export.comfyui_files(tmp_path / "one.safetensors", "both")
     with pytest.raises(ValueError, match="is for high_noise, this run trains both: set backbone.expert=high_noise"):
         start_from(two.config(tmp_path, *BOTH, f"lora.start={one}"), fresh.backbone, fresh.switch)
+    save_file(load_file(one), tmp_path / "nobodys.safetensors")
+    with pytest.raises(ValueError, match="it is for: a run of both starts from one of both: set backbone.expert to"):
+        start_from(
+            two.config(tmp_path, *BOTH, f"lora.start={tmp_path}/nobodys.safetensors"), fresh.backbone, fresh.switch
+        )
     two.train(tmp_path / "run", *BOTH, *alpha, f"lora.start={diffusers}", "optim.steps=2")
     assert two.metrics(tmp_path / "run")[0]["margin"] != 0
 

@@ -380,6 +380,11 @@ BAD = {
     "another network": ({"lora_unet_down_blocks_0.lora_down.weight": (4, 4)}, r"reads \(lora_unet_down_blocks_0"),
     "two adapters of one layer": ({f"{Q}.lora_A.{n}.weight": (4, 8) for n in "ab"}, r"reads \(.*lora_A\.b\.weight\)"),
     "nothing": ({}, "holds no tensors"),
+    "one network with its prefix and without": (
+        {f"{prefix}{A[16:]}": (4, 8) for prefix in ("transformer.", "")}
+        | {f"{prefix}{B[16:]}": (8, 4) for prefix in ("transformer.", "")},
+        r"has keys of no network and transformer\.: a file of one network has one of these, of two transformer\. and",
+    ),
 }
 
 
@@ -390,6 +395,23 @@ def test_what_is_no_whole_lora_is_one_line(tmp_path, case):
     with pytest.raises(ValueError, match=message) as caught:
         lora_formats.read(tmp_path / "lora.safetensors")
     assert "\n" not in str(caught.value) and str(tmp_path / "lora.safetensors") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(128, 4, dtype=torch.int8), r"lora_B\.weight is quantised \(torch.int8\): use the file in 16 bits"),
+        (torch.full((128, 4), math.nan), r"lora_B\.weight is not finite: the file is damaged, use another one"),
+    ],
+)
+def test_what_is_no_finite_float_is_named_while_a_base_is_read(tmp_path, tiny_pipeline, value, message):
+    save_file({A: torch.ones(4, 128), B: value}, tmp_path / "lora.safetensors")
+    config = BackboneConfig(path=str(tiny_pipeline), loras=[BaseLora(str(tmp_path / "lora.safetensors"))])
+    with pytest.raises(ValueError, match=rf"^LoRA {tmp_path}/lora.safetensors: .*{message}"):
+        load_backbone(config, "cpu", parts=("transformer",))
+    (lora,) = lora_formats.read(tmp_path / "lora.safetensors").networks.values()
+    with pytest.raises(ValueError, match=message):
+        lora.matrices("blocks.0.attn1.to_q")
 
 
 def test_what_does_not_fit_the_network_is_named_key_by_key(tmp_path):
@@ -420,6 +442,8 @@ def test_a_lora_of_another_base_is_refused_and_one_of_no_base_is_not(tmp_path, o
         load(BaseLora(str(tmp_path / "other.safetensors")))
     with pytest.raises(ValueError, match="backbone.loras=/nowhere: LoRA /nowhere does not exist"):
         load(BaseLora("/nowhere"))
+    with pytest.raises(ValueError, match=r"backbone.loras has an entry without a path: .*'\[\{path: lora"):
+        load(BaseLora())
     with pytest.raises(ValueError, match="weight=nan is no finite number"):
         load(BaseLora(str(ours[0]), weight=math.nan))
     save_file(tensors, tmp_path / "any.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from train import files, lora_formats
@@ -13,7 +13,7 @@ from train.lora_formats import NetworkLora
 
 
 def read(
-    loras: Sequence[BaseLora], experts: Iterable[str], folder: str, architecture: dict[str, Any]
+    loras: Sequence[BaseLora], experts: Collection[str], folder: str, architecture: dict[str, Any]
 ) -> tuple[tuple[str, ...], dict[str, list[tuple[NetworkLora, float]]]]:
     """Fingerprints as in `Backbone.fingerprints`, `folder` first, and by network its LoRAs with their weights.
 
@@ -25,6 +25,10 @@ def read(
     shapes = parameter_shapes(architecture) if loras else {}
     for entry in loras:
         source = f"backbone.loras={entry.path}"
+        if not entry.path:
+            raise ValueError(
+                "backbone.loras has an entry without a path: give each a LoRA, as in '[{path: lora.safetensors}]'"
+            )
         if not math.isfinite(entry.weight):
             raise ValueError(f"{source}: weight={entry.weight} is no finite number")
         try:
@@ -36,7 +40,8 @@ def read(
                 f"{source} was trained on backbone {lora.fingerprint}, but it would be merged into {fingerprints[-1]}:"
                 " use the backbone it was trained on; after a + a fingerprint counts the LoRAs of backbone.loras"
             )
-        by_expert = lora.by_expert(list(experts), expert=entry.expert, source=source)
+        remedy = f"name it in its entry, as in '{{path: {entry.path}, expert: {next(iter(experts))}}}'"
+        by_expert = lora.by_expert(list(experts), expert=entry.expert, source=source, remedy=remedy)
         for name, network in by_expert.items():
             network.check(shapes, source=source)
             found.setdefault(name, []).append((network, float(entry.weight)))

@@ -26,6 +26,7 @@ from train.backbones.architecture import parameter_dtype
 from train.backbones.attention_kernels import attention_seconds
 from train.backbones.random_parts import draw
 from train.backbones.streaming import Ring, StreamedBlocks
+from train.entry import is_worded
 from train.lora_formats import NetworkLora
 from train.parallel import Sharding
 
@@ -342,12 +343,14 @@ def load_component(model_class: type, folder: Path, name: str, device: torch.dev
 
 @contextmanager
 def _named(folder: Path, name: str) -> Iterator[None]:
-    """Errors inside as a ValueError that names the component."""
+    """Errors of other packages inside as a ValueError that names the component."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ValueError) and is_worded(error):  # of a LoRA, say
+            raise
         raise ValueError(
             f"backbone.path={folder}: the component {name} cannot be loaded; if its weights are damaged "
             f"or do not fit its config.json, download it again: {error}"

@@ -20,6 +20,7 @@ a low-noise expert's own file is loaded; of a file of both it would load the wro
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -34,12 +35,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from train import entry, files
-from train.backbones.loading import fingerprint, load_transformer, resolve_folder
-from train.checkpoint import attach_trained, find_lora, weights_path
+from train.backbones.architecture import parameter_shapes
+from train.backbones.loading import fingerprint, load_transformer, read_pipeline, resolve_folder
+from train.checkpoint import find_lora, weights_path
 from train.experts import BOTH, EXPERT_FOLDERS
 from train.lora_formats import FOLDER_FILES, ORIGINAL_NAMES, is_ours, read
-from train.lora_switch import LoraSwitch, SwitchedLinear
-from train.weight_files import by_expert, read_tensors, write_tensors
+from train.lora_switch import LoraSwitch
+from train.weight_files import by_expert, read_ours, read_tensors, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 ADAPTERS = "lora_adapter_metadata"  # diffusers' key
@@ -129,15 +131,15 @@ def _origin(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata[key] for key in ("fingerprint", "expert")}
 
 
+@torch.no_grad()
 def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the transformer of pipeline `base` with W + (alpha / rank) B A merged in, as a diffusers model folder; of
     both experts two, by their names in the pipeline, below `target`.
 
     The sum is made in float32 and then rounded to `dtype`. ValueError when `base` is not the backbone that the LoRA was
-    trained on.
+    trained on, and before weights are read where it does not fit.
     """
     path, metadata = find_lora(source)
-    scale = float(metadata["alpha"]) / float(metadata["rank"])
     pipeline, trained_on = resolve_folder(base), metadata["fingerprint"]
     found = fingerprint(trained_on.partition("-")[0], pipeline)
     if trained_on and trained_on != found:  # other tools' files do not say
@@ -147,13 +149,21 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
         )
     both = metadata["expert"] == BOTH
     names = EXPERT_FOLDERS if both else {metadata["expert"]: FOLDERS[metadata["expert"]]}
+    two = (pipeline / EXPERT_FOLDERS["low_noise"]).is_dir()
+    if two and "transformer" in names:
+        experts = " or ".join(f"--expert {name}" for name in EXPERT_FOLDERS)
+        raise ValueError(f"LoRA {path} does not say which network of {base} it is for: say {experts}")
+    if not two and "transformer" not in names:
+        raise ValueError(f"LoRA {path} is for {metadata['expert']}, {base} has one network: use the model it is for")
+    loras = read(path).by_expert(list(names), source=f"LoRA {path}")
+    shapes = parameter_shapes(read_pipeline(pipeline)[1])
+    for lora in loras.values():
+        lora.check(shapes, source=f"LoRA {path}")
     cpu = torch.device("cpu")
     networks = {expert: load_transformer(pipeline, name, cpu, dtype) for expert, name in names.items()}
-    attach_trained(path, networks, fingerprint=trained_on)
-    with torch.no_grad():
-        for layer in (layer for network in networks.values() for layer in network.modules()):
-            if isinstance(layer, SwitchedLinear):
-                layer.weight.copy_(layer.weight.float() + scale * (layer.lora_up @ layer.lora_down))
+    for expert, network in networks.items():
+        for name, weight in network.named_parameters():
+            weight.copy_(loras[expert].add(name, weight))
     for expert, network in networks.items():
         save_network(network, target / names[expert] if both else target)
     return target
@@ -169,6 +179,8 @@ def in_our_format(source: Path, expert: str = "") -> Iterator[Path]:
     if not any((source / name).is_file() for name in FOLDER_FILES):
         path = weights_path(source)
         if is_ours(path):
+            if expert and expert != (says := read_ours(path)["expert"]):
+                raise ValueError(f"--expert={expert}: LoRA {path} says that it is for {says}; leave it out")
             yield source
             return
     found = read(source)
@@ -177,6 +189,11 @@ def in_our_format(source: Path, expert: str = "") -> Iterator[Path]:
     ranks = [lora.rank(layer) for lora in parts.values() for layer in lora.pairs]
     if any(lora.differences for lora in parts.values()):
         raise ValueError(f"LoRA {found.path} holds full differences, which no export has: use it as backbone.loras")
+    shapes = [lora.shapes[pair.down] for lora in parts.values() for pair in lora.pairs.values()]
+    if any(math.prod(shape[2:]) > 1 for shape in shapes):
+        raise ValueError(
+            f"LoRA {found.path} holds a convolution's adapter, which no export has: use it as backbone.loras"
+        )
     tensors = {}
     for name, lora in parts.items():
         prefix = f"{FOLDERS[name]}." if len(parts) > 1 else ""
@@ -192,7 +209,10 @@ def in_our_format(source: Path, expert: str = "") -> Iterator[Path]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / LoraSwitch.file
         write_tensors(tensors, file, metadata)
-        yield file
+        try:
+            yield file
+        except ValueError as error:  # which names the file that is gone
+            raise ValueError(str(error).replace(str(file), str(found.path))) from error
 
 
 def save_network(network: nn.Module, folder: Path) -> Path:

@@ -18,6 +18,7 @@ from train.backbones import find_architecture, load_backbone
 from train.backbones.architecture import parameter_shapes
 from train.backbones.base import BackboneConfig, BaseLora
 from train.backbones.loading import random_transformer
+from train.backbones.tiny import write_tiny_pipeline
 from train.lora_switch import LoraConfig, LoraSwitch
 
 # Names in diffusers and in Wan's own code, which all other tools have.
@@ -510,3 +511,48 @@ def test_exports_say_the_expert_that_is_given_and_refuse_whole_differences(tmp_p
     save_file(tensors | {"blocks.0.norm3.diff": torch.ones(128)}, source)
     with pytest.raises(ValueError, match="holds full differences, which no export has: use it as backbone.loras"):
         export.main([str(source), str(tmp_path / "other.safetensors")])
+    convolution = {"lora_A": torch.ones(4, 16, 1, 2, 2), "lora_B": torch.ones(128, 4, 1, 1, 1)}
+    save_file({f"patch_embedding.{side}.weight": value for side, value in convolution.items()}, source)
+    with pytest.raises(
+        ValueError, match="holds a convolution's adapter, which no export has: use it as backbone.loras"
+    ):
+        export.main([str(source), str(tmp_path / "other.safetensors")])
+
+
+def test_an_export_of_ours_says_for_itself_which_expert_it_is_for(tmp_path, ours):
+    with pytest.raises(ValueError, match="--expert=low_noise: LoRA .* says that it is for transformer; leave it out"):
+        export.main([str(ours[0]), str(tmp_path / "out.safetensors"), "--expert", "low_noise"])
+
+
+def test_a_lora_of_two_networks_is_merged_layer_by_layer_and_none_into_a_guess(tmp_path):
+    """Ranks and layers differ between the two; each ends up in its own."""
+    pipeline = write_tiny_pipeline("wan22_t2v", tmp_path / "model")
+    tensors = {
+        "transformer.blocks.0.attn1.to_q.lora_A.weight": draw(3, 64),
+        "transformer.blocks.0.attn1.to_q.lora_B.weight": draw(64, 3),
+        "transformer_2.blocks.1.ffn.net.2.lora_A.weight": draw(5, 256),
+        "transformer_2.blocks.1.ffn.net.2.lora_B.weight": draw(64, 5),
+    }
+    source, target = tmp_path / "both.safetensors", tmp_path / "out"
+    save_file(tensors, source)
+    merge = ["--to", "merged", "--base", str(pipeline), "--dtype", "float32"]
+    export.main([str(source), str(target), *merge])
+    for folder in ("transformer", "transformer_2"):
+        base = WanTransformer3DModel.from_pretrained(pipeline / folder).state_dict()
+        found = WanTransformer3DModel.from_pretrained(target / folder).state_dict()
+        (key,) = {key.rpartition(".lora_")[0] for key in tensors if key.startswith(f"{folder}.")}
+        expected = tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+        changed = [name for name in base if not torch.equal(found[name], base[name])]
+        assert changed == [f"{key.removeprefix(f'{folder}.')}.weight"]
+        torch.testing.assert_close(found[changed[0]] - base[changed[0]], expected, rtol=0, atol=1e-5)
+    save_file({key.removeprefix("transformer."): tensors[key] for key in list(tensors)[:2]}, source)
+    with pytest.raises(
+        ValueError, match=f"^LoRA {source} does not say which network of .*: say --expert high_noise or"
+    ):
+        export.main([str(source), str(target / "one"), *merge])
+    save_file(
+        {"blocks.0.attn1.to_q.lora_A.weight": draw(3, 8), "blocks.0.attn1.to_q.lora_B.weight": draw(64, 3)}, source
+    )
+    with pytest.raises(ValueError, match=f"^LoRA {source} does not fit this network in 1 of 1 entries: blocks"):
+        export.main([str(source), str(target / "one"), *merge, "--expert", "low_noise"])
+    assert not (target / "one").exists()

@@ -243,7 +243,7 @@ def load_weights(path: Path, switch: Trainable, *, fingerprint: str, expert: str
     if metadata["fingerprint"] != fingerprint:
         raise ValueError(
             f"LoRA {path} was trained on backbone {metadata['fingerprint']}, this backbone is {fingerprint}."
-            " Use the backbone it was trained on."
+            " Use the backbone.path and backbone.loras that it was trained with."
         )
     if metadata["expert"] != expert:
         raise ValueError(

@@ -169,6 +169,11 @@ def check_frozen(config: Any, *, sharded: bool) -> None:
             "backbone.stream=true needs train.parameters=lora and a launch without ZeRO-3 (launch/ddp.yaml), for it"
             " streams a whole frozen network from host memory: change these, or set it to false"
         )
+    if config.backbone.stream and not (config.train.activation_checkpointing or config.backbone.compile):
+        raise ValueError(
+            "backbone.stream=true keeps no block's weights for its backward pass: set"
+            " train.activation_checkpointing=true, or backbone.compile=true"
+        )
 
 
 def load(config: Any, accelerator: Accelerator, *, clips: bool, vae: bool) -> Backbone:

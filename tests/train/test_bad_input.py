@@ -128,6 +128,12 @@ def test_no_groups(tiny, tmp_path):
         tiny.train(tmp_path, f"train.groups={tmp_path / 'empty'}", "optim.steps=1")
 
 
+def test_groups_without_losers(tiny, tmp_path):
+    groups = write_groups(tmp_path / "groups", fingerprint=tiny.fingerprint, num_losers=[1, 0, 2, 2])
+    with pytest.raises(ValueError, match="has groups without losers.*train/sft.py.*pipeline.losers.count"):
+        tiny.train(tmp_path, groups, "optim.steps=1")
+
+
 def test_groups_of_unequal_size_suit_the_bound_alone(tiny, tmp_path):
     groups = write_groups(tmp_path / "groups", fingerprint=tiny.fingerprint, num_losers=[1, 3, 2, 2])
     with pytest.raises(ValueError, match="plackett_luce needs equally many losers.*1 to 3.*objective.loss=bound"):

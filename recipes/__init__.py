@@ -159,6 +159,10 @@ def load(config_class: type[C], argv: list[str] | None = None, *, partial: bool 
             if name and "preset" in (layers[0][1].get("objective") or {}):
                 _warn_of_hidden(*layers[0], layer, preset)
             layers.insert(len(layers) - 1, (source, layer))
+        own, fields = layers[1 if name else 0 : -1], _fields(config_class)
+        read = any(section in fields for _, layer in own for section in layer)
+        if not read and not partial and "preset" in objectives[0] and objectives[0] is arguments.get("objective"):
+            print(f"warning: objective.preset={preset} sets nothing that this command reads", file=sys.stderr)
 
     merged = _defaults(config_class)
     try:

@@ -39,7 +39,7 @@ from torch import Tensor
 import recipes
 from losses.flow_matching import bell_weight
 from losses.preference import pairwise_bound, physics_guided_weights, plackett_luce, relative_error
-from train import entry
+from train import entry, validation
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
 from train.cost import Job, clips_per_group
@@ -279,6 +279,7 @@ def check(config: Config) -> None:
         term.check(config)
     config.objective.check()
     check_experts(config)
+    validation.check(config)
 
 
 def check_groups(config: Config, groups: GroupSet) -> None:

@@ -59,6 +59,11 @@ def trained(tiny, tmp_path):
         ("lora.targets=[attn1.to_x]", "lora.targets: 'attn1.to_x' matches no linear layer; did you mean 'attn1.to_"),
         ("train.checkpoint_every=0", "train.checkpoint_every=0: must be at least 1"),
         ("validation.every=0", "validation.every=0: must be at least 1"),
+        (
+            "backbone.family=wan22_i2v validation.prompts=[a,b]",
+            "validation.prompts=.*picture for each in validation.im",
+        ),
+        ("validation.prompts=[a,b] validation.images=[a.png]", "validation.images names 1 files for 2 prompts"),
         ("train.keep_checkpoints=0", "train.keep_checkpoints=0: must be at least 1"),
         ("backbone.text_length=8", "text embedding of 12 tokens does not fit into 8; raise backbone.text_length"),
         ("video.height=60", "height=60 is no multiple of 16.*use 64"),

@@ -7,8 +7,8 @@ Each part runs as the build's stages run it, once to compile and allocate and th
 
     text      prompts through the text encoder
     encode    a winner through the VAE
-    loser     all losers of a row, as `pipeline.losers` says: passes, seconds per pass, and the limit (matrix products
-              and attention alone, at the rates that the GPU sustains)
+    loser     all losers of a row, as `pipeline.losers` says but from noise and without a cache: passes, seconds per
+              pass, and the limit (matrix products and attention alone, at the rates that the GPU sustains)
     decode    a loser's pixels, for a judge
     targets   a winner's, where the recipe has any and their weights are here
 
@@ -88,13 +88,18 @@ def measure(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = recipes.load(Config, argv)
+    if config.dry_run:
+        raise ValueError("dry_run=true: this command measures; python -m data_pipeline.build --dry-run prints the bill")
     config.backbone.random_weights, config.backbone.path = True, ""  # neither speed nor memory depends on their values
-    config.pipeline.losers.sampler(config.sampler)
+    losers = config.pipeline.losers
+    if losers.sampler(config.sampler).cache:  # but which passes the cache ends early does
+        print("cache: left out, for which passes it ends early depends on the weights")
+        losers.cache = 0.0
     device = build_accelerator().device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     results: dict[str, Any] = {"device": name, "torch": torch.__version__, "architecture": config.backbone.architecture}
     measured = Measured(config, device)
-    backbone, losers = measured.maker.backbone, config.pipeline.losers
+    backbone = measured.maker.backbone
     for part, run in measured.parts():
         results[part] = measure(run, device)
         if part == "loser":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,7 @@ from eval.vlm.client import VlmConfig
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig
 from train.clips import VideoConfig
+from train.cost import Job
 from train.sampling import LosersConfig, SamplerConfig
 from train.teachers.targets import TargetsConfig
 
@@ -105,6 +106,7 @@ class PipelineConfig:
 
 @dataclass
 class Config:
+    bill: ClassVar[type] = Job  # what a dry run reads besides
     recipe: str = ""  # name or path of a recipe
     output: str = "runs/default"  # everything goes below this folder
     seed: int = 0  # of every draw

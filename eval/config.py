@@ -1,6 +1,7 @@
 """What every command that makes clips reads of a recipe, and what is checked of it before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from eval.judges import JudgeConfig, Judging
 from eval.judges.external_tool import RatersConfig
@@ -8,7 +9,8 @@ from eval.maker import Model
 from eval.search import searcher
 from eval.search.config import SearchConfig
 from eval.vlm.backend import VlmConfig
-from train.backbones.base import BackboneConfig
+from train.backbones import load_backbone
+from train.backbones.base import Backbone, BackboneConfig
 from train.clips import VideoConfig
 from train.sampling import SamplerConfig
 
@@ -27,6 +29,16 @@ class ClipsConfig:
     vlm: VlmConfig = field(default_factory=VlmConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)  # of the scorer "judge"
     raters: RatersConfig = field(default_factory=RatersConfig)
+
+    @property
+    def is_here(self) -> bool:
+        """False for a dry run without the backbone's folder: it downloads nothing and takes the family's table."""
+        return not self.dry_run or bool(self.backbone.path) and Path(self.backbone.path).expanduser().is_dir()
+
+    def shell(self) -> Backbone:
+        """The backbone without weights."""
+        own = self.backbone if self.is_here else replace(self.backbone, path="", random_weights=True)
+        return load_backbone(own, "cpu", parts=())
 
     def method(self, section: str) -> searcher.Method:
         settings = getattr(self, section)

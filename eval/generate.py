@@ -52,7 +52,6 @@ from eval.maker import (
 from eval.prompts import Prompt, PromptsConfig, read_prompts
 from eval.search import searcher
 from train import entry
-from train.backbones import load_backbone
 from train.backbones.base import Backbone
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
@@ -144,9 +143,7 @@ def prepare(config: Config) -> Work:
     settings, video = config.generate, config.video
     check(config)
     prompts = read_prompts(settings, "generate")
-    here = _is_here(config)
-    backbone = config.backbone if here else replace(config.backbone, path="", random_weights=True)
-    shell = load_backbone(backbone, "cpu", parts=())
+    here, shell = config.is_here, config.shell()
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts, shell)
     lora = read_lora(settings.lora, shell, key="generate.lora", check=here)
@@ -203,11 +200,6 @@ def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) ->
             first_frame(prompt, config.video)
 
 
-def _is_here(config: Config) -> bool:
-    """False for a dry run without the backbone's folder: it downloads nothing and takes the family's table."""
-    return not config.dry_run or bool(config.backbone.path) and Path(config.backbone.path).expanduser().is_dir()
-
-
 def _suffix(config: Config) -> str:
     name = config.generate.name
     return ("" if name == TUNED else f"-{name}") + config.method("generate").suffix
@@ -220,7 +212,7 @@ def plan(config: Config, work: Work, *, world: int) -> str:
     passes = sampling_passes(shell, sampler)
     size = (video.height, video.width, video.num_frames)
     lines = {
-        "backbone": shell.fingerprint if _is_here(config) else "not here yet",
+        "backbone": shell.fingerprint if config.is_here else "not here yet",
         "LoRA": f"{lora.path} ({lora.describe()}, for {lora.expert})" if lora else "none: base clips only",
         "video": f"{video.num_frames} frames of {video.height}x{video.width} at {video.fps:g} fps",
         "tokens": f"{shell.num_tokens(*size)} per network pass",

@@ -189,8 +189,8 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
 
     Raises ValueError for a backbone or LoRA that is not there. What a single benchmark lacks is its plan's problem.
     """
-    shell = load_backbone(config.backbone, "cpu", parts=())
-    lora = read_lora(config.run.lora, shell, key="run.lora")
+    shell = config.shell()
+    lora = read_lora(config.run.lora, shell, key="run.lora", check=config.is_here)
     plans = []
     for name in dict.fromkeys(config.benchmarks):
         plan = Plan(build(config, name), Path(config.run.folder) / name)
@@ -231,7 +231,8 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
             plan.refused[task.key] = str(error)
     if problem := image_problem(config.backbone, list(prompts.values()), shell):
         raise ValueError(problem)
-    warn_of_cut_prompts(config.backbone, list(prompts.values()))
+    if config.is_here:
+        warn_of_cut_prompts(config.backbone, list(prompts.values()))
     if not scratch and (references := benchmark.references(folder / "references")):
         plan.samples[TRUE] = references
     for model in makers(config, lora):
@@ -245,7 +246,8 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
                     made = (model, path, prompts[task.key], noise, video)
                     request = build_request(config, shell.fingerprint, *made, lossless=benchmark.lossless)
                     plan.requests[model.name].append(request)
-    warn_of_outdated((request.clip for request in plan.unfinished()), folder)
+    if config.is_here:
+        warn_of_outdated((request.clip for request in plan.unfinished()), folder)
 
 
 def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Path) -> Prompt:

@@ -15,7 +15,7 @@ import functools
 import re
 import sys
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,12 +123,6 @@ MOVED: dict[str, str] = {
         for key in ("checkout", "python", "checkpoint", "timeout")
     },
 }
-BILLED = (
-    "pipeline",
-    "objective",
-    "self_score",
-    "optim",
-)  # what a dry run's bill reads whatever the command (train.cost)
 # Keys beside the sections.
 KEYS = ("recipe", "output", "seed", "dry_run", "ranks", "benchmarks", "list")
 
@@ -142,6 +136,8 @@ def load(config_class: type[C], argv: list[str] | None = None, *, partial: bool 
     """Build `config_class` from defaults, the recipe named by `recipe=`, and the command line (default: sys.argv).
 
     partial: `config_class` has some of a command's keys, which are checked there; all others are passed over.
+
+    A dry run may read keys of other commands as well, for its bill: those of `config_class.bill`, where it has one.
 
     Raises ValueError naming the key, the value and the remedy: unknown recipe, section or key, a value of the wrong
     type, a missing value.
@@ -163,6 +159,10 @@ def load(config_class: type[C], argv: list[str] | None = None, *, partial: bool 
             if name and "preset" in (layers[0][1].get("objective") or {}):
                 _warn_of_hidden(*layers[0], layer, preset)
             layers.insert(len(layers) - 1, (source, layer))
+        own, fields = layers[1 if name else 0 : -1], _fields(config_class)
+        read = any(section in fields for _, layer in own for section in layer)
+        if not read and not partial and "preset" in objectives[0] and objectives[0] is arguments.get("objective"):
+            print(f"warning: objective.preset={preset} sets nothing that this command reads", file=sys.stderr)
 
     merged = _defaults(config_class)
     try:
@@ -197,15 +197,23 @@ def _known(config_class: type, layer: dict[str, Any], source: str) -> dict[str, 
             raise ValueError(f"{source}: unknown section {key!r}; {suggest(key, [*SECTIONS, *fields])}")
         elif source == "the command line" and MOVED.get(key) in fields:
             raise ValueError(f"{source}: {key} is not read by this command; it is {MOVED[key]} now")
-        elif layer.get("dry_run") and key in BILLED:
-            pass
         elif source == "the command line" and key != "recipe":
-            inner = (
-                [f"{key}.{name}" for name in value if f"{key}.{name}" != PRESET] if isinstance(value, dict) else [key]
-            )
-            for name in inner:
-                print(f"warning: {name} is not read by this command: ignored", file=sys.stderr)
+            bill = getattr(config_class, "bill", None) if layer.get("dry_run") else None
+            inner = [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]
+            for name in _unread(bill, {key: value}) if bill else inner:
+                if name != PRESET:
+                    print(f"warning: {name} is not read by this command: ignored", file=sys.stderr)
     return kept
+
+
+def _unread(config_class: type, layer: dict[str, Any]) -> Iterator[str]:
+    """What of a layer `config_class` has no key for, at any depth."""
+    fields = _fields(config_class)
+    for key, value in layer.items():
+        if key not in fields:
+            yield key
+        elif isinstance(value, dict) and dataclasses.is_dataclass(fields[key]):
+            yield from (f"{key}.{inner}" for inner in _unread(fields[key], value))
 
 
 def _cut(config_class: type, layer: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ product; attention takes longer for each of its own, by the factors of flash-att
     training, per clip = F + B, and F more for its reference
 
 The rates are those of <output>/rates.json, which `python -m data_pipeline.benchmark recipe=...`, and for training
-train.tools.benchmark, measure on your GPU, or else the H200's of train/rates.json. Not counted: a filter, the judge
-itself, text and its 8 kB per token on disk.
+train.tools.benchmark, measure on your GPU, or else the H200's of train/rates.json. Full fine-tuning takes one more
+matrix share in B, for the weights' own gradients. Not counted: a filter, the judge itself, clips for validation, text
+and its 8 kB per token on disk.
 """
 
 import json
@@ -30,8 +31,9 @@ from train.backbones.architecture import latent_shape, num_tokens, parameter_cou
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
 from train.files import read_json, write_text
-from train.optimizer import OptimConfig
+from train.optimizer import OptimConfig, learning_rate
 from train.sampling import LosersConfig, SamplerConfig, sampling_passes
+from train.terms import self_score
 from train.terms.self_score import SelfScoreConfig
 from train.tracking import transformer_flops
 
@@ -81,10 +83,15 @@ class Pipeline:
     first_frame: bool | None = None
     resample: Resample = field(default_factory=Resample)
 
+    def __post_init__(self) -> None:
+        if self.groups_planned < 0:
+            raise ValueError(f"pipeline.groups_planned={self.groups_planned}: use 0 or more")
+
 
 @dataclass
 class Objective:
     loss: str = "bound"
+    winner: str = "real"
 
 
 @dataclass
@@ -95,6 +102,11 @@ class Judge:
 @dataclass
 class Targets:
     tracks: str = ""
+
+
+@dataclass
+class Train:
+    parameters: str = "lora"
 
 
 @dataclass
@@ -109,6 +121,7 @@ class Job:
     objective: Objective = field(default_factory=Objective)
     self_score: SelfScoreConfig = field(default_factory=SelfScoreConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    train: Train = field(default_factory=Train)
 
 
 @dataclass(frozen=True)
@@ -143,12 +156,20 @@ def _read(path: Path) -> MeasuredRates:
     return read_json(path, MeasuredRates, remedy="delete it, or measure anew by data_pipeline.benchmark")
 
 
-def operations(architecture: dict[str, Any], video: VideoConfig, text_length: int) -> tuple[float, float]:
-    """(F, B) of one clip, in 1e12 operations of a matrix product."""
+def clips_per_group(loss: str, winner: str, num_losers: int) -> int:
+    """Clips that pass through the network in a preference step for a group of `num_losers` losers."""
+    taken = 1 if winner == "generated" else 0
+    return 2 if loss == "bound" else 1 + num_losers - taken
+
+
+def operations(
+    architecture: dict[str, Any], video: VideoConfig, text_length: int, *, full: bool = False
+) -> tuple[float, float]:
+    """(F, B) of one clip, in 1e12 operations of a matrix product. full: B gives gradients of all weights."""
     network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
     width = network["num_attention_heads"] * network["attention_head_dim"]
     matrix, attention = transformer_flops(tokens, text_length, width, network["ffn_dim"], network["num_layers"])
-    return (matrix + FORWARD * attention) / 1e12, (matrix + BACKWARD * attention) / 1e12
+    return (matrix + FORWARD * attention) / 1e12, ((1 + full) * matrix + BACKWARD * attention) / 1e12
 
 
 def megapixels(video: VideoConfig) -> float:
@@ -162,12 +183,16 @@ class Bill:
 
     def __init__(self, job: Job, rates: Rates, architecture: dict[str, Any], *, supervised: bool = False):
         self.job, self.rates, self.architecture, self.supervised = job, rates, architecture, supervised
-        self.forward, self.backward = operations(architecture, job.video, job.backbone.text_length)
+        size, full = (job.video, job.backbone.text_length), job.train.parameters == "full"
+        self.forward, self.judged = operations(architecture, *size)  # backward passes: through frozen weights,
+        _, self.backward = operations(architecture, *size, full=full)  # and of those that train
         self.known = rates.own or parameter_count(architecture) >= SMALLEST
         size = latent_shape(architecture, job.video.height, job.video.width, job.video.num_frames)
         self.channels, self.frames = size[:2]
         self.clip_bytes = 2 * math.prod(size)  # of latents in bfloat16
-        self.group_bytes = (1 + job.pipeline.losers.count) * self.clip_bytes + self._first_frame_bytes()
+        self.image_bytes = self._first_frame_bytes()
+        self.stacked = self.image_bytes == self.clip_bytes  # the VAE reads a whole clip for its first frame
+        self.group_bytes = (1 + job.pipeline.losers.count) * self.clip_bytes + self.image_bytes
 
     def stages(self, groups: int) -> list[Stage]:
         """From clips to a trained model; for 0 groups, training alone."""
@@ -178,7 +203,8 @@ class Bill:
         if made:
             passes = self.passes(losers.sampler(self.job.sampler), losers.start_time)
             seconds, disk = self._seconds(made * passes * self.forward, self.rates.sampling), made * self.clip_bytes
-            found.append(Stage("losers", f"{made:,} clips of {passes} passes", seconds, disk))
+            more = ", as if cache ended none early" if losers.sampler(self.job.sampler).cache else ""
+            found.append(Stage("losers", f"{made:,} clips of {passes} passes{more}", seconds, disk))
         if made and self.job.judge.name:
             found.append(Stage("judge", f"{made:,} clips decoded", self._vae(self.rates.decode, made)))
         if groups and self.job.targets.tracks:
@@ -188,8 +214,9 @@ class Bill:
             disk = groups * (
                 2 * self.group_bytes - losers.count * self.clip_bytes
             )  # in the stage's folder and in shards
-            words = f"{groups:,} clips; {self.group_bytes:,} bytes per group, without its text"
-            found.append(Stage("encode", words, self._vae(self.rates.encode, groups), disk))
+            clips = f"{groups:,} clips and as many first frames" if self.stacked else f"{groups:,} clips"
+            words = f"{clips}; {self.group_bytes:,} bytes per group, without its text"
+            found.append(Stage("encode", words, self._vae(self.rates.encode, groups * (1 + self.stacked)), disk))
         return [*found, self._training()]
 
     def passes(self, sampler: SamplerConfig, start: float = 1.0) -> int:
@@ -214,11 +241,11 @@ class Bill:
 
     def _training(self) -> Stage:
         job, losers = self.job, self.job.pipeline.losers.count
-        clips = 1 if self.supervised else 2 if job.objective.loss == "bound" else 1 + losers
+        clips = 1 if self.supervised else clips_per_group(job.objective.loss, job.objective.winner, losers)
         work = clips * (self.forward + self.backward) + (0 if self.supervised else clips * self.forward)
         words = "winners alone" if self.supervised else f"{clips} clips of each and their reference"
         if job.self_score.strength > 0:  # the winner's score, the prediction's, and back through that
-            work += (2 * self.forward + self.backward) / job.self_score.every
+            work += (2 * self.forward + self.judged) / job.self_score.every
             words += f", the self-score in every {job.self_score.every}. step"
         steps, batch = job.optim.steps, job.optim.batch_size
         seconds = self._seconds(steps * batch * work, self.rates.training)
@@ -241,8 +268,11 @@ def bill(
     supervised: bool = False,
 ) -> list[str]:
     """The bill's lines for a command's arguments. groups: where their number is known; else pipeline.groups_planned.
-    architecture: of the pipeline in use, else the family's table has it."""
+    architecture: of the pipeline in use, else the family's table has it. Raises ValueError for what cannot be
+    counted."""
     job = recipes.load(Job, argv, partial=True)
+    self_score.check(job)
+    learning_rate(job.optim, 0)
     rates, source = read_rates(job.output)
     groups = groups or job.pipeline.groups_planned
     architecture = architecture or find_architecture(job.backbone)

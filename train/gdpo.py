@@ -39,9 +39,10 @@ from torch import Tensor
 import recipes
 from losses.flow_matching import bell_weight
 from losses.preference import pairwise_bound, physics_guided_weights, plackett_luce, relative_error
-from train import entry
+from train import entry, validation
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
+from train.cost import Job, clips_per_group
 from train.data import Sample, pad_text
 from train.files import seed_of
 from train.groups import GroupSet
@@ -119,12 +120,12 @@ class ObjectiveConfig:
 
     def clips_per_group(self, num_losers: int) -> int:
         """Clips that pass through the network for a group of `num_losers` losers."""
-        taken = 1 if self.winner == "generated" else 0
-        return 2 if self.loss == "bound" else 1 + num_losers - taken
+        return clips_per_group(self.loss, self.winner, num_losers)
 
 
 @dataclass
 class Config:
+    bill: ClassVar[type] = Job  # what a dry run reads besides
     recipe: str = ""  # name or path of a recipe
     output: str = "runs/default"  # everything goes below this folder
     seed: int = 0  # of every draw
@@ -278,11 +279,18 @@ def check(config: Config) -> None:
         term.check(config)
     config.objective.check()
     check_experts(config)
+    validation.check(config)
 
 
 def check_groups(config: Config, groups: GroupSet) -> None:
-    """Under eq. 6 every group must have as many losers: ranks run equally many passes, and a batch stacks them."""
+    """Every group must have a loser, and under eq. 6 all equally many: ranks run equally many passes, and a batch
+    stacks them."""
     counts = {groups.num_losers(index) for index in range(len(groups))}
+    if 0 in counts:
+        raise ValueError(
+            f"{groups.folder} has groups without losers, which serve supervised training alone: use train/sft.py, or"
+            " build the groups with pipeline.losers.count=1 or more"
+        )
     if config.objective.loss == "plackett_luce" and len(counts) > 1:
         raise ValueError(
             f"objective.loss=plackett_luce needs equally many losers in every group, {groups.folder} has"

@@ -20,6 +20,12 @@ class OptimConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0  # global norm above which gradients are scaled down
 
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"optim.steps={self.steps}: use 0 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"optim.batch_size={self.batch_size}: use 1 or more")
+
 
 def build_optimizer(
     config: OptimConfig, parameters: list[nn.Parameter], *, heads: Sequence[nn.Parameter] = (), head_lr: float = 0.0

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from train import parallel
-from train.files import write_text
+from train.files import read_json, write_text
 from train.groups import GroupSet
 from train.timesteps import Turns
 
@@ -88,11 +88,14 @@ class ReferenceCache:
         path, ranks = self.folder / "settings.json", accelerator.num_processes
         own = dependencies(config, groups, backbone, device, ranks, turns)
         with parallel.together(device):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise ValueError(f"train.reference_cache={self.folder} is a file: name a folder")
             if accelerator.is_main_process and not path.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(path, json.dumps(own, indent=1) + "\n")
         with parallel.together(device):
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            remedy = "delete the folder, or name another one in train.reference_cache"
+            found = read_json(path, dict[str, Any], remedy=remedy)
             if found != own:
                 keys = [key for key in own | found if found.get(key) != own.get(key)]
                 other = [f"{key}={found.get(key)} (here {own.get(key)})" for key in keys]

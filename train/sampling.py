@@ -59,6 +59,9 @@ class SamplerConfig:
             raise ValueError(f"{section}.guided={self.guided}: give two times in [0, 1], the lower first")
         if not 0 <= self.cache < 1:
             raise ValueError(f"{section}.cache={self.cache}: give 0 (every pass is whole) or a share such as 0.1")
+        for key in ("guidance", "guidance_low", "shift"):
+            if (value := getattr(self, key)) is not None and not math.isfinite(value):
+                raise ValueError(f"{section}.{key}={value}: give a finite number, such as Wan's own 5")
         sigma_grid(self.steps, self.shift)
         if self.solver not in RCM:
             return

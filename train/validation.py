@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from train import files, parallel
-from train.backbones import load_backbone
+from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Conditioning
 from train.clips import contact_sheet, from_pixels, read_clip, side_by_side, to_pixels, write_clip
 from train.sampling import sample_clips
@@ -29,6 +29,20 @@ class ValidationConfig:
     images: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])  # clips per prompt
     every: int = 500  # steps; also before the first and after the last
+
+
+def check(config: Any) -> None:
+    """ValueError, before weights are read, where pictures and prompts do not go together."""
+    family, config = BACKBONES.get(config.backbone.family), config.validation
+    if config.images and len(config.images) != len(config.prompts):
+        raise ValueError(
+            f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts: give one a prompt"
+        )
+    if config.prompts and not config.images and family is not None and family.first_frame == (True,):
+        raise ValueError(
+            f"validation.prompts={config.prompts}: this backbone.family begins every clip with an image; name a clip or"
+            " picture for each in validation.images, or set validation.prompts=[]"
+        )
 
 
 class Validation:
@@ -108,11 +122,6 @@ class Validation:
             backbone = load_backbone(self.config.backbone, self.accelerator.device, parts=parts)
             first = None
             if config.images:
-                if len(config.images) != len(config.prompts):
-                    raise ValueError(
-                        f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts:"
-                        " give one a prompt"
-                    )
                 still = replace(self.config.video, num_frames=1)
                 first = torch.stack([from_pixels(read_clip(path, still))[:, 0] for path in config.images])  # (P,3,H,W)
             conditioning = backbone.condition(list(config.prompts), first, num_frames=self.config.video.num_frames)

@@ -21,6 +21,7 @@ from train.files import seed_of
 
 SPLITS = ("train", "heldout", "pool")
 EPISODE = 200  # control steps in which an expert has to succeed
+LONGEST = 500  # control steps that Meta-World lets an episode last
 AFTER = 12  # control steps that a clip goes on after success, where the episode is longer than the clip
 ATTEMPTS = 5  # of an expert that fails, outside of the pool
 
@@ -71,6 +72,9 @@ def check_video(video: VideoConfig) -> int:
         raise ValueError(f"video.fps={video.fps:g} does not divide the robots' 80 steps a second: use 40, 20, 16 or 10")
     if video.num_frames < 2:
         raise ValueError(f"video.num_frames={video.num_frames}: a robot's clip needs 2 frames or more")
+    if (video.num_frames - 1) * skip + AFTER > LONGEST:
+        most = 1 + (LONGEST - AFTER) // skip
+        raise ValueError(f"video.num_frames={video.num_frames}: at {video.fps:g} fps a robot's clip has {most} at most")
     return skip
 
 

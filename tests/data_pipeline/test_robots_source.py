@@ -13,7 +13,7 @@ from data_pipeline.frames import FrameReader, clip_identity
 from data_pipeline.manifests import Row
 from data_pipeline.simulated_tracks import simulated_disparity, simulated_tracks
 from eval.robots import simulators, world
-from eval.robots.demonstrations import Demonstration
+from eval.robots.demonstrations import Demonstration, check_video
 from train.clips import ClipError, VideoConfig
 
 VIDEO = VideoConfig(height=16, width=16, num_frames=5, fps=20)
@@ -72,6 +72,12 @@ def test_a_rate_that_the_simulator_has_not_is_refused(simulator):
     video = VideoConfig(height=16, width=16, num_frames=5, fps=24)
     with pytest.raises(ValueError, match="video.fps=24 does not divide"):
         sources.open_sources("robots:push:4", num_losers=0, video=video, seed=0)
+
+
+def test_a_clip_longer_than_an_episode_is_refused():
+    assert check_video(VideoConfig(height=16, width=16, num_frames=123, fps=20)) == 4  # 122 x 4 + 12 of 500 steps
+    with pytest.raises(ValueError, match="video.num_frames=124: at 20 fps a robot's clip has 123 at most"):
+        check_video(VideoConfig(height=16, width=16, num_frames=124, fps=20))
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):

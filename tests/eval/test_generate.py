@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eval import clips, generate
+from eval import config as own_config
 from eval import maker as making
 from eval.prompts import make_key, slug
 from train import checkpoint
@@ -97,13 +98,13 @@ def copied(made, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test when any weights are loaded."""
-    real = generate.load_backbone
+    real = load_backbone
 
     def shell_only(config, device, *, parts=("all",)):
         assert set(parts) <= {"tokenizer"}, "weights were loaded"
         return real(config, device, parts=parts)
 
-    for module in (generate, making):
+    for module in (own_config, making):
         monkeypatch.setattr(module, "load_backbone", shell_only)
 
 

@@ -437,6 +437,14 @@ def test_a_dry_run_counts(copied, no_sampling, capsys):
     assert expected in capsys.readouterr().out
 
 
+def test_a_dry_run_without_the_model(tmp_path, capsys):
+    """As eval/generate.py's: the family's table serves, and nothing is downloaded."""
+    run.main(["recipe=wan14b", f"output={tmp_path}", "benchmarks=[likephys,vbench]", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "likephys: asks base itself" in printed and "vbench: left out" in printed
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_export_gives_the_clips_of_its_training_folder(tuned, tmp_path):
     exported = export.to_comfyui(tuned.model.parent / "lora.safetensors", tmp_path / "comfy.safetensors")

@@ -250,6 +250,11 @@ def test_a_recipe_is_told_which_of_its_own_values_its_preset_replaces(tmp_path, 
     assert capsys.readouterr().err == ""
 
 
+def test_a_preset_of_other_commands_is_said(capsys):
+    load("recipe=wan14b", "objective.preset=proprio")
+    assert capsys.readouterr().err == "warning: objective.preset=proprio sets nothing that this command reads\n"
+
+
 def test_the_preset_reaches_every_command(capsys):
     assert recipes.load(sft.Config, ["recipe=wan14b", "objective.preset=released"]).optim.schedule == "constant"
     build = recipes.load(config_class("data_pipeline.build"), ["recipe=wan14b", "objective.preset=released"])

@@ -1,6 +1,7 @@
 """The backbone contract against diffusers' own Wan pipelines, on tiny random pipelines of every family."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -407,6 +408,8 @@ def test_guidance_is_applied_within_its_times(backbone_of):
         ({"guided": [0.9, 0.1]}, r"sampler.guided=\[0.9, 0.1\]: give two times in \[0, 1\], the lower first"),
         ({"steps": 0}, "steps=0"),
         ({"cache": -0.1}, "sampler.cache=-0.1: give 0"),
+        ({"guidance_low": math.nan}, "sampler.guidance_low=nan: give a finite number"),
+        ({"shift": math.inf}, "sampler.shift=inf: give a finite number"),
         ({"solver": "rcm", "guidance": 1.0}, "sampler.steps=50: rcm has a time grid for 1 to 4 steps"),
         ({"solver": "rcm", "steps": 4}, "sampler.guidance=5: rcm's students hold guidance themselves; set 1"),
         ({"solver": "rcm_ode", "steps": 4, "guidance": 1.0, "guidance_low": 3.0}, "sampler.guidance_low=3: rcm_ode"),

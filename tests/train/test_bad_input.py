@@ -59,6 +59,11 @@ def trained(tiny, tmp_path):
         ("lora.targets=[attn1.to_x]", "lora.targets: 'attn1.to_x' matches no linear layer; did you mean 'attn1.to_"),
         ("train.checkpoint_every=0", "train.checkpoint_every=0: must be at least 1"),
         ("validation.every=0", "validation.every=0: must be at least 1"),
+        (
+            "backbone.family=wan22_i2v validation.prompts=[a,b]",
+            "validation.prompts=.*picture for each in validation.im",
+        ),
+        ("validation.prompts=[a,b] validation.images=[a.png]", "validation.images names 1 files for 2 prompts"),
         ("train.keep_checkpoints=0", "train.keep_checkpoints=0: must be at least 1"),
         ("backbone.text_length=8", "text embedding of 12 tokens does not fit into 8; raise backbone.text_length"),
         ("video.height=60", "height=60 is no multiple of 16.*use 64"),
@@ -126,6 +131,12 @@ def test_groups_of_another_size(tiny, tmp_path):
 def test_no_groups(tiny, tmp_path):
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "empty"))):
         tiny.train(tmp_path, f"train.groups={tmp_path / 'empty'}", "optim.steps=1")
+
+
+def test_groups_without_losers(tiny, tmp_path):
+    groups = write_groups(tmp_path / "groups", fingerprint=tiny.fingerprint, num_losers=[1, 0, 2, 2])
+    with pytest.raises(ValueError, match="has groups without losers.*train/sft.py.*pipeline.losers.count"):
+        tiny.train(tmp_path, groups, "optim.steps=1")
 
 
 def test_groups_of_unequal_size_suit_the_bound_alone(tiny, tmp_path):

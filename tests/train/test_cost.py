@@ -70,8 +70,14 @@ def test_what_changes_training():
     assert per_group() == pytest.approx(pair + (2 * forward + backward) / 4, rel=1e-4)
     eq6 = ("objective.loss=plackett_luce", "pipeline.losers.count=4", "self_score.strength=0")
     assert per_group(*eq6) == pytest.approx(2.5 * pair)
+    generated = (*eq6, "objective.winner=generated", "physics.trajectory=0", "physics.relational=0")
+    assert per_group(*generated) == pytest.approx(2 * pair)  # one of the four is the winner
     alone = ("pipeline.losers.count=0", "self_score.strength=0")
     assert per_group(*alone) == pytest.approx(forward + backward, rel=1e-4)
+    full = (*alone, "train.parameters=full")
+    assert per_group(*full) == pytest.approx(forward + backward + 783.2, rel=1e-4)
+    judged = per_group(*full, "self_score.strength=1") - per_group(*full)
+    assert judged == pytest.approx((2 * forward + backward) / 4, rel=1e-3)  # the judge's weights stay frozen
 
 
 def test_what_changes_losers():
@@ -81,6 +87,13 @@ def test_what_changes_losers():
     assert passes() == "30" and passes("pipeline.losers.guidance=1") == "15"
     assert passes("objective.preset=paper") == "100"
     assert "losers" not in stages_of("recipe=wan14b", "pipeline.losers.count=0", groups=1)
+    cached = stages_of("recipe=wan14b", "pipeline.losers.cache=0.1", groups=1)["losers"]
+    assert cached.work == "1 clips of 30 passes, as if cache ended none early"
+
+
+def test_an_image_that_begins_a_clip_is_encoded_as_one():
+    alone, beside = (stages_of(f"recipe=wan22_a14b_{kind}", groups=3)["encode"] for kind in ("t2v", "i2v"))
+    assert beside.seconds == 2 * alone.seconds and beside.work.startswith("3 clips and as many first frames; ")
 
 
 def test_unknown_is_said_and_not_counted():
@@ -124,6 +137,15 @@ def test_a_dry_run_without_groups_counts_training_alone(capsys):
     assert "pipeline.groups_planned=N" in second
 
 
+def test_what_cannot_be_counted_is_said(capsys):
+    gdpo.main([*PAPER, "pipeline.losers.stps=3", "objective.beta=3", "--dry-run"])
+    assert capsys.readouterr().err == "warning: pipeline.losers.stps is not read by this command: ignored\n"
+    for setting in ("pipeline.groups_planned=-5", "optim.steps=-1", "optim.batch_size=0", "self_score.every=0"):
+        for main in (build.main, gdpo.main):
+            with pytest.raises(ValueError, match=setting):
+                main([*PAPER, setting, "--dry-run"])
+
+
 def test_rates_of_the_jobs_own_folder_come_first(tmp_path):
     shipped, said = cost.read_rates(str(tmp_path))
     assert not shipped.own and "train/rates.json" in said
@@ -141,7 +163,9 @@ def test_rates_of_the_jobs_own_folder_come_first(tmp_path):
 
 def test_the_builds_benchmark_measures_every_part(tmp_path, capsys):
     small = ["video.height=32", "video.width=32", "video.num_frames=5", "sampler.steps=2", "pipeline.losers.count=1"]
-    results = benchmark.main(["recipe=tiny", f"output={tmp_path}", "targets.tracks=lucas_kanade", *small])
+    small = ["recipe=tiny", f"output={tmp_path}", *small, "pipeline.losers.cache=0.5"]
+    results = benchmark.main([*small, "targets.tracks=lucas_kanade"])
+    assert capsys.readouterr().out.startswith("cache: left out")  # random weights' would end other passes
     assert json.loads((tmp_path / "build_benchmark.json").read_text(encoding="utf-8")) == results
     parts = ("text", "encode", "loser", "decode", "targets")
     assert all(results[part]["seconds"] > 0 and results[part]["compiled_later"] == 0 for part in parts)
@@ -150,5 +174,7 @@ def test_the_builds_benchmark_measures_every_part(tmp_path, capsys):
     rates, _ = cost.read_rates(str(tmp_path))
     assert rates.device == "CPU" and rates.encode == {"16": 32 * 32 * 5 / 1e6 / results["encode"]["seconds"]}
     capsys.readouterr()
-    gdpo.main(["recipe=tiny", f"output={tmp_path}", *small, "pipeline.groups_planned=36", "--dry-run"])
+    with pytest.raises(ValueError, match="dry_run=true: this command measures"):
+        benchmark.main([*small, "--dry-run"])
+    gdpo.main([*small, "pipeline.groups_planned=36", "--dry-run"])
     assert f"{36 * loser['seconds'] / 3600:,.1f} h" in capsys.readouterr().out

@@ -72,6 +72,16 @@ def test_errors_of_other_settings_are_refused_by_name(tiny, tmp_path):
     assert "optim.batch_size" in settings and "objective.beta" not in settings
 
 
+def test_a_folder_that_is_no_cache_is_named(tiny, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "settings.json").write_text("{", encoding="utf-8")
+    for path, said in ((folder, "settings.json is damaged.*delete the folder"), (tmp_path / "file", "is a file")):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match=said):
+            tiny.train(tmp_path / "run", *STEPS, f"train.reference_cache={path}")
+
+
 def test_supervised_training_has_no_reference(tiny, tmp_path):
     arguments = tiny.arguments(tmp_path, *STEPS, f"train.reference_cache={tmp_path / 'cache'}")
     with pytest.raises(ValueError, match="supervised training has no reference; leave it out"):

@@ -119,7 +119,7 @@ def check(config: Config) -> None:
 
 
 def build(config: Config, name: str) -> Benchmark:
-    return BENCHMARKS[name](getattr(config.run, name), config.video, config.vlm, config.raters)
+    return BENCHMARKS[name](getattr(config.run, name), config.video, config.vlm, config.raters, config.sampler)
 
 
 def listing(config: Config) -> str:
@@ -214,6 +214,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
     if missing := [needed for needed in benchmark.requirements() if not needed.found]:
         raise ValueError("; ".join(f"{needed.what} not found at {needed.where}: {needed.remedy}" for needed in missing))
     if not benchmark.of_clips:
+        benchmark.check(shell)
         asked = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, asdict(config.video)]
         for model in models(lora):
             own = [*asked, model.lora.sha256 if model.lora else None, "rows with clusters"]

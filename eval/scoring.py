@@ -73,11 +73,11 @@ class Probe:
 
 
 def unprobed(plan: Plan, models: Sequence[Model]) -> Iterator[Probe]:
-    """Of the models that a benchmark has not asked to the end."""
+    """Of the models that a benchmark has not asked to the end, or of which rows have errors."""
     for model in models:
         if own := plan.identities.get(model.name, ""):
             with plan.rows(model.name) as rows:
-                if rows.find(own, COMPLETE, 0) is None:
+                if rows.find(own, COMPLETE, 0) is None or any(row["error"] for row in rows.every(own)):
                     yield Probe(plan.benchmark.name, model, own)
 
 
@@ -88,7 +88,8 @@ def probe(benchmark: Benchmark, backbone: Backbone, probe: Probe, folder: Path) 
     started = time.perf_counter()
     with RowFile(folder / f"rows-{probe.model.name}.jsonl") as rows:
         try:
-            for row in benchmark.probe(backbone, work):
+            done = {row["key"] for row in rows.every(probe.identity) if not row["error"]}
+            for row in benchmark.probe(backbone, work, done):
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 known = rows.find(probe.identity, row.key, row.seed)
                 if known is None or known["error"]:

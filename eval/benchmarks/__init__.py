@@ -6,6 +6,7 @@ from eval.benchmarks.base import Benchmark
 from eval.benchmarks.likephys import LikePhys, LikePhysConfig
 from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
 from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
+from eval.benchmarks.planner import Planner, PlannerConfig
 from eval.benchmarks.r_bench import RBench, RBenchConfig
 from eval.benchmarks.robots import Robots, RobotsConfig
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
@@ -21,6 +22,7 @@ class BenchmarkSettings:
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     robots: RobotsConfig = field(default_factory=RobotsConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
     physics_iq: PhysicsIQConfig = field(default_factory=PhysicsIQConfig)
     videophy: RatedConfig = field(default_factory=RatedConfig)
     videophy2: VideoPhy2Config = field(default_factory=VideoPhy2Config)
@@ -35,6 +37,7 @@ class BenchmarkSettings:
 BENCHMARKS: dict[str, type[Benchmark]] = {
     "sandbox": Sandbox,
     "robots": Robots,
+    "planner": Planner,
     "physics_iq": PhysicsIQ,
     "videophy": VideoPhy,
     "videophy2": VideoPhy2,

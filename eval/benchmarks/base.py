@@ -12,7 +12,7 @@ makes means and intervals of them. So a benchmark holds no loop over models, no 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from eval.vlm.backend import VlmConfig
 from recipes import read_yaml
 from train.backbones.base import Backbone
 from train.clips import VideoConfig
+from train.sampling import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,14 @@ class Benchmark(ABC):
     of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
 
     def __init__(
-        self, settings: Any, video: VideoConfig, vlm: VlmConfig | None = None, raters: RatersConfig | None = None
+        self,
+        settings: Any,
+        video: VideoConfig,
+        vlm: VlmConfig | None = None,
+        raters: RatersConfig | None = None,
+        sampler: SamplerConfig | None = None,
     ):
-        self.settings, self.model_video = settings, video
+        self.settings, self.model_video, self.sampler = settings, video, sampler or SamplerConfig()
         self.vlm, self.raters = vlm or VlmConfig(), raters or RatersConfig()
 
     @property
@@ -167,8 +173,16 @@ class Benchmark(ABC):
         """
         raise NotImplementedError
 
-    def probe(self, backbone: Backbone, folder: Path) -> Iterator[Row]:
-        """Rows of the backbone as it stands (a LoRA on or off), for benchmarks with `of_clips` False."""
+    def check(self, shell: Backbone) -> None:
+        """ValueError where `probe` cannot work with this backbone, which has no weights yet."""
+        return
+
+    def probe(self, backbone: Backbone, folder: Path, done: Set[str] = frozenset()) -> Iterator[Row]:
+        """Rows of the backbone as it stands (a LoRA on or off), for benchmarks with `of_clips` False.
+
+        folder: for files of its own, one for each model below a common one. done: keys of the rows of this model that
+        are kept, which need not come again.
+        """
         raise NotImplementedError
 
     def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -27,7 +27,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -133,7 +133,7 @@ class LikePhys(Benchmark):
         licence = "none stated; see the dataset's page"
         return [Requirement("the LikePhys clips", licence, where, self._root() is not None, remedy)]
 
-    def probe(self, backbone: Backbone, folder: Path) -> Iterator[Row]:
+    def probe(self, backbone: Backbone, folder: Path, done: Set[str] = frozenset()) -> Iterator[Row]:
         """A row for every scene and kind: the share of its pairs that are ranked wrongly. A scene's rows share its true
         clips, so they are one cluster."""
         if backbone.input_channels(backbone.architecture) > backbone.architecture["z_dim"]:

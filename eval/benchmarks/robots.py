@@ -37,6 +37,15 @@ class RobotsConfig:
             raise ValueError(f"run.robots: give clips of 1 or more, and tasks out of {', '.join(TASKS)}")
 
 
+def simulator() -> Requirement:
+    try:
+        world.load()
+        found = True
+    except ValueError:
+        found = False
+    return Requirement("Meta-World and MuJoCo", "MIT, Apache-2.0", "the extra robots", found, world.INSTALL)
+
+
 class Robots(Benchmark):
     name = "robots"
     columns = ("physical", "semantic", "gripper_error", "object_error", *(f"error_{law}" for law in judge.LAWS))
@@ -46,12 +55,7 @@ class Robots(Benchmark):
     together = judge.BATCH_SIZE
 
     def requirements(self) -> list[Requirement]:
-        try:
-            world.load()
-            found = True
-        except ValueError:
-            found = False
-        return [Requirement("Meta-World and MuJoCo", "MIT, Apache-2.0", "the extra robots", found, world.INSTALL)]
+        return [simulator()]
 
     def prompts(self) -> list[Task]:
         check_video(self.model_video)

@@ -27,6 +27,7 @@ from eval.robots.demonstrations import Demonstration, Listed
 from train.clips import VideoConfig
 
 TIMEOUT = 120.0  # seconds for one demonstration, the start of the process included
+COMMAND = (sys.executable, "-m", "eval.robots.serve")
 KEPT = 8  # finished demonstrations that nobody has asked for yet
 
 
@@ -34,7 +35,7 @@ class SimulatorError(RuntimeError):
     """What the process of a demonstration said or did."""
 
 
-class _Process:
+class SimulatorProcess:
     """One simulator. Its pipe is read when it has something, so that several can be waited for."""
 
     def __init__(self, command: Sequence[str]):
@@ -77,8 +78,8 @@ class Simulators:
 
     def __init__(self, count: int, *, command: Sequence[str] = (), timeout: float = TIMEOUT):
         self.count, self.timeout = count, timeout
-        self.command = command or (sys.executable, "-m", "eval.robots.serve")
-        self._processes: list[_Process] = []
+        self.command = command or COMMAND
+        self._processes: list[SimulatorProcess] = []
         self._done: dict[str, Demonstration | SimulatorError] = {}  # by job, the oldest first
         self._lock = threading.Lock()
 
@@ -114,7 +115,7 @@ class Simulators:
             return
         idle = next((process for process in self._processes if not process.job), None)
         if idle is None and len(self._processes) < self.count:
-            idle = _Process(self.command)
+            idle = SimulatorProcess(self.command)
             self._processes.append(idle)
         if idle is not None:
             idle.begin(job, self.timeout)
@@ -140,7 +141,7 @@ class Simulators:
                 process.end()
                 self._finish(process, {"error": np.array(str(error))})
 
-    def _finish(self, process: _Process, arrays: dict[str, np.ndarray]) -> None:
+    def _finish(self, process: SimulatorProcess, arrays: dict[str, np.ndarray]) -> None:
         job, process.job = process.job, ""
         if "error" in arrays:
             self._done[job] = SimulatorError(str(arrays["error"]))

@@ -9,6 +9,8 @@ A world is made anew for each rollout, so that nothing of an earlier one is left
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -90,6 +92,22 @@ class World:
         seen = self.observation.copy()
         seen[4:6] += aim
         return np.clip(self.policy.get_action(seen), -1, 1)
+
+    @contextmanager
+    def imagined(self) -> Iterator[None]:
+        """What is done inside has not happened afterwards."""
+        mujoco, env = self.mujoco, self.env
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(env.model, kind))
+        mujoco.mj_getState(env.model, env.data, state, kind)
+        own, observation = dict(vars(env)), self.observation  # an environment replaces its attributes, it changes none
+        try:
+            yield
+        finally:
+            mujoco.mj_setState(env.model, env.data, state, kind)
+            mujoco.mj_forward(env.model, env.data)
+            vars(env).update(own)
+            self.observation = observation
 
     def roll_out(self, behaviour: Behaviour, seed: int, steps: int) -> Rollout:
         random = np.random.default_rng(seed)

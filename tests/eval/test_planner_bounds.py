@@ -1,12 +1,10 @@
-"""The inverse dynamics model learns which way a square went; the table of bounds; imagination leaves no trace."""
+"""The inverse dynamics model learns which way a square went; the table of bounds."""
 
 import numpy as np
-import pytest
 import torch
 
 from eval.experiments.planner import bounds
 from eval.robots.inverse_dynamics import Settings, train
-from eval.robots.world import World, load
 
 
 def test_the_inverse_dynamics_model_learns_a_motion():
@@ -31,22 +29,3 @@ def test_the_table_has_wilson_intervals_and_names_what_failed():
     rows.append({"task": "push", "index": 10, "planner": "expert", "success": None, "error": "it hung"})
     text = bounds.table(rows, ["push"])
     assert "0.800 [0.490, 0.943]" in text and "failed: push 10 expert: it hung" in text
-
-
-@pytest.mark.slow
-def test_what_is_imagined_has_not_happened():
-    try:
-        load()
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    worlds = [World("push", 3, "red") for _ in range(2)]
-    for world in worlds:
-        for _ in range(20):
-            world.step(world.expert())
-    with bounds.imagined(worlds[0]):
-        for _ in range(30):
-            worlds[0].step(np.ones(4))
-    for _ in range(30):
-        for world in worlds:
-            world.step(world.expert())
-    assert np.allclose(worlds[0].observation, worlds[1].observation, atol=1e-9)

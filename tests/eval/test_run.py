@@ -340,7 +340,7 @@ class Asked(Absent):
     def requirements(self):
         return []
 
-    def probe(self, backbone, folder):
+    def probe(self, backbone, folder, done):
         weight = sum(float(p.detach().abs().sum()) for p in backbone.transformer.parameters() if p.shape[-1] == 1)
         hidden = torch.zeros(1, *backbone.latent_shape(32, 32, 5))
         moved = backbone.velocity(hidden, torch.tensor([0.5]), backbone.condition(["a"])).abs().mean().item()

@@ -1,0 +1,135 @@
+"""Planning in the simulator, WorldArena's action planner: look, imagine what comes, decode the actions between the
+imagined frames, execute them, begin again, until success or EPISODE control steps.
+
+    planner = imagining(imagine, inverse_dynamics(folder, tasks, ...), skip)
+    with processes(8) as simulators:
+        outcomes = play(initial_states(["push", "reach"], 8), planner, video, simulators)
+
+All planners are compared from the same initial states; success is the environment's own flag.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from eval.robots.demonstrations import EPISODE, Listed, check_video, list_demonstrations
+from eval.robots.episodes import EpisodeProcess
+from eval.robots.inverse_dynamics import InverseDynamics, Settings, train
+from eval.robots.simulators import SimulatorError, shared
+from train.clips import VideoConfig
+from train.files import atomic, digest, seed_of
+
+HORIZON = 8  # frames that are imagined and executed before the next look
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a planner knows of an episode when it plans."""
+
+    listed: Listed  # task, instruction, and what tells the episode from others
+    step: int  # control steps that were executed
+    frames: np.ndarray  # (1, H, W, 3) uint8: what the camera sees; with the future behind it, where that was asked for
+    actions: np.ndarray | None = None  # (n, 4) of that future: the expert's
+
+
+Imagine = Callable[[Sequence[Look]], Iterable[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """plan: of looks at several episodes the actions (n, 4) of each."""
+
+    plan: Callable[[Sequence[Look]], Sequence[np.ndarray]]
+    future: bool = False  # whether looks hold the expert's true future
+
+
+def imagining(imagine: Imagine, model: InverseDynamics, skip: int, *, future: bool = False) -> Planner:
+    """imagine: of looks the frames (n + 1, H, W, 3) uint8 of each, the current one first. skip: control steps between
+    two frames."""
+    return Planner(lambda looks: [model.decode(frames).repeat(skip, axis=0) for frames in imagine(looks)], future)
+
+
+def initial_states(tasks: Sequence[str], count: int, seed: int = 0) -> list[Listed]:
+    """`count` episodes of each task, the tasks in turn, in a stream apart from all demonstrations."""
+    return list_demonstrations(tasks, "planner", seed, range(count * len(tasks)))
+
+
+def play(
+    episodes: Sequence[Listed], planner: Planner, video: VideoConfig, simulators: Sequence[EpisodeProcess]
+) -> list[bool | SimulatorError]:
+    """Whether each was solved at any moment, or how its simulator failed, which costs that episode alone.
+
+    They are played side by side, each in one of `simulators`; planned at once for all that are not over.
+    """
+    skip, horizon = check_video(video), horizon_of(video)
+    outcomes: list[bool | SimulatorError] = [False] * len(episodes)
+
+    def ask(command: str, given: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, np.ndarray]]:
+        """The answers by episode, of those whose simulators did not fail."""
+        answers = {}
+        for number, arguments in given.items():
+            simulators[number].begin(command, **arguments)
+        for number in given:
+            try:
+                answers[number] = simulators[number].result()
+            except SimulatorError as error:
+                outcomes[number] = error
+        return answers
+
+    worlds = {}
+    for number, one in enumerate(episodes):
+        seed = seed_of("robots", one.split, one.task, one.seed, one.index)
+        worlds[number] = {"task": one.task, "seed": seed, "colour": one.colour}
+        worlds[number] |= {"height": video.height, "width": video.width}
+    playing = list(ask("open", worlds))
+    for step in range(0, EPISODE, horizon * skip):
+        asked = ("future", {"count": horizon, "skip": skip}) if planner.future else ("frame", {})
+        seen = ask(asked[0], dict.fromkeys(playing, asked[1]))
+        looks = [Look(episodes[number], step, **arrays) for number, arrays in seen.items()]
+        plans = planner.plan(looks) if looks else []
+        chosen = {
+            number: {"actions": actions[: EPISODE - step].tolist()} for number, actions in zip(seen, plans, strict=True)
+        }
+        for number, answer in (done := ask("act", chosen)).items():
+            outcomes[number] = bool(answer["success"])
+        playing = [number for number in done if not outcomes[number]]
+    return outcomes
+
+
+def horizon_of(video: VideoConfig) -> int:
+    """Frames that are imagined and executed, for clips of this length."""
+    return min(HORIZON, video.num_frames - 1)
+
+
+def inverse_dynamics(
+    folder: Path, tasks: Sequence[str], clips: int, settings: Settings, video: VideoConfig, *, seed: int, device: str
+) -> tuple[InverseDynamics, str]:
+    """The inverse dynamics model of demonstrations of the pool, and the digest of what it was made from; trained where
+    `folder` does not hold it yet. Of several processes the first that is done gives it to all."""
+    made_from = digest([list(tasks), clips, asdict(settings), asdict(video), seed])[:16]
+    path = folder / f"inverse_dynamics-{made_from}.safetensors"
+    if not path.exists():
+        listed, frames, actions = list_demonstrations(tasks, "pool", seed, range(clips)), [], []
+        for number, one in enumerate(tqdm(listed, desc="demonstrations", unit="clip")):
+            try:
+                made = shared().get(one, video, then=listed[number + 1 : number + 4])
+            except SimulatorError as error:
+                print(problem := f"left out {one.name}: {error}")
+                continue
+            frames.append(torch.from_numpy(made.frames))
+            actions.append(torch.from_numpy(made.actions))
+        if not frames:
+            raise ValueError(f"none of {clips} demonstrations could be made ({problem}): see eval/robots/README.md")
+        trained = train(torch.stack(frames), torch.stack(actions), settings, seed=seed, device=device)
+        if not path.exists():
+            with atomic(path) as aside:
+                save_file(trained.state_dict(), aside)
+    model = InverseDynamics(video.height, video.width)
+    model.load_state_dict(load_file(path))
+    return model.eval().to(device), made_from

@@ -1,0 +1,142 @@
+"""Episodes in processes of their own, and the planners' loop. Stand-ins answer, not Meta-World."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from eval.robots.demonstrations import Listed
+from eval.robots.episodes import EpisodeProcess
+from eval.robots.planning import Look, Planner, imagining, initial_states, play
+from eval.robots.simulators import SimulatorError
+from eval.robots.world import World, load
+from train.clips import VideoConfig
+
+VIDEO = VideoConfig(height=8, width=8, num_frames=33, fps=20)  # 4 control steps a frame, 32 a look
+# A slider that each control step moves by the action's first part. The frame's brightness is its place; the task is its
+# name, or the place to be reached. `crash` and `hang` do so in the second look's actions, `refuse` is never opened.
+STAND_IN = """
+import io, json, os, struct, sys, time
+import numpy as np
+for line in sys.stdin:
+    job = json.loads(line)
+    command, made = job.pop("command"), {}
+    if command == "open":
+        task, place, acted = job["task"], 0.0, 0
+        made = {"error": np.array("no such task")} if task == "refuse" else {}
+    elif command == "act":
+        acted += 1
+        if acted == 2 and task == "crash":
+            os._exit(7)
+        if acted == 2 and task == "hang":
+            time.sleep(60)
+        success = False
+        for action in job["actions"]:
+            place += action[0]
+            success |= task.isdigit() and place >= int(task)
+        made = {"success": np.array(success)}
+    else:
+        future = int(place) + np.arange(job.get("count", 0) + 1)  # a brightness more a frame
+        made = {"frames": np.broadcast_to(future[:, None, None, None], (len(future), 8, 8, 3)).astype(np.uint8)}
+        if command == "future":
+            made["actions"] = np.full((job["count"] * job["skip"], 4), 0.25)
+    message = io.BytesIO()
+    np.savez(message, **made)
+    sys.stdout.buffer.write(struct.pack("<Q", message.tell()) + message.getvalue())
+    sys.stdout.buffer.flush()
+"""
+
+
+class StubInverseDynamics:
+    def decode(self, frames):
+        """The slider's speed in brightness a control step."""
+        actions = np.zeros((len(frames) - 1, 4))
+        actions[:, 0] = np.diff(frames[:, 0, 0, 0].astype(float)) / 4
+        return actions
+
+
+@pytest.fixture
+def simulators():
+    made = [EpisodeProcess((sys.executable, "-c", STAND_IN), timeout=3.0) for _ in range(3)]
+    yield made
+    for one in made:
+        one.close()
+
+
+def episodes(*tasks):
+    return [Listed(task, "planner", 0, 0, "red", f"to {task}") for task in tasks]
+
+
+def test_right_actions_solve_the_task_within_the_episode(simulators):
+    """By hand: a brightness a frame is 0.25 a control step, 8 a look, 50 in the 200 control steps of an episode."""
+    seen: list[list[Look]] = []
+
+    def imagine(looks):
+        seen.append(list(looks))
+        return [look.frames + np.arange(9, dtype=np.uint8)[:, None, None, None] for look in looks]
+
+    planner = imagining(imagine, StubInverseDynamics(), 4)
+    assert play(episodes("20", "50", "51"), planner, VIDEO, simulators) == [True, True, False]
+    assert [[look.listed.task for look in looks] for looks in seen] == [["20", "50", "51"]] * 3 + [["50", "51"]] * 4
+    assert [looks[-1].step for looks in seen] == [0, 32, 64, 96, 128, 160, 192]
+    assert [int(looks[-1].frames[0, 0, 0, 0]) for looks in seen] == [0, 8, 16, 24, 32, 40, 48]  # it looks again
+    assert seen[0][0].frames.shape == (1, 8, 8, 3) and seen[0][0].actions is None
+
+    frozen = imagining(lambda looks: [look.frames.repeat(9, axis=0) for look in looks], StubInverseDynamics(), 4)
+    assert play(episodes("20"), frozen, VIDEO, simulators) == [False]
+    futures = imagining(lambda looks: [look.frames for look in looks], StubInverseDynamics(), 4, future=True)
+    expert = Planner(lambda looks: [look.actions for look in looks], future=True)
+    for planner in (futures, expert):
+        assert play(episodes("50", "51"), planner, VIDEO, simulators) == [True, False]
+
+
+@pytest.mark.slow
+def test_a_crash_a_hang_and_a_refusal_cost_one_episode_each(simulators):
+    expert = Planner(lambda looks: [look.actions for look in looks], future=True)
+    crash, hang, solved = play(episodes("crash", "hang", "20"), expert, VIDEO, simulators)
+    assert isinstance(crash, SimulatorError) and "status 7" in str(crash)
+    assert isinstance(hang, SimulatorError) and "not done after 3 s" in str(hang)
+    assert solved is True
+    refused, *others = play(episodes("refuse", "20", "51"), expert, VIDEO, simulators)
+    assert str(refused) == "no such task" and others == [True, False]
+    assert play(episodes("20"), expert, VIDEO, simulators) == [True]
+    failed = play(episodes("refuse"), expert, VIDEO, simulators)  # nothing is left to plan for
+    assert [str(error) for error in failed] == ["no such task"]
+
+
+def test_initial_states_do_not_depend_on_their_number():
+    few, many = initial_states(["push", "reach"], 2), initial_states(["push", "reach"], 5)
+    assert many[:4] == few and [one.task for one in few] == ["push", "reach"] * 2
+
+
+@pytest.mark.slow
+def test_what_is_imagined_has_not_happened():
+    try:
+        load()
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    worlds = [World("push", 3, "red") for _ in range(2)]
+    for world in worlds:
+        for _ in range(20):
+            world.step(world.expert())
+    with worlds[0].imagined():
+        for _ in range(30):
+            worlds[0].step(np.ones(4))
+    for _ in range(30):
+        for world in worlds:
+            world.step(world.expert())
+    assert np.allclose(worlds[0].observation, worlds[1].observation, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_expert_in_a_process_of_its_own():
+    pytest.importorskip("metaworld")
+    simulator, video = EpisodeProcess(), VideoConfig(height=32, width=32, num_frames=33, fps=20)
+    try:
+        expert = Planner(lambda looks: [look.actions for look in looks], future=True)
+        still = Planner(lambda looks: [np.zeros((32, 4)) for _ in looks])
+        (state,) = initial_states(["reach"], 1)
+        assert play([state], expert, video, [simulator]) == [True]
+        assert play([state], still, video, [simulator]) == [False]
+    finally:
+        simulator.close()

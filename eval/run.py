@@ -5,7 +5,7 @@
     python -m eval.run recipe=sandbox run.lora=… --dry-run     # what would be made
 
     <folder>/<benchmark>/clips/<model>/<key>-<seed>.mp4   a clip, its sidecar (.json) says what it was made from
-    <folder>/<benchmark>/rows-<model>.jsonl               one row per clip, written as it is scored
+    <folder>/<benchmark>/rows-<model>.jsonl               one row per clip (or episode), written as it is scored
     <folder>/<benchmark>/comparison.mp4, sheet.png        true | base | tuned, for the first prompts
     <folder>/<benchmark>/official/<model>                 with run.layout: clips as the official code reads them
     <folder>/scores.jsonl                                 every clip of every model: what the results were made from

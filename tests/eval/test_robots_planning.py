@@ -24,6 +24,8 @@ for line in sys.stdin:
     if command == "open":
         task, place, acted = job["task"], 0.0, 0
         made = {"error": np.array("no such task")} if task == "refuse" else {}
+    elif command == "end":
+        os._exit(7)
     elif command == "act":
         acted += 1
         if acted == 2 and task == "crash":
@@ -102,6 +104,17 @@ def test_a_crash_a_hang_and_a_refusal_cost_one_episode_each(simulators):
     assert play(episodes("20"), expert, VIDEO, simulators) == [True]
     failed = play(episodes("refuse"), expert, VIDEO, simulators)  # nothing is left to plan for
     assert [str(error) for error in failed] == ["no such task"]
+
+
+def test_a_process_that_ended_between_two_commands_is_replaced(simulators):
+    simulator, *_ = simulators
+    simulator.begin("end")
+    simulator._process.process.wait()
+    simulator.begin("frame")
+    with pytest.raises(SimulatorError, match="its process ended with status 7"):
+        simulator.result()
+    simulator.begin("open", task="20")
+    assert simulator.result() == {}
 
 
 def test_initial_states_do_not_depend_on_their_number():

@@ -124,6 +124,7 @@ def inverse_dynamics(
                 continue
             frames.append(torch.from_numpy(made.frames))
             actions.append(torch.from_numpy(made.actions))
+        shared().close()
         if not frames:
             raise ValueError(f"none of {clips} demonstrations could be made ({problem}): see eval/robots/README.md")
         trained = train(torch.stack(frames), torch.stack(actions), settings, seed=seed, device=device)

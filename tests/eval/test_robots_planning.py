@@ -1,12 +1,15 @@
 """Episodes in processes of their own, and the planners' loop. Stand-ins answer, not Meta-World."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from eval.robots import planning
 from eval.robots.demonstrations import Listed
 from eval.robots.episodes import EpisodeProcess
+from eval.robots.inverse_dynamics import Settings
 from eval.robots.planning import Look, Planner, imagining, initial_states, play
 from eval.robots.simulators import SimulatorError
 from eval.robots.world import World, load
@@ -120,6 +123,40 @@ def test_a_process_that_ended_between_two_commands_is_replaced(simulators):
 def test_initial_states_do_not_depend_on_their_number():
     few, many = initial_states(["push", "reach"], 2), initial_states(["push", "reach"], 5)
     assert many[:4] == few and [one.task for one in few] == ["push", "reach"] * 2
+
+
+def test_the_inverse_dynamics_model_is_trained_once_for_all_that_are_compared(tmp_path, monkeypatch, capsys):
+    class StandIn:
+        asked, failing = 0, {1}
+
+        def get(self, listed, video, *, then):
+            StandIn.asked += 1
+            if listed.index in self.failing:
+                raise SimulatorError("status 7")
+            random = np.random.default_rng(listed.index)
+            frames = random.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+            return SimpleNamespace(frames=frames, actions=random.uniform(-1, 1, (16, 4)).astype(np.float32))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(planning, "shared", StandIn)
+    video = VideoConfig(height=32, width=32, num_frames=5, fps=20)
+
+    def get(steps=2):
+        settings = Settings(steps=steps, batch=4)
+        return planning.inverse_dynamics(tmp_path, ["push"], 3, settings, video, seed=0, device="cpu")
+
+    model, made_from = get()
+    assert StandIn.asked == 3 and "left out robots:push:pool:0:1: status 7" in capsys.readouterr().out
+    again, same = get()
+    frames = np.random.default_rng(5).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    assert StandIn.asked == 3 and same == made_from and model.decode(frames).shape == (8, 4)
+    assert (again.decode(frames) == model.decode(frames)).all()
+    assert get(steps=3)[1] != made_from and StandIn.asked == 6
+    StandIn.failing = {0, 1, 2}
+    with pytest.raises(ValueError, match="none of 3 demonstrations could be made.*status 7"):
+        get(steps=4)
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ class Cell(TypedDict):
     mean: float
     low: float
     high: float
+    clips: int
 
 
 class OfModel(TypedDict):
@@ -82,6 +83,10 @@ class Run:
             raise ValueError(f"{path} holds no results.json, nor does its folder eval: give a run of eval.run")
         again = "run eval.run with the same settings again, which keeps clips and rows"
         self.results = read_json(folder / "results.json", Results, remedy=again)
+        for name, found in self.results["benchmarks"].items():
+            for model, own in found["models"].items():
+                if not found["figures"] or not own["figures"].keys() >= set(found["figures"]):
+                    raise ValueError(f"{folder / 'results.json'} lacks figures of {name}, model {model}; {again}")
         path = folder / "scores.jsonl"
         if not path.is_file():
             raise ValueError(f"{path} is missing; {again}")
@@ -121,6 +126,8 @@ def _has(run: Run, name: str) -> bool:
 
 def check_settings(name: str, first: Run, other: Run) -> None:
     """ValueError, naming key and values, unless both runs set the benchmark alike."""
+    if first.results["benchmarks"][name]["figures"] != other.results["benchmarks"][name]["figures"]:
+        raise ValueError(f"{first.name} and {other.name} have other figures of {name}: evaluate both with one version")
     ours, theirs = (flat(run.results["benchmarks"][name]["settings"]) for run in (first, other))
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):

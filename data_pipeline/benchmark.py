@@ -29,6 +29,7 @@ from data_pipeline.config import Config, Setup
 from data_pipeline.own_clips import ClipMaker
 from data_pipeline.stages.targets import TargetMaker
 from train import entry
+from train.backbones import text_tokens
 from train.clips import from_pixels
 from train.cost import megapixels, operations, save_rates
 from train.files import write_text
@@ -58,7 +59,7 @@ class Measured:
         """Each part's name and what runs it for another row."""
         backbone, config, latents = self.maker.backbone, self.config, []
         clip = from_pixels(self.frames[None].to(self.device))
-        yield "text", lambda: backbone.encode_text([next(self.rows)["prompt"]])
+        yield "text", lambda: backbone.encode_texts([next(self.rows)["prompt"]])
         yield "encode", lambda: latents.append(backbone.encode_video(clip).cpu())
         if config.pipeline.losers.count:
             yield "loser", lambda: self.maker.generate([next(self.rows)], [self.first])
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     channels, pixels = str(backbone.architecture["z_dim"]), megapixels(config.video)
     rates: dict[str, Any] = {part: {channels: pixels / results[part]["seconds"]} for part in ("encode", "decode")}
     if "loser" in results:
-        forward, _ = operations(backbone.architecture, config.video, config.backbone.text_length)
+        forward, _ = operations(backbone.architecture, config.video, text_tokens(config.backbone))
         rates["sampling"] = forward / results["loser"]["pass_seconds"]
     if "targets" in results:
         rates["targets"] = 1 / results["targets"]["seconds"]

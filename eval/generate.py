@@ -145,7 +145,7 @@ def prepare(config: Config) -> Work:
     prompts = read_prompts(settings, "generate")
     here, shell = config.is_here, config.shell()
     shell.latent_shape(video.height, video.width, video.num_frames)
-    _check_images(config, prompts, shell)
+    _check_images(config, prompts)
     lora = read_lora(settings.lora, shell, key="generate.lora", check=here)
     if here:
         warn_of_cut_prompts(config.backbone, prompts)
@@ -190,9 +190,9 @@ def check(config: Config) -> None:
         raise ValueError(f"generate.seeds={seeds}: {bad[0]} is negative, too large or there twice; give distinct seeds")
 
 
-def _check_images(config: Config, prompts: Sequence[Prompt], shell: Backbone) -> None:
+def _check_images(config: Config, prompts: Sequence[Prompt]) -> None:
     """Whether the family takes images, or needs them, and whether they can be read."""
-    if problem := image_problem(config.backbone, prompts, shell):
+    if problem := image_problem(config.backbone, prompts):
         remedy = "; images are named in generate.images, or in the column image of generate.prompts_file"
         raise ValueError(problem + remedy)
     for prompt in prompts:

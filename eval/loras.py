@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from train import lora_formats
 from train.attached_loras import AttachedLoras
+from train.backbones import lora_formats
 from train.backbones.architecture import parameter_shapes
 from train.backbones.base import Backbone
+from train.backbones.lora_formats import FOLDER_FILES, NetworkLora
 from train.checkpoint import attach_trained, lora_config, read_ours, weights_path
 from train.files import sha256
-from train.lora_formats import FOLDER_FILES, NetworkLora
 from train.lora_switch import LoraConfig, SwitchState
 
 

@@ -112,7 +112,7 @@ def build_request(
     return Request(Clip(model.name, path, settings, lossless), prompt, seed, video)
 
 
-def image_problem(config: BackboneConfig, prompts: Sequence[Prompt], shell: Backbone) -> str:
+def image_problem(config: BackboneConfig, prompts: Sequence[Prompt]) -> str:
     """Why the backbone's family cannot make clips of these prompts with or without images; empty where it can."""
     family = BACKBONES[config.family]
     given = [prompt for prompt in prompts if prompt.image]
@@ -121,7 +121,7 @@ def image_problem(config: BackboneConfig, prompts: Sequence[Prompt], shell: Back
             f"{given[0].key} has an image, but backbone.family={config.family} generates from text alone: leave images"
             " out, or use wan22_ti2v or wan22_i2v"
         )
-    if len(given) < len(prompts) and family.input_channels(shell.architecture) > shell.architecture["z_dim"]:
+    if len(given) < len(prompts) and False not in family.first_frame:
         return f"backbone.family={config.family} needs an image for each prompt"
     return ""
 

@@ -230,7 +230,7 @@ def fill(config: Config, plan: Plan, lora: Lora | None, shell: Backbone, scratch
             prompts[task.key] = make_prompt(benchmark, task, video, inputs)
         except ValueError as error:
             plan.refused[task.key] = str(error)
-    if problem := image_problem(config.backbone, list(prompts.values()), shell):
+    if problem := image_problem(config.backbone, list(prompts.values())):
         raise ValueError(problem)
     if config.is_here:
         warn_of_cut_prompts(config.backbone, list(prompts.values()))

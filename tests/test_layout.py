@@ -24,7 +24,6 @@ FROM_TRAIN = {
         "groups",
         "checkpoint",
         "lora_switch",
-        "lora_formats",
         "attached_loras",
         "clips",
         "files",

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from train.lora_formats import NetworkLora
+from train.backbones.lora_formats import NetworkLora
 from train.lora_switch import SwitchState, adapt
 
 
@@ -38,8 +38,12 @@ class AttachedLoras:
                 whole.append(f"{layer}.weight")
         for key in dict.fromkeys(whole):
             parameter = parameters[key]
-            streamed = getattr(network, "streamed", None) if key.startswith("blocks.") else None
-            base = parameter.data if streamed is None else streamed.stored(key).to(parameter.device)
+            streamed = getattr(network, "streamed", None)
+            base = (
+                parameter.data
+                if streamed is None or not streamed.holds(key)
+                else streamed.stored(key).to(parameter.device)
+            )
             self._changed.append((parameter, parameter.data))
             parameter.data = lora.add(key, base).to(parameter.dtype)
 

@@ -26,8 +26,8 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
 import recipes
-from train.backbones import BACKBONES, find_architecture, load_backbone
-from train.backbones.architecture import latent_shape, num_tokens, parameter_count
+from train.backbones import BACKBONES, find_architecture, load_backbone, text_tokens
+from train.backbones.architecture import forward_flops, latent_shape, num_tokens, parameter_count
 from train.backbones.base import BackboneConfig
 from train.clips import VideoConfig
 from train.files import read_json, write_text
@@ -35,7 +35,6 @@ from train.optimizer import OptimConfig, learning_rate
 from train.sampling import LosersConfig, SamplerConfig, sampling_passes
 from train.terms import self_score
 from train.terms.self_score import SelfScoreConfig
-from train.tracking import transformer_flops
 
 SHIPPED = Path(__file__).parent / "rates.json"
 FORWARD, BACKWARD = 1.2, 3.25  # what an operation of attention's forward pass costs, and its backward pass
@@ -163,12 +162,11 @@ def clips_per_group(loss: str, winner: str, num_losers: int) -> int:
 
 
 def operations(
-    architecture: dict[str, Any], video: VideoConfig, text_length: int, *, full: bool = False
+    architecture: dict[str, Any], video: VideoConfig, text_tokens: int, *, full: bool = False
 ) -> tuple[float, float]:
     """(F, B) of one clip, in 1e12 operations of a matrix product. full: B gives gradients of all weights."""
-    network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
-    width = network["num_attention_heads"] * network["attention_head_dim"]
-    matrix, attention = transformer_flops(tokens, text_length, width, network["ffn_dim"], network["num_layers"])
+    tokens = num_tokens(architecture, video.height, video.width, video.num_frames)
+    matrix, attention = forward_flops(architecture, tokens, text_tokens)
     return (matrix + FORWARD * attention) / 1e12, ((1 + full) * matrix + BACKWARD * attention) / 1e12
 
 
@@ -183,7 +181,7 @@ class Bill:
 
     def __init__(self, job: Job, rates: Rates, architecture: dict[str, Any], *, supervised: bool = False):
         self.job, self.rates, self.architecture, self.supervised = job, rates, architecture, supervised
-        size, full = (job.video, job.backbone.text_length), job.train.parameters == "full"
+        size, full = (job.video, text_tokens(job.backbone)), job.train.parameters == "full"
         self.forward, self.judged = operations(architecture, *size)  # backward passes: through frozen weights,
         _, self.backward = operations(architecture, *size, full=full)  # and of those that train
         self.known = rates.own or parameter_count(architecture) >= SMALLEST

@@ -126,16 +126,6 @@ def generated_winner(group: Group) -> Group:
     )
 
 
-def pad_text(text: Tensor, length: int) -> Tensor:
-    """text (L', D) -> (length, D), zeros behind the L' tokens. Raises ValueError if L' > length."""
-    if len(text) > length:
-        raise ValueError(
-            f"a text embedding of {len(text)} tokens does not fit into {length}; raise backbone.text_length or build "
-            "the groups again with the shorter one"
-        )
-    return torch.nn.functional.pad(text, (0, 0, 0, length - len(text)))
-
-
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,8 @@
     python -m train.export runs/wan14b/train out/ --to merged --base Wan-AI/Wan2.1-T2V-14B-Diffusers   # full weights
 
 The first argument is a checkpoint folder, a training folder (its newest checkpoint), or a LoRA file of any tool
-(train.lora_formats). Merged weights are rounded to bfloat16 unless `--dtype float32` is given: on a small network
-rounding moves the output by more than a short training does.
+(train.backbones.lora_formats). Merged weights are rounded to bfloat16 unless `--dtype float32` is given: on a small
+network rounding moves the output by more than a short training does.
 
 Of the two experts of A14B a file's metadata say which it is for; where another tool's does not, `--expert` does. One of
 both is written as one file for diffusers, as two for ComfyUI (..._high_noise, ..._low_noise) and as two folders of full
@@ -30,21 +30,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers import WanPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from train import entry, files
-from train.backbones.architecture import parameter_shapes
-from train.backbones.loading import fingerprint, load_transformer, read_pipeline, resolve_folder
+from train.backbones import BACKBONES, read_pipeline
+from train.backbones.architecture import NetworkKind, parameter_shapes
+from train.backbones.loading import fingerprint, load_transformer, resolve_folder
+from train.backbones.lora_formats import FOLDER_FILES, is_ours, read
 from train.checkpoint import find_lora, weights_path
 from train.experts import BOTH, EXPERT_FOLDERS
-from train.lora_formats import FOLDER_FILES, ORIGINAL_NAMES, is_ours, read
 from train.lora_switch import LoraSwitch
 from train.weight_files import by_expert, read_ours, read_tensors, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-ADAPTERS = "lora_adapter_metadata"  # diffusers' key
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FOLDERS = {"transformer": "transformer", **EXPERT_FOLDERS}  # of each expert, in a pipeline
 
@@ -59,36 +59,16 @@ def to_diffusers(source: Path, target: Path) -> Path:
         "target_modules": json.loads(metadata["targets"]),
         "peft_type": "LORA",
     }
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, str] = {}
+    # The low-noise expert's own file is for `load_lora_weights` too, which knows the first network's prefix alone.
+    prefixes = {FOLDERS[expert] if len(parts) == 2 else "transformer": layers for expert, layers in parts.items()}
     with files.atomic(target) as aside:
-        for expert, layers in parts.items():
-            pipeline = _Second if len(parts) == 2 and FOLDERS[expert] == "transformer_2" else WanPipeline
-            pipeline.save_lora_weights(
-                aside.parent,
-                transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=adapter,
-                weight_name=aside.name,
-            )
-            with safe_open(aside, framework="pt") as file:
-                header = _joined(header, file.metadata())
-            tensors |= read_tensors(aside)
-        write_tensors(tensors, aside, header | _origin(metadata))
+        LoraBaseMixin._save_lora_weights(
+            aside.parent, prefixes, dict.fromkeys(prefixes, adapter), weight_name=aside.name
+        )
+        with safe_open(aside, framework="pt") as file:
+            header = file.metadata()
+        write_tensors(read_tensors(aside), aside, header | _origin(metadata))
     return target
-
-
-class _Second(WanPipeline):
-    """Names keys as those of the second network."""
-
-    transformer_name = "transformer_2"
-
-
-def _joined(one: dict[str, str], other: dict[str, str]) -> dict[str, str]:
-    """Metadata of two files that diffusers wrote: the adapters' descriptions, JSON whose keys name the network, as
-    one."""
-    if not one:
-        return other
-    return other | {ADAPTERS: json.dumps(json.loads(one[ADAPTERS]) | json.loads(other[ADAPTERS]), indent=2)}
 
 
 def to_comfyui(source: Path, target: Path) -> Path:
@@ -99,7 +79,8 @@ def to_comfyui(source: Path, target: Path) -> Path:
     """
     path, metadata = find_lora(source)
     parts = by_expert(path, metadata)
-    renamed = {expert: _comfyui(layers, float(metadata["alpha"])) for expert, layers in parts.items()}
+    kind, alpha = _kind(metadata), float(metadata["alpha"])
+    renamed = {expert: _comfyui(kind, layers, alpha) for expert, layers in parts.items()}
     written = comfyui_files(target, metadata["expert"])
     for path, (expert, tensors) in zip(written, renamed.items(), strict=True):
         write_tensors(tensors, path, {"format": "pt"} | _origin(metadata | {"expert": expert}))
@@ -113,14 +94,24 @@ def comfyui_files(target: Path, expert: str) -> list[Path]:
     return [target.with_stem(f"{target.stem}_{name}") for name in EXPERT_FOLDERS]
 
 
-def _comfyui(layers: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+def _kind(metadata: dict[str, str]) -> NetworkKind:
+    """Of the backbone that a LoRA was trained on; of other tools' files, which do not say, the first family's."""
+    family = metadata["fingerprint"].partition("-")[0]
+    return BACKBONES.get(family, next(iter(BACKBONES.values()))).kind
+
+
+def _comfyui(kind: NetworkKind, layers: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, weight in layers.items():
         layer, matrix = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name).groups()
-        in_block = re.fullmatch(r"(blocks\.\d+)\.(.+)", layer)
-        if in_block is None or in_block[2] not in ORIGINAL_NAMES:
-            raise ValueError(f"layer {layer} has no ComfyUI name: known are {', '.join(ORIGINAL_NAMES)} of each block")
-        key = f"diffusion_model.{in_block[1]}.{ORIGINAL_NAMES[in_block[2]]}"
+        names = kind.original_names
+        in_block = re.fullmatch(rf"({kind.blocks}\.\d+)\.(.+)", layer)
+        if in_block is None or in_block[2] not in names:
+            known = (
+                f"known are {', '.join(names)} of each block" if names else f"none of {kind.model.__name__} is known"
+            )
+            raise ValueError(f"layer {layer} has no ComfyUI name: {known}")
+        key = f"diffusion_model.{in_block[1]}.{names[in_block[2]]}"
         tensors[f"{key}.lora_{'down' if matrix == 'A' else 'up'}.weight"] = weight.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha)
     return tensors
@@ -156,11 +147,12 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
     if not two and "transformer" not in names:
         raise ValueError(f"LoRA {path} is for {metadata['expert']}, {base} has one network: use the model it is for")
     loras = read(path).by_expert(list(names), source=f"LoRA {path}")
-    shapes = parameter_shapes(read_pipeline(pipeline)[1])
+    architecture = read_pipeline(pipeline)[1]
+    kind, shapes = architecture["kind"], parameter_shapes(architecture)
     for lora in loras.values():
         lora.check(shapes, source=f"LoRA {path}")
     cpu = torch.device("cpu")
-    networks = {expert: load_transformer(pipeline, name, cpu, dtype) for expert, name in names.items()}
+    networks = {expert: load_transformer(kind, pipeline, name, cpu, dtype) for expert, name in names.items()}
     for expert, network in networks.items():
         for name, weight in network.named_parameters():
             weight.copy_(loras[expert].add(name, weight))

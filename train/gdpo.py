@@ -40,12 +40,14 @@ import recipes
 from losses.flow_matching import bell_weight
 from losses.preference import pairwise_bound, physics_guided_weights, plackett_luce, relative_error
 from train import entry, validation
+from train.backbones import BACKBONES
 from train.backbones.base import BackboneConfig
+from train.backbones.conditioning import pad_texts
 from train.clips import VideoConfig
 from train.cost import Job, clips_per_group
-from train.data import Sample, pad_text
+from train.data import Sample
 from train.files import seed_of
-from train.groups import GroupSet
+from train.groups import GroupSet, told
 from train.loop import TrainConfig, fit
 from train.lora_switch import LoraConfig
 from train.optimizer import OptimConfig, learning_rate
@@ -145,15 +147,17 @@ class Config:
 
 
 def winner_tensors(config: Config, sample: Sample, *, draws: int = 1) -> dict[str, Tensor]:
-    """winner (C,F,H,W), text (L,D), t (), noise (draws,C,F,H,W) float32, condition (optional), and what the terms add.
+    """winner (C,F,H,W), t (), noise (draws,C,F,H,W) float32, the group's conditioning, its texts (L,D) padded, and what
+    the terms add.
 
     Drawn on the CPU from a generator seeded by (seed, position): the same on any device and rank.
     """
     group = sample.group
     generator = torch.Generator().manual_seed(draw_seed(config.seed, sample.position))
+    texts = BACKBONES[config.backbone.family].text_lengths(config.backbone.text_length)
     tensors = {
         "winner": group.winner,
-        "text": pad_text(group.text, config.backbone.text_length),
+        **pad_texts(told(group), texts),
         "t": draw_time(config.objective, generator, sample.share),
         "noise": torch.randn(draws, *group.winner.shape, generator=generator),
     }
@@ -161,7 +165,7 @@ def winner_tensors(config: Config, sample: Sample, *, draws: int = 1) -> dict[st
         tensors["position"] = torch.tensor(sample.position)
     for term in TERMS.values():
         tensors |= term.prepare(config, sample, generator)
-    return tensors if group.condition is None else tensors | {"condition": group.condition}
+    return tensors
 
 
 def prepare(config: Config, sample: Sample) -> dict[str, Tensor]:

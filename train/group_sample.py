@@ -22,6 +22,7 @@ from train.shard_records import SCHEMA, Common, json_bytes, parse_json
 # The largest magnitude of what the network reads. Normalised latents are close to a standard normal and embeddings come
 # out of a normalisation; 1e30 is finite as well, but its square is not, and one such value costs a batch each visit.
 LARGEST = 1.0e4
+EXTRA, MORE = "extra.", "conditioning."  # what the names of those tensors begin with in a shard
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of floating point tensors
 
 
@@ -61,6 +62,8 @@ class Group:
     condition: Tensor | None = None  # image condition latents of I2V families
     extra: dict[str, Tensor] = field(default_factory=dict)  # of the winner: tracks, visibility, keep, ...
     network: str = ""  # fingerprint of the backbone that made the losers; empty: that is `fingerprint`
+    # What else the network is told (`Conditioning.more`), by name, texts among it without padding; Wan's have nothing.
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
 
 
 def check_group(group: Group) -> None:
@@ -97,6 +100,9 @@ def check_group(group: Group) -> None:
         refuse(f"the text embedding must be float (L', D) with L' > 0, not {_describe(group.text)}")
     if group.condition is not None and (group.condition.ndim != 4 or not group.condition.is_floating_point()):
         refuse(f"the condition must be a float latent (C', F, H, W), not {_describe(group.condition)}")
+    for name, tensor in group.conditioning.items():
+        if not tensor.is_floating_point() or (name.startswith("text") and tensor.ndim != 2):
+            refuse(f"the conditioning {name} must be float, and of a text (L', D), not {_describe(tensor)}")
     for name, tensor in tensors_of(group).items():
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
@@ -105,15 +111,21 @@ def check_group(group: Group) -> None:
         low, high = (value.item() for value in torch.aminmax(tensor))  # NaN if any is; isfinite takes ten times as long
         if not (math.isfinite(low) and math.isfinite(high)):
             refuse(f"tensor {name!r} has values that are not finite")
-        if not name.startswith("extra.") and max(-low, high) > LARGEST:
+        if not name.startswith(EXTRA) and max(-low, high) > LARGEST:
             refuse(f"tensor {name!r} has values up to {max(-low, high):.3g}, far beyond a latent's or an embedding's")
 
 
 def tensors_of(group: Group) -> dict[str, Tensor]:
     """Its tensors by the names that they have in a shard."""
+    extra = {f"{EXTRA}{name}": tensor for name, tensor in group.extra.items()}
+    return {"winner": group.winner, "losers": group.losers, **told(group), **extra}
+
+
+def told(group: Group) -> dict[str, Tensor]:
+    """What the network is told of the clips, by the names that they have in a shard: as `Conditioning.named`."""
     condition = {} if group.condition is None else {"condition": group.condition}
-    extra = {f"extra.{name}": tensor for name, tensor in group.extra.items()}
-    return {"winner": group.winner, "losers": group.losers, "text": group.text, **condition, **extra}
+    more = {f"{MORE}{name}": tensor for name, tensor in group.conditioning.items()}
+    return {"text": group.text, **condition, **more}
 
 
 def common(group: Group) -> Common:
@@ -167,8 +179,14 @@ def parse_sample(data: bytes, *, name: str, remedy: str) -> Group:
         network=description.get("network", ""),
         **{tensor: tensors[tensor] for tensor in ("winner", "losers", "text")},
         condition=tensors.get("condition"),
-        extra={name.removeprefix("extra."): value for name, value in tensors.items() if name.startswith("extra.")},
+        extra=_beginning(EXTRA, tensors),
+        conditioning=_beginning(MORE, tensors),
     )
+
+
+def _beginning(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _members(data: bytes) -> dict[str, bytes]:

@@ -31,6 +31,7 @@ from train.group_sample import Group, check_group, common, parse_sample, sample_
 from train.group_sample import Loser as Loser
 from train.group_sample import dtype_name as dtype_name
 from train.group_sample import tensors_of as tensors_of
+from train.group_sample import told as told
 from train.shard_records import (
     END,
     SCHEMA,

@@ -191,7 +191,8 @@ def attach(
     """The policy, and the DeepSpeed engines of the backbone's networks, which must outlive training."""
     switch = attach_parameters(config, backbone, keep_reference=keep_reference)
     policy = Policy(backbone, switch, build_heads(config, backbone), turns=turns_of(config, backbone))
-    engines = [parallel.partition(accelerator, expert) for expert in backbone.experts.values()]
+    blocks_of = backbone.kind.blocks_of
+    engines = [parallel.partition(accelerator, expert, blocks_of(expert)) for expert in backbone.experts.values()]
     whole = "sharded over the ranks" if engines[0] else "whole on every rank"
     if config.backbone.stream:
         whole = f"streamed from {backbone.transformer.streamed.ring.taken / GIB:.1f} GiB of host memory"

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from train import lora_formats
+from train.backbones import lora_formats
 from train.backbones.base import Backbone
+from train.backbones.lora_formats import LoraFile
 from train.experts import BOTH
-from train.lora_formats import LoraFile
 from train.lora_switch import LoraSwitch
 from train.policy import Reference
 

@@ -82,8 +82,8 @@ def sharding(accelerator: Accelerator) -> Sharding | None:
     return Sharding(accelerator) if accelerator.distributed_type == DistributedType.DEEPSPEED else None
 
 
-def partition(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
-    """Shard `network` over the ranks when launched with DeepSpeed ZeRO-3, else do nothing.
+def partition(accelerator: Accelerator, network: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
+    """Shard `network`, whose `blocks` are these, over the ranks when launched with DeepSpeed ZeRO-3, else do nothing.
 
     Returns the DeepSpeed engine, which must outlive training; the network itself is called as before, its hooks
     gather a whole transformer block when it runs. Parameters keep their dtypes.
@@ -92,7 +92,7 @@ def partition(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
         return None
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(network, [type(network.blocks[0])])
+    set_z3_leaf_modules(network, [type(blocks[0])])
     engine = accelerator.prepare(network)
     assert is_partitioned(network), "ZeRO-3 left parameters whole"
     return engine

@@ -4,7 +4,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.backbones import BACKBONES, DTYPES, find_architecture
-from train.backbones.architecture import latent_shape, num_tokens, parameter_bytes, parameter_count, without_storage
+from train.backbones.architecture import (
+    latent_shape,
+    num_tokens,
+    parameter_bytes,
+    parameter_count,
+    shape_of,
+    without_storage,
+)
 from train.backbones.base import BOTH
 from train.backbones.streaming import SLOTS
 from train.cost import bill
@@ -40,16 +47,15 @@ def print_plan(config: Any, argv: list[str] | None, *, supervised: bool = False)
 def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     """The lines of `print_plan` for `world` ranks; `sharded` says whether ZeRO-3 splits the frozen network."""
     architecture = find_architecture(config.backbone)
-    network, video = architecture["transformer"], config.video
+    own, video = shape_of(architecture), config.video
     shape = latent_shape(architecture, video.height, video.width, video.num_frames)
     tokens = num_tokens(architecture, video.height, video.width, video.num_frames)
     accumulation = accumulation_steps(config, world)
-    width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
     parameters = parameter_count(architecture)
     adapters = lora_parameters(architecture, config.lora)
     both = config.backbone.expert == BOTH
     memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=world if sharded else 1)
-    largest = width * network["ffn_dim"] * (bytes_a_number(config) + 4)  # one tensor, as it is and as it is stored
+    largest = own.width * own.ffn * (bytes_a_number(config) + 4)  # one tensor, as it is and as it is stored
     samples = config.optim.steps * config.optim.batch_size
     place = "shared out over them (ZeRO-3)" if sharded else "whole on each"
     place = "streamed to each from host memory" if config.backbone.stream else place
@@ -57,7 +63,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         f"ranks           {world}, the frozen network {place}"
         + ("; ranks=16 plans for 16 under ZeRO-3" if world == 1 and not config.backbone.stream else ""),
         f"backbone        {config.backbone.family} {config.backbone.architecture}:"
-        f" {parameters / 1e6:,.2f} M parameters, {layers} blocks of width {width}",
+        f" {parameters / 1e6:,.2f} M parameters, {own.layers} blocks of width {own.width}",
         f"adapters        rank {config.lora.rank}: {adapters / 1e6:.2f} M parameters trained"
         + (" for each of two experts" if both else ""),
         f"clip            {video.height}x{video.width}, {video.num_frames} frames at {video.fps:g} fps ->"
@@ -78,7 +84,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         lines.append(f"blocks          {kept_by_blocks(config, world=world, sharded=sharded)}")
     if config.backbone.stream:
         lines.append(f"host memory     {on_the_host(config)}")
-    block = feature_block(config.physics, layers)
+    block = feature_block(config.physics, own.layers)
     if block is not None:
         weights = f"trajectory {config.physics.trajectory:g}, relational {config.physics.relational:g}"
         terms = f"{weights}, heads on block {block}"
@@ -133,7 +139,7 @@ def plan_blocks(config: Any, *, world: int = 1, sharded: bool = False, passes: i
     """Fused blocks in a step of `world` ranks, where the host has what train.offload_gib asks for. passes: those whose
     activations wait at once, two in the steps of the self-score."""
     architecture, video, train = find_architecture(config.backbone), config.video, config.train
-    network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
+    own, tokens = shape_of(architecture), num_tokens(architecture, video.height, video.width, video.num_frames)
     adapters = lora_parameters(architecture, config.lora)
     parameters, shards = parameter_count(architecture), world if sharded else 1
     memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=shards)
@@ -142,13 +148,12 @@ def plan_blocks(config: Any, *, world: int = 1, sharded: bool = False, passes: i
     both = config.backbone.expert == BOTH
     resident = memory["weights"] + adapters * 4 * (3 * (1 + both) + gradients)  # weights, AdamW's moments, too
     resident += memory.get("gathered", 0)
-    heads = network["num_attention_heads"]
     sizes = Sizes(
         tokens=tokens * clips_in_a_pass(config),
-        width=heads * network["attention_head_dim"],
-        ffn=network["ffn_dim"],
-        heads=heads,
-        blocks=network["num_layers"],
+        width=own.width,
+        ffn=own.ffn,
+        heads=own.heads,
+        blocks=own.layers,
         hidden_bytes=bytes_a_number(config),
     )
     room, host = train.memory_budget_gib * GIB - resident, train.offload_gib * GIB
@@ -180,7 +185,7 @@ def streamed_bytes(config: Any) -> int:
     """Of the blocks of all experts that are loaded, whose copy on the host this is."""
     architecture = find_architecture(config.backbone)
     block, _ = parameter_bytes(architecture, DTYPES[config.backbone.dtype])
-    return experts_loaded(config) * architecture["transformer"]["num_layers"] * block
+    return experts_loaded(config) * shape_of(architecture).layers * block
 
 
 def experts_loaded(config: Any) -> int:
@@ -216,10 +221,9 @@ def memory_estimate(
     Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
     while one block is recomputed; without checkpointing the latter for every block.
     """
-    network = architecture["transformer"]
-    width, layers = network["num_attention_heads"] * network["attention_head_dim"], network["num_layers"]
+    layers, _, width, ffn, _ = shape_of(architecture)
     size = bytes_a_number(config)
-    block = tokens * (34 * width + 4 * network["ffn_dim"]) * size
+    block = tokens * (34 * width + 4 * ffn) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
     both, experts = config.backbone.expert == BOTH, experts_loaded(config)
     weights = (1 if both and world == 1 else experts) * parameters * size / world

@@ -120,8 +120,7 @@ def predict(
     whose clips stand together."""
     copies = len(clips) // len(batch["t"])
     t = batch["t"].repeat_interleave(copies)
-    condition = batch["condition"].repeat_interleave(copies, dim=0) if "condition" in batch else None
-    conditioning = Conditioning(batch["text"].repeat_interleave(copies, dim=0), condition)
+    conditioning = Conditioning.of(batch).repeated(copies)
     x_t, features = interpolate(clips, noise, t), None
     if features_at is None:
         velocity = policy.backbone.velocity(x_t, t, conditioning)

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from losses.flow_matching import interpolate
-from train.backbones.base import NEGATIVE_PROMPT, TRAIN_TIMESTEPS, Backbone, Conditioning
+from train.backbones.base import TRAIN_TIMESTEPS, Backbone, Conditioning
+from train.backbones.negative_prompt import NEGATIVE_PROMPT
 from train.clips import VideoConfig
 from train.files import seed_of
 
@@ -328,7 +329,7 @@ def sample(
     B, of the noise that the solver rcm draws between steps.
     """
     if negative is None and is_guided(backbone, sampler, start):
-        negative = Conditioning(backbone.encode_text([sampler.negative_prompt]))
+        negative = backbone.encode_texts([sampler.negative_prompt])
     if sampler.cache and len(noise) > 1:  # which passes end early is decided for each clip, not for a batch
         negatives = None if negative is None else negative.expand(len(noise))
         parts = [slice(number, number + 1) for number in range(len(noise))]
@@ -362,7 +363,7 @@ def residual_cache(backbone: Backbone, threshold: float) -> Iterator[None]:
     ValueError for networks that have no such cache in diffusers.
     """
     for name, expert in backbone.experts.items():
-        if not isinstance(expert, CacheMixin):
+        if not (isinstance(expert, CacheMixin) and backbone.kind.cached):
             raise ValueError(
                 f"cache={threshold:g}: the {name} network has no residual cache in diffusers; set cache to 0"
             )

@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 import recipes
 from train import files
+from train.backbones import text_tokens
+from train.backbones.architecture import forward_flops
 from train.backbones.base import Backbone
 
 # Dense bf16 peak of a device by name, TFLOP/s, from the vendors' datasheets.
@@ -47,21 +49,6 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
-def transformer_flops(tokens: int, text_tokens: int, width: int, ffn: int, layers: int) -> tuple[float, float]:
-    """Floating-point operations of one forward pass of one sample: (matrix products, attention).
-
-        matrix = 2 L n (6 d^2 + 2 d ffn),  attention = 4 L (L + text) d n
-
-    L tokens, n layers, width d; the text's own key and value products are left out as small. A backward pass with
-    frozen weights costs the matrix part once (input gradients only) and 2.5 times the attention.
-
-    By hand: L = 2, text 1, d = 3, ffn = 4, n = 1: 2*2*(6*9 + 2*3*4) = 312 and 4*2*(2 + 1)*3 = 72.
-    """
-    matrix = 2.0 * tokens * layers * (6 * width**2 + 2 * width * ffn)
-    attention = 4.0 * tokens * (tokens + text_tokens) * width * layers
-    return matrix, attention
-
-
 def device_peak_tflops(device: torch.device) -> float | None:
     """Dense bf16 peak of `device`, or None when it is not in the table (a CPU, say)."""
     if device.type != "cuda":
@@ -82,13 +69,10 @@ class Pace:
     group."""
 
     def __init__(self, config: Any, backbone: Backbone, clips: int, device: torch.device):
-        video, network = config.video, backbone.transformer.config
+        video = config.video
         self.device = device
         tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
-        width = network.num_attention_heads * network.attention_head_dim
-        matrix, attention = transformer_flops(
-            tokens, config.backbone.text_length, width, network.ffn_dim, network.num_layers
-        )
+        matrix, attention = forward_flops(backbone.architecture, tokens, text_tokens(config.backbone))
         clips *= config.optim.batch_size
         passes = config.objective.reference_passes
         self.tokens = tokens * clips

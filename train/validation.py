@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from train import files, parallel
 from train.backbones import BACKBONES, load_backbone
@@ -126,9 +127,8 @@ class Validation:
                 first = torch.stack([from_pixels(read_clip(path, still))[:, 0] for path in config.images])  # (P,3,H,W)
             conditioning = backbone.condition(list(config.prompts), first, num_frames=self.config.video.num_frames)
             negative = backbone.condition([self.config.sampler.negative_prompt])
-            tensors = {"text": conditioning.text, "negative": negative.text}
-            if conditioning.image is not None:
-                tensors["image"] = conditioning.image
+            both = {"prompts": conditioning.named(), "negative": negative.named()}
+            tensors = {f"{which}/{name}": value for which, named in both.items() for name, value in named.items()}
             with files.atomic(path) as aside:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside)
             del backbone
@@ -138,5 +138,8 @@ class Validation:
                 f"{path}, which the main process has written, is not there: output={self.config.output} must lie on one"
                 " file system that all nodes share"
             )
-        tensors = load_file(path)
-        return Conditioning(tensors["text"], tensors.get("image")), Conditioning(tensors["negative"])
+        read: dict[str, dict[str, Tensor]] = {"prompts": {}, "negative": {}}
+        for key, value in load_file(path).items():
+            which, _, name = key.partition("/")
+            read[which][name] = value
+        return Conditioning.of(read["prompts"]), Conditioning.of(read["negative"])

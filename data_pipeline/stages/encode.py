@@ -18,6 +18,7 @@ from data_pipeline.frames import FrameReader
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Marker, Table, TableRow, Unit, drop, unit_name
 from train.backbones.base import Backbone
+from train.backbones.conditioning import Conditioning, unpad_texts
 from train.clips import from_pixels
 from train.groups import Group, Loser, ShardWriter, shard_record, write_index
 
@@ -79,11 +80,12 @@ class Encode(Stage):
         winners = self.backbone.encode_video(video, batch_size=len(video)).to(torch.bfloat16).cpu()
         stored = conditioning.to("cpu", torch.bfloat16)
         for number, winner in enumerate(winners):
-            condition = {} if stored.image is None else {"condition": stored.image[number]}
-            yield {"winner": winner, "text": unpad(stored.text[number]), **condition}
+            named = {name: tensor[number] for name, tensor in stored.named().items()}
+            yield {"winner": winner, **unpad_texts(named, stored.texts())}
 
     def _group(self, record: TableRow) -> Group:
         made = self.store.load_of(record)
+        told = Conditioning.of(made)
         losers = made["winner"][None][:0]  # (0, C, F, H, W)
         if self.setup.pipeline.losers.count:
             losers = self.losers.load_of(record)["losers"]
@@ -95,8 +97,9 @@ class Encode(Stage):
             **self.origin,
             winner=made["winner"],
             losers=losers,
-            text=made["text"],
-            condition=made.get("condition"),
+            text=told.text,
+            condition=told.image,
+            conditioning=told.more,
             extra=self.targets.load_of(record) if self.targets else {},
         )
 
@@ -116,9 +119,3 @@ class Encode(Stage):
         index = write_index(self.groups, fingerprint=self.origin["fingerprint"], video=self.setup.video)
         count, total = index["num_groups"], index["total_bytes"]
         print(f"groups: {self.groups}, {count} groups, {total // count} bytes per group")
-
-
-def unpad(text: Tensor) -> Tensor:
-    """(L, D) zero-padded -> (L', D) up to the last token, for storage."""
-    used = text.abs().amax(dim=1).nonzero()
-    return text[: int(used.max()) + 1]

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from eval.sandbox.training import seeded
 from train import entry
-from train.backbones.architecture import wan_architecture
 from train.backbones.tokenizer import build_tokenizer
+from train.backbones.wan import wan_architecture
 
 TEXT_WIDTH = 128
 # Words that a head of the text encoder looks at, relative to its own; None: all that are 8 or more words away.

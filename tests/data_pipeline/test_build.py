@@ -22,7 +22,7 @@ import recipes
 from data_pipeline import build, config, tables
 from data_pipeline.own_clips import ClipMaker
 from data_pipeline.stages import STAGES
-from data_pipeline.stages.encode import Encode, unpad
+from data_pipeline.stages.encode import Encode
 from data_pipeline.stages.targets import TargetMaker
 from data_pipeline.tables import POOL
 from eval.judges.sandbox.judge import SandboxJudgeConfig
@@ -32,6 +32,7 @@ from eval.sandbox.splits import list_clips, simulate_block
 from tests.synthetic_groups import verify
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
+from train.backbones.conditioning import unpad
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels, write_clip

@@ -44,15 +44,11 @@ def backbone(tiny_pipeline):
 class Flat:
     """Stands in for a backbone: the mean of a clip's pixels decides its loss. Counts what it is asked."""
 
-    architecture = {"z_dim": 3}
+    first_frame = (False,)
     device, fingerprint = torch.device("cpu"), "flat-0"
 
     def __init__(self, sign=1.0):
         self.sign, self.asked = sign, 0
-
-    @staticmethod
-    def input_channels(architecture):
-        return architecture["z_dim"]
 
     def encode_video(self, frames):
         return frames
@@ -244,6 +240,6 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pairs"):
         LikePhys(LikePhysConfig(pairs=0), VIDEO)
     image = Flat()
-    image.input_channels = lambda architecture: 2 * architecture["z_dim"]
+    image.first_frame = (True,)
     with pytest.raises(ValueError, match="image"):
         list(sandbox(tmp_path).probe(image, tmp_path))

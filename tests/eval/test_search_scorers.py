@@ -207,7 +207,7 @@ def test_the_image_of_ti2v_is_not_scored(tmp_path):
 
 
 def test_attention_masks_are_the_reference(backbone, monkeypatch):
-    monkeypatch.setattr("eval.search.masks.QUERIES", 5)  # 18 tokens: several chunks, the last one shorter
+    monkeypatch.setattr("train.backbones.wan_attention.QUERIES", 5)  # 18 tokens: several chunks, the last one shorter
     found, residuals = candidates(), Residuals(backbone, CONFIG)
     masks = attention_masks(found, residuals)
     network, frames, rows, columns = backbone.transformer, 3, 2, 3

@@ -31,6 +31,7 @@ from train.sampling import (
     sigma_grid,
 )
 
+WANS = [family for family in BACKBONES if family.startswith("wan")]  # the others have test files of their own
 LENGTH = 24  # text tokens
 PROMPTS = ["a red ball falls", "a cube &amp; a  ramp\n (fünf 球)"]
 SIZE = {"height": 64, "width": 96, "num_frames": 9}
@@ -139,7 +140,7 @@ def test_encode_text_equals_diffusers(folder_of, backbone_of, family):
         backbone_of(family).encode_text("a ball")
 
 
-@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("family", WANS)
 def test_encode_video_is_the_normalised_mode(backbone_of, family):
     backbone = backbone_of(family)
     frames = torch.rand(2, 3, 9, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -182,7 +183,7 @@ def test_first_frame_latents(backbone_of):
         i2v.condition(PROMPTS, picture)
 
 
-@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("family", WANS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_velocity_feeds_the_network(backbone_of, family, dtype):
     backbone = backbone_of(family, dtype=dtype)

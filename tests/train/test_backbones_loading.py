@@ -15,9 +15,9 @@ from train.backbones import ARCHITECTURES, BACKBONES, find_architecture, load_ba
 from train.backbones.architecture import parameter_count
 from train.backbones.base import BackboneConfig
 from train.backbones.loading import random_transformer
-from train.backbones.random_parts import text_config, vae_config
 from train.backbones.tiny import write_tiny_pipeline
 from train.backbones.tokenizer import WORDS
+from train.backbones.wan import WAN, text_config, vae_config
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,10 @@ def test_tiny_pipeline_loads_here_and_in_diffusers(folders, family):
     assert backbone.architecture["transformer"]["in_channels"] == backbone.transformer.config.in_channels
     tiny = ARCHITECTURES[family]["tiny"]
     assert parameter_count(tiny) == sum(parameter.numel() for parameter in backbone.transformer.parameters())
-    assert backbone.latent_shape(64, 64, 9)[0] == tiny["z_dim"] == backbone.vae.config.z_dim
-    assert sum(file.stat().st_size for file in folders[family].rglob("*")) < 10e6
+    vae = backbone.vae.config
+    assert backbone.latent_shape(64, 64, 9)[0] == tiny["z_dim"] == vae.get("z_dim", vae.get("latent_channels"))
+    most = 25e6 if family == "hunyuan15" else 10e6  # one of its layers has 2048 x 2048 weights, whatever the config
+    assert sum(file.stat().st_size for file in folders[family].rglob("*")) < most
 
 
 def test_dtypes_are_those_of_from_pretrained(folders):
@@ -375,7 +377,7 @@ def test_what_random_weights_refuse():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_outputs_are_of_order_one(dtype):
     deep = {**ARCHITECTURES["wan21"]["tiny"]["transformer"], "num_layers": 40}
-    network = random_transformer({"transformer": deep}, device="cpu", dtype=dtype, seed=0)
+    network = random_transformer({"kind": WAN, "transformer": deep}, device="cpu", dtype=dtype, seed=0)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, 2, 8, 8, generator=generator, dtype=dtype)
     text = torch.randn(1, 8, 64, generator=generator, dtype=dtype)

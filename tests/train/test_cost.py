@@ -9,6 +9,7 @@ from data_pipeline import benchmark, build
 from data_pipeline.config import PipelineConfig
 from train import cost, gdpo, sft
 from train.backbones import find_architecture
+from train.backbones.wan import WAN
 from train.clips import VideoConfig
 
 PAPER = ["recipe=wan14b", "pipeline.groups_planned=17295"]
@@ -41,7 +42,7 @@ def test_operations_by_hand():
         "num_layers": 1,
         "patch_size": (1, 1, 1),
     }
-    architecture = {"transformer": network, "z_dim": 4, "vae_scale": 1, "vae_scale_temporal": 1}
+    architecture = {"kind": WAN, "transformer": network, "z_dim": 4, "vae_scale": 1, "vae_scale_temporal": 1}
     forward, backward = cost.operations(architecture, VideoConfig(height=1, width=2, num_frames=1), 1)
     matrix, attention = 2 * 2 * (6 * 4 + 2 * 2 * 3), 4 * 2 * 3 * 2
     assert forward == pytest.approx((matrix + 1.2 * attention) / 1e12)

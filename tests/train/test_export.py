@@ -15,10 +15,11 @@ from train import checkpoint, export
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 from train.backbones.tiny import write_tiny_pipeline
+from train.backbones.wan_layers import ORIGINAL_NAMES
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.optimizer import OptimConfig, build_optimizer
 
-EVERY_LAYER = list(export.ORIGINAL_NAMES)
+EVERY_LAYER = list(ORIGINAL_NAMES)
 
 
 @pytest.fixture(scope="module")

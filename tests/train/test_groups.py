@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 import train.groups
 from tests.synthetic_groups import replace_sample, sample_bytes, synthetic_group, verify, write_synthetic_groups
-from train.data import GroupStream, assignment, generated_winner, pad_text, positions
+from train.backbones.conditioning import pad_text
+from train.data import GroupStream, assignment, generated_winner, positions
 from train.groups import Group, GroupSet, Loser, ShardWriter, check_group, shard_record, write_index
 
 VIDEO = {"height": 32, "width": 32, "num_frames": 5, "fps": 16.0}

@@ -12,9 +12,9 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from train import export, lora_formats
+from train import export
 from train.attached_loras import AttachedLoras
-from train.backbones import find_architecture, load_backbone
+from train.backbones import find_architecture, load_backbone, lora_formats
 from train.backbones.architecture import parameter_shapes
 from train.backbones.base import BackboneConfig, BaseLora
 from train.backbones.loading import random_transformer

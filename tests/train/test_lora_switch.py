@@ -12,8 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from train.backbones.architecture import wan_architecture
 from train.backbones.loading import random_transformer
+from train.backbones.wan import wan_architecture
 from train.lora_switch import LoraConfig, LoraSwitch, SwitchedLinear
 
 SELF_ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]

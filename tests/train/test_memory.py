@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from train import gdpo, loop
+from train.backbones.wan import WAN
 from train.fused import memory
 from train.fused.memory import GIB, Sizes, choose_levels, predict
 from train.fused.offload import affordable
@@ -100,8 +101,20 @@ def test_processes_share_the_host(monkeypatch):
         assert affordable(20.0, 40 * GIB) == 10.0
 
 
+@pytest.fixture(autouse=True)
+def of_wan(monkeypatch):
+    """A layer passes for Wan's network, so that its bytes are counted by hand."""
+    monkeypatch.setattr(memory, "kind_of", lambda network: WAN)
+
+
 def network(device="cpu"):
-    shapes = SimpleNamespace(num_layers=2, ffn_dim=16, num_attention_heads=2)
+    shapes = {
+        "num_layers": 2,
+        "ffn_dim": 16,
+        "num_attention_heads": 2,
+        "attention_head_dim": 2,
+        "patch_size": (1, 2, 2),
+    }
     made = nn.Linear(4, 4, device=device)
     made.config, made.dtype, made.blocks = shapes, torch.bfloat16, nn.ModuleList([nn.Identity()])
     return made

@@ -12,10 +12,10 @@ from torch.utils.data import default_collate
 from eval.search.noise_refinement import RefineConfig, refine
 from train import checkpoint, gdpo, loop, sft
 from train.backbones import load_backbone
-from train.backbones.architecture import wan_architecture
 from train.backbones.base import BackboneConfig, Conditioning
 from train.backbones.loading import random_transformer
 from train.backbones.streaming import Ring
+from train.backbones.wan import wan_architecture
 from train.data import GroupStream
 from train.full_parameters import FullParameters
 from train.fused.fused_block import fuse_blocks

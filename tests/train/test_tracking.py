@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import recipes
 from train import gdpo
-from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib, transformer_flops
+from train.backbones.wan import transformer_flops
+from train.tracking import Tracker, check_trackers, device_peak_tflops, peak_memory_gib
 
 TOKENS = 32_760  # 480 x 832, 81 frames
 # One H200: TFLOP/s of a matrix product, of attention forward and of attention backward.

@@ -75,7 +75,7 @@ def gradients(arguments: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[
     with torch.no_grad():
         for weight in switch.parameters():
             weight.copy_(0.03 * torch.randn(weight.shape, generator=generator))
-    engine = parallel.partition(accelerator, network)
+    engine = parallel.partition(accelerator, network, backbone.blocks)
     prepare_network(network, switch, config)
     measured = {}
     rank, world = accelerator.process_index, accelerator.num_processes

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from torch import nn
 
 from train.backbones import base_loras, loading
+from train.backbones.architecture import NetworkKind
 from train.backbones.base import Backbone, BackboneConfig
 from train.backbones.host_weights import HostWeights
-from train.backbones.random_parts import random_text, random_vae
+from train.backbones.hunyuan15 import Hunyuan15
+from train.backbones.random_parts import fill
 from train.backbones.streaming import Ring
-from train.backbones.tokenizer import build_tokenizer
 from train.backbones.wan21 import Wan21
 from train.backbones.wan22_a14b import Wan22I2V, Wan22T2V
 from train.backbones.wan22_ti2v import Wan22TI2V
@@ -26,11 +27,23 @@ BACKBONES: dict[str, type[Backbone]] = {
     "wan22_ti2v": Wan22TI2V,
     "wan22_t2v": Wan22T2V,
     "wan22_i2v": Wan22I2V,
+    "hunyuan15": Hunyuan15,
 }
 ARCHITECTURES = {family: backbone.architectures for family, backbone in BACKBONES.items()}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PARTS = ("text", "tokenizer", "vae", "transformer", "expert")
+
+
+def kind_of(network: nn.Module) -> NetworkKind:
+    """What is known of the network of some family."""
+    kinds = {backbone.kind.model: backbone.kind for backbone in BACKBONES.values()}
+    return next(kinds[base] for base in type(network).__mro__ if base in kinds)
+
+
+def text_tokens(config: BackboneConfig) -> int:
+    """Of all texts that the network reads of a prompt, with their padding."""
+    return sum(BACKBONES[config.family].text_lengths(config.text_length).values())
 
 
 def find_architecture(config: BackboneConfig) -> dict[str, Any]:
@@ -56,9 +69,9 @@ def load_backbone(
     spread over the ranks while they are made, so that no device ever holds one whole; with `host` they lie in host
     memory, and the one that is asked for is on the device, unless `config.stream` has them there block by block. With
     `together` all processes of the launch call at once, and those of a host keep one copy of what is streamed. Raises
-    ValueError for an unknown key, a path that is no Wan pipeline or lacks a component, a pipeline of another family
-    than `config.family`, LoRAs that cannot be merged into it, and streaming with `sharding` or without the host memory
-    for it.
+    ValueError for an unknown key, a path that is no pipeline of a family or lacks a component, a pipeline of another
+    family than `config.family`, LoRAs that cannot be merged into it, and streaming with `sharding` or without the host
+    memory for it.
     """
     _check("family", config.family, BACKBONES)
     _check("dtype", config.dtype, DTYPES)
@@ -82,13 +95,7 @@ def load_backbone(
         architecture, boundary = find_architecture(config), family.default_boundary
         encoders = f"{config.family}-random-{config.architecture}"
         fingerprints = (encoders,)
-        if "text" in parts or "tokenizer" in parts:
-            loaded["tokenizer"] = build_tokenizer()
-        if "text" in parts:
-            width, words = architecture["transformer"]["text_dim"], len(loaded["tokenizer"])
-            loaded["text_encoder"] = random_text(width, words, device, dtype)
-        if "vae" in parts:
-            loaded["vae"] = random_vae(architecture, device)
+        loaded |= _random_encoders(family, architecture, parts, device, dtype)
         experts = {
             name: loading.random_transformer(
                 architecture, device=place, dtype=dtype, seed=seed, sharding=sharding, ring=ring
@@ -101,30 +108,72 @@ def load_backbone(
         fingerprint, boundary = loading.fingerprint(config.family, folder), model_index.get("boundary_ratio")
         encoders = loading.fingerprint(config.family, folder, loading.ENCODERS)
         fingerprints, loras = base_loras.read(config.loras, family.expert_folders, fingerprint, architecture)
-        if "text" in parts or "tokenizer" in parts:
-            loaded["tokenizer"] = loading.load_tokenizer(folder)
-        if "text" in parts:
-            text_dim = architecture["transformer"]["text_dim"]
-            loaded["text_encoder"] = loading.load_text(folder, device, dtype, text_dim)
+        loaded |= _load_encoders(family, folder, architecture, parts, device, dtype)
         experts = {
             name: loading.load_transformer(
-                folder, family.expert_folders[name], place, dtype, sharding, ring, loras.get(name, ())
+                family.kind, folder, family.expert_folders[name], place, dtype, sharding, ring, loras.get(name, ())
             )
             for name in wanted
         }
-        if "vae" in parts:
-            loaded["vae"] = loading.load_component(AutoencoderKLWan, folder, "vae", device, torch_dtype=torch.float32)
     for network in experts.values():
-        loading.choose_attention(network, config.attention, device)
+        loading.choose_attention(family.kind, network, config.attention, device)
     if host:
         loaded["host"] = HostWeights(experts, device)
     return family(config, architecture, device, fingerprints, encoders, experts, boundary, **loaded)
 
 
+def _random_encoders(
+    family: type[Backbone],
+    architecture: dict[str, Any],
+    parts: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Text encoders, tokenizers and VAE by the backbone's fields, as far as `parts` name them."""
+    loaded: dict[str, Any] = {}
+    if "text" in parts or "tokenizer" in parts:
+        loaded |= family.random_text(architecture, device, dtype, encoders="text" in parts)
+    if "vae" in parts:
+        with torch.device("meta"):
+            vae = family.vae_class(**family.vae_config(architecture))
+        loaded["vae"] = fill(vae, device, torch.float32)
+    return loaded
+
+
+def _load_encoders(
+    family: type[Backbone],
+    folder: Path,
+    architecture: dict[str, Any],
+    parts: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The same of a pipeline's folder."""
+    loaded: dict[str, Any] = {}
+    if "text" in parts or "tokenizer" in parts:
+        loaded |= family.load_text(folder, architecture, device, dtype, encoders="text" in parts)
+    if "vae" in parts:
+        loaded["vae"] = loading.load_component(family.vae_class, folder, "vae", device, torch_dtype=torch.float32)
+    return loaded
+
+
+def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model_index.json, architecture as in the families' tables) of a pipeline folder; reads no weights.
+
+    Two experts are of one architecture, so the first one's config is read. Raises ValueError when the pipeline is of no
+    family or lacks a component.
+    """
+    model_index = loading.read_model_index(folder)
+    readers = {name: backbone for backbone in BACKBONES.values() for name in backbone.pipelines}
+    if (name := model_index.get("_class_name")) not in readers:
+        raise ValueError(f"backbone.path={folder} holds a {name}: give a {' or a '.join(readers)}")
+    return model_index, readers[name].read_architecture(folder)
+
+
 def _open(config: BackboneConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Folder, model_index.json and architecture of the pipeline. ValueError where it is of another family."""
     folder = loading.resolve_folder(config.path, config.revision)
-    model_index, architecture = loading.read_pipeline(folder)
+    model_index, architecture = read_pipeline(folder)
     if problem := BACKBONES[config.family].mismatch(model_index, architecture):
         fitting = [name for name, other in BACKBONES.items() if not other.mismatch(model_index, architecture)]
         remedy = f"set backbone.family={fitting[0]}" if fitting else "give a pipeline of that family"

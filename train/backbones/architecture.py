@@ -1,43 +1,71 @@
 """What a checkpoint's configs say, without its weights: shapes, sequence lengths and sizes, for `--dry-run` too.
 
-An architecture is a plain dict: "transformer" (keyword arguments of WanTransformer3DModel), "z_dim" (latent channels),
-"vae_scale" (pixels per latent row or column) and "vae_scale_temporal" (frames per latent frame, after the first).
+An architecture is a plain dict: "kind" (the `NetworkKind`), "transformer" (keyword arguments of its class), "z_dim"
+(latent channels), "vae_scale" (pixels per latent row or column) and "vae_scale_temporal" (frames per latent frame,
+after the first).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
 
 
-def wan_architecture(
-    *,
-    heads: int,
-    ffn: int,
-    layers: int,
-    z_dim: int = 16,
-    in_channels: int | None = None,
-    vae_scale: int = 8,
-    head_dim: int = 128,
-    text_dim: int = 4096,
-) -> dict[str, Any]:
-    """One entry of a family's architectures: the transformer's keyword arguments and the VAE facts that shapes need."""
-    transformer = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": heads,
-        "attention_head_dim": head_dim,
-        "in_channels": in_channels or z_dim,
-        "out_channels": z_dim,
-        "text_dim": text_dim,
-        "freq_dim": 256,
-        "ffn_dim": ffn,
-        "num_layers": layers,
-    }
-    return {"transformer": transformer, "z_dim": z_dim, "vae_scale": vae_scale, "vae_scale_temporal": 4}
+class Shape(NamedTuple):
+    """What decides the time and memory of a transformer."""
+
+    layers: int
+    heads: int
+    width: int
+    ffn: int  # width inside its feed-forward layers
+    patch: tuple[int, int, int]  # latent frames, rows and columns of one token
+
+
+Observe = Callable[[nn.Module, Tensor, list[int]], AbstractContextManager[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkKind:
+    """What the project knows of a kind of transformer. A family's file has it, `Backbone.kind` names it."""
+
+    model: type[nn.Module]  # diffusers' class
+    shape: Callable[[Mapping[str, Any]], Shape]  # of a config
+    # (shape, video tokens, text tokens) -> operations of one forward pass of one sample: matrix products, attention
+    flops: Callable[[Shape, int, int], tuple[float, float]]
+    blocks: str = "blocks"  # the attribute that holds its blocks
+    fill_buffers: Callable[[nn.Module, torch.device | str], None] | None = None  # what no checkpoint holds
+    cached: bool = False  # whether diffusers' First Block Cache knows its blocks
+    fused: bool = False  # whether `train.fused.fused_block` computes these blocks; they attend without a mask
+    # Layers of a block: diffusers' name -> that of the model's own code, which ComfyUI's LoRA files have.
+    original_names: Mapping[str, str] = field(default_factory=dict)
+    observe: Observe | None = None  # attention of a pass, as `eval.search.masks` reads it
+
+    def blocks_of(self, network: nn.Module) -> nn.ModuleList:
+        return getattr(network, self.blocks)
+
+    def parameter_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
+        """Of a parameter by name: float32 for what diffusers' class keeps so (norms, time embedder), else `dtype`."""
+        kept = set(self.model._keep_in_fp32_modules or ())
+        return torch.float32 if kept & set(key.split(".")) else dtype
+
+
+def shape_of(architecture: Mapping[str, Any]) -> Shape:
+    """Of an architecture's transformer."""
+    return architecture["kind"].shape(architecture["transformer"])
+
+
+def forward_flops(architecture: Mapping[str, Any], tokens: int, text_tokens: int) -> tuple[float, float]:
+    """Operations of one forward pass of one sample: (matrix products, attention); its texts have `text_tokens` together
+    (`train.backbones.text_tokens`). A backward pass with frozen weights costs the matrix part once (input gradients
+    only) and 2.5 times the attention."""
+    return architecture["kind"].flops(shape_of(architecture), tokens, text_tokens)
 
 
 def latent_shape(architecture: dict[str, Any], height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
@@ -47,7 +75,7 @@ def latent_shape(architecture: dict[str, Any], height: int, width: int, num_fram
     num_frames - 1 is no multiple of the VAE's temporal scale.
     """
     scale, scale_temporal = architecture["vae_scale"], architecture["vae_scale_temporal"]
-    _, *patch = architecture["transformer"]["patch_size"]
+    _, *patch = shape_of(architecture).patch
     for key, value, side in zip(("height", "width"), (height, width), patch, strict=True):
         multiple = scale * side
         if value < multiple or value % multiple:
@@ -62,21 +90,16 @@ def latent_shape(architecture: dict[str, Any], height: int, width: int, num_fram
 def num_tokens(architecture: dict[str, Any], height: int, width: int, num_frames: int) -> int:
     """Transformer sequence length of a video; needs no weights. Raises as `latent_shape` does."""
     _, frames, rows, columns = latent_shape(architecture, height, width, num_frames)
-    patch_frames, patch_rows, patch_columns = architecture["transformer"]["patch_size"]
+    patch_frames, patch_rows, patch_columns = shape_of(architecture).patch
     return (frames // patch_frames) * (rows // patch_rows) * (columns // patch_columns)
-
-
-def parameter_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
-    """Of a transformer's parameter by name: float32 for norms, time embedder and scale tables, else `dtype`."""
-    return torch.float32 if set(WanTransformer3DModel._keep_in_fp32_modules) & set(key.split(".")) else dtype
 
 
 def parameter_bytes(architecture: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of one transformer's parameters: of one of its blocks, and of all that is outside of them."""
-    network = without_storage(architecture)
-    sizes = {key: p.numel() * parameter_dtype(key, dtype).itemsize for key, p in network.named_parameters()}
-    block = sum(size for key, size in sizes.items() if key.startswith("blocks.0."))
-    return block, sum(size for key, size in sizes.items() if not key.startswith("blocks."))
+    network, kind = without_storage(architecture), architecture["kind"]
+    sizes = {key: p.numel() * kind.parameter_dtype(key, dtype).itemsize for key, p in network.named_parameters()}
+    block = sum(size for key, size in sizes.items() if key.startswith(f"{kind.blocks}.0."))
+    return block, sum(size for key, size in sizes.items() if not key.startswith(f"{kind.blocks}."))
 
 
 def parameter_count(architecture: dict[str, Any]) -> int:
@@ -89,12 +112,12 @@ def parameter_shapes(architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]
     return {name: tuple(parameter.shape) for name, parameter in without_storage(architecture).named_parameters()}
 
 
-def without_storage(architecture: dict[str, Any]) -> WanTransformer3DModel:
+def without_storage(architecture: dict[str, Any]) -> nn.Module:
     """One transformer on the meta device, the same one for the same architecture: to be looked at, not changed."""
-    return _on_meta(json.dumps(architecture["transformer"], sort_keys=True))
+    return _on_meta(architecture["kind"], json.dumps(architecture["transformer"], sort_keys=True))
 
 
 @functools.cache
-def _on_meta(config: str) -> WanTransformer3DModel:
+def _on_meta(kind: NetworkKind, config: str) -> nn.Module:
     with torch.device("meta"):
-        return WanTransformer3DModel.from_config(json.loads(config))
+        return kind.model.from_config(json.loads(config))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.entry import first_line
 
@@ -148,15 +148,3 @@ def attention_seconds(heads: int, size: int, device: torch.device) -> dict[str, 
             continue
         measured[name] = min(times[2:])
     return measured
-
-
-def kernel_name(network: nn.Module) -> str | None:
-    """Key of KERNELS for the diffusers backend that `train.backbones.loading.choose_attention` set; None: no such."""
-    attention = network.blocks[0].attn1
-    backend, weight = attention.processor._attention_backend, attention.to_q.weight
-    name = None if backend is None else getattr(backend, "value", backend)
-    if weight.device.type == "cpu":
-        return "cpu" if name in (None, "native") else None
-    if weight.dtype != torch.bfloat16:
-        return None
-    return {"_native_cudnn": "cudnn", None: "flash", "native": "flash", "_native_flash": "flash"}.get(name)

@@ -1,52 +1,48 @@
 """The backbone contract: one video generator, hidden behind seven calls, whatever its family.
 
-A family is one file with a subclass of `Backbone`; `train.backbones.BACKBONES` names them. Weights are read by
-`train.backbones.loading`, never here, so everything about shapes also works without any (`--dry-run`).
+A family is one file with a subclass of `Backbone`; `train.backbones.BACKBONES` names them. All that differs between
+networks is asked of it: its diffusers classes (`kind`, `vae_class`, `pipelines`), its texts and encoders, how its
+latents are normalised (`latent_moments`), what its network is called with (`network_arguments`, `timescale`). Weights
+are read by `train.backbones.loading`, never here, so everything about shapes also works without any (`--dry-run`).
 
 Shapes: B batch, C latent channels, F latent frames, H W latent rows and columns, T video frames, L text tokens,
 D width.
-Time t is in [0, 1] and 1 is noise; the network is fed 1000 t. The network predicts the velocity noise - clean.
+Time t is in [0, 1] and 1 is noise; the network is fed `timescale` t. It predicts the velocity noise - clean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase
 
-from train.backbones.architecture import latent_shape, num_tokens
+from train.backbones.architecture import NetworkKind, latent_shape, num_tokens, shape_of
 from train.backbones.conditioning import Conditioning as Conditioning
 from train.backbones.host_weights import HostWeights
 from train.experts import BOTH as BOTH
 
-TRAIN_TIMESTEPS = 1000.0  # the network's clock runs from 0 to 1000
-NEGATIVE_PROMPT = (  # Wan's own, word for word: sample_neg_prompt in the shared configs of Wan2.1 and Wan2.2
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
-    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
-    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
+TRAIN_TIMESTEPS = 1000.0  # the clock of diffusers' schedulers, and of most networks
 
 
 @dataclass
 class BaseLora:
     """A LoRA that becomes part of the base."""
 
-    path: str = ""  # LoRA file of any tool (train.lora_formats), checkpoint folder or training folder
+    path: str = ""  # LoRA file of any tool (train.backbones.lora_formats), checkpoint folder or training folder
     weight: float = 1.0  # what its difference is multiplied by
     expert: str = ""  # high_noise | low_noise; empty: what the file says, else the only network
 
 
 @dataclass
 class BackboneConfig:
-    family: str = "wan21"  # key of train.backbones.BACKBONES: wan21 | wan22_ti2v | wan22_t2v | wan22_i2v
-    path: str = ""  # hub id or local folder of a diffusers Wan pipeline
+    family: str = "wan21"  # key of train.backbones.BACKBONES: wan21 | wan22_ti2v | wan22_t2v | wan22_i2v | hunyuan15
+    path: str = ""  # hub id or local folder of a diffusers pipeline
     revision: str = ""  # of a hub id: a commit or tag, so that later edits there change nothing here; empty: its newest
     architecture: str = "14B"  # key of the family's ARCHITECTURES; used for --dry-run and random weights
     random_weights: bool = False  # build the architecture with seeded random weights (no path): speed and memory runs
@@ -56,7 +52,7 @@ class BackboneConfig:
     compile: bool = False  # torch.compile, in training and wherever clips are made: fused blocks where they fit
     # Blocks wait in host memory, and each visits the GPU while the one before it computes (train.backbones.streaming).
     stream: bool = False
-    text_length: int = 512  # text tokens after zero padding; Wan was trained with 512
+    text_length: int = 512  # text tokens after zero padding; Wan was trained with 512, HunyuanVideo 1.5 with 1000
     # LoRAs merged into the frozen weights while they are read, in this order, as '[{path: runs/sft/train}]': a step-
     # distilled one for losers and searches, or the supervised start of preference training, then in its reference too.
     loras: list[BaseLora] = field(default_factory=list)
@@ -76,9 +72,13 @@ class Backbone:
     that was not loaded is None, or absent from `experts`. With `host` the experts take turns on the device.
     """
 
+    kind: ClassVar[NetworkKind]
+    vae_class: ClassVar[type]
+    pipelines: ClassVar[tuple[str, ...]]  # diffusers' classes, as model_index.json names them
+    timescale: ClassVar[float] = TRAIN_TIMESTEPS  # what the network is told of t is t times that
+    more_texts: ClassVar[dict[str, int]] = {}  # beside the text: name -> tokens, see `Conditioning.more`
     architectures: ClassVar[dict[str, dict[str, Any]]]
     expert_folders: ClassVar[dict[str, str]] = {"transformer": "transformer"}  # expert name -> folder in the pipeline
-    expand_timesteps: ClassVar[bool] = False  # the pipeline's own flag: timesteps per token
     first_frame: ClassVar[tuple[bool, ...]] = (False,)  # may clips begin with an image, must they; first the default
     default_boundary: ClassVar[float | None] = None  # two experts: high_noise where t >= boundary
 
@@ -90,8 +90,8 @@ class Backbone:
     encoders: str  # fingerprint of VAE and text encoder alone, on which latents and text embeddings depend
     experts: dict[str, nn.Module]
     boundary: float | None = None
-    vae: AutoencoderKLWan | None = None
-    text_encoder: UMT5EncoderModel | None = None
+    vae: nn.Module | None = None
+    text_encoder: nn.Module | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     host: HostWeights | None = None
 
@@ -130,24 +130,51 @@ class Backbone:
     @classmethod
     def mismatch(cls, model_index: dict[str, Any], architecture: dict[str, Any]) -> str:
         """Why a pipeline (its model_index.json and what its configs say) is not of this family; empty when it is."""
+        if (name := model_index["_class_name"]) not in cls.pipelines:
+            return f"it is a {name}"
         transformer, z_dim = architecture["transformer"], architecture["z_dim"]
         channels, outputs, wanted = transformer["in_channels"], transformer["out_channels"], len(cls.expert_folders)
-        num_experts = 2 if (model_index.get("transformer_2") or [None])[0] else 1
-        per_token, inputs = bool(model_index.get("expand_timesteps")), cls.input_channels(architecture)
-        lacks_boundary = cls.default_boundary is not None and model_index.get("boundary_ratio") is None
+        num_experts, inputs = (
+            2 if (model_index.get("transformer_2") or [None])[0] else 1,
+            cls.input_channels(architecture),
+        )
         problems = {
             f"model_index.json lists {num_experts} expert(s), not {wanted}": num_experts != wanted,
-            f"model_index.json has expand_timesteps={per_token}": per_token != cls.expand_timesteps,
             f"the transformer has in_channels={channels}, but beside a VAE of z_dim={z_dim} needs {inputs}": (
                 channels != inputs
             ),
             f"the transformer has out_channels={outputs}, but the VAE z_dim={z_dim}": outputs != z_dim,
-            "the transformer needs a CLIP image encoder (Wan2.1 I2V), which no family here has": (
-                transformer.get("image_dim") is not None
-            ),
-            "model_index.json has no boundary_ratio": lacks_boundary,
         }
         return "; ".join(problem for problem, found in problems.items() if found)
+
+    @classmethod
+    def read_architecture(cls, folder: Path) -> dict[str, Any]:
+        """As in `architectures`, of a pipeline folder of one of `pipelines`; reads no weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_text(
+        cls, folder: Path, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
+    ) -> dict[str, Any]:
+        """Tokenizers and, with `encoders`, text encoders by the backbone's fields; ValueError where one is unfit."""
+        raise NotImplementedError
+
+    @classmethod
+    def random_text(
+        cls, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
+    ) -> dict[str, Any]:
+        """The same with seeded random weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def vae_config(cls, architecture: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of `vae_class` for an architecture without weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def text_lengths(cls, text_length: int) -> dict[str, int]:
+        """Tokens of each text that the network reads, after padding, by name; the first is `text_length`."""
+        return {"text": text_length, **cls.more_texts}
 
     # Parts
 
@@ -169,7 +196,7 @@ class Backbone:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.transformer.blocks
+        return self.kind.blocks_of(self.transformer)
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
         """(C, F, H, W), see `train.backbones.architecture.latent_shape`."""
@@ -181,35 +208,32 @@ class Backbone:
 
     # Conditioning
 
-    @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """Prompts -> (B, text_length, D) in the text encoder's dtype, zero beyond each prompt's tokens.
+    def text_shapes(self) -> dict[str, tuple[int, int]]:
+        """(tokens, width) of each text that the network reads."""
+        raise NotImplementedError
 
-        Cleaned, tokenised and encoded as diffusers' Wan pipelines do; an empty prompt is its end token alone.
-        """
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
+        """Prompts -> their texts, zero beyond each prompt's tokens, in the text encoder's dtype."""
+        raise NotImplementedError
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        """How many tokens each prompt has, at least where they are more than text_length. Needs the tokenizer alone."""
+        raise NotImplementedError
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """ValueError where there is nothing to encode them with, or they are no list."""
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("the text encoder is not loaded: name 'text' in parts, or pass a Conditioning")
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r} is one string: give a list of prompts")
-        tokens = self.tokenizer(
-            [prompt_clean(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=self.text_length,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.device)
-        embeddings = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state  # (B, L, D)
-        return embeddings.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
 
     def cut_prompts(self, prompts: Mapping[str, str]) -> str:
-        """A warning of the prompts that `encode_text` does not read to their end, which it cuts; empty where none is.
+        """A warning of the prompts that `encode_texts` does not read to their end, which it cuts; empty where none is.
 
         prompts: by what names them in the warning. Needs the tokenizer alone.
         """
-        texts = [prompt_clean(prompt) for prompt in prompts.values()]
-        tokens = self.tokenizer(texts, max_length=self.text_length + 1, truncation=True).input_ids if texts else []
-        long = [name for name, ids in zip(prompts, tokens, strict=True) if len(ids) > self.text_length]
+        counts = self.count_tokens(list(prompts.values())) if prompts else []
+        long = [name for name, count in zip(prompts, counts, strict=True) if count > self.text_length]
         if not long:
             return ""
         are = "prompts are" if len(long) > 1 else "prompt is"
@@ -227,9 +251,9 @@ class Backbone:
 
         Raises ValueError when the family takes no first frame, or when frame and prompts do not number the same.
         """
-        text = self.encode_text(prompts)
+        told = self.encode_texts(prompts)
         if first_frame is None:
-            return Conditioning(text)
+            return told
         if len(first_frame) != len(prompts):
             raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one per prompt")
         if num_frames is None:
@@ -238,7 +262,7 @@ class Backbone:
         if image is None:
             name = type(self).__name__
             raise ValueError(f"{name} generates from text alone: leave out first_frame, or use wan22_ti2v or wan22_i2v")
-        return Conditioning(text, image)
+        return replace(told, image=image)
 
     # Latents. Neither call disables gradients (guidance needs them); frozen weights build no graph by themselves.
 
@@ -261,15 +285,15 @@ class Backbone:
         latents = latents.to(self.device, torch.float32) * std + mean
         return torch.cat([vae.decode(clips).sample for clips in latents.split(batch_size)]).clamp(-1, 1)
 
-    def _vae(self) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
-        """The VAE and its latents' mean and standard deviation, (1, C, 1, 1, 1) each."""
+    def _vae(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """The VAE and its latents' mean and standard deviation."""
         if self.vae is None:
             raise ValueError("the VAE is not loaded: name 'vae' in parts")
-        mean, std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
-        return self.vae, mean, std
+        return self.vae, *self.latent_moments()
+
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the loaded VAE's latents, which broadcast to (1, C, 1, 1, 1)."""
+        raise NotImplementedError
 
     # The network
 
@@ -293,32 +317,33 @@ class Backbone:
             velocity = self._network(self.transformer, latents, t, conditioning)
         finally:
             handle.remove()
-        (tokens,) = captured  # (B, N, D)
-        grid = [n // p for n, p in zip(latents.shape[2:], self.architecture["transformer"]["patch_size"], strict=True)]
+        (output,) = captured
+        tokens = output[0] if isinstance(output, tuple) else output  # (B, N, D), of the video alone
+        grid = [n // p for n, p in zip(latents.shape[2:], shape_of(self.architecture).patch, strict=True)]
         return velocity, tokens.transpose(1, 2).unflatten(2, grid)
 
     def _network(self, expert: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """One pass of any expert, shared by `velocity` and `velocity_at`."""
-        batch, text = latents.shape[0], conditioning.text
+        batch = latents.shape[0]
         if t.shape != (batch,) or len(conditioning) != batch:
             raise ValueError(f"{batch} latents with t of shape {tuple(t.shape)} and {len(conditioning)} conditionings")
-        if text.shape[1] != self.text_length:
+        texts, lengths = conditioning.texts(), self.text_lengths(self.text_length)
+        if texts["text"].shape[1] != self.text_length:
             raise ValueError(
-                f"the text has {text.shape[1]} tokens but backbone.text_length={self.text_length}: zero-pad it to "
-                "that, for the network attends to the padding too"
+                f"the text has {texts['text'].shape[1]} tokens but backbone.text_length={self.text_length}: zero-pad it"
+                " to that, for the network attends to the padding too"
             )
-        hidden_states, timestep = self._network_input(latents, TRAIN_TIMESTEPS * t.float(), conditioning)
-        velocity = expert(
-            hidden_states=hidden_states.to(expert.dtype),
-            timestep=timestep,
-            encoder_hidden_states=text.to(latents.device, expert.dtype),
-            return_dict=False,
-        )[0]
-        return velocity.float()
+        if {name: text.shape[1] for name, text in texts.items()} != lengths:
+            found = {name: tuple(text.shape[1:]) for name, text in texts.items()}
+            raise ValueError(f"{type(self).__name__} reads texts of {lengths} tokens, given are {found}")
+        arguments = self.network_arguments(latents, self.timescale * t.float(), conditioning, expert.dtype)
+        return expert(**arguments, return_dict=False)[0].float()
 
-    def _network_input(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """Latents, timestep (B,) in [0, 1000] -> the network's input (B, C', F, H, W), timestep (B,) or (B, tokens)."""
-        return latents, timestep
+    def network_arguments(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """What the network is called with, by diffusers' names: latents (B, C, F, H, W), timestep (B,) on its clock."""
+        raise NotImplementedError
 
     # A sampling step, see `train.sampling`
 
@@ -348,7 +373,7 @@ class Backbone:
             return velocity
         if negative is None:
             raise ValueError(f"guidance={scale:g} at t={t:.3f} needs the encoded negative prompt")
-        without = Conditioning(negative.to(self.device).expand(batch).text, conditioning.image)
+        without = conditioning.with_texts_of(negative.to(self.device).expand(batch))
         with _cached(expert, "uncond"):
             negative_velocity = self._network(expert, latents, times, without)
         return negative_velocity + scale * (velocity - negative_velocity)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from train import files, lora_formats
+from train import files
+from train.backbones import lora_formats
 from train.backbones.architecture import parameter_shapes
 from train.backbones.base import BaseLora
-from train.lora_formats import NetworkLora
+from train.backbones.lora_formats import NetworkLora
 
 
 def read(

@@ -15,23 +15,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from train.backbones.architecture import parameter_dtype
+from train.backbones.architecture import NetworkKind
 from train.backbones.attention_kernels import attention_seconds
+from train.backbones.lora_formats import NetworkLora
 from train.backbones.random_parts import draw
 from train.backbones.streaming import Ring, StreamedBlocks
 from train.entry import is_worded
-from train.lora_formats import NetworkLora
 from train.parallel import Sharding
 
-WEIGHT_FOLDERS = ("transformer", "transformer_2", "vae", "text_encoder")
-ENCODERS = ("vae", "text_encoder")
+ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+WEIGHT_FOLDERS = ("transformer", "transformer_2", *ENCODERS)
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file, for the fingerprint
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
@@ -45,7 +44,7 @@ def resolve_folder(path: str, revision: str = "") -> Path:
     """
     if not path.strip():
         raise ValueError(
-            "backbone.path is empty: give a hub id or the folder of a diffusers Wan pipeline, "
+            "backbone.path is empty: give a hub id or the folder of a diffusers pipeline, "
             "or set backbone.random_weights=true"
         )
     folder = Path(path).expanduser()
@@ -53,7 +52,7 @@ def resolve_folder(path: str, revision: str = "") -> Path:
     if hub:
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
             raise ValueError(f"backbone.path={path!r} is no folder: give an existing one or a hub id (owner/name)")
-        folder = _download(path, revision, "*.json", "tokenizer/*")
+        folder = _download(path, revision, "*.json", "tokenizer*/*")
     elif revision:
         raise ValueError(
             f"backbone.revision={revision!r} is for hub ids, but backbone.path={path} is a folder: set it to ''"
@@ -64,7 +63,7 @@ def resolve_folder(path: str, revision: str = "") -> Path:
             " the hub id that ends in -Diffusers"
         )
     for name in WEIGHT_FOLDERS:
-        if (folder / name / "config.json").is_file() and "quantization_config" in _read_config(folder, name):
+        if (folder / name / "config.json").is_file() and "quantization_config" in read_config(folder, name):
             raise ValueError(_quantised(folder, name, "its config.json has a quantization_config"))
     return _download(path, revision, "*.safetensors") if hub else folder
 
@@ -88,30 +87,12 @@ def _quantised(folder: Path, name: str, reason: str) -> str:
     )
 
 
-def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(model_index.json, architecture as in the families' tables) of a pipeline folder; reads no weights.
-
-    Two experts are of one architecture, so the first one's config is read. Raises ValueError when the pipeline is none
-    of Wan's or lacks a component.
-    """
-    model_index = _read_json(folder / "model_index.json")
-    kind = model_index.get("_class_name")
-    if kind not in ("WanPipeline", "WanImageToVideoPipeline"):
-        raise ValueError(f"backbone.path={folder} holds a {kind}: give a WanPipeline or a WanImageToVideoPipeline")
-    transformer = _read_config(folder, "transformer")
-    vae = _read_config(folder, "vae")
-    # Absent keys mean the defaults of diffusers' classes: the first Wan2.1 configs are older than some keys.
-    transformer = {"patch_size": (1, 2, 2), "in_channels": 16, "text_dim": 512, **transformer}
-    architecture = {
-        "transformer": {"out_channels": transformer["in_channels"], **transformer},
-        "z_dim": vae.get("z_dim", 16),
-        "vae_scale": vae.get("scale_factor_spatial", 8),
-        "vae_scale_temporal": vae.get("scale_factor_temporal", 4),
-    }
-    return model_index, architecture
+def read_model_index(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "model_index.json")
 
 
 def load_transformer(
+    kind: NetworkKind,
     folder: Path,
     name: str,
     device: torch.device,
@@ -119,7 +100,7 @@ def load_transformer(
     sharding: Sharding | None = None,
     ring: Ring | None = None,
     loras: Sequence[tuple[NetworkLora, float]] = (),
-) -> WanTransformer3DModel:
+) -> nn.Module:
     """The transformer in the pipeline's subfolder `name`, read tensor by tensor onto the device; frozen, eval mode.
 
     Modules that must stay float32 (norms, time embedder, scale tables) do, whatever `dtype` is. With `sharding` one
@@ -129,7 +110,7 @@ def load_transformer(
     """
     stored = _stored(folder, name)
     with _named(folder, name), torch.device("meta"):
-        model = WanTransformer3DModel.from_config(_read_config(folder, name))
+        model = kind.model.from_config(read_config(folder, name))
     wanted = {key: value.shape for key, value in model.state_dict().items()}
     ignored = model._keys_to_ignore_on_load_unexpected or []
     unexpected = [key for key in stored.keys() - wanted.keys() if not any(re.search(part, key) for part in ignored)]
@@ -153,24 +134,13 @@ def load_transformer(
             parameter.copy_(weight)
 
     with _named(folder, name):
-        return _fill(model, device, dtype, read, sharding, ring)
+        return _fill(kind, model, device, dtype, read, sharding, ring)
 
 
-def load_text(folder: Path, device: torch.device, dtype: torch.dtype, text_dim: int) -> UMT5EncoderModel:
-    """The text encoder; ValueError when its width is not the one the transformer reads."""
-    width = _read_config(folder, "text_encoder").get("d_model")
-    if width != text_dim:
-        raise ValueError(
-            f"backbone.path={folder}: the text encoder has width {width}, but the transformer reads {text_dim}: "
-            "the two belong to different pipelines"
-        )
-    return load_component(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not (folder / "tokenizer").is_dir():
-        raise ValueError(f"backbone.path={folder} lacks the component tokenizer: complete the folder")
-    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+def load_tokenizer(folder: Path, name: str = "tokenizer") -> PreTrainedTokenizerBase:
+    if not (folder / name).is_dir():
+        raise ValueError(f"backbone.path={folder} lacks the component {name}: complete the folder")
+    return AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
 
 
 def random_transformer(
@@ -181,36 +151,45 @@ def random_transformer(
     seed: int,
     sharding: Sharding | None = None,
     ring: Ring | None = None,
-) -> WanTransformer3DModel:
+) -> nn.Module:
     """A transformer of `architecture` with seeded random weights, made on the device, frozen and in eval mode.
 
     They are drawn as `random_parts.draw` says. Dtypes, `sharding` and `ring` are as in `load_transformer`. The same
     seed gives other weights on another kind of device.
     """
     with torch.device("meta"):
-        model = WanTransformer3DModel(**architecture["transformer"])
+        model = architecture["kind"].model(**architecture["transformer"])
     generator = torch.Generator(device=device).manual_seed(seed)
-    return _fill(model, device, dtype, lambda name, parameter: draw(name, parameter, generator), sharding, ring)
+    return _fill(
+        architecture["kind"],
+        model,
+        device,
+        dtype,
+        lambda name, parameter: draw(name, parameter, generator),
+        sharding,
+        ring,
+    )
 
 
 @torch.no_grad()
 def _fill(
-    model: WanTransformer3DModel,
+    kind: NetworkKind,
+    model: nn.Module,
     device: torch.device | str,
     dtype: torch.dtype,
     write: Callable[[str, Tensor], None],
     sharding: Sharding | None,
     ring: Ring | None,
-) -> WanTransformer3DModel:
+) -> nn.Module:
     """Give a model without storage parameters on the device, which `write` fills by name, module by module."""
-    streamed = None if ring is None else StreamedBlocks(ring, model, dtype)
+    streamed = None if ring is None else StreamedBlocks(ring, kind, model, dtype)
     for prefix, module in model.named_modules():
         own = []
         for key, shape in list(module.named_parameters(prefix, recurse=False)):
-            if streamed is not None and key.startswith("blocks."):
+            if streamed is not None and streamed.holds(key):
                 memory = streamed.parameter(key)
             else:
-                memory = torch.empty_like(shape, dtype=parameter_dtype(key, dtype), device=device)
+                memory = torch.empty_like(shape, dtype=kind.parameter_dtype(key, dtype), device=device)
             own.append(nn.Parameter(memory, requires_grad=False))
             write(key, own[-1])
             setattr(module, key.rpartition(".")[2], own[-1])
@@ -218,13 +197,12 @@ def _fill(
             sharding.take(own)
     if streamed is not None:
         streamed.attach()
-    # Position tables are buffers that no checkpoint holds: computed anew, in float32.
-    rope = model.rope
-    model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
+    if kind.fill_buffers is not None:
+        kind.fill_buffers(model, device)
     return model.eval().requires_grad_(False)
 
 
-def choose_attention(network: WanTransformer3DModel, name: str, device: torch.device) -> None:
+def choose_attention(kind: NetworkKind, network: nn.Module, name: str, device: torch.device) -> None:
     """Set the attention kernel: a diffusers backend by name, or with "auto" the fastest here for bfloat16 on a GPU.
 
     "auto" also measures kernels that diffusers does not have; `network.self_attention` is the key of
@@ -232,11 +210,11 @@ def choose_attention(network: WanTransformer3DModel, name: str, device: torch.de
     does not know or cannot use here.
     """
     if name == "auto":
-        attention = network.blocks[0].attn1
-        half = attention.to_q.weight.dtype == torch.bfloat16  # cuDNN's kernel takes nothing wider
-        if device.type != "cuda" or not half:
+        half = network.dtype == torch.bfloat16  # cuDNN's kernel takes nothing wider
+        if device.type != "cuda" or not half or not kind.fused:  # what is measured takes no mask
             return
-        seconds = attention_seconds(attention.heads, attention.inner_dim // attention.heads, device)
+        shape = kind.shape(network.config)
+        seconds = attention_seconds(shape.heads, shape.width // shape.heads, device)
         if seconds:
             network.self_attention = min(seconds, key=seconds.get)
         if seconds.get("cudnn", math.inf) >= seconds.get("flash", math.inf):
@@ -258,7 +236,7 @@ def fingerprint(family: str, folder: Path, components: Sequence[str] = WEIGHT_FO
     for name in components:
         if not (folder / name / "config.json").is_file():
             continue
-        config = json.dumps(_read_config(folder, name), sort_keys=True)
+        config = json.dumps(read_config(folder, name), sort_keys=True)
         digest.update(f"\0{name}\0{config}".encode())
         for file in sorted((folder / name).glob("*.safetensors")):
             size = file.stat().st_size
@@ -270,7 +248,7 @@ def fingerprint(family: str, folder: Path, components: Sequence[str] = WEIGHT_FO
     return f"{family}-{digest.hexdigest()[:12]}"
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
+def read_config(folder: Path, name: str) -> dict[str, Any]:
     """A component's config.json without the keys that begin with "_"; ValueError when the component is missing."""
     file = folder / name / "config.json"
     if not file.is_file():
@@ -303,13 +281,13 @@ def _stored(folder: Path, name: str) -> dict[str, _Stored]:
 
     ValueError when there are none, files are missing or damaged, or the weights are quantised.
     """
-    _read_config(folder, name)
+    read_config(folder, name)
     if not any((folder / name).glob("*.safetensors")):
         raise ValueError(
             f"backbone.path={folder} has no safetensors weights for the component {name}: "
             "download them, or convert pickled ones with save_pretrained"
         )
-    stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
     files, index = {f"{stem}.safetensors"}, folder / name / f"{stem}.safetensors.index.json"
     if index.is_file():
         files = {Path(file).name for file in _read_json(index)["weight_map"].values()}

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.backbones.architecture import parameter_dtype
+from train.backbones.architecture import NetworkKind
 from train.host_memory import Copier, leads_host, local_processes, locked, reserve
 
 SLOTS = 2  # blocks on the device at once
@@ -29,11 +29,11 @@ ALIGNMENT = 256  # bytes, of each parameter
 class BlockLayout:
     """Where each parameter of a block lies in a flat buffer of `size` bytes; `network` may be on the meta device."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype):
+    def __init__(self, kind: NetworkKind, network: nn.Module, dtype: torch.dtype):
         self.places: dict[str, tuple[int, torch.Size, torch.dtype]] = {}  # offset, shape, dtype by name
         self.size = 0
-        for name, parameter in network.blocks[0].named_parameters():
-            kept = parameter_dtype(name, dtype)
+        for name, parameter in kind.blocks_of(network)[0].named_parameters():
+            kept = kind.parameter_dtype(name, dtype)
             self.places[name] = (self.size, parameter.shape, kept)
             self.size += -(-parameter.numel() * kept.itemsize // ALIGNMENT) * ALIGNMENT
 
@@ -80,20 +80,25 @@ class StreamedBlocks:
     """The blocks of one network without storage. They are filled one after another, through `parameter`, until `attach`
     makes this the network's attribute `streamed`."""
 
-    def __init__(self, ring: Ring, network: nn.Module, dtype: torch.dtype):
-        self.ring, self.layout, self.network = ring, BlockLayout(network, dtype), network
-        self.last = len(network.blocks) - 1
+    def __init__(self, ring: Ring, kind: NetworkKind, network: nn.Module, dtype: torch.dtype):
+        self.ring, self.layout, self.network = ring, BlockLayout(kind, network, dtype), network
+        self.blocks, self._prefix = kind.blocks_of(network), f"{kind.blocks}."
+        self.last = len(self.blocks) - 1
         ring.reserve(self.layout.size, self.last + 1)
         self._memory = locked((self.last + 1) * self.layout.size, ring.device, together=ring.together)
         self.hosts = list(self._memory.view(self.last + 1, self.layout.size))
         self.before = -1  # the block that was filled or fetched before
         self.fused = False  # whether what replaces the blocks' forward calls `fetch` itself
 
+    def holds(self, key: str) -> bool:
+        """Whether a parameter of that name is a block's."""
+        return key.startswith(self._prefix)
+
     def slot(self, index: int) -> Slot:
         return self.ring.slots[index % SLOTS]
 
     def parameter(self, key: str) -> Tensor:
-        """The memory on the device of the parameter blocks.<index>.<name>. What is written there is kept once it is
+        """The memory on the device of the parameter <blocks>.<index>.<name>. What is written there is kept once it is
         the next block's turn."""
         _, index, name = key.split(".", 2)
         if int(index) != self.before:
@@ -103,7 +108,7 @@ class StreamedBlocks:
         return self.layout.view(self.slot(self.before).memory, name)
 
     def stored(self, key: str) -> Tensor:
-        """What the parameter blocks.<index>.<name> is, in host memory."""
+        """What the parameter <blocks>.<index>.<name> is, in host memory."""
         _, index, name = key.split(".", 2)
         return self.layout.view(self.hosts[int(index)], name)
 
@@ -114,7 +119,7 @@ class StreamedBlocks:
             dist.barrier()
         self.network.streamed, self.network.locked_bytes = self, self.ring.taken
         self.network.enable_gradient_checkpointing()  # for gradients to the latents: refinement, guidance
-        for index, block in enumerate(self.network.blocks):
+        for index, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self._fetch_when_called(index))
 
     def _store(self) -> None:

@@ -2,8 +2,8 @@
 
     python -m train.backbones.tiny --folder runs/tiny/model --family wan21
 
-Every part is the real class (Wan DiT, AutoencoderKLWan, UMT5, a fast tokenizer), only small: for tests and as the
-start of the sandbox.
+Every part is the real class (transformer, VAE, text encoder, a fast tokenizer), only small: for tests and as the start
+of the sandbox.
 """
 
 from __future__ import annotations
@@ -14,14 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
-from transformers import UMT5EncoderModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLWan,
+    ClassifierFreeGuidance,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
+from torch import nn
+from transformers import ByT5Tokenizer, UMT5EncoderModel
 
 from train import entry
 from train.backbones import BACKBONES
+from train.backbones.base import Backbone
+from train.backbones.hunyuan15 import TEMPLATE, random_encoders
 from train.backbones.loading import random_transformer
-from train.backbones.random_parts import text_config, vae_config
 from train.backbones.tokenizer import build_tokenizer
+from train.backbones.wan import text_config, vae_config
 
 
 def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Path:
@@ -37,13 +49,26 @@ def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Pa
         name: random_transformer(architecture, device="cpu", dtype=torch.float32, seed=seed + index)
         for index, name in enumerate(backbone.expert_folders.values())
     }
-    tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
-        vae = _tiny_vae(architecture)
-        text_encoder = UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], len(tokenizer))).eval()
-    pipeline_class = WanImageToVideoPipeline if family == "wan22_i2v" else WanPipeline
-    pipeline = pipeline_class(
+        pipeline = (_hunyuan15 if family == "hunyuan15" else _wan)(backbone, architecture, transformers)
+    pipeline.save_pretrained(folder)
+    if family != "hunyuan15":
+        # As Wan's encoders have it, whose files hold shared.weight alone; transformers itself writes true.
+        config = Path(folder) / "text_encoder" / "config.json"
+        untied = json.loads(config.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+        config.write_text(json.dumps(untied, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def _wan(
+    backbone: type[Backbone], architecture: dict[str, Any], transformers: dict[str, nn.Module]
+) -> DiffusionPipeline:
+    tokenizer = build_tokenizer()
+    vae = _tiny_vae(architecture)
+    text_encoder = UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], len(tokenizer))).eval()
+    pipeline_class = WanImageToVideoPipeline if backbone.first_frame == (True,) else WanPipeline
+    return pipeline_class(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=vae,
@@ -52,12 +77,23 @@ def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Pa
         boundary_ratio=backbone.default_boundary,
         expand_timesteps=backbone.expand_timesteps,
     )
-    pipeline.save_pretrained(folder)
-    # As Wan's encoders have it, whose files hold shared.weight alone; transformers itself writes true.
-    config = Path(folder) / "text_encoder" / "config.json"
-    untied = json.loads(config.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
-    config.write_text(json.dumps(untied, indent=2) + "\n", encoding="utf-8")
-    return Path(folder)
+
+
+def _hunyuan15(
+    backbone: type[Backbone], architecture: dict[str, Any], transformers: dict[str, nn.Module]
+) -> DiffusionPipeline:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    vae = AutoencoderKLHunyuanVideo15(**backbone.vae_config(architecture)).eval()
+    return HunyuanVideo15Pipeline(
+        **{name: model.eval() for name, model in random_encoders(architecture, len(tokenizer)).items()},
+        tokenizer=tokenizer,
+        tokenizer_2=ByT5Tokenizer(),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        **transformers,
+    )
 
 
 def _tiny_vae(architecture: dict[str, Any]) -> AutoencoderKLWan:

@@ -5,11 +5,10 @@ Facts from the public configs of Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers. Wan2.1 
 
 from __future__ import annotations
 
-from train.backbones.architecture import wan_architecture
-from train.backbones.base import Backbone
+from train.backbones.wan import WanBackbone, wan_architecture
 
 
-class Wan21(Backbone):
+class Wan21(WanBackbone):
     architectures = {
         "tiny": wan_architecture(heads=4, head_dim=32, ffn=512, layers=3, text_dim=64),
         "1.3B": wan_architecture(heads=12, ffn=8960, layers=30),

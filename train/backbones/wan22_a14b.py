@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.backbones.architecture import wan_architecture
-from train.backbones.base import TRAIN_TIMESTEPS, Backbone, Conditioning
+from train.backbones.base import TRAIN_TIMESTEPS, Conditioning
+from train.backbones.wan import WanBackbone, wan_architecture
 from train.experts import EXPERT_FOLDERS
 
 
@@ -25,7 +25,7 @@ def expert_at(t: Tensor, boundary: float) -> str:
     return "high_noise" if TRAIN_TIMESTEPS * t >= TRAIN_TIMESTEPS * boundary else "low_noise"
 
 
-class Wan22T2V(Backbone):
+class Wan22T2V(WanBackbone):
     architectures = {
         "tiny": wan_architecture(heads=2, head_dim=32, ffn=256, layers=2, text_dim=64),
         "A14B": wan_architecture(heads=40, ffn=13824, layers=40),

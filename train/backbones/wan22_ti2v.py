@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.backbones.architecture import wan_architecture
-from train.backbones.base import Backbone, Conditioning
+from train.backbones.base import Conditioning
+from train.backbones.wan import WanBackbone, wan_architecture
 
 
-class Wan22TI2V(Backbone):
+class Wan22TI2V(WanBackbone):
     architectures = {
         "tiny": wan_architecture(heads=4, head_dim=32, ffn=512, layers=3, text_dim=64, z_dim=12, vae_scale=16),
         "5B": wan_architecture(heads=24, ffn=14336, layers=30, z_dim=48, vae_scale=16),

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import compile_cache
-from train.backbones.attention_kernels import KERNELS, kernel_name
+from train.backbones import kind_of
+from train.backbones.attention_kernels import KERNELS
 from train.full_parameters import FullParameters
 from train.fused import float8
 from train.fused.memory import INPUT_OFFLOADED, OFFLOADED, passes_waiting
@@ -301,12 +302,26 @@ class _BlockFunction(torch.autograd.Function):
         return None, None, None, None, hidden_grad, None, None, None, None, *flat
 
 
+def kernel_name(network: nn.Module) -> str | None:
+    """Key of KERNELS for the diffusers backend that `train.backbones.loading.choose_attention` set; None: no such."""
+    attention = network.blocks[0].attn1
+    backend, weight = attention.processor._attention_backend, attention.to_q.weight
+    name = None if backend is None else getattr(backend, "value", backend)
+    if weight.device.type == "cpu":
+        return "cpu" if name in (None, "native") else None
+    if weight.dtype != torch.bfloat16:
+        return None
+    return {"_native_cudnn": "cudnn", None: "flash", "native": "flash", "_native_flash": "flash"}.get(name)
+
+
 def unfit(network: nn.Module, switch: Any = None) -> str:
     """Why this network's blocks cannot be fused, for a message; empty when they can. switch: what was attached, if
     anything was."""
     if isinstance(switch, FullParameters):
         return "all weights train"
     adapted = [name.split(".", 2) for name, layer in network.named_modules() if isinstance(layer, SwitchedLinear)]
+    if not kind_of(network).fused:
+        return f"there are no fused blocks for {type(network).__name__}"
     if any(parts[0] != "blocks" or parts[2] not in LAYERS for parts in adapted):
         return "an adapter lies outside the blocks' linear layers"
     if network.blocks[0].attn2.add_k_proj is not None:

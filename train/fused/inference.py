@@ -25,6 +25,6 @@ def fuse(backbone: Backbone, switch: Any = None, *, compiled: bool = True) -> st
             continue
         adapted = any(isinstance(layer, SwitchedLinear) for layer in network.modules())
         holder = switch if adapted else SimpleNamespace(state=SwitchState(1.0, backbone.device))
-        levels = [0] * len(network.blocks)
+        levels = [0] * len(backbone.kind.blocks_of(network))
         fuse_blocks(network, holder, lambda *_, levels=levels: levels, compiled=compiled)
     return "; ".join(reasons)

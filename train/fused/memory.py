@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.backbones import kind_of
 from train.host_memory import GIB
 
 OFFLOADED = 4  # the level of `train.fused.fused_block` whose activations wait in host memory (`train.fused.offload`)
@@ -146,14 +147,14 @@ def resident(network: nn.Module) -> int:
 
 def gathered(network: nn.Module) -> int:
     """Bytes of GATHERED blocks under ZeRO-3; else 0."""
-    weights = network.blocks[0].parameters()
+    weights = kind_of(network).blocks_of(network)[0].parameters()
     return GATHERED * sum(getattr(weight, "ds_numel", 0) * weight.element_size() for weight in weights)
 
 
 def plan(
     network: nn.Module, adapters: list[Tensor], config: Any, *, gradients: float = 2
 ) -> Callable[[torch.Size, int], list[int]]:
-    """Levels of a Wan network's blocks for hidden states (B, N, D) and waiting passes, by the train section `config`;
+    """Levels of a network's fused blocks for hidden states (B, N, D) and waiting passes, by the train section `config`;
     `gradients`: sets of the adapters' gradients that a step holds at once.
 
     Call it when everything but the optimizer is in place: what is allocated now counts as resident.
@@ -169,11 +170,10 @@ def plan(
     available -= (2 + gradients) * trained + gathered(network)
 
     def levels(shape: torch.Size, passes: int) -> list[int]:
-        shapes = network.config
-        blocks, dtype = shapes.num_layers, network.dtype
-        sizes = Sizes(shape[0] * shape[1], shape[2], shapes.ffn_dim, shapes.num_attention_heads, blocks, dtype.itemsize)
+        own = kind_of(network).shape(network.config)
+        sizes = Sizes(shape[0] * shape[1], shape[2], own.ffn, own.heads, own.layers, network.dtype.itemsize)
         if not config.activation_checkpointing:
-            return [3] * blocks
+            return [3] * own.layers
         room = available - FLOAT8_WORKSPACE * sizes.hidden * config.float8
         return choose_levels(sizes, room, config.offload_gib * GIB, passes, inputs=hasattr(network, "streamed"))
 

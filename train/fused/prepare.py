@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from train import compile_cache
+from train.backbones import kind_of
 from train.fused import float8, memory
 from train.fused.fused_block import fuse_blocks, unfit
 from train.fused.offload import HostStore, affordable
@@ -50,5 +51,5 @@ def prepare_network(
             one.disable_gradient_checkpointing()  # streamed networks come with it
         # The forward, not the module: hooks (features, ZeRO-3) stay outside the graph, and all blocks share one graph
         # per mode.
-        for block in one.blocks if compiled else ():
+        for block in kind_of(one).blocks_of(one) if compiled else ():
             block.forward = torch.compile(block.forward, dynamic=False)

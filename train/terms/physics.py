@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from losses.relational import relational_loss
 from losses.trajectory import predict_tracks, trajectory_loss
+from train.backbones.architecture import shape_of
 from train.backbones.base import BOTH, Backbone
 from train.data import Sample
 from train.groups import GroupSet
@@ -109,13 +110,12 @@ def build_heads(config: Any, backbone: Backbone) -> PhysicsHeads | nn.ModuleDict
     """The heads of the recipe's physics terms, whole on every rank; None without such terms. ValueError for a block
     that the network has not. Where both experts train, each has its own, by the name of its folder, for their features
     have nothing in common."""
-    network = backbone.architecture["transformer"]
-    if feature_block(config.physics, network["num_layers"]) is None:
+    shape = shape_of(backbone.architecture)
+    if feature_block(config.physics, shape.layers) is None:
         return None
-    width = network["num_attention_heads"] * network["attention_head_dim"]
 
     def build() -> PhysicsHeads:
-        return PhysicsHeads(config.physics, width, seed=config.seed).to(backbone.device)
+        return PhysicsHeads(config.physics, shape.width, seed=config.seed).to(backbone.device)
 
     if backbone.trained == BOTH:
         return nn.ModuleDict({folder: build() for folder in backbone.expert_folders.values()})

@@ -76,7 +76,7 @@ def loss(
     if "score_t" not in batch:
         return None
     winner, level, noise = batch["winner"].float(), batch["score_t"], batch["score_noise"]
-    conditioning = Conditioning(batch["text"], batch.get("condition"))
+    conditioning = Conditioning.of(batch)
     mask = conditioning.generated(motion_mask(winner)) if config.self_score.motion_mask else None
     predicted = won.x_t - batch["t"].view(-1, 1, 1, 1, 1) * won.velocity  # z_0
     predicted = policy.backbone.start(predicted, conditioning)

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from losses.flow_matching import flow_error, interpolate
 from losses.preference import pairwise_bound
 from train import gdpo
-from train.backbones import find_architecture
-from train.backbones.architecture import num_tokens
+from train.backbones import find_architecture, text_tokens
+from train.backbones.architecture import forward_flops, num_tokens, shape_of
 from train.backbones.attention_kernels import kernels_on
 from train.backbones.base import Backbone
 from train.entry import first_line
 from train.full_parameters import FullParameters
 from train.tools.breakdown import seconds, sustained, time_step
-from train.tracking import transformer_flops
 
 
 class CopiedReference(FullParameters):
@@ -32,12 +31,11 @@ class CopiedReference(FullParameters):
 def measure_ceilings(config: Any, backbone: Backbone) -> dict[str, float]:
     """TFLOP/s of a matrix product and of attention, forward and backward, at the recipe's shapes; the best attention
     kernel counts."""
-    network, video = backbone.architecture["transformer"], config.video
+    shape, video = shape_of(backbone.architecture), config.video
     tokens = backbone.num_tokens(video.height, video.width, video.num_frames)
-    heads, size = network["num_attention_heads"], network["attention_head_dim"]
-    width, ffn = heads * size, network["ffn_dim"]
+    heads, size, width, ffn = shape.heads, shape.width // shape.heads, shape.width, shape.ffn
     generator = torch.Generator(backbone.device).manual_seed(0)
-    dtype = next(backbone.blocks[0].ffn.parameters()).dtype
+    dtype = backbone.transformer.dtype
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=backbone.device, dtype=dtype, generator=generator)
@@ -82,9 +80,8 @@ def limit(config: gdpo.Config, rates: dict[str, float], *, clips: int, kind: str
 def _flops(config: Any) -> tuple[float, float]:
     """Of one clip's forward pass: matrix products and attention."""
     architecture, video = find_architecture(config.backbone), config.video
-    network, tokens = architecture["transformer"], num_tokens(architecture, video.height, video.width, video.num_frames)
-    width = network["num_attention_heads"] * network["attention_head_dim"]
-    return transformer_flops(tokens, config.backbone.text_length, width, network["ffn_dim"], network["num_layers"])
+    tokens = num_tokens(architecture, video.height, video.width, video.num_frames)
+    return forward_flops(architecture, tokens, text_tokens(config.backbone))
 
 
 def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], repeats: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 import recipes
 from train import entry, gdpo
-from train.backbones import find_architecture, load_backbone
+from train.backbones import find_architecture, load_backbone, text_tokens
 from train.backbones.base import Backbone
 from train.cost import operations, save_rates
 from train.data import Sample
@@ -123,12 +123,14 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
+    text, *more = backbone.text_shapes().items()
     group = SimpleNamespace(
         winner=random(*shape),
         losers=random(losers, *shape),
         losers_info=[Loser(seed, semantic=0.5, physical=0.5) for seed in range(losers)],
-        text=random(config.backbone.text_length, backbone.architecture["transformer"]["text_dim"]),
+        text=random(*text[1]),
         condition=random(*shape) if config.backbone.family == "wan22_i2v" else None,
+        conditioning={name: random(*shape) for name, shape in more},
         extra=random_targets(config, generator),
     )
     tensors = gdpo.prepare(config, Sample(0, group, 0))
@@ -158,7 +160,7 @@ def ours(config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelera
     policy = Policy(backbone, switch, build_heads(config, backbone))
     if config.train.reference_cache:
         policy.cache = SimpleNamespace(read=lambda _: torch.ones(1, 1 + losers, device=backbone.device))
-    engine = None if ranks is None else partition(ranks, backbone.transformer)
+    engine = None if ranks is None else partition(ranks, backbone.transformer, backbone.blocks)
     prepare_network(backbone.transformer, switch, config, gradients=1 + losers)
     measured = _preference_step(config, policy, losers, engine)
     return measured if ranks is None else measured | {"ranks": ranks.num_processes}
@@ -307,7 +309,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         numbers = (f"{key} {value:.4g}" for key, value in measured.items() if isinstance(value, int | float))
         accelerator.print(part, "  ".join(numbers), flush=True)
         if part == "ours" and accelerator.is_main_process:
-            forward, backward = operations(find_architecture(config.backbone), video, config.backbone.text_length)
+            forward, backward = operations(find_architecture(config.backbone), video, text_tokens(config.backbone))
             pair = 2 * (2 * forward + backward)
             save_rates(config.output, results["device"], {"training": pair / results[part]["seconds"]})
         if accelerator.is_main_process:

@@ -26,9 +26,10 @@ from losses.relational import cosines
 from train import checkpoint, entry, files, gdpo
 from train.backbones import load_backbone
 from train.backbones.base import BOTH, Backbone, Conditioning
+from train.backbones.conditioning import pad_texts
 from train.clips import to_pixels
-from train.data import Sample, pad_text
-from train.groups import Group, GroupSet
+from train.data import Sample
+from train.groups import Group, GroupSet, told
 from train.teachers.points import unpack
 from train.terms.physics import build_heads, feature_block, prepare, serving_heads, student_tokens, student_tracks
 
@@ -81,10 +82,10 @@ def student(config: Config, backbone: Backbone, group: Group) -> dict[str, Tenso
 
     prepared = prepare(config, Sample(0, group, 0), torch.Generator())
     targets = {name: batch(tensor) for name, tensor in prepared.items()}
-    clean, text = batch(group.winner).float(), batch(pad_text(group.text, config.backbone.text_length))
+    clean, lengths = batch(group.winner).float(), backbone.text_lengths(backbone.text_length)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(config.seed)).to(clean)
     t = torch.full((1,), LEVEL, device=clean.device)
-    conditioning = Conditioning(text, None if group.condition is None else batch(group.condition))
+    conditioning = Conditioning.of({name: batch(value) for name, value in pad_texts(told(group), lengths).items()})
     block = feature_block(config.physics, len(backbone.blocks))
     _, features = backbone.velocity(interpolate(clean, noise, t), t, conditioning, features_at=block)
     made = {}

@@ -102,11 +102,16 @@ class Bench:
         self.backbone.experts = {name: network for name in self.backbone.expert_folders}  # the other is no dearer
         generator, shape = torch.Generator().manual_seed(config.seed), self.backbone.latent_shape(*size)
         self.latents = torch.randn((1, *shape), generator=generator)
-        width = self.backbone.architecture["transformer"]["text_dim"]
-        text = torch.randn(2, config.backbone.text_length, width, generator=generator)
-        stacked = self.backbone.input_channels(self.backbone.architecture) > shape[0]
+        texts = {
+            name: torch.randn(2, *shape, generator=generator) for name, shape in self.backbone.text_shapes().items()
+        }
+        stacked = False not in self.backbone.first_frame
         image = torch.randn((1, *shape), generator=generator) if stacked else None
-        self.conditioning, self.negative = (Conditioning(part, image).to(device) for part in text.split(1))
+        text = texts.pop("text")
+        self.conditioning, self.negative = (
+            Conditioning(text[n : n + 1], image, {name: more[n : n + 1] for name, more in texts.items()}).to(device)
+            for n in range(2)
+        )
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.facts = {"device": name, "torch": torch.__version__, "tokens": self.backbone.num_tokens(*size)}
         self.facts |= {"fused": not reason, "not_fused": reason}

@@ -98,7 +98,7 @@ class Work:
             self.lora = lora.sha256
         negative = None
         if sampling_passes(self.backbone, config.sampler) > config.sampler.steps:  # some step is guided
-            negative = Conditioning(self.backbone.encode_text([config.sampler.negative_prompt]))
+            negative = self.backbone.encode_texts([config.sampler.negative_prompt])
         self.searcher = Searcher(self.search, self.backbone, config.video, config.sampler, negative, self.judging)
         for name in self.experiment.scorers:
             self.searcher.scorer(name)  # refuses what cannot work
@@ -183,7 +183,7 @@ class Work:
             stored = self.generate(job)
             write_tensors(path, stored[0], made, stored[1])
         tensors, facts = stored
-        conditioning = Conditioning(tensors["text"])
+        conditioning = Conditioning.of(tensors)
         return self.searcher.candidates(job.key, job.prompt, conditioning, tensors["latents"]), tensors, facts
 
     def generate(self, job: Job) -> Made:
@@ -191,7 +191,7 @@ class Work:
         conditioning, looks = self.backbone.condition([job.prompt]), sorted(self.search.prune.steps)
         found = self.searcher.sample(conditioning, job.seeds, [*looks, sampler.steps])
         tensors = {f"clean-{step}": found[step].clean for step in looks}
-        tensors |= {"latents": found[sampler.steps].latents.cpu(), "text": conditioning.text.cpu()}
+        tensors |= {"latents": found[sampler.steps].latents.cpu(), **conditioning.to("cpu").named()}
         passes = len(job.seeds) * sampling_passes(self.backbone, sampler)
         return tensors, {"passes": passes, "seconds": round(time.perf_counter() - started, 4)}
 

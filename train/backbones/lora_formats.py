@@ -25,35 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
 from train import files
+from train.backbones.wan_layers import to_diffusers, unflattened
 from train.checkpoint import weights_path
 from train.experts import BOTH, EXPERT_FOLDERS
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraSwitch
 from train.weight_files import read_header, read_ours
-
-# diffusers' layer names within a block, and those of Wan's own code, which ComfyUI uses.
-ORIGINAL_NAMES = {
-    "attn1.to_q": "self_attn.q",
-    "attn1.to_k": "self_attn.k",
-    "attn1.to_v": "self_attn.v",
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_q": "cross_attn.q",
-    "attn2.to_k": "cross_attn.k",
-    "attn2.to_v": "cross_attn.v",
-    "attn2.to_out.0": "cross_attn.o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-OTHERS = ("cross_attn.k_img", "cross_attn.v_img", "head.head", "time_projection.1", "patch_embedding")
-OTHERS += tuple(f"{name}_embedding.{layer}" for name in ("text", "time") for layer in (0, 2))
-# kohya writes _ for every dot.
-FLAT_NAMES = {name.replace(".", "_"): name for name in (*ORIGINAL_NAMES.values(), *OTHERS)}
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's, beside its file
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # as peft and diffusers name them
@@ -66,8 +48,6 @@ _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:lora[_.](?P<side>A|B|down|up)(?:\.\w+)?\.(?P<kind>weight|bias)|(?P<plain>alpha|diff|diff_b))"
 )
 _SLOTS = {"A": "down", "down": "down", "B": "up", "up": "up"}
-_DIFFUSERS = re.compile(r"attn[12]\.|ffn\.net\.|condition_embedder|proj_out|scale_shift_table")
-_OTHER_MODELS = re.compile("face_adapter|motion_encoder")  # of which the table asks more than a name
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -247,7 +227,7 @@ def _slots(path: Path, keys: Iterable[str]) -> dict[str, dict[str, dict[str, str
         slot = None if match is None else match["plain"] or _SLOTS[match["side"]]
         if slot in ("down", "up") and match["kind"] == "bias":
             slot = "bias" if slot == "up" else None
-        layer = None if slot is None else _unflattened(match["layer"])
+        layer = None if slot is None else unflattened(match["layer"])
         here = found.setdefault(prefix["network"] or "", {}).setdefault(layer, {}) if layer else {}
         if layer is None or slot in here:
             unknown.append(key)
@@ -259,27 +239,7 @@ def _slots(path: Path, keys: Iterable[str]) -> dict[str, dict[str, dict[str, str
         )
     if not found:
         raise ValueError(f"LoRA {path} holds no tensors")
-    return {network: _renamed(layers) for network, layers in found.items()}
-
-
-def _unflattened(layer: str) -> str | None:
-    """kohya's name with its dots; others as they are. None for one of another network."""
-    if not layer.startswith("lora_"):
-        return layer
-    match = re.fullmatch(r"lora_unet_(?:(blocks)_(\d+)_)?(.+)", layer)
-    if match is None or match[3] not in FLAT_NAMES:
-        return None
-    return f"blocks.{match[2]}.{FLAT_NAMES[match[3]]}" if match[1] else FLAT_NAMES[match[3]]
-
-
-def _renamed(layers: dict[str, Any]) -> dict[str, Any]:
-    """The same by diffusers' names, unless it has those: their norm2 is another one's norm3."""
-    if any(map(_DIFFUSERS.search, layers)):
-        return layers
-    ours = {f"{layer}.weight": layer for layer in layers if not _OTHER_MODELS.search(layer)}
-    names = convert_wan_transformer_to_diffusers(ours)
-    renamed = {layer: name.removesuffix(".weight") for name, layer in names.items()}
-    return {renamed.get(layer, layer): slots for layer, slots in layers.items()}
+    return {network: to_diffusers(layers) for network, layers in found.items()}
 
 
 def _network(

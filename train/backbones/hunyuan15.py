@@ -1,0 +1,226 @@
+"""HunyuanVideo 1.5, text to video (8.3B): one transformer of double-stream blocks, two texts with masks.
+
+The prompt is read by Qwen2.5-VL inside a fixed instruction, whose first 108 tokens are cut off again, and what stands
+in it between quotation marks by ByT5, for letters in the picture; without quotation marks that text is empty. Both are
+encoded by diffusers' own code. The network joins their tokens with the video's in every attention and masks padding.
+Beside the noisy latents it reads the latents of given frames and their mask, here zeros. Latents are multiplied by the
+VAE's scaling_factor.
+
+Facts from diffusers' defaults for the classes, which are the public checkpoints' (hunyuanvideo-community/HunyuanVideo-
+1.5-Diffusers-*); sizes of ByT5 from google/byt5-small. Deviation from diffusers' pipeline: it passes 729 image tokens
+of zeros, which are masked; here there are none, which is the same function. In bfloat16 the network is told 1000 t in
+bfloat16, as there: its time embedder has that dtype. Image to video is left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
+from torch import Tensor, nn
+from transformers import (
+    ByT5Tokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from train.backbones import loading
+from train.backbones.architecture import NetworkKind, Shape
+from train.backbones.base import Backbone, Conditioning
+from train.backbones.random_parts import fill
+from train.backbones.tokenizer import build_tokenizer
+
+encode_prompts = HunyuanVideo15Pipeline._get_mllm_prompt_embeds
+encode_letters = HunyuanVideo15Pipeline._get_byt5_prompt_embeds
+INSTRUCTION = inspect.signature(encode_prompts).parameters["system_message"].default
+CUT = inspect.signature(encode_prompts).parameters["crop_start"].default  # tokens of the instruction
+# How a small model's tokenizer writes a conversation: CUT tokens in the instruction's place, for its own tokens are
+# letters. The real one brings its own template.
+TEMPLATE = (
+    f"{{{{ '.' * {CUT - 1} }}}}{{% for one in messages %}}{{{{ ' ' + one['content'] if loop.last }}}}{{% endfor %}}"
+)
+REAL = 3584  # width of Qwen2.5-VL-7B, of which TEXT holds the rest
+TEXT = {"vocab_size": 152_064, "intermediate_size": 18_944, "num_hidden_layers": 28}
+TEXT |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+DEFAULTS = {
+    name: one.default
+    for name, one in inspect.signature(HunyuanVideo15Transformer3DModel.__init__).parameters.items()
+    if one.default is not inspect.Parameter.empty
+}
+TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3, "rope_axes_dim": (8, 12, 12)}
+TINY |= {"image_embed_dim": 32, "text_embed_dim": 64, "text_embed_2_dim": 48}
+
+
+def shape(config: Mapping[str, Any]) -> Shape:
+    heads = config["num_attention_heads"]
+    width, side = heads * config["attention_head_dim"], config["patch_size"]
+    patch = (config["patch_size_t"], side, side)
+    return Shape(config["num_layers"], heads, width, int(width * config["mlp_ratio"]), patch)
+
+
+def flops(own: Shape, tokens: int, text_tokens: int) -> tuple[float, float]:
+    """matrix = 2 S n (4 d^2 + 2 d ffn), attention = 4 S^2 d n, with S video and text tokens: both have weights of their
+    own, of the same sizes. The text's refiner is left out as small.
+
+    By hand: S = 2 + 1, d = 3, ffn = 4, n = 1: 2*3*(4*9 + 2*3*4) = 360 and 4*9*3 = 108."""
+    joined = tokens + text_tokens
+    matrix = 2.0 * joined * own.layers * (4 * own.width**2 + 2 * own.width * own.ffn)
+    return matrix, 4.0 * joined**2 * own.width * own.layers
+
+
+KIND = NetworkKind(model=HunyuanVideo15Transformer3DModel, shape=shape, flops=flops, blocks="transformer_blocks")
+
+
+def hunyuan15_architecture(z_dim: int, scale: int, **network: Any) -> dict[str, Any]:
+    """An entry of the family's architectures, of what differs from the defaults of diffusers' class."""
+    transformer = DEFAULTS | {"in_channels": 2 * z_dim + 1, "out_channels": z_dim, "task_type": "t2v", **network}
+    return {"kind": KIND, "transformer": transformer, "z_dim": z_dim, "vae_scale": scale, "vae_scale_temporal": 4}
+
+
+@dataclass(eq=False, repr=False)
+class Hunyuan15(Backbone):
+    kind = KIND
+    vae_class = AutoencoderKLHunyuanVideo15
+    pipelines = ("HunyuanVideo15Pipeline",)
+    more_texts = {"text_2": 256}
+    architectures = {
+        "tiny": hunyuan15_architecture(4, 8, **TINY),
+        "8.3B": hunyuan15_architecture(32, 16),
+    }
+
+    text_encoder_2: nn.Module | None = None
+    tokenizer_2: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def input_channels(cls, architecture: dict[str, Any]) -> int:
+        return 2 * architecture["z_dim"] + 1
+
+    @classmethod
+    def read_architecture(cls, folder: Path) -> dict[str, Any]:
+        transformer, vae = loading.read_config(folder, "transformer"), loading.read_config(folder, "vae")
+        return {
+            "kind": KIND,
+            "transformer": DEFAULTS | transformer,
+            "z_dim": vae.get("latent_channels", 32),
+            "vae_scale": vae.get("spatial_compression_ratio", 16),
+            "vae_scale_temporal": vae.get("temporal_compression_ratio", 4),
+        }
+
+    @classmethod
+    def mismatch(cls, model_index: dict[str, Any], architecture: dict[str, Any]) -> str:
+        meanflow = "the transformer reads a second time (use_meanflow), as the upsampling one does"
+        found = super().mismatch(model_index, architecture)
+        return found or (meanflow if architecture["transformer"].get("use_meanflow") else "")
+
+    # Conditioning
+
+    def text_shapes(self) -> dict[str, tuple[int, int]]:
+        network, lengths = self.architecture["transformer"], self.text_lengths(self.text_length)
+        widths = {"text": network["text_embed_dim"], "text_2": network["text_embed_2_dim"]}
+        return {name: (lengths[name], width) for name, width in widths.items()}
+
+    @classmethod
+    def load_text(
+        cls, folder: Path, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {name: loading.load_tokenizer(folder, name) for name in ("tokenizer", "tokenizer_2")}
+        classes = {"text_encoder": Qwen2_5_VLTextModel, "text_encoder_2": T5EncoderModel}
+        for name, model in classes.items() if encoders else ():
+            found[name] = loading.load_component(model, folder, name, device, dtype=dtype)
+        return found
+
+    @classmethod
+    def random_text(
+        cls, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {"tokenizer": build_tokenizer(), "tokenizer_2": ByT5Tokenizer()}
+        found["tokenizer"].chat_template = TEMPLATE
+        if encoders:
+            with torch.device("meta"):
+                models = random_encoders(architecture, len(found["tokenizer"]))
+            found |= {name: fill(model, device, dtype) for name, model in models.items()}
+            text = found["text_encoder"]  # whose position table is a buffer, which no storage came with
+            text.rotary_emb = type(text.rotary_emb)(text.config).to(device)
+        return found
+
+    @classmethod
+    def vae_config(cls, architecture: dict[str, Any]) -> dict[str, Any]:
+        z_dim, scale = architecture["z_dim"], architecture["vae_scale"]
+        small = {"block_out_channels": (2 * z_dim,) * 4, "layers_per_block": 1} if scale < 16 else {}
+        return {"latent_channels": z_dim, "spatial_compression_ratio": scale, **small}
+
+    @torch.no_grad()
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
+        """Prompts -> text (B, text_length, D) and text_2 (B, 256, D'), zero beyond their tokens, in their encoders'
+        dtypes. What closes the prompt in its conversation counts among the first one's tokens."""
+        self.check_prompts(prompts)
+        length, texts = self.text_length, {}
+        texts["text"] = encode_prompts(
+            self.text_encoder, self.tokenizer, prompts, self.device, tokenizer_max_length=length
+        )
+        length = self.more_texts["text_2"]
+        texts["text_2"] = encode_letters(self.tokenizer_2, self.text_encoder_2, prompts, self.device, length)
+        padded = {name: text.masked_fill(mask.unsqueeze(-1) == 0, 0) for name, (text, mask) in texts.items()}
+        return Conditioning(padded.pop("text"), more=padded)
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        told = format_text_input(prompts, INSTRUCTION)
+        ids = self.tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return [len(one) - CUT for one in ids["input_ids"]]
+
+    # Latents and the network. diffusers' VAE takes one clip at a time: its attention's mask has no batch axis.
+
+    def encode_video(self, frames: Tensor, *, batch_size: int = 1) -> Tensor:
+        return super().encode_video(frames)
+
+    def decode_latents(self, latents: Tensor, *, batch_size: int = 1) -> Tensor:
+        return super().decode_latents(latents)
+
+    def latent_moments(self) -> tuple[Tensor, Tensor]:
+        scale = torch.tensor(1 / self.vae.config.scaling_factor, device=self.device)
+        return torch.zeros_like(scale), scale
+
+    def network_arguments(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        texts = {name: text.to(latents.device, dtype) for name, text in conditioning.texts().items()}
+        masks = {name: text.ne(0).any(dim=-1) for name, text in texts.items()}
+        batch, channels, *size = latents.shape
+        given = latents.new_zeros(batch, channels + 1, *size)
+        width = self.architecture["transformer"]["image_embed_dim"]
+        return {
+            "hidden_states": torch.cat([latents, given], dim=1).to(dtype),
+            "timestep": timestep.to(dtype),
+            "encoder_hidden_states": texts["text"],
+            "encoder_attention_mask": masks["text"],
+            "encoder_hidden_states_2": texts["text_2"],
+            "encoder_attention_mask_2": masks["text_2"],
+            "image_embeds": latents.new_zeros(batch, 0, width, dtype=dtype),
+        }
+
+
+def random_encoders(architecture: dict[str, Any], words: int) -> dict[str, nn.Module]:
+    """Qwen2.5-VL's text model and ByT5's encoder for an architecture; of widths that no checkpoint has, small ones."""
+    network = architecture["transformer"]
+    width, letters = network["text_embed_dim"], network["text_embed_2_dim"]
+    part = width // 32  # of a quarter of the width, a head, whose rotation has three parts: 1, 2 and 1 of 4
+    small = {"vocab_size": words, "intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    small |= {"rope_scaling": {"rope_type": "default", "mrope_section": [part, 2 * part, part]}}
+    real = width == REAL
+    text = Qwen2_5_VLTextConfig(hidden_size=width, **(TEXT if real else small))
+    sizes = {"d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
+    few = {"d_kv": 16, "d_ff": 2 * letters, "num_layers": 2, "num_heads": 3}
+    letters_config = T5Config(
+        d_model=letters, vocab_size=384, feed_forward_proj="gated-gelu", **(sizes if real else few)
+    )
+    return {"text_encoder": Qwen2_5_VLTextModel(text), "text_encoder_2": T5EncoderModel(letters_config)}

@@ -194,11 +194,11 @@ def test_a_resumed_run_equals_the_whole_one(two, tmp_path, short_turns, entry, m
 
 
 @pytest.mark.slow
-def test_fused_blocks_of_both_give_what_eager_ones_do(two, tmp_path, short_turns, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # fused, but run as written
+def test_fused_blocks_of_both_give_what_eager_ones_do(two, tmp_path, short_turns):
     run = (*BOTH, *TERMS, "optim.steps=4", "train.memory_budget_gib=1e-9")
-    for name in ("eager", "fused"):
-        two.train(tmp_path / name, *run, f"backbone.compile={name == 'fused'}".lower())
+    with torch._dynamo.config.patch(disable=True):  # fused, but run as written
+        for name in ("eager", "fused"):
+            two.train(tmp_path / name, *run, f"backbone.compile={name == 'fused'}".lower())
     assert_close_metrics(two.metrics(tmp_path / "fused"), two.metrics(tmp_path / "eager"), 5e-4)
 
 

@@ -148,18 +148,23 @@ def _simulated(scene: str, count: int, split: str, seed: int, video: VideoConfig
     for number, clip in enumerate(list_clips(scene, split, seed, count, video)):
         name = f"sandbox:{scene}:{split}:{clip.block}:{clip.index}"
         place = {"scene": scene, "split": split, "seed": seed, "block": clip.block, "index": clip.index}
-        yield Row(
-            key=f"{clip.shown}-{number:06d}",
-            clip=name,
-            path=name,
-            prompt=clip.prompt,
-            start=0.0,
-            action=clip.shown,
-            physics_richness=None,
-            scores=None,
-            source="sandbox",
-            place=json.dumps({**place, "row": number + 1}),
-        )
+        yield _made(f"{clip.shown}-{number:06d}", name, clip.prompt, clip.shown, {**place, "row": number + 1})
+
+
+def _made(key: str, name: str, prompt: str, action: str, place: dict[str, Any]) -> Row:
+    """A clip that a simulator makes, whose name begins with its source's."""
+    return Row(
+        key=key,
+        clip=name,
+        path=name,
+        prompt=prompt,
+        start=0.0,
+        action=action,
+        physics_richness=None,
+        scores=None,
+        source=name.partition(":")[0],
+        place=json.dumps(place),
+    )
 
 
 def _parse_robots(name: str) -> tuple[list[str], int, str]:
@@ -178,18 +183,7 @@ def _demonstrated(tasks: list[str], count: int, split: str, seed: int) -> Iterat
     """Keys like drawer-open-000123; the action is the task."""
     for number, listed in enumerate(list_demonstrations(tasks, split, seed, range(count))):
         place = {"tasks": tasks, "split": split, "seed": seed, "number": number, "row": number + 1}
-        yield Row(
-            key=f"{listed.task}-{number:06d}",
-            clip=listed.name,
-            path=listed.name,
-            prompt=listed.prompt,
-            start=0.0,
-            action=listed.task,
-            physics_richness=None,
-            scores=None,
-            source="robots",
-            place=json.dumps(place),
-        )
+        yield _made(f"{listed.task}-{number:06d}", listed.name, listed.prompt, listed.task, place)
 
 
 def _folder_files(folder: Path) -> Iterator[tuple[Path, BadRow | None]]:

@@ -199,9 +199,10 @@ class Bill:
         if self.job.pipeline.resample.budget and self.job.pipeline.resample.tau:
             found.append(self._difficulty())
         if made:
-            passes = self.passes(losers.sampler(self.job.sampler), losers.start_time)
+            sampler = losers.sampler(self.job.sampler)
+            passes = self.passes(sampler, losers.start_time)
             seconds, disk = self._seconds(made * passes * self.forward, self.rates.sampling), made * self.clip_bytes
-            more = ", as if cache ended none early" if losers.sampler(self.job.sampler).cache else ""
+            more = ", as if cache ended none early" if sampler.cache else ""
             found.append(Stage("losers", f"{made:,} clips of {passes} passes{more}", seconds, disk))
         if made and self.job.judge.name:
             found.append(Stage("judge", f"{made:,} clips decoded", self._vae(self.rates.decode, made)))
@@ -209,12 +210,12 @@ class Bill:
             seconds = groups / self.rates.targets if self.rates.targets else None
             found.append(Stage("targets", f"of {groups:,} clips", seconds))
         if groups:
-            disk = groups * (
-                2 * self.group_bytes - losers.count * self.clip_bytes
-            )  # in the stage's folder and in shards
+            twice = 2 * self.group_bytes - losers.count * self.clip_bytes  # in the stage's folder and in shards
             clips = f"{groups:,} clips and as many first frames" if self.stacked else f"{groups:,} clips"
             words = f"{clips}; {self.group_bytes:,} bytes per group, without its text"
-            found.append(Stage("encode", words, self._vae(self.rates.encode, groups * (1 + self.stacked)), disk))
+            found.append(
+                Stage("encode", words, self._vae(self.rates.encode, groups * (1 + self.stacked)), groups * twice)
+            )
         return [*found, self._training()]
 
     def passes(self, sampler: SamplerConfig, start: float = 1.0) -> int:

@@ -14,9 +14,12 @@ What concerns all clips (a tool that crashes, a server that is down) is another 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+P = TypeVar("P")
 
 SHOWN = 5  # failures spelled out in a message
 
@@ -59,6 +62,18 @@ def check_clips(clips: Tensor, prompts: Sequence[str]) -> None:
         )
     if len(prompts) != len(clips):
         raise ValueError(f"{len(clips)} clips but {len(prompts)} prompts; give one prompt per clip")
+
+
+def parse_prompts(prompts: Sequence[str], parse: Callable[[str], P]) -> tuple[dict[int, P], dict[int, str]]:
+    """What `parse` makes of each prompt, by place; why it refuses others, as its ValueError says."""
+    requests: dict[int, P] = {}
+    failures: dict[int, str] = {}
+    for index, prompt in enumerate(prompts):
+        try:
+            requests[index] = parse(prompt)
+        except ValueError as error:
+            failures[index] = str(error)
+    return requests, failures
 
 
 def refuse_caption(prompt: str, reserved: Sequence[str] = ()) -> str | None:

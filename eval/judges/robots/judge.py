@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eval.judges.robots.laws import errors, moved
 from eval.judges.robots.vision import Seen, observe
-from eval.judges.scores import Judge, Scores, Unjudged, check_clips
+from eval.judges.scores import Judge, Scores, Unjudged, check_clips, parse_prompts
 from eval.robots.tasks import TASKS, parse_prompt
 
 
@@ -69,13 +69,7 @@ def build(device: torch.device | str) -> Judge:
         check_clips(clips, prompts)
         if clips.shape[1] < 5:
             raise ValueError(f"clips have {clips.shape[1]} frames; a robot's motion is measured on 5 or more")
-        requests: dict[int, tuple[str, str]] = {}
-        failures: dict[int, str] = {}
-        for index, prompt in enumerate(prompts):
-            try:
-                requests[index] = parse_prompt(prompt)
-            except ValueError as error:
-                failures[index] = str(error)
+        requests, failures = parse_prompts(prompts, parse_prompt)
         chosen = list(requests)
         parts = [chosen[start : start + BATCH_SIZE] for start in range(0, len(chosen), BATCH_SIZE)]
         measured = [_judge(clips[part].to(device), [requests[index] for index in part]) for part in parts]

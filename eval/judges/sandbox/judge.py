@@ -18,7 +18,7 @@ from torch import Tensor
 from eval.judges.sandbox.laws import LAWS as SCENE_LAWS
 from eval.judges.sandbox.laws import reference_area
 from eval.judges.sandbox.vision import Seen, observe
-from eval.judges.scores import Judge, Scores, Unjudged, check_clips
+from eval.judges.scores import Judge, Scores, Unjudged, check_clips, parse_prompts
 from eval.sandbox.clips import SCENES
 from eval.sandbox.prompts import Request, parse_prompt
 from eval.sandbox.world import COLOUR_NAMES
@@ -88,13 +88,7 @@ def build(config: SandboxJudgeConfig, device: torch.device | str) -> Judge:
         check_clips(clips, prompts)
         if clips.shape[1] < 8:
             raise ValueError(f"clips have {clips.shape[1]} frames; motion is measured on 8 or more")
-        requests: dict[int, Request] = {}
-        failures: dict[int, str] = {}
-        for index, prompt in enumerate(prompts):
-            try:
-                requests[index] = parse_prompt(prompt)
-            except ValueError as error:
-                failures[index] = str(error)
+        requests, failures = parse_prompts(prompts, parse_prompt)
         results = {"semantic": torch.zeros(len(clips)), "physical": torch.zeros(len(clips))}
         # One scene at a time: it decides the number of objects and the laws.
         for scene in SCENES:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -289,18 +290,24 @@ def test_rows_that_start_from_another_wait_for_it(tmp_path):
 
 def test_the_base_models_clips_are_sampled_once_a_seed(tmp_path):
     class Sampling(Fake):
+        found: dict[str, bool] = {}
+
         def __call__(self, module, arguments, log):
             super().__call__(module, arguments, log)
             if module == "eval.run":
                 clip = log.parent / "eval" / "sandbox" / "clips" / "base" / "0-0.mp4"
-                self.found = clip.exists()
+                self.found = self.found | {log.parent.name: clip.exists()}
+                if log.parent.name == "base-0":
+                    time.sleep(0.3)  # the others are trained by then
                 clip.parent.mkdir(parents=True, exist_ok=True)
                 clip.touch()
 
-    first, second = Sampling(), Sampling()
-    start(tmp_path, first, rows="base", seeds="0")
-    start(tmp_path, second, rows="gdpo", seeds="0")
-    assert not first.found and second.found
+    later, together = Sampling(), Sampling()
+    start(tmp_path / "later", later, rows="base", seeds="0")
+    start(tmp_path / "later", later, rows="gdpo", seeds="0")
+    start(tmp_path / "together", together, "--jobs", "4", seeds="0")
+    assert later.found == {"base-0": False, "gdpo-0": True}
+    assert together.found == {"base-0": False, "sft-0": True, "gdpo-0": True}
 
 
 def test_processes_report_the_tail_of_the_log_and_can_be_stopped(tmp_path):

@@ -69,7 +69,20 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
     failed: dict[str, str] = {}
     progress = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="ablation")
     with progress, ThreadPoolExecutor(jobs) as pool:
-        names, builds = {}, {}
+        # Threads take them in this order: the base models, whose clips the other rows of the seed use; builds, which
+        # wait for nothing; rows, which wait for both; and those that start from another row.
+        names, builds, started = {}, {}, {}
+
+        def submit(row: Row, seed: int) -> None:
+            before = [builds[row.groups, seed]] if row.trainer else []
+            before += [started[row.start, seed]] if (row.start, seed) in started else []
+            base = started.get((METHODS[0].name, seed))
+            future = started[row.name, seed] = pool.submit(run_row, plan, row, seed, run, before, base)
+            names[future] = plan.place(row.name, seed).name
+
+        for row, seed in todo:
+            if not row.trainer:
+                submit(row, seed)
         wanted = [(row.groups, seed) for row, seed in todo if row.trainer]
         sources = [("groups", seed) for name, seed in wanted if name == CORRUPTED]
         for name, seed in dict.fromkeys([*sources, *wanted]):
@@ -77,14 +90,9 @@ def run_all(plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None],
             source = builds.get(("groups", seed)) if name == CORRUPTED else None
             builds[name, seed] = pool.submit(run_build, run, plan.build_command(name, seed), log, source)
             names[builds[name, seed]] = log.parent.name
-        # Threads take them in this order: builds, which wait for nothing, before the rows that wait for them, and those
-        # before the rows that start from them.
-        started = {}
-        for row, seed in sorted(todo, key=lambda pair: (pair[0].trainer != "", pair[0].start != "")):
-            before = [builds[row.groups, seed]] if row.trainer else []
-            before += [started[row.start, seed]] if (row.start, seed) in started else []
-            future = started[row.name, seed] = pool.submit(run_row, plan, row, seed, run, before)
-            names[future] = plan.place(row.name, seed).name
+        for row, seed in sorted(todo, key=lambda pair: pair[0].start != ""):
+            if row.trainer:
+                submit(row, seed)
         try:
             for future in as_completed(names):
                 if error := future.exception():
@@ -106,8 +114,9 @@ def run_build(run: Run, command: tuple[str, list[str]], log: Path, source: Futur
     run(*command, log)
 
 
-def run_row(plan: Plan, row: Row, seed: int, run: Run, before: Sequence[Future]) -> None:
-    """Train and evaluate one row with one seed, from where it stands. Raises StepFailed."""
+def run_row(plan: Plan, row: Row, seed: int, run: Run, before: Sequence[Future], base: Future | None) -> None:
+    """Train and evaluate one row with one seed, from where it stands, with the clips of `base` where that is run, too.
+    Raises StepFailed."""
     if any(future.exception() is not None for future in before):  # waits for them
         needed = [plan.place(name, seed) for name in (row.groups, row.start) if name]
         raise StepFailed(f"what it needs failed: {' or '.join(map(str, needed))}")
@@ -139,6 +148,8 @@ def run_row(plan: Plan, row: Row, seed: int, run: Run, before: Sequence[Future])
         timed("train", row.trainer, plan.train_arguments(row, seed))
         if not is_trained():  # a trainer that was asked to stop ends without an error
             raise StepFailed(f"{row.trainer} stopped before its last step: run the same command to continue")
+    if base is not None:
+        base.exception()  # waits; a row whose base failed makes its clips itself
     _share_base(plan.place(METHODS[0].name, seed), place)
     timed("evaluate", "eval.run", plan.eval_arguments(row, seed))
     scores = read_scores(place / "eval" / "scores.jsonl", plan.clips)

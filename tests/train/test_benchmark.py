@@ -5,7 +5,7 @@ import json
 import pytest
 
 from train.tools import benchmark
-from train.tools.breakdown import kind_of, overlap
+from train.tools.breakdown import KINDS, draw_timeline, kind_of, overlap, window
 
 
 @pytest.mark.slow
@@ -52,6 +52,15 @@ def test_time_that_two_kinds_share_by_hand():
     others = [(8, 20), (1, 2), (3, 5), (9, 12)]
     assert overlap([(9, 10), (0, 3), (2, 4)], others) == overlap(others, [(0, 4), (9, 10)]) == 3
     assert overlap([], others) == overlap(others, []) == overlap([(5, 8)], others) == 0
+
+
+def test_the_timeline_is_the_middle_second_without_short_pauses(tmp_path):
+    """Of 10 to 14 the middle is 11.5 to 12.5: a pause of 0.01 ms is closed, one of 0.1 s stays."""
+    spans = dict.fromkeys(KINDS, ()) | {"matrix": [(10, 11.6), (11.60001, 12), (12.1, 14)], "copies": [(11.7, 11.8)]}
+    shown = window(spans)
+    assert shown["matrix"] == [(0, 0.5), (0.6, 1)] and shown["copies"] == [(0.2, 0.3)] and shown["attention"] == []
+    draw_timeline(shown, tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ backward pass can be made deterministic; `repeated_gradients` says so of that ne
 are the seconds of copies beside which the device computes, of `time.copies`.
 
 Results go to `<output>/benchmark.json`, with each step's device time by kind (`time`; a collective's includes waiting
-for the other ranks), as bars to `.png`, and the rate of `ours` to `rates.json`, for the bill (`train.cost`). Seconds
-are medians over `benchmark.repeats` steps after a first one, optimizer included.
+for the other ranks), as bars to `.png`, a second of `streamed` to `streamed_timeline.png`, and the rate of `ours` to
+`rates.json`, for the bill (`train.cost`). Seconds are medians over `benchmark.repeats` steps after a first one,
+optimizer included.
 """
 
 import gc
@@ -65,7 +66,7 @@ from train.policy import Policy
 from train.teachers.points import pack, query_grid
 from train.terms.physics import build_heads
 from train.tools.baselines import CopiedReference, limit, measure_ceilings, plain
-from train.tools.breakdown import draw_chart, time_step
+from train.tools.breakdown import draw_chart, draw_timeline, time_step
 
 PARTS = (
     "ceilings",
@@ -317,6 +318,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         clean(device)
     if accelerator.is_main_process:
         draw_chart(results, path.with_suffix(".png"))
+        if timeline := results.get("streamed", {}).get("timeline"):
+            draw_timeline(timeline, path.with_name("streamed_timeline.png"))
     accelerator.print(f"wrote {path} and {path.with_suffix('.png').name}")
     return results
 

@@ -29,11 +29,12 @@ KINDS = {
 REST = "elementwise"
 COLOURS = ("#9467bd", "#b0558c", "#f0b35a", "#3b6ea5", "#79b4a9")  # of KINDS
 BESIDE = ("communication", "copies")  # they run while the others do
+WINDOW, GAP = 1.0, 1e-4  # seconds in the middle of a step that the timeline shows, and pauses that it does not
 
 
 def time_step(run: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, Any]:
     """First-step seconds, median seconds of the next ones, their peak memory and graphs that only they compiled, and
-    the time by kind of one more step."""
+    of one more step what `where_time_goes` says."""
     first = seconds(run, device, 1, warmup=0)
     graphs = counters["stats"]["unique_graphs"]
     if device.type == "cuda":
@@ -43,7 +44,7 @@ def time_step(run: Callable[[], Any], device: torch.device, repeats: int) -> dic
         "first_seconds": first,
         "memory_gib": peak_memory_gib(device),
         "compiled_later": counters["stats"]["unique_graphs"] - graphs,
-        "time": where_time_goes(run, device),
+        **where_time_goes(run, device),
     }
 
 
@@ -83,11 +84,10 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), REST)
 
 
-def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds of device time (on a CPU of operators' own time) in one run, by kind, and on a GPU `copies_hidden`, those
-    of copies while anything but copies runs.
-
-    With those BESIDE the others they add up to more than the wall time.
+def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """`time`: seconds of device time (on a CPU of operators' own time) in one run, by kind, and on a GPU
+    `copies_hidden`, those of copies while anything but copies runs. With those BESIDE the others they add up to more
+    than the wall time. `timeline`, where a GPU copies: by kind what ran in WINDOW, (start, end) in seconds.
     """
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as profiler:
@@ -97,13 +97,27 @@ def where_time_goes(run: Callable[[], Any], device: torch.device) -> dict[str, f
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
         totals[kind_of(event.key)] += microseconds / 1e6
-    if cuda:
-        spans = {True: [], False: []}  # of copies, and of all else
-        for event in profiler.events():
-            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-                spans[kind_of(event.name) == "copies"].append((event.time_range.start, event.time_range.end))
-        totals["copies_hidden"] = overlap(spans[True], spans[False]) / 1e6
-    return totals
+    if not cuda:
+        return {"time": totals}
+    spans = {kind: [] for kind in KINDS}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            spans[kind_of(event.name)].append((event.time_range.start / 1e6, event.time_range.end / 1e6))
+    others = [span for kind, found in spans.items() if kind != "copies" for span in found]
+    totals["copies_hidden"] = overlap(spans["copies"], others)
+    return {"time": totals} | ({"timeline": window(spans)} if spans["copies"] else {})
+
+
+def window(spans: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    """What runs in the middle WINDOW seconds of all `spans`, from its start on; pauses below GAP are left out."""
+    times = [time for found in spans.values() for span in found for time in span]
+    begin = max(min(times), (min(times) + max(times) - WINDOW) / 2)
+    shown = {}
+    for kind, found in spans.items():
+        near = [(start, end + GAP) for start, end in found if end > begin and start < begin + WINDOW]
+        cut = ((max(start - begin, 0.0), min(end - GAP - begin, WINDOW)) for start, end in _merged(near))
+        shown[kind] = [(round(start, 5), round(end, 5)) for start, end in cut]
+    return shown
 
 
 def overlap(spans: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
@@ -168,4 +182,19 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     if spent.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def draw_timeline(timeline: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """What ran beside what, a row for each kind."""
+    kinds = [kind for kind in KINDS if timeline[kind]]
+    figure = Figure(figsize=(9, 0.5 * len(kinds) + 1), layout="constrained")
+    axes = figure.subplots()
+    for row, kind in enumerate(kinds):
+        bars = [(start, end - start) for start, end in timeline[kind]]
+        axes.broken_barh(bars, (row - 0.35, 0.7), color=COLOURS[list(KINDS).index(kind)], linewidth=0)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlim(0, WINDOW)
+    axes.set_xlabel("seconds, from the middle of one step")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

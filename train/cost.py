@@ -245,7 +245,8 @@ class Bill:
         words = "winners alone" if self.supervised else f"{clips} clips of each and their reference"
         if job.self_score.strength > 0:  # the winner's score, the prediction's, and back through that
             work += (2 * self.forward + self.judged) / job.self_score.every
-            words += f", the self-score in every {job.self_score.every}. step"
+            every = "" if job.self_score.every == 1 else f" every {job.self_score.every} steps"
+            words += f", the self-score{every}"
         steps, batch = job.optim.steps, job.optim.batch_size
         seconds = self._seconds(steps * batch * work, self.rates.training)
         return Stage("training", f"{steps:,} steps of {batch} groups, {words}", seconds)

@@ -10,8 +10,7 @@ from torch import nn
 
 @dataclass
 class OptimConfig:
-    # Optimizer steps; the paper has 10,000 with four whole losers per group, see eval/sandbox/README.md.
-    steps: int = 15_000
+    steps: int = 10_000  # optimizer steps
     batch_size: int = 8  # preference groups per step over all GPUs; accumulation follows from it
     lr: float = 1e-5  # learning rate after warm-up
     lr_end: float = 1e-6  # learning rate at the last step (cosine only)

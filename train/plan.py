@@ -90,8 +90,9 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         terms = f"{weights}, heads on block {block}"
         lines.append(f"physics terms   {terms}, their learning rate {config.physics.head_lr:g}")
     if config.self_score.strength > 0:
-        terms = f"strength {config.self_score.strength:g}, every {config.self_score.every} steps"
-        lines.append(f"self-score      {terms}")
+        every = config.self_score.every
+        steps = "in every step" if every == 1 else f"every {every} steps"
+        lines.append(f"self-score      strength {config.self_score.strength:g}, {steps}")
     return [*lines, f"groups          {find_groups(config)[0]}"]
 
 

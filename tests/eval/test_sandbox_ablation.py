@@ -476,15 +476,17 @@ def test_a_folder_or_a_file_is_needed():
 
 
 def test_passes_are_those_of_the_losers():
-    """Count times steps, twice where guidance is applied: at t = 1, .857 and .6, of which two are above 0.8."""
+    """Count times steps, twice where guidance is applied: at t = 1, .857 and .6, of which two are above 0.8. What a
+    cache leaves of them depends on the weights."""
     base = read_recipe(())["sampler"]
-    for row in (row for row in LOSERS.values() if row.passes is not None and row.groups != CORRUPTED and row.passes):
+    for row in (row for row in LOSERS.values() if row.groups != CORRUPTED and row.passes):
         arguments = Plan(Path("a"), (0,)).build_command(row.groups, 0)[1]
         config = recipes.load(build.Config, arguments)
         sampler = config.pipeline.losers.sampler(config.sampler)
         backbone = load_backbone(config.backbone, "cpu", parts=())
         losers = config.pipeline.losers
-        assert losers.count * sampling_passes(backbone, sampler, start=losers.start_time) == row.passes, row.name
+        passes = losers.count * sampling_passes(backbone, sampler, start=losers.start_time)
+        assert row.passes < passes if sampler.cache else row.passes == passes, row.name
     assert base["steps"] == 10
 
 

@@ -68,7 +68,8 @@ def test_what_changes_training():
 
     forward, backward = 1854.7, 3685.1
     pair = per_group("self_score.strength=0")
-    assert per_group() == pytest.approx(pair + (2 * forward + backward) / 4, rel=1e-4)
+    assert per_group() == pytest.approx(pair + 2 * forward + backward, rel=1e-4)
+    assert per_group("self_score.every=4") == pytest.approx(pair + (2 * forward + backward) / 4, rel=1e-4)
     eq6 = ("objective.loss=plackett_luce", "pipeline.losers.count=4", "self_score.strength=0")
     assert per_group(*eq6) == pytest.approx(2.5 * pair)
     generated = (*eq6, "objective.winner=generated", "physics.trajectory=0", "physics.relational=0")
@@ -78,7 +79,7 @@ def test_what_changes_training():
     full = (*alone, "train.parameters=full")
     assert per_group(*full) == pytest.approx(forward + backward + 783.2, rel=1e-4)
     judged = per_group(*full, "self_score.strength=1") - per_group(*full)
-    assert judged == pytest.approx((2 * forward + backward) / 4, rel=1e-3)  # the judge's weights stay frozen
+    assert judged == pytest.approx(2 * forward + backward, rel=1e-3)  # the judge's weights stay frozen
 
 
 def test_what_changes_losers():

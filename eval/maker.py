@@ -119,7 +119,7 @@ def image_problem(config: BackboneConfig, prompts: Sequence[Prompt]) -> str:
     if given and family.encode_first_frame is Backbone.encode_first_frame:
         return (
             f"{given[0].key} has an image, but backbone.family={config.family} generates from text alone: leave images"
-            " out, or use wan22_ti2v or wan22_i2v"
+            " out, or use wan22_ti2v, wan22_i2v or cosmos25"
         )
     if len(given) < len(prompts) and False not in family.first_frame:
         return f"backbone.family={config.family} needs an image for each prompt"

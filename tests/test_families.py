@@ -9,15 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("losses", "recipes", "train", "eval", "data_pipeline")
 # Files of train/backbones that are a family's own, and what writes tiny pipelines of each.
-FAMILIES = re.compile(r"train/backbones/(wan|hunyuan15|tiny)\w*\.py")
+FAMILIES = re.compile(r"train/backbones/(wan|hunyuan15|cosmos25|qwen25|tiny)\w*\.py")
 # Simulated scenes and robots train small Wan pipelines of their own.
 OUTSIDE = ("eval/sandbox", "eval/robots")
 
-CLASSES = r"Wan\w*(Transformer|Pipeline)\w*|AutoencoderKL\w+|UMT5\w*|HunyuanVideo\w*|Qwen2_5_VLText\w*|T5Encoder\w*"
+CLASSES = r"(Wan|Cosmos)\w*(Transformer|Pipeline)\w*|AutoencoderKL\w+|UMT5\w*|HunyuanVideo\w*|T5Encoder\w*"
+CLASSES += r"|Qwen2_5_VL\w*"
 LAYERS = r"attn[12]|to_[qkv]|to_out|add_[qkv]_proj|norm_[qk]|ffn\.net|patch_embedding|condition_embedder|proj_out"
 LAYERS += r"|transformer_blocks|refiner_blocks"
 KEYS = r"ffn_dim|num_attention_heads|attention_head_dim|text_dim|text_embed\w*_dim|freq_dim|image_dim|mlp_ratio"
-KEYS += r"|latents_mean|latents_std|scaling_factor|expand_timesteps|rope_axes_dim"
+KEYS += r"|crossattn_proj\w*|adaln_lora_dim|latents_mean|latents_std|scaling_factor|expand_timesteps|rope_axes_dim"
 WORDS = re.compile(rf"\b({CLASSES}|{LAYERS}|{KEYS})\b")
 NETWORKS = {"network", "transformer", "expert", "one", "model"}  # names whose `.blocks` are a transformer's
 
@@ -72,6 +73,7 @@ def test_no_other_module_names_a_familys_classes_layers_or_keys():
     "source",
     [
         "from diffusers import WanTransformer3DModel",
+        "from diffusers import Cosmos2_5_PredictBasePipeline",
         "vae = diffusers.AutoencoderKLWan()",
         'config["ffn_dim"]',
         "block.attn1.to_q",

@@ -13,7 +13,7 @@ product; attention takes longer for each of its own, by the factors of flash-att
 The rates are those of <output>/rates.json, which `python -m data_pipeline.benchmark recipe=...`, and for training
 train.tools.benchmark, measure on your GPU, or else the H200's of train/rates.json. Full fine-tuning takes one more
 matrix share in B, for the weights' own gradients. Not counted: a filter, the judge itself, clips for validation, text
-and its 8 kB per token on disk.
+and its 8 kB per token on disk (200 kB of cosmos25, of padding too).
 """
 
 import json

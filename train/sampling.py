@@ -8,14 +8,13 @@ Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, FirstBlockCacheConfig, UniPCMultistepScheduler
-from diffusers.models.cache_utils import CacheMixin
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,10 +23,17 @@ from train.backbones.base import TRAIN_TIMESTEPS, Backbone, Conditioning
 from train.backbones.negative_prompt import NEGATIVE_PROMPT
 from train.clips import VideoConfig
 from train.files import seed_of
+from train.residual_cache import residual_cache
 
 # Euler's method is ours, over `sigma_grid`, and so are rCM's two samplers, over `rcm_grid`; the others are diffusers',
-# over the grids that its Wan pipelines give them.
-MULTISTEP = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
+# over the grids that its Wan and Cosmos pipelines give them.
+KARRAS = "unipc_karras"
+KARRAS_SIGMA_MIN = 0.01  # the lowest noise over signal of Cosmos-Predict 2.5
+MULTISTEP = {
+    "unipc": UniPCMultistepScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    KARRAS: UniPCMultistepScheduler,
+}
 RCM = ("rcm", "rcm_ode")
 SOLVERS = ("euler", *MULTISTEP, *RCM)
 RCM_ANGLES = (1.5, 1.4, 1.0)  # of TrigFlow, after the first step and so on, in TurboDiffusion's inference scripts
@@ -37,15 +43,17 @@ RCM_ANGLES = (1.5, 1.4, 1.0)  # of TrigFlow, after the first step and so on, in 
 class SamplerConfig:
     """The defaults are Wan2.1's own for text to video, at 480p too. Wan2.2's own are in its recipes."""
 
-    # unipc: what Wan ships with | dpm++ | euler: step-distilled students, too | rcm: students of rCM (TurboWan), which
-    # noises the clean latents anew after each step | rcm_ode: Euler's method over rCM's times
+    # unipc: what Wan ships with | dpm++ | euler: step-distilled students, too | unipc_karras: what Cosmos-Predict 2.5
+    # ships with, over the noise levels of Karras et al. | rcm: students of rCM (TurboWan), which noises the clean
+    # latents anew after each step | rcm_ode: Euler's method over rCM's times
     solver: str = "unipc"
     steps: int = 50
     guidance: float = 5.0  # classifier-free guidance scale; 1 leaves the negative pass out
     guidance_low: float | None = None  # of the low-noise expert of two-expert families; null: `guidance`
     guided: list[float] = field(default_factory=lambda: [0.0, 1.0])  # guidance is applied at t in [first, second]
-    shift: float = 5.0  # of the time grid, applied once; rcm and rcm_ode have a grid of their own
-    sigma_max: float = 80.0  # rcm and rcm_ode: noise over signal at the start; TurboWan2.1 80, TurboWan2.2 200
+    shift: float = 5.0  # of the time grid, applied once; rcm, rcm_ode and unipc_karras have grids of their own
+    # Those three: noise over signal at the start; TurboWan2.1 80, TurboWan2.2 and Cosmos-Predict 2.5 200.
+    sigma_max: float = 80.0
     # First Block Cache of diffusers: a pass ends after the first block where what that block adds differs by less than
     # this share from what it added in the last whole pass, and takes the other blocks' change from there. 0: every pass
     # is whole.
@@ -64,6 +72,8 @@ class SamplerConfig:
             if (value := getattr(self, key)) is not None and not math.isfinite(value):
                 raise ValueError(f"{section}.{key}={value}: give a finite number, such as Wan's own 5")
         sigma_grid(self.steps, self.shift)
+        if self.solver == KARRAS and not KARRAS_SIGMA_MIN < self.sigma_max < math.inf:
+            raise ValueError(f"{section}.sigma_max={self.sigma_max:g}: give a number above 0.01, as Cosmos' own 200")
         if self.solver not in RCM:
             return
         if self.steps > len(RCM_ANGLES) + 1:
@@ -83,7 +93,7 @@ class SamplerConfig:
             del found["guided"]
         if not self.cache:
             del found["cache"]
-        del found["shift" if self.solver in RCM else "sigma_max"]
+        del found["shift" if self.solver in (*RCM, KARRAS) else "sigma_max"]
         return found
 
     def guidance_at(self, backbone: Backbone, t: Tensor | float) -> float:
@@ -240,9 +250,15 @@ class Stepper:
 
 
 def multistep(sampler: SamplerConfig, start: float = 1.0) -> Any:
-    """diffusers' scheduler of the solver, with its grid, as its Wan pipelines set it up."""
-    solver = MULTISTEP[sampler.solver]
-    scheduler = solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=sampler.shift)
+    """diffusers' scheduler of the solver, with its grid, as its Wan or Cosmos pipelines set it up.
+
+    The latter's levels, noise over signal, are Karras et al.'s (arXiv 2206.00364, eq. 5, rho = 7) from `sigma_max` to
+    0.01; t = level / (1 + level). So clips begin with noise alone at t a little below 1.
+    """
+    own = {"flow_shift": sampler.shift}
+    if sampler.solver == KARRAS:
+        own = {"use_karras_sigmas": True, "sigma_max": sampler.sigma_max, "sigma_min": KARRAS_SIGMA_MIN}
+    scheduler = MULTISTEP[sampler.solver](prediction_type="flow_prediction", use_flow_sigmas=True, **own)
     scheduler.set_timesteps(sampler.steps)
     if start != 1:
         scheduler.sigmas = start * scheduler.sigmas
@@ -274,9 +290,9 @@ def remembered(schedulers: Sequence[Any], change: Callable[[Sequence[Tensor]], T
 def grid(sampler: SamplerConfig, start: float = 1.0) -> tuple[Tensor, Tensor]:
     """Noise levels of the steps and the times that the network is told, (steps + 1,) float32 each, from `start` to 0.
 
-    They are one for Euler's method. diffusers' solvers have grids of their own, a thousandth of the way from
-    `sigma_grid`'s, and tell the network whole thousandths: so do we, and make the pipelines' clips. rCM's students were
-    trained, and are sampled by their authors, with times on the network's clock in bfloat16 (988, 932, 852, 608).
+    They are one for Euler's method and unipc_karras. diffusers' other solvers have grids of their own, a thousandth of
+    the way from `sigma_grid`'s, and tell Wan whole thousandths: so do we, and make the pipelines' clips. rCM's students
+    were trained, and are sampled by their authors, with times on the network's clock in bfloat16 (988, 932, 852, 608).
     """
     sampler.check()
     if sampler.solver in RCM:
@@ -286,6 +302,8 @@ def grid(sampler: SamplerConfig, start: float = 1.0) -> tuple[Tensor, Tensor]:
         sigmas = start * sigma_grid(sampler.steps, sampler.shift)
         return sigmas, sigmas
     scheduler = multistep(sampler, start)
+    if sampler.solver == KARRAS:
+        return scheduler.sigmas, scheduler.sigmas
     return scheduler.sigmas, torch.cat([scheduler.timesteps / TRAIN_TIMESTEPS, torch.zeros(1)])
 
 
@@ -354,27 +372,6 @@ def sample(
         for step in tqdm(range(sampler.steps), desc="sampling", unit="step", disable=not progress):
             latents = stepper.after(latents, stepper.velocity(latents, step), step)
     return latents
-
-
-@contextmanager
-def residual_cache(backbone: Backbone, threshold: float) -> Iterator[None]:
-    """Inside, passes of one batch of clips, step after step, may end after the first block (`SamplerConfig.cache`).
-
-    ValueError for networks that have no such cache in diffusers.
-    """
-    for name, expert in backbone.experts.items():
-        if not (isinstance(expert, CacheMixin) and backbone.kind.cached):
-            raise ValueError(
-                f"cache={threshold:g}: the {name} network has no residual cache in diffusers; set cache to 0"
-            )
-    try:
-        for expert in backbone.experts.values():
-            expert.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-        yield
-    finally:
-        for expert in backbone.experts.values():
-            if expert.is_cache_enabled:
-                expert.disable_cache()
 
 
 def sample_clips(

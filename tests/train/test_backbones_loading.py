@@ -37,7 +37,8 @@ def edit_json(file, **changes):
 
 @pytest.mark.parametrize("family", BACKBONES)
 def test_tiny_pipeline_loads_here_and_in_diffusers(folders, family):
-    pipeline = DiffusionPipeline.from_pretrained(folders[family])
+    guardrail = {"safety_checker": lambda: None} if family == "cosmos25" else {}  # NVIDIA's is a package of its own
+    pipeline = DiffusionPipeline.from_pretrained(folders[family], **guardrail)
     state = torch.get_rng_state()
     backbone = load_backbone(BackboneConfig(family, str(folders[family]), dtype="float32"), "cpu")
     assert torch.equal(torch.get_rng_state(), state)

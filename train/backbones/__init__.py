@@ -13,6 +13,7 @@ from torch import nn
 from train.backbones import base_loras, loading
 from train.backbones.architecture import NetworkKind
 from train.backbones.base import Backbone, BackboneConfig
+from train.backbones.cosmos25 import Cosmos25
 from train.backbones.host_weights import HostWeights
 from train.backbones.hunyuan15 import Hunyuan15
 from train.backbones.random_parts import fill
@@ -28,6 +29,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "wan22_t2v": Wan22T2V,
     "wan22_i2v": Wan22I2V,
     "hunyuan15": Hunyuan15,
+    "cosmos25": Cosmos25,
 }
 ARCHITECTURES = {family: backbone.architectures for family, backbone in BACKBONES.items()}
 

@@ -41,7 +41,7 @@ class BaseLora:
 
 @dataclass
 class BackboneConfig:
-    family: str = "wan21"  # key of train.backbones.BACKBONES: wan21 | wan22_ti2v | wan22_t2v | wan22_i2v | hunyuan15
+    family: str = "wan21"  # key of BACKBONES: wan21 | wan22_ti2v | wan22_t2v | wan22_i2v | hunyuan15 | cosmos25
     path: str = ""  # hub id or local folder of a diffusers pipeline
     revision: str = ""  # of a hub id: a commit or tag, so that later edits there change nothing here; empty: its newest
     architecture: str = "14B"  # key of the family's ARCHITECTURES; used for --dry-run and random weights
@@ -52,14 +52,14 @@ class BackboneConfig:
     compile: bool = False  # torch.compile, in training and wherever clips are made: fused blocks where they fit
     # Blocks wait in host memory, and each visits the GPU while the one before it computes (train.backbones.streaming).
     stream: bool = False
-    text_length: int = 512  # text tokens after zero padding; Wan was trained with 512, HunyuanVideo 1.5 with 1000
+    text_length: int = 512  # text tokens after zero padding; Wan and Cosmos: 512, HunyuanVideo 1.5: 1000
     # LoRAs merged into the frozen weights while they are read, in this order, as '[{path: runs/sft/train}]': a step-
     # distilled one for losers and searches, or the supervised start of preference training, then in its reference too.
     loras: list[BaseLora] = field(default_factory=list)
 
 
 def _cached(expert: nn.Module, name: str) -> AbstractContextManager[None]:
-    """Around a pass of a network whose residual cache is on (`train.sampling.residual_cache`): which of a step's."""
+    """Around a pass of a network whose residual cache is on (`train.residual_cache`): which of a step's."""
     return expert.cache_context(name) if getattr(expert, "is_cache_enabled", False) else nullcontext()
 
 
@@ -260,8 +260,8 @@ class Backbone:
             raise ValueError("a first frame needs num_frames, the length of the video that it begins")
         image = self.encode_first_frame(first_frame, num_frames)
         if image is None:
-            name = type(self).__name__
-            raise ValueError(f"{name} generates from text alone: leave out first_frame, or use wan22_ti2v or wan22_i2v")
+            alone = f"{type(self).__name__} generates from text alone"
+            raise ValueError(f"{alone}: leave out first_frame, or use wan22_ti2v, wan22_i2v or cosmos25")
         return replace(told, image=image)
 
     # Latents. Neither call disables gradients (guidance needs them); frozen weights build no graph by themselves.

@@ -36,6 +36,7 @@ from transformers import (
 from train.backbones import loading
 from train.backbones.architecture import NetworkKind, Shape
 from train.backbones.base import Backbone, Conditioning
+from train.backbones.qwen25 import WIDTH, text_sizes
 from train.backbones.random_parts import fill
 from train.backbones.tokenizer import build_tokenizer
 
@@ -48,9 +49,6 @@ CUT = inspect.signature(encode_prompts).parameters["crop_start"].default  # toke
 TEMPLATE = (
     f"{{{{ '.' * {CUT - 1} }}}}{{% for one in messages %}}{{{{ ' ' + one['content'] if loop.last }}}}{{% endfor %}}"
 )
-REAL = 3584  # width of Qwen2.5-VL-7B, of which TEXT holds the rest
-TEXT = {"vocab_size": 152_064, "intermediate_size": 18_944, "num_hidden_layers": 28}
-TEXT |= {"num_attention_heads": 28, "num_key_value_heads": 4}
 DEFAULTS = {
     name: one.default
     for name, one in inspect.signature(HunyuanVideo15Transformer3DModel.__init__).parameters.items()
@@ -212,15 +210,10 @@ def random_encoders(architecture: dict[str, Any], words: int) -> dict[str, nn.Mo
     """Qwen2.5-VL's text model and ByT5's encoder for an architecture; of widths that no checkpoint has, small ones."""
     network = architecture["transformer"]
     width, letters = network["text_embed_dim"], network["text_embed_2_dim"]
-    part = width // 32  # of a quarter of the width, a head, whose rotation has three parts: 1, 2 and 1 of 4
-    small = {"vocab_size": words, "intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 4}
-    small |= {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
-    small |= {"rope_scaling": {"rope_type": "default", "mrope_section": [part, 2 * part, part]}}
-    real = width == REAL
-    text = Qwen2_5_VLTextConfig(hidden_size=width, **(TEXT if real else small))
+    text = Qwen2_5_VLTextConfig(**text_sizes(width, words))
     sizes = {"d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
     few = {"d_kv": 16, "d_ff": 2 * letters, "num_layers": 2, "num_heads": 3}
     letters_config = T5Config(
-        d_model=letters, vocab_size=384, feed_forward_proj="gated-gelu", **(sizes if real else few)
+        d_model=letters, vocab_size=384, feed_forward_proj="gated-gelu", **(sizes if width == WIDTH else few)
     )
     return {"text_encoder": Qwen2_5_VLTextModel(text), "text_encoder_2": T5EncoderModel(letters_config)}

@@ -18,22 +18,24 @@ from diffusers import (
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
+    Cosmos2_5_PredictBasePipeline,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
+    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
 )
 from torch import nn
-from transformers import ByT5Tokenizer, UMT5EncoderModel
+from transformers import ByT5Tokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 
 from train import entry
-from train.backbones import BACKBONES
+from train.backbones import BACKBONES, cosmos25
 from train.backbones.base import Backbone
 from train.backbones.hunyuan15 import TEMPLATE, random_encoders
 from train.backbones.loading import random_transformer
 from train.backbones.tokenizer import build_tokenizer
-from train.backbones.wan import text_config, vae_config
+from train.backbones.wan import text_config
 
 
 def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Path:
@@ -51,9 +53,9 @@ def write_tiny_pipeline(family: str, folder: str | Path, *, seed: int = 0) -> Pa
     }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
-        pipeline = (_hunyuan15 if family == "hunyuan15" else _wan)(backbone, architecture, transformers)
+        pipeline = WRITERS.get(family, _wan)(backbone, architecture, transformers)
     pipeline.save_pretrained(folder)
-    if family != "hunyuan15":
+    if family not in WRITERS:
         # As Wan's encoders have it, whose files hold shared.weight alone; transformers itself writes true.
         config = Path(folder) / "text_encoder" / "config.json"
         untied = json.loads(config.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
@@ -65,7 +67,7 @@ def _wan(
     backbone: type[Backbone], architecture: dict[str, Any], transformers: dict[str, nn.Module]
 ) -> DiffusionPipeline:
     tokenizer = build_tokenizer()
-    vae = _tiny_vae(architecture)
+    vae = _tiny_vae(backbone.vae_config(architecture))
     text_encoder = UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], len(tokenizer))).eval()
     pipeline_class = WanImageToVideoPipeline if backbone.first_frame == (True,) else WanPipeline
     return pipeline_class(
@@ -96,9 +98,31 @@ def _hunyuan15(
     )
 
 
-def _tiny_vae(architecture: dict[str, Any]) -> AutoencoderKLWan:
+def _cosmos25(
+    backbone: type[Backbone], architecture: dict[str, Any], transformers: dict[str, nn.Module]
+) -> DiffusionPipeline:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = cosmos25.TEMPLATE
+    vae = _tiny_vae(backbone.vae_config(architecture))
+    text_encoder = Qwen2_5_VLForConditionalGeneration(cosmos25.encoder_config(architecture, len(tokenizer))).eval()
+    # The noise levels of the checkpoints' scheduler. Of the guardrail a pipeline's folder holds nothing.
+    karras = {"use_karras_sigmas": True, "sigma_max": 200.0, "sigma_min": 0.01}
+    return Cosmos2_5_PredictBasePipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", **karras),
+        safety_checker=lambda *_: None,
+        **transformers,
+    )
+
+
+WRITERS = {"hunyuan15": _hunyuan15, "cosmos25": _cosmos25}  # of families that are not Wan's
+
+
+def _tiny_vae(config: dict[str, Any]) -> AutoencoderKLWan:
     """A small VAE of the family's kind, drawn from the global generator."""
-    vae = AutoencoderKLWan(**vae_config(architecture)).eval()
+    vae = AutoencoderKLWan(**config).eval()
     # Latents of a trained VAE are normalised by their statistics over videos; here over a few smooth random ones.
     coarse = torch.rand(4, 3, 3, 4, 4) * 2 - 1
     with torch.no_grad():

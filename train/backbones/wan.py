@@ -237,13 +237,14 @@ def text_config(width: int, vocabulary: int) -> UMT5Config:
 
 
 def vae_config(architecture: dict[str, Any]) -> dict[str, Any]:
-    """AutoencoderKLWan's arguments: of the Wan2.1 kind (8x) or of the Wan2.2 kind (16x: residual, 2x2 pixel patches); a
-    small one beside a small text encoder. Latents' mean is 0 and their deviation 1."""
-    z_dim, scale, real = (
-        architecture["z_dim"],
-        architecture["vae_scale"],
-        architecture["transformer"]["text_dim"] in TEXT,
-    )
+    """AutoencoderKLWan's arguments for one of Wan's architectures; a small VAE beside a small text encoder."""
+    real = architecture["transformer"]["text_dim"] in TEXT
+    return vae_sizes(architecture["z_dim"], architecture["vae_scale"], real=real)
+
+
+def vae_sizes(z_dim: int, scale: int, *, real: bool) -> dict[str, Any]:
+    """AutoencoderKLWan's arguments: of the Wan2.1 kind (8x) or of the Wan2.2 kind (16x: residual, 2x2 pixel patches),
+    with the checkpoints' sizes or small. Latents' mean is 0 and their deviation 1."""
     kind = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12} if scale == 16 else {}
     size = VAE[z_dim] if real else {"base_dim": 8, "num_res_blocks": 1}
     moments = {"latents_mean": [0.0] * z_dim, "latents_std": [1.0] * z_dim}

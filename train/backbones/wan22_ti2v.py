@@ -1,8 +1,7 @@
 """Wan2.2 TI2V-5B: text, and optionally a first frame, to video; one timestep per token; its VAE is 16x.
 
 Facts from the public configs of Wan-AI/Wan2.2-TI2V-5B-Diffusers. With an image the first latent frame IS the image's
-latent: its tokens are at t = 0, the network sees it clean, and its velocity is zero (diffusers overwrites the frame
-after each step instead, which ends in the same latents). Without an image every token is at t, so the network is
+latent: its tokens are at t = 0, and the network sees it clean. Without an image every token is at t, so the network is
 given one timestep per clip: the same function as equal timesteps per token in diffusers, without the (B, N, 6, D)
 modulation.
 """
@@ -10,34 +9,19 @@ modulation.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.backbones.base import Conditioning
+from train.backbones.held_frame import HeldFrame
 from train.backbones.wan import WanBackbone, wan_architecture
 
 
-class Wan22TI2V(WanBackbone):
+class Wan22TI2V(HeldFrame, WanBackbone):
     architectures = {
         "tiny": wan_architecture(heads=4, head_dim=32, ffn=512, layers=3, text_dim=64, z_dim=12, vae_scale=16),
         "5B": wan_architecture(heads=24, ffn=14336, layers=30, z_dim=48, vae_scale=16),
     }
     expand_timesteps = True
-    first_frame = (False, True)
-
-    def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor:
-        """First frame (B, 3, H, W) in [-1, 1] -> its latent frame (B, C, 1, H, W), whatever `num_frames` is."""
-        return self.encode_video(first_frame.unsqueeze(2))
-
-    def start(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
-        if conditioning.image is None:
-            return latents
-        return torch.cat([conditioning.image.to(latents), latents[:, :, 1:]], dim=2)
-
-    def _network(self, expert: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        velocity = super()._network(expert, latents, t, conditioning)
-        if conditioning.image is None:
-            return velocity
-        return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity[:, :, 1:]], dim=2)
 
     def _network_input(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         if conditioning.image is None:

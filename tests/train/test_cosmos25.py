@@ -1,0 +1,403 @@
+"""Cosmos-Predict 2.5 against diffusers' own pipeline, and through training, export and the commands."""
+
+import inspect
+import json
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
+from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATIVE_PROMPT
+from torch import nn
+
+import recipes
+from data_pipeline import build
+from eval import generate
+from eval.search.masks import attention_masks
+from train import export, gdpo
+from train.backbones import find_architecture, load_backbone
+from train.backbones.architecture import forward_flops, parameter_count
+from train.backbones.base import BackboneConfig, BaseLora
+from train.backbones.conditioning import Conditioning, pad_texts, unpad_texts
+from train.backbones.cosmos25 import HELD_TIME, INSTRUCTION, Cosmos25, shape
+from train.backbones.tiny import write_tiny_pipeline
+from train.clips import VideoConfig
+from train.data import Sample
+from train.fused.fused_block import unfit
+from train.groups import Group, GroupSet, Loser, ShardWriter, told, write_index
+from train.lora_switch import LoraConfig, LoraSwitch
+from train.plan import plan
+from train.policy import Policy
+from train.sampling import SamplerConfig, grid, initial_noise, sample
+from train.weight_files import write_tensors
+
+PROMPTS = ["a red ball falls", "a box on the ramp slides"]
+VIDEO = VideoConfig(32, 48, 9, 8.0)
+LENGTH = 24
+SIGMA_MAX = 200.0
+# Of latents up to 9: guidance multiplies float32's rounding, which differs as much between one clip and two at once.
+CLOSE = {1.0: {"rtol": 0, "atol": 1e-5}, 3.0: {"rtol": 1e-5, "atol": 1e-5}}
+OWN = {"solver": "unipc_karras", "sigma_max": SIGMA_MAX, "negative_prompt": ""}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_pipeline("cosmos25", tmp_path_factory.mktemp("cosmos25"))
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return BackboneConfig(family="cosmos25", path=str(folder), dtype="float32", text_length=LENGTH, architecture="tiny")
+
+
+@pytest.fixture
+def backbone(config):
+    return load_backbone(config, "cpu")
+
+
+class NoGuardrail:
+    """In the place of NVIDIA's, which is a package and models of its own."""
+
+    def to(self, device):
+        return self
+
+    def check_text_safety(self, prompt):
+        return True
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    pipeline = Cosmos2_5_PredictBasePipeline.from_pretrained(folder, safety_checker=NoGuardrail())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(*size, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count=2):
+    return torch.rand(count, 3, 32, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def theirs(pipeline, start, *, steps, guidance, first=None):
+    """Latents of diffusers' pipeline, clip by clip. It makes an image of a video's last frame, which needs no
+    torchvision."""
+    made = []
+    for number, prompt in enumerate(PROMPTS):
+        given = {"video": first[number][None, :, None], "num_latent_conditional_frames": 1} if first is not None else {}
+        size = {"height": VIDEO.height, "width": VIDEO.width, "num_frames": VIDEO.num_frames}
+        own = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": LENGTH}
+        latents = {"latents": start[number : number + 1], "output_type": "latent"}
+        made.append(pipeline(prompt=[prompt], negative_prompt=[""], **given, **size, **own, **latents).frames)
+    return torch.cat(made)
+
+
+def test_texts_equal_diffusers_with_their_padding(backbone, pipeline):
+    text = backbone.encode_texts(PROMPTS).text
+    assert torch.equal(text, pipeline._get_prompt_embeds(PROMPTS, max_sequence_length=LENGTH))
+    assert text.ne(0).any(dim=-1).all() and not torch.equal(text[0], text[1])
+    assert tuple(text.shape[1:]) == backbone.text_shapes()["text"] == (LENGTH, 3 * 64)
+    assert torch.equal(text[1:], backbone.encode_texts(PROMPTS[1:]).text)
+
+
+def test_a_prompt_is_counted_with_its_instruction(backbone, monkeypatch):
+    assert f'"{INSTRUCTION}"' in inspect.getsource(Cosmos2_5_PredictBasePipeline._get_prompt_embeds)
+    assert backbone.count_tokens(["ball", "ball ball"]) == [1, 2]
+    long = " ".join(["ball"] * (LENGTH + 1))
+    assert f"longer than the {LENGTH} tokens" in backbone.cut_prompts({"first": "ball", "second": long})
+    assert not backbone.cut_prompts({"first": "ball"})
+    whole = "{% for one in messages %}{{ one['content'][0]['text'] }}{% endfor %}"
+    monkeypatch.setattr(backbone.tokenizer, "chat_template", whole)
+    ids = []
+    monkeypatch.setattr(backbone.text_encoder, "forward", lambda ids_, **_: ids.append(ids_))
+    backbone.text_length = 200
+    with pytest.raises(AttributeError):  # of the states that no encoder gave
+        backbone.encode_texts(["ball"])
+    assert backbone.count_tokens(["ball"]) == [int((ids[0] != 0).sum())]
+
+
+@pytest.mark.parametrize("guidance", CLOSE)
+def test_sampling_equals_diffusers(backbone, pipeline, guidance):
+    """With the checkpoints' own scheduler. diffusers counts guidance without the negative's own share."""
+    start, steps = initial_noise(backbone, VIDEO, [1, 2]), 5
+    made = theirs(pipeline, start, steps=steps, guidance=guidance)
+    sampler = SamplerConfig(**OWN, steps=steps, guidance=guidance + 1 if guidance > 1 else 1.0)
+    conditioning = backbone.encode_texts(PROMPTS)
+    latents = sample(backbone, conditioning, start, sampler, progress=False)
+    torch.testing.assert_close(latents, made, **CLOSE[guidance])
+    other = sample(backbone, conditioning[1:].expand(2), start, sampler, progress=False)
+    assert (other[0] - made[0]).abs().max() > 1e-3  # the prompts count
+    config = pipeline.vae.config
+    mean, std = (torch.tensor(one).view(1, -1, 1, 1, 1) for one in (config.latents_mean, config.latents_std))
+    clip = pipeline.vae.decode(made[:1] * std + mean).sample.clamp(-1, 1)
+    torch.testing.assert_close(backbone.decode_latents(made)[:1], clip, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", CLOSE)
+def test_a_first_frame_is_diffusers_but_for_the_noise_that_it_keeps(backbone, pipeline, guidance):
+    """diffusers' first latent frame keeps 1 / 201 of its noise, for its clips begin below t = 1; ours is the image. The
+    network reads neither: it is given the image."""
+    start, steps, first = initial_noise(backbone, VIDEO, [1, 2]), 5, images()
+    made = theirs(pipeline, start, steps=steps, guidance=guidance, first=first)
+    sampler = SamplerConfig(**OWN, steps=steps, guidance=guidance + 1 if guidance > 1 else 1.0)
+    conditioning = backbone.condition(PROMPTS, first, num_frames=VIDEO.num_frames)
+    latents = sample(backbone, conditioning, start, sampler, progress=False)
+    torch.testing.assert_close(latents[:, :, 1:], made[:, :, 1:], **CLOSE[guidance])
+    kept = 1 / (1 + SIGMA_MAX)
+    image, noise_ = latents[:, :, :1], start[:, :, :1]
+    torch.testing.assert_close(image, conditioning.image)
+    torch.testing.assert_close((1 - kept) * image + kept * noise_, made[:, :, :1], rtol=0, atol=1e-5)
+    alone = sample(backbone, backbone.encode_texts(PROMPTS), start, sampler, progress=False)
+    assert (alone[:, :, 1:] - latents[:, :, 1:]).abs().max() > 1e-2  # the image counts
+
+
+def test_the_grid_is_karras():
+    """Eq. 5 of arXiv 2206.00364 with rho = 7, by hand: of three levels from 200 to .01 the middle one is 8.0686."""
+    sigmas, times = grid(SamplerConfig(**OWN, steps=3))
+    middle = ((200 ** (1 / 7) + 0.01 ** (1 / 7)) / 2) ** 7
+    expected = torch.tensor([200 / 201, middle / (1 + middle), 0.01 / 1.01, 0])
+    torch.testing.assert_close(sigmas, expected, rtol=1e-6, atol=0)
+    assert torch.equal(sigmas, times)
+    half = grid(SamplerConfig(**OWN, steps=3), 0.5)[0]
+    torch.testing.assert_close(half, sigmas / 2)
+    found = SamplerConfig(**OWN).settings()
+    assert found["sigma_max"] == SIGMA_MAX and "shift" not in found
+    with pytest.raises(ValueError, match="sampler.sigma_max=0.01: give a number above 0.01"):
+        SamplerConfig(**OWN | {"sigma_max": 0.01}).check()
+
+
+def test_latents_are_normalised(backbone):
+    frames = torch.rand(2, 3, 9, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = backbone.encode_video(frames)
+    mean, std = backbone.latent_moments()
+    mode = backbone.vae.encode(frames[1:]).latent_dist.mode()
+    assert latents.shape == (2, *backbone.latent_shape(32, 48, 9)) == (2, 4, 3, 4, 6)
+    torch.testing.assert_close(latents[1:], (mode - mean) / std)
+    first = backbone.encode_first_frame(frames[:, :, 0], 9)
+    torch.testing.assert_close(first, latents[:, :, :1])  # the VAE is causal
+
+
+def test_one_time_per_clip_is_the_function_of_one_per_frame(backbone):
+    latents, t, told_ = noise(2, 4, 3, 4, 6), torch.tensor([0.3, 0.8]), backbone.encode_texts(PROMPTS)
+    velocity, features = backbone.velocity(latents, t, told_, features_at=1)
+    assert features.shape == (2, 64, 3, 2, 3)
+    arguments = backbone.network_arguments(latents, t, told_, torch.float32)
+    arguments["timestep"] = t.view(2, 1, 1, 1, 1).expand(2, 1, 3, 1, 1)
+    torch.testing.assert_close(velocity, backbone.transformer(**arguments, return_dict=False)[0])
+    torch.testing.assert_close(velocity[:1], backbone.velocity(latents[:1], t[:1], told_[:1]))
+
+
+def test_the_first_frame_is_held(backbone):
+    latents, t = noise(2, 4, 3, 4, 6), torch.tensor([0.3, 0.8])
+    told_ = backbone.condition(PROMPTS, images(), num_frames=9)
+    velocity = backbone.velocity(latents, t, told_)
+    assert not velocity[:, :, 0].any() and velocity[:, :, 1:].any()
+    moved = torch.cat([latents[:, :, :1] + 1, latents[:, :, 1:]], dim=2)
+    assert torch.equal(velocity, backbone.velocity(moved, t, told_))  # the network is given the image there
+    assert told_.held_frames(3) == 1 and told_.generated(velocity).shape[2] == 2
+    arguments = backbone.network_arguments(latents, t, told_, torch.float32)
+    torch.testing.assert_close(arguments["timestep"][:, 0, :, 0, 0], torch.tensor([[1e-4, 0.3, 0.3], [1e-4, 0.8, 0.8]]))
+    assert arguments["condition_mask"][:, :, 0].all() and not arguments["condition_mask"][:, :, 1:].any()
+
+
+def group_of(backbone, number=0, *, image=False):
+    shape_, prompt = backbone.latent_shape(VIDEO.height, VIDEO.width, VIDEO.num_frames), PROMPTS[number % 2]
+    first = {"first_frame": images(1), "num_frames": VIDEO.num_frames} if image else {}
+    named = {name: tensor[0].bfloat16() for name, tensor in backbone.condition([prompt], **first).named().items()}
+    found = Conditioning.of(unpad_texts(named, ("text",)))
+    return Group(
+        key=f"g{number}",
+        prompt=prompt,
+        action="fall",
+        physics_richness=0.5,
+        source="made up",
+        losers_info=[Loser(seed, 0.4, 0.6) for seed in range(2)],
+        fingerprint=backbone.encoders,
+        winner=noise(*shape_, seed=number).bfloat16(),
+        losers=noise(2, *shape_, seed=9 + number).bfloat16(),
+        text=found.text,
+        condition=found.image,
+    )
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_groups_hold_the_text_with_its_padding(backbone, tmp_path, image):
+    groups = [group_of(backbone, number, image=image) for number in range(2)]
+    with ShardWriter(tmp_path, "shard") as writer:
+        for group in groups:
+            writer.write(group)
+    write_index(tmp_path, fingerprint=backbone.encoders, video=VIDEO)
+    read = GroupSet(tmp_path, fingerprint=backbone.group_fingerprints)
+    for number, group in enumerate(groups):
+        found = told(read[number])
+        assert found.keys() == ({"text", "condition"} if image else {"text"})
+        assert all(torch.equal(found[name], tensor) for name, tensor in told(group).items())
+        assert len(found["text"]) == LENGTH
+    padded = Conditioning.of(pad_texts(told(read[1]), backbone.text_lengths(LENGTH)))
+    assert torch.equal(padded.text, backbone.encode_texts([PROMPTS[1]]).text[0].bfloat16())
+
+
+def settings(config, **sections):
+    return replace(
+        recipes.load(gdpo.Config, ["recipe=tiny", f"backbone.path={config.path}"]), backbone=config, **sections
+    )
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("loss", ["bound", "plackett_luce"])
+def test_a_step_with_every_term_and_its_checkpointed_twin(config, loss, image):
+    chosen = settings(config)
+    chosen.objective.loss, chosen.objective.w_fm, chosen.self_score.strength = loss, 0.5, 1.0
+    chosen.self_score.every = 1
+    found = []
+    for checkpointed in (False, True):
+        backbone = load_backbone(config, "cpu")
+        switch = LoraSwitch(backbone.transformer, LoraConfig(rank=4, alpha=4), seed=1)
+        for name, weight in switch.weights.items():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+        if checkpointed:
+            backbone.transformer.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
+        tensors = gdpo.prepare(chosen, Sample(0, group_of(backbone, 1, image=image), 0))
+        batch = {name: tensor[None] for name, tensor in tensors.items()}
+        gradients, metrics = gdpo.step(chosen, Policy(backbone, switch), batch)
+        found.append(gradients)
+        assert metrics["self_score"] > 0 and all(gradient.isfinite().all() for gradient in gradients)
+        assert sum(gradient.abs().sum() for gradient in gradients) > 0
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_the_reference_is_the_network_alone(backbone):
+    before = backbone.velocity(*given(backbone))
+    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=4, alpha=4))
+    assert torch.equal(backbone.velocity(*given(backbone)), before)
+    for weight in switch.weights.values():
+        nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(backbone.velocity(*given(backbone)), before)
+    with switch.reference():
+        assert torch.equal(backbone.velocity(*given(backbone)), before)
+
+
+@pytest.fixture
+def trained(backbone, tmp_path):
+    """A LoRA of ours as a file, and its policy's velocity."""
+    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=4, alpha=8))
+    for name, weight in switch.weights.items():
+        nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    metadata = switch.describe() | {"fingerprint": backbone.fingerprint, "expert": "transformer"}
+    write_tensors(switch.state_dict(), tmp_path / "lora.safetensors", metadata)
+    return tmp_path / "lora.safetensors", backbone.velocity(*given(backbone))
+
+
+def given(backbone):
+    return noise(1, 4, 3, 4, 6), torch.tensor([0.5]), backbone.encode_texts(PROMPTS[:1])
+
+
+def test_diffusers_pipeline_loads_the_export(config, trained, folder, tmp_path):
+    file, expected = trained
+    export.to_diffusers(file, tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    pipeline = Cosmos2_5_PredictBasePipeline.from_pretrained(folder, safety_checker=NoGuardrail())
+    pipeline.load_lora_weights(tmp_path / "out", adapter_name="physics")
+    backbone = load_backbone(config, "cpu")
+    plain = backbone.velocity(*given(backbone))
+    backbone.experts = {"transformer": pipeline.transformer}
+    torch.testing.assert_close(backbone.velocity(*given(backbone)), expected, rtol=0, atol=1e-5)
+    pipeline.set_adapters("physics", 0.0)
+    torch.testing.assert_close(backbone.velocity(*given(backbone)), plain, rtol=0, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
+
+
+def test_it_becomes_part_of_the_base_and_is_merged(config, trained, folder, tmp_path):
+    file, expected = trained
+    export.to_diffusers(file, tmp_path / "out" / "lora.safetensors")
+    base = replace(config, loras=[BaseLora(str(tmp_path / "out" / "lora.safetensors"))])
+    merged = load_backbone(base, "cpu")
+    torch.testing.assert_close(merged.velocity(*given(merged)), expected, rtol=0, atol=1e-5)
+    export.to_merged(file, tmp_path / "merged", base=str(folder), dtype=torch.float32)
+    whole = load_backbone(config, "cpu")
+    whole.experts = {"transformer": CosmosTransformer3DModel.from_pretrained(tmp_path / "merged")}
+    torch.testing.assert_close(whole.velocity(*given(whole)), expected, rtol=0, atol=1e-5)
+
+
+def test_what_there_is_not_is_refused_by_name(config, backbone, trained, tmp_path, folder):
+    with pytest.raises(ValueError, match="no ComfyUI name: none of CosmosTransformer3DModel is known"):
+        export.to_comfyui(trained[0], tmp_path / "comfy.safetensors")
+    sampler = SamplerConfig(solver="euler", steps=2, guidance=1.0, cache=0.1)
+    with pytest.raises(ValueError, match="no residual cache"):
+        sample(backbone, backbone.encode_texts(PROMPTS[:1]), noise(1, 4, 3, 4, 6), sampler, progress=False)
+    with pytest.raises(ValueError, match="shows no attention to text alone: use the mask motion"):
+        attention_masks(None, SimpleNamespace(backbone=backbone, times=[0.5]))
+    assert unfit(backbone.transformer) == "there are no fused blocks for CosmosTransformer3DModel"
+    with pytest.raises(ValueError, match="does not fit .* it is a Cosmos2_5_PredictBasePipeline; set .*=cosmos25"):
+        load_backbone(replace(config, family="wan21"), "cpu", parts=())
+    with pytest.raises(ValueError, match=f"the text has 7 tokens but backbone.text_length={LENGTH}"):
+        backbone.velocity(noise(1, 4, 3, 4, 6), torch.tensor([0.5]), Conditioning(torch.zeros(1, 7, 192)))
+    short = nn.functional.pad(backbone.encode_texts(PROMPTS[:1]).text[:, :-1], (0, 0, 0, 1))
+    with pytest.raises(ValueError, match="the text ends in rows of zeros, .* with the backbone.text_length that"):
+        backbone.velocity(noise(1, 4, 3, 4, 6), torch.tensor([0.5]), Conditioning(short))
+    file = folder / "transformer" / "config.json"
+    said = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(json.dumps(json.loads(said) | {"crossattn_proj_in_channels": 96}), encoding="utf-8")
+        with pytest.raises(ValueError, match="3 layers of width 64, but the transformer reads 96 numbers a token"):
+            load_backbone(config, "cpu", parts=("text",))
+    finally:
+        file.write_text(said, encoding="utf-8")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_random_weights_stream_and_give_features(stream):
+    config = BackboneConfig("cosmos25", architecture="tiny", random_weights=True, dtype="float32", text_length=LENGTH)
+    backbone = load_backbone(replace(config, stream=stream), "cpu")
+    velocity, features = backbone.velocity(*given(backbone), features_at=2)
+    assert velocity.isfinite().all() and 0.1 < velocity.std() < 10 and features.shape == (1, 64, 3, 2, 3)
+    whole = load_backbone(config, "cpu")
+    assert torch.equal(velocity, whole.velocity(*given(whole)))
+
+
+@pytest.mark.parametrize(("name", "billions", "layers", "width"), [("2B", 2.06, 28, 2048), ("14B", 14.4, 36, 5120)])
+def test_sizes_without_weights(name, billions, layers, width):
+    architecture = find_architecture(BackboneConfig("cosmos25", architecture=name))
+    assert parameter_count(architecture) / 1e9 == pytest.approx(billions, abs=0.05)
+    assert shape(architecture["transformer"]) == (layers, width // 128, width, 4 * width, (1, 2, 2))
+    assert forward_flops(architecture, 2, 1) == (2.0 * 2 * layers * 14 * width**2, 4.0 * 2 * 3 * width * layers)
+    assert Cosmos25.text_width(architecture) == 100_352
+
+
+def test_the_recipe_plans_and_samples_as_the_checkpoint():
+    config = recipes.load(gdpo.Config, ["recipe=cosmos25"])
+    lines = "\n".join(plan(config, world=1, sharded=False))
+    assert "cosmos25 2B: 2,0" in lines and "28 blocks of width 2048" in lines
+    assert re.search(r"latents \(16, 24, 88, 160\)", lines)
+    defaults = inspect.signature(Cosmos2_5_PredictBasePipeline.__call__).parameters
+    sampler, video = config.sampler, config.video
+    assert sampler.negative_prompt == DEFAULT_NEGATIVE_PROMPT
+    assert sampler.guidance - 1 == defaults["guidance_scale"].default
+    assert sampler.steps == defaults["num_inference_steps"].default
+    assert config.backbone.text_length == defaults["max_sequence_length"].default
+    assert HELD_TIME == defaults["conditional_frame_timestep"].default
+    size = (video.height, video.width, video.num_frames)
+    assert size == tuple(defaults[name].default for name in ("height", "width", "num_frames"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image", [False, True])
+def test_from_clips_to_videos(folder, tmp_path, image):
+    """Build, train, generate, with the tiny recipe's settings."""
+    arguments = ["recipe=tiny", f"output={tmp_path}", "backbone.family=cosmos25", f"backbone.path={folder}"]
+    arguments += ["backbone.text_length=32", "video.height=32", "video.width=32"]  # 17 frames
+    arguments += ["sampler.solver=unipc_karras", "sampler.steps=2", "sampler.sigma_max=200"]
+    arguments += ["optim.steps=2", "train.checkpoint_every=2", "validation.every=2", "self_score.strength=1"]
+    arguments += ["train.num_workers=0", f"pipeline.first_frame={image}".lower()]
+    build.main([*arguments, "pipeline.manifest=sandbox:ramp:4"])
+    gdpo.main(arguments)
+    generate.main([*arguments, f"generate.lora={tmp_path / 'train'}"])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert len(list((tmp_path / "clips" / "tuned").glob("*.mp4"))) == 4
+    assert sorted(path.name for path in (tmp_path / "train" / "lora").iterdir())

@@ -114,7 +114,7 @@ def test_memory_follows_what_it_depends_on():
 def test_what_blocks_keep():
     """Measured on one GPU: 74.5 GiB with 80 on the host, 74.8 without, 47.3 with the least."""
     keep = lines_of(config_of("wan14b"))["blocks"]
-    assert "26 everything in host memory" in keep and "train.memory_budget_gib 76" in keep
+    assert "26 everything in host memory" in keep and "train.memory_budget_gib 75" in keep
     assert 74 < float(keep.split("peak ")[1].split()[0]) <= 76
     without = lines_of(config_of("wan14b", "train.offload_gib=0"))["blocks"]
     assert "host" not in without and 74 < float(without.split("peak ")[1].split()[0]) <= 76

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from train.backbones import BACKBONES, DTYPES, find_architecture
+from train.backbones import BACKBONES, DTYPES, base_loras, find_architecture
 from train.backbones.architecture import (
     latent_shape,
     num_tokens,
@@ -19,6 +19,7 @@ from train.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choo
 from train.groups import GroupSet
 from train.host_memory import GIB, HOST_SHARE, host_memory
 from train.loop import accumulation_steps, check_frozen, gradient_sets
+from train.lora_start import read_start
 from train.lora_switch import adapter_shapes
 from train.parallel import build_accelerator
 from train.terms.physics import feature_block
@@ -39,6 +40,10 @@ def print_plan(config: Any, argv: list[str] | None, *, supervised: bool = False)
         raise ValueError(f"ranks={config.ranks}: give the processes to plan for, or 0 for those of this launch")
     if config.ranks:
         world, sharded = config.ranks, config.ranks > 1 and not config.backbone.stream
+    family, loras = BACKBONES[config.backbone.family], config.backbone.loras
+    base_loras.read(loras, family.expert_folders, "", find_architecture(config.backbone))
+    if config.lora.start:
+        read_start(config)
     costs = bill(argv, groups=find_groups(config)[1], supervised=supervised)
     for line in [*plan(config, world=world, sharded=sharded), *costs]:
         accelerator.print(line)

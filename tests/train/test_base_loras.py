@@ -113,6 +113,8 @@ def test_what_a_policy_cannot_start_from_is_one_line(tiny, tmp_path, supervised)
     refused(rf"lora.start={file} has rank {rank} at .*, the recipe says lora.rank=3: set lora.rank={rank}, or merge it",
             f"lora.start={file}", "lora.rank=3")  # fmt: skip
     refused("lora.start=/nowhere: LoRA /nowhere does not exist", "lora.start=/nowhere")
+    refused("lora.start=/nowhere: LoRA /nowhere does not exist", "lora.start=/nowhere", "dry_run=true")
+    refused("backbone.loras=/nowhere: LoRA /nowhere", "backbone.loras=[{path: /nowhere}]", "dry_run=true")
     refused(r"holds adapters for other layers.*Set lora.targets", f"lora.start={file}", "lora.targets=[attn1.to_q]")
     refused("needs train.parameters=lora: merge it with backbone.loras",
             f"lora.start={file}", "train.parameters=full", "backbone.dtype=float32")  # fmt: skip

@@ -447,6 +447,8 @@ def test_a_lora_of_another_base_is_refused_and_one_of_no_base_is_not(tmp_path, o
         load(BaseLora())
     with pytest.raises(ValueError, match="weight=nan is no finite number"):
         load(BaseLora(str(ours[0]), weight=math.nan))
+    with pytest.raises(ValueError, match="stands there twice: give it once, with the sum of its weights"):
+        load(BaseLora(str(ours[0])), BaseLora(str(ours[0]), weight=0.5))
     save_file(tensors, tmp_path / "any.safetensors")
     first, second = BaseLora(str(ours[0])), BaseLora(str(tmp_path / "any.safetensors"), weight=0.5)
     both, one = load(first, second), load(first)

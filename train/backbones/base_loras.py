@@ -19,8 +19,9 @@ def read(
     """Fingerprints as in `Backbone.fingerprints`, `folder` first, and by network its LoRAs with their weights.
 
     A fingerprint is <folder>+<12 hex>: of the LoRAs' contents, weights and networks, in order. Raises ValueError,
-    naming the entry, for a LoRA that is none, fits no network of `experts`, or was trained on another base than the
-    folder, with those LoRAs merged that come before it or some first ones of them.
+    naming the entry, for a LoRA that is none, stands there twice for one network, fits no network of `experts`, or was
+    trained on another base than the folder, with those LoRAs merged that come before it or some first ones of them;
+    the last is not checked where the folder is not known, "".
     """
     fingerprints, made, found = [folder], [], {}
     shapes = parameter_shapes(architecture) if loras else {}
@@ -36,13 +37,15 @@ def read(
             lora = lora_formats.read(entry.path)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        if lora.fingerprint and lora.fingerprint not in fingerprints:
+        if folder and lora.fingerprint and lora.fingerprint not in fingerprints:
             raise ValueError(
                 f"{source} was trained on backbone {lora.fingerprint}, but it would be merged into {fingerprints[-1]}:"
                 " use the backbone it was trained on; after a + a fingerprint counts the LoRAs of backbone.loras"
             )
         remedy = f"name it in its entry, as in '{{path: {entry.path}, expert: {next(iter(experts))}}}'"
         by_expert = lora.by_expert(list(experts), expert=entry.expert, source=source, remedy=remedy)
+        if any(lora.sha256 == sha and set(names) & set(by_expert) for sha, _, names in made):
+            raise ValueError(f"{source} stands there twice: give it once, with the sum of its weights")
         for name, network in by_expert.items():
             network.check(shapes, source=source)
             found.setdefault(name, []).append((network, float(entry.weight)))

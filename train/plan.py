@@ -26,6 +26,7 @@ from train.terms.physics import feature_block
 from train.timesteps import EXPERT_STEPS, Turns
 
 LOSERS = 4  # a group, for the estimate of objective.loss=plackett_luce
+CARDS = (12, 16, 24, 32, 48, 80, 141)  # GB
 
 
 def print_plan(config: Any, argv: list[str] | None, *, supervised: bool = False) -> None:
@@ -166,6 +167,32 @@ def plan_blocks(config: Any, *, world: int = 1, sharded: bool = False, passes: i
     levels = choose_levels(sizes, room, host, passes, inputs=config.backbone.stream)
     waiting = levels.count(OFFLOADED) * sizes.offloaded + levels.count(INPUT_OFFLOADED) * sizes.hidden
     return BlockPlan(levels, resident + predict(sizes, levels, passes), passes * waiting)
+
+
+def dearest_blocks(config: Any) -> BlockPlan:
+    """`plan_blocks` of the recipe's step with the highest peak."""
+    passes = (1, 2) if config.self_score.strength > 0 else (1,)
+    return max((plan_blocks(config, passes=count) for count in passes), key=lambda found: found.peak)
+
+
+def on_card(config: Any, size: int) -> Any:
+    """The recipe on a card of `size` GB, as if they were GiB: a sixteenth is left to CUDA and to fragments. Streamed
+    where its step fits no other way, or not at all. ValueError for one that keeps to no budget."""
+    if not config.backbone.compile or config.train.parameters != "lora":
+        raise ValueError(
+            f"backbone.compile={str(config.backbone.compile).lower()}, train.parameters={config.train.parameters}: only"
+            " compiled blocks with LoRA keep to a memory budget; set true and lora"
+        )
+    budget = size * 15 / 16
+    config = replace(config, train=replace(config.train, memory_budget_gib=budget))
+    whole, streamed = (replace(config, backbone=replace(config.backbone, stream=stream)) for stream in (False, True))
+    return whole if dearest_blocks(whole).peak <= budget * GIB else streamed
+
+
+def card_arguments(config: Any) -> str:
+    """What `on_card` set, for a command line."""
+    stream, budget = config.backbone.stream, config.train.memory_budget_gib
+    return f"backbone.stream={str(stream).lower()} train.memory_budget_gib={budget:g}"
 
 
 def kept_by_blocks(config: Any, *, world: int, sharded: bool) -> str:

@@ -33,6 +33,15 @@ def test_all_parts_run_and_are_written(tmp_path):
     assert results["self_score"]["amortised"] - 1 == pytest.approx((results["self_score"]["ratio"] - 1) / 4)
 
 
+@pytest.mark.slow
+def test_what_fits_is_measured_card_by_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "CARDS", (0, 1))
+    own = ("backbone.compile=true", "benchmark.parts=[fits]", "benchmark.repeats=1", "self_score.strength=1")
+    none, some = benchmark.main(["recipe=tiny", f"output={tmp_path}", *own])["fits"].values()
+    assert none == {} and some["seconds"] > 0 and some["budget_gib"] == 15 / 16 > some["planned_gib"]
+    assert some["arguments"] == "backbone.stream=false train.memory_budget_gib=0.9375"
+
+
 def test_unknown_part_is_refused():
     with pytest.raises(ValueError, match="benchmark.parts: unknown theirs"):
         benchmark.main(["recipe=tiny", "benchmark.parts=[theirs]"])

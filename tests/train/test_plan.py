@@ -151,12 +151,12 @@ def test_streaming_counts_every_expert_that_validation_samples_with():
 
 
 def test_what_fits_where(monkeypatch, capsys):
-    monkeypatch.setattr(what_fits, "SIZES", (24, 80))
+    monkeypatch.setattr(what_fits, "CARDS", (24, 80))
     what_fits.main(["recipe=wan14b", "train.offload_gib=13"])
     _, small, large = capsys.readouterr().out.splitlines()
     assert small.startswith(" 24 GB  does not fit, with train.offload_gib=13: 2")  # two passes wait for the self-score
     assert large.startswith(" 80 GB  backbone.stream=false train.memory_budget_gib=75: 7")
-    monkeypatch.setattr(what_fits, "SIZES", (24,))
+    monkeypatch.setattr(what_fits, "CARDS", (24,))
     what_fits.main(["recipe=wan14b", "train.offload_gib=13", "self_score.strength=0"])
     assert "24 GB  backbone.stream=true train.memory_budget_gib=22.5: 22." in capsys.readouterr().out
     with pytest.raises(ValueError, match="only compiled blocks with LoRA keep to a memory budget"):

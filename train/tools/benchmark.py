@@ -23,6 +23,9 @@ ceilings' rates:
 The ceilings are measured twice: in a burst of a few products, as a cool chip runs them, and `sustained` over seconds,
 at which the chip's power limit lowers its clock; the limit is counted at either.
 
+`fits` is the step that train.tools.what_fits plans, for each of its cards: the recipe's terms of the self-score
+included, the allocator capped at the card's budget.
+
 `streamed` also says whether its gradients are, to the bit, those of the network that stays on the device
 (`same_gradients`), in two steps that both keep only block inputs, on a GPU with PyTorch's flash attention, whose
 backward pass can be made deterministic; `repeated_gradients` says so of that network and itself. `time.copies_hidden`
@@ -63,6 +66,7 @@ from train.loop import set_gradients
 from train.lora_switch import LoraSwitch
 from train.optimizer import build_optimizer
 from train.parallel import average_, build_accelerator, partition, release, sharding
+from train.plan import CARDS, card_arguments, dearest_blocks, on_card
 from train.policy import Policy
 from train.teachers.points import pack, query_grid
 from train.terms.physics import build_heads
@@ -75,6 +79,7 @@ PARTS = (
     "ours",
     "low_memory",
     "streamed",
+    "fits",
     "float8",
     "groupwise",
     "copy",
@@ -156,15 +161,17 @@ def random_targets(config: Config, generator: torch.Generator) -> dict[str, Tens
     }
 
 
-def ours(config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelerator | None = None) -> dict[str, float]:
-    """`gdpo.step`, optimizer included. `ranks`: those to shard the frozen network over."""
+def ours(
+    config: Config, backbone: Backbone, *, losers: int = 1, ranks: Accelerator | None = None, where: bool = True
+) -> dict[str, Any]:
+    """`gdpo.step`, optimizer included. `ranks`: those to shard the frozen network over; `where`: of `time_step`."""
     switch = LoraSwitch(backbone.transformer, config.lora, seed=config.seed)
     policy = Policy(backbone, switch, build_heads(config, backbone))
     if config.train.reference_cache:
         policy.cache = SimpleNamespace(read=lambda _: torch.ones(1, 1 + losers, device=backbone.device))
     engine = None if ranks is None else partition(ranks, backbone.transformer, backbone.blocks)
     prepare_network(backbone.transformer, switch, config, gradients=1 + losers)
-    measured = _preference_step(config, policy, losers, engine)
+    measured = _preference_step(config, policy, losers, engine, where=where)
     return measured if ranks is None else measured | {"ranks": ranks.num_processes}
 
 
@@ -180,10 +187,10 @@ def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str
     return compared | ({"amortised": 1 + (ratio - 1) / config.self_score.every} if part == "self_score" else {})
 
 
-def streamed(config: Config, accelerator: Accelerator) -> dict[str, float]:
+def streamed(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     """`ours` with blocks in host memory, while the allocator gives no more than train.memory_budget_gib; and how its
     gradients compare."""
-    budget, device = config.train.memory_budget_gib, accelerator.device
+    device = accelerator.device
     attention = "_native_flash" if device.type == "cuda" else config.backbone.attention
     least = replace(config, train=replace(config.train, memory_budget_gib=1e-3, offload_gib=0.0))
     with deterministic():
@@ -194,17 +201,35 @@ def streamed(config: Config, accelerator: Accelerator) -> dict[str, float]:
             for stream in (False, False, True)
         )
     same = {"same_gradients": equal(found, whole), "repeated_gradients": equal(again, whole)}
-    if device.type == "cuda":
+    return capped(config, device) | same
+
+
+def capped(config: Config, device: torch.device, *, where: bool = True) -> dict[str, Any]:
+    """`ours` while the allocator gives no more than train.memory_budget_gib."""
+    budget, cuda = config.train.memory_budget_gib, device.type == "cuda"
+    if cuda:
         torch.cuda.set_per_process_memory_fraction(budget * GIB / torch.cuda.mem_get_info(device)[1], device)
     try:
         backbone = load_backbone(config.backbone, device, parts=("expert",), together=True)
-        measured = ours(config, backbone) | same | {"budget_gib": budget}
-        if device.type == "cuda":
-            measured["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
-        return measured
+        measured = ours(config, backbone, where=where) | {"budget_gib": budget}
+        return measured | ({"reserved_gib": torch.cuda.max_memory_reserved(device) / GIB} if cuda else {})
     finally:
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def fits(config: Config, device: torch.device) -> dict[str, dict[str, Any]]:
+    """By card in GB, what `capped` measures there; {} where no plan fits."""
+    rows: dict[str, dict[str, Any]] = {}
+    for size in CARDS:
+        chosen = on_card(config, size)
+        planned = {"planned_gib": dearest_blocks(chosen).peak / GIB, "arguments": card_arguments(chosen)}
+        found = planned["planned_gib"] <= chosen.train.memory_budget_gib
+        rows[str(size)] = capped(chosen, device, where=False) | planned if found else {}
+        words = (f"{key} {value:.4g}" for key, value in rows[str(size)].items() if isinstance(value, float))
+        print(f"{size:3} GB  {planned['arguments']}: {'  '.join(words) or 'does not fit'}", flush=True)
+        clean(device)
+    return rows
 
 
 @contextmanager
@@ -250,14 +275,16 @@ def clean(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def copied(config: Config, backbone: Backbone) -> dict[str, float]:
+def copied(config: Config, backbone: Backbone) -> dict[str, Any]:
     """Full fine-tuning with a copied reference: the same step and losses."""
     switch = CopiedReference(backbone.transformer)
     prepare_network(backbone.transformer, switch, config)
     return _preference_step(config, Policy(backbone, switch), 1)
 
 
-def _preference_step(config: Config, policy: Policy, losers: int, engine: nn.Module | None = None) -> dict[str, float]:
+def _preference_step(
+    config: Config, policy: Policy, losers: int, engine: nn.Module | None = None, *, where: bool = True
+) -> dict[str, Any]:
     batch, heads = random_batch(config, policy.backbone, losers), policy.head_parameters()
     optimizer = build_optimizer(config.optim, policy.switch.parameters(), heads=heads, head_lr=config.physics.head_lr)
     gaps = []
@@ -273,7 +300,7 @@ def _preference_step(config: Config, policy: Policy, losers: int, engine: nn.Mod
         optimizer.zero_grad(set_to_none=True)
         assert torch.isfinite(metrics["loss"]).item()
 
-    measured = time_step(run, policy.backbone.device, config.benchmark.repeats)
+    measured = time_step(run, policy.backbone.device, config.benchmark.repeats, where=where)
     # Before the first update policy and reference are equal, so the gap should be 0.
     return measured | {"untrained_gap": gaps[0]}
 
@@ -338,6 +365,8 @@ def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, An
     """Figures of one of PARTS, from a network of its own."""
     if part == "streamed":
         return streamed(changed(config, part), accelerator)
+    if part == "fits":
+        return fits(replace(changed(config, part), self_score=config.self_score), accelerator.device)
     spread = sharding(accelerator) if part == "zero3" else None
     backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=spread)
     if part == "ceilings":

@@ -32,9 +32,9 @@ BESIDE = ("communication", "copies")  # they run while the others do
 WINDOW, GAP = 1.0, 1e-4  # seconds in the middle of a step that the timeline shows, and pauses that it does not
 
 
-def time_step(run: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, Any]:
+def time_step(run: Callable[[], Any], device: torch.device, repeats: int, *, where: bool = True) -> dict[str, Any]:
     """First-step seconds, median seconds of the next ones, their peak memory and graphs that only they compiled, and
-    of one more step what `where_time_goes` says."""
+    with `where`, of one more step, what `where_time_goes` says."""
     first = seconds(run, device, 1, warmup=0)
     graphs = counters["stats"]["unique_graphs"]
     if device.type == "cuda":
@@ -44,7 +44,7 @@ def time_step(run: Callable[[], Any], device: torch.device, repeats: int) -> dic
         "first_seconds": first,
         "memory_gib": peak_memory_gib(device),
         "compiled_later": counters["stats"]["unique_graphs"] - graphs,
-        **where_time_goes(run, device),
+        **(where_time_goes(run, device) if where else {}),
     }
 
 

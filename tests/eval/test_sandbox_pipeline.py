@@ -7,10 +7,11 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 from eval.sandbox.clips import simulate
-from eval.sandbox.pipeline import main, new_transformer, sandbox_text_encoder, sandbox_tokenizer, write_pipeline
+from eval.sandbox.pipeline import NETWORK, main
 from eval.sandbox.prompts import STATES, TEMPLATES
 from eval.sandbox.vae import ARCHITECTURE
 from eval.sandbox.world import COLOUR_NAMES
+from eval.small_wan.pipeline import new_transformer, small_text_encoder, small_tokenizer, write_pipeline
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig
 
@@ -27,7 +28,7 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(vae, tmp_path_factory):
-    return write_pipeline(vae, tmp_path_factory.mktemp("model"))
+    return write_pipeline(vae, tmp_path_factory.mktemp("model"), NETWORK)
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +52,21 @@ def test_the_seed_decides_and_a_trained_transformer_is_kept(vae, model, tmp_path
     main(["--vae", str(vae), "--folder", str(tmp_path / "same"), "--seed", "0"])
     for name in ("transformer/diffusion_pytorch_model", "text_encoder/model"):
         assert (tmp_path / "same" / f"{name}.safetensors").read_bytes() == (model / f"{name}.safetensors").read_bytes()
-    trained = new_transformer(8, seed=7)
+    trained = new_transformer(NETWORK, seed=7)
     trained.save_pretrained(tmp_path / "trained")
-    folder = write_pipeline(vae, tmp_path / "model", transformer_folder=tmp_path / "trained")
+    folder = write_pipeline(vae, tmp_path / "model", NETWORK, transformer_folder=tmp_path / "trained")
     loaded = WanPipeline.from_pretrained(folder).transformer
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, trained.get_parameter(name).bfloat16().float()), name
-    new_transformer(4, seed=7).save_pretrained(tmp_path / "other")
+    new_transformer(NETWORK | {"in_channels": 4, "out_channels": 4}, seed=7).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="reads 4 channels, but --vae .* has 8"):
-        write_pipeline(vae, tmp_path / "model", transformer_folder=tmp_path / "other")
+        write_pipeline(vae, tmp_path / "model", NETWORK, transformer_folder=tmp_path / "other")
     with pytest.raises(ValueError, match="--vae .* holds no model"):
-        write_pipeline(tmp_path / "none", tmp_path / "model")
+        write_pipeline(tmp_path / "none", tmp_path / "model", NETWORK)
 
 
 def test_every_word_of_the_prompts_is_one_token():
-    tokenizer = sandbox_tokenizer()
+    tokenizer = small_tokenizer()
     templates = re.sub(r"\{\w+\}", "", " ".join(template for choices in TEMPLATES.values() for template in choices))
     words = {*re.findall(r"[a-z]+", templates), *STATES.values(), *COLOUR_NAMES, "left", "right"}
     assert {word for word in words if len(tokenizer(word).input_ids) != 2} == set()
@@ -99,6 +100,6 @@ def test_a_words_embedding_tells_the_word_and_its_place(backbone):
 
 def test_the_text_encoder_leaves_the_global_generator_alone():
     state = torch.random.get_rng_state()
-    one, two = (sandbox_text_encoder(300, seed=seed) for seed in (0, 1))
+    one, two = (small_text_encoder(300, seed=seed) for seed in (0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not torch.equal(one.shared.weight, two.shared.weight)

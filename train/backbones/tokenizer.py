@@ -18,8 +18,9 @@ WORDS = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer for any text: <pad> is 0, </s> is 1 and appended, and each of WORDS is one token.
+def build_tokenizer(words: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer for any text: <pad> is 0, </s> is 1 and appended, and each of WORDS, and of `words`,
+    is one token.
 
     The merges spell the words letter by letter from the left, so every prefix of a word is a token too.
     """
@@ -27,7 +28,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[byte] = len(vocabulary)
     merges = []
-    for word in WORDS.split():
+    for word in f"{WORDS} {words}".split():
         prefix = "\u0120"  # how the byte level writes the space before a word
         for letter in word:
             if prefix + letter not in vocabulary:

@@ -36,7 +36,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN as MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as STD
 
 from eval.sandbox.splits import is_held_out, simulate_block
-from eval.sandbox.training import GRADIENT_NORM, Settings, command_line, seeded
+from eval.small_wan.training import GRADIENT_NORM, Settings, command_line, seeded
 from train import entry
 from train.clips import VideoConfig
 from train.files import temporary

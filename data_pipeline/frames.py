@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.tables import TableRow
-from eval.robots import simulators
-from eval.robots.demonstrations import Demonstration, list_demonstrations
+from eval.robots import recordings, simulators
+from eval.robots.demonstrations import Demonstration, Listed, list_demonstrations
 from eval.sandbox.clips import Clips
 from eval.sandbox.splits import simulate_block
 from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frame
@@ -61,12 +62,13 @@ def file_identity(path: Path, offset: int = 0, size: int | None = None) -> str:
 class FrameReader:
     """Reads the clips of rows at the size and rate of `video`. The last simulated block is kept, for rows follow it.
 
-    device: where simulated clips are drawn. All methods raise ClipError where the clip cannot be used, and OSError
-    where it is the machine that fails: a full disk must not cost rows.
+    device: where simulated clips are drawn. recorded: folder of robots' demonstrations that need not be simulated again
+    where they are in it (`eval.robots.recordings`). All methods raise ClipError where the clip cannot be used, and
+    OSError where it is the machine that fails: a full disk must not cost rows.
     """
 
-    def __init__(self, video: VideoConfig, device: torch.device | str):
-        self.video, self.device = video, device
+    def __init__(self, video: VideoConfig, device: torch.device | str, recorded: Path | None = None):
+        self.video, self.device, self.recorded = video, device, recorded
         self._block: tuple[object, Clips | None] = (None, None)
 
     def read(self, row: TableRow) -> Tensor:
@@ -75,7 +77,7 @@ class FrameReader:
             clips, index = self.simulated(row)
             return clips.frames[index]
         if row["source"] == "robots":
-            return torch.from_numpy(self.demonstration(row).frames)
+            return torch.from_numpy(self._robot_frames(row))
         return self._from_file(row, read_clip)
 
     def read_first(self, row: TableRow) -> Tensor:
@@ -101,13 +103,23 @@ class FrameReader:
     def demonstration(self, row: TableRow, *, drawn: str = "frames") -> Demonstration:
         """A robot's clip, see `eval.robots.demonstrations.demonstrate`. Those that follow it in its source are begun
         meanwhile."""
-        place = json.loads(row["place"])
-        numbers = range(place["number"], place["number"] + AHEAD)
-        first, *then = list_demonstrations(place["tasks"], place["split"], place["seed"], numbers)
+        first, *then = self._listed(row, AHEAD)
         try:
             return simulators.shared().get(first, self.video, drawn=drawn, then=then)
         except simulators.SimulatorError as error:
             raise ClipError(Path(row["clip"]), "simulator failed", str(error)) from error
+
+    def _robot_frames(self, row: TableRow) -> np.ndarray:
+        """(T, H, W, 3) uint8."""
+        if self.recorded and (found := recordings.read(self.recorded, *self._listed(row, 1), self.video)):
+            return found[0]
+        return self.demonstration(row).frames
+
+    def _listed(self, row: TableRow, count: int) -> list[Listed]:
+        """A robot's clip and those that follow it in its source."""
+        place = json.loads(row["place"])
+        numbers = range(place["number"], place["number"] + count)
+        return list_demonstrations(place["tasks"], place["split"], place["seed"], numbers)
 
     def _from_file(self, row: TableRow, read: Callable[..., Any]) -> Any:
         try:

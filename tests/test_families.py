@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("losses", "recipes", "train", "eval", "data_pipeline")
 # Files of train/backbones that are a family's own, and what writes tiny pipelines of each.
 FAMILIES = re.compile(r"train/backbones/(wan|hunyuan15|cosmos25|qwen25|tiny)\w*\.py")
-# Simulated scenes and robots train small Wan pipelines of their own.
-OUTSIDE = ("eval/sandbox", "eval/robots")
+# Simulated scenes and robots train small Wan pipelines of their own, by the code of eval/small_wan.
+OUTSIDE = ("eval/sandbox", "eval/robots", "eval/small_wan")
 
 CLASSES = r"(Wan|Cosmos)\w*(Transformer|Pipeline)\w*|AutoencoderKL\w+|UMT5\w*|HunyuanVideo\w*|T5Encoder\w*"
 CLASSES += r"|Qwen2_5_VL\w*"

@@ -17,6 +17,7 @@ from data_pipeline.contract import Stage
 from data_pipeline.frames import FrameReader
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Made, Marker, Table, TableRow, Unit, drop, unit_name
+from eval.robots import recordings
 from train.backbones.base import Backbone
 from train.backbones.conditioning import Conditioning, unpad_texts
 from train.clips import from_pixels
@@ -33,7 +34,7 @@ class Encode(Stage):
         self.groups = Path(setup.pipeline.groups)
         self.store, self.losers = Store(self.folder / "winners", setup.winner_settings), setup.losers
         self.targets = setup.targets if setup.config.targets.tracks else None
-        self.reader = FrameReader(setup.video, setup.device)
+        self.reader = FrameReader(setup.video, setup.device, Path(setup.config.output) / recordings.FOLDER)
 
     @cached_property
     def backbone(self) -> Backbone:

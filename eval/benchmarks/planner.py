@@ -22,15 +22,15 @@ from eval.benchmarks.base import Benchmark, Requirement, Row
 from eval.benchmarks.robots import simulator
 from eval.robots.demonstrations import Listed, check_video
 from eval.robots.episodes import processes
-from eval.robots.inverse_dynamics import Settings
-from eval.robots.planning import HORIZON, Look, horizon_of, imagining, initial_states, inverse_dynamics, play
+from eval.robots.inverse_dynamics import MOMENTS, Settings
+from eval.robots.planning import DECODED, HORIZON, Look, imagining, initial_states, inverse_dynamics, play
 from eval.robots.tasks import TASKS
 from train.backbones.base import Backbone, Conditioning
 from train.clips import from_pixels, to_pixels
 from train.files import seed_of
 from train.sampling import sample_clips
 
-CLIPS, STEPS = 30, 300  # of each task: demonstrations and training steps of the inverse dynamics model
+CLIPS, STEPS = 100, 500  # of each task: demonstrations and training steps of the inverse dynamics model
 SEED = 0  # of states, noise and training
 
 
@@ -55,7 +55,7 @@ class Planner(Benchmark):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        inverse = {"clips": CLIPS, "steps": STEPS, "horizon": HORIZON}
+        inverse = {"clips": CLIPS, "steps": STEPS, "horizon": HORIZON, "moments": MOMENTS}
         return asdict(self.settings) | {"seed": SEED, "sampler": self.sampler.settings(), "inverse_dynamics": inverse}
 
     def requirements(self) -> list[Requirement]:
@@ -78,7 +78,7 @@ class Planner(Benchmark):
         model, _ = inverse_dynamics(folder.parent, tasks, clips, settings, video, seed=SEED, device=device)
         negative = backbone.condition([self.sampler.negative_prompt])
         planner = imagining(
-            lambda looks: self.imagine(backbone, negative, looks)[:, : horizon_of(video) + 1], model, check_video(video)
+            lambda looks: self.imagine(backbone, negative, looks)[:, :DECODED], model, check_video(video)
         )
         states = initial_states(tasks, self.settings.episodes, SEED)
         batches = [states[start : start + self.together] for start in range(0, len(states), self.together)]

@@ -1,6 +1,8 @@
 """Demonstrations: clips of the scripted experts with all that is known of them, as endless numbered streams.
 
     train, heldout    the expert with a little noise, tried again with other positions until it succeeds
+    anytime           as train, but a clip begins at any moment until success, every fourth at the first: what a planner
+                      sees when it looks again
     pool              what one finds: half of it noisy and badly aimed, and failures that no instruction mentions
 
 A clip depends on its task, stream, seed and number alone, so streams share no random numbers, and the n-th clip does
@@ -19,7 +21,7 @@ from eval.robots.world import CONTROL_RATE, Behaviour, Rollout, World
 from train.clips import VideoConfig
 from train.files import seed_of
 
-SPLITS = ("train", "heldout", "pool")
+SPLITS = ("train", "heldout", "anytime", "pool")
 EPISODE = 200  # control steps in which an expert has to succeed
 LONGEST = 500  # control steps that Meta-World lets an episode last
 AFTER = 12  # control steps that a clip goes on after success, where the episode is longer than the clip
@@ -100,7 +102,7 @@ def demonstrate(
     skip = check_video(video)
     last = (video.num_frames - 1) * skip
     world, rollout = _roll_out(listed, last)
-    start = max(0, (rollout.success_at or 0) + AFTER - last)
+    start = _first_step(listed, rollout, last)
     moments = start + skip * np.arange(video.num_frames)
     places, turns = rollout.places[moments], rollout.turns[moments]
     if violation is not None:
@@ -128,8 +130,17 @@ def demonstrate(
     )
 
 
-def _roll_out(listed: Listed, least: int) -> tuple[World, Rollout]:
-    """An episode of at least `least` control steps, in a world of its own."""
+def _first_step(listed: Listed, rollout: Rollout, last: int) -> int:
+    """The control step at which a clip of `last` steps begins."""
+    solved = rollout.success_at or 0
+    if listed.split != "anytime":
+        return max(0, solved + AFTER - last)
+    random = np.random.default_rng(seed_of("robots", "begin", *astuple(listed)))
+    return min(max(0, int(random.integers(-solved // 3, solved + 1))), len(rollout.actions) - last)
+
+
+def _roll_out(listed: Listed, last: int) -> tuple[World, Rollout]:
+    """An episode that holds a clip of `last` control steps, in a world of its own."""
     for attempt in range(1 if listed.split == "pool" else ATTEMPTS):
         seed = seed_of("robots", listed.task, listed.split, listed.seed, listed.index, attempt)
         random = np.random.default_rng(seed)
@@ -137,8 +148,8 @@ def _roll_out(listed: Listed, least: int) -> tuple[World, Rollout]:
         if listed.split == "pool" and random.random() < 0.5:
             behaviour = Behaviour(noise=random.uniform(0, 1.5), aim=random.uniform(0, 0.06))
         world = World(listed.task, seed, listed.colour)
-        steps = max(EPISODE, least)
-        rollout = world.roll_out(behaviour, seed, steps + AFTER)
+        steps = max(EPISODE, last)
+        rollout = world.roll_out(behaviour, seed, steps + AFTER + (last // 2 if listed.split == "anytime" else 0))
         if rollout.success_at is not None and rollout.success_at <= steps:
             break
         rollout.success_at = None

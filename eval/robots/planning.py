@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from eval.robots.demonstrations import EPISODE, Listed, check_video, list_demonstrations
 from eval.robots.episodes import EpisodeProcess
-from eval.robots.inverse_dynamics import InverseDynamics, Settings, train
-from eval.robots.simulators import SimulatorError, shared
+from eval.robots.inverse_dynamics import MOMENTS, InverseDynamics, Settings, read, train, write
+from eval.robots.recordings import record
+from eval.robots.simulators import SimulatorError
 from train.clips import VideoConfig
-from train.files import atomic, digest, seed_of
+from train.files import digest, seed_of, sha256
 
 HORIZON = 8  # frames that are imagined and executed before the next look
+GIVEN = "inverse_dynamics.safetensors"  # an inverse dynamics model that somebody put there
+SHIPPED = Path(__file__).parent / "model" / GIVEN  # trained with the base model
+DECODED = HORIZON + 2  # frames from which their actions are decoded: the current one, and one behind the last
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Planner:
 
 
 def imagining(imagine: Imagine, model: InverseDynamics, skip: int, *, future: bool = False) -> Planner:
-    """imagine: of looks the frames (n + 1, H, W, 3) uint8 of each, the current one first. skip: control steps between
-    two frames."""
+    """imagine: of looks the frames (n + 1, H, W, 3) uint8 of each, the current one first; DECODED of them are of use.
+    skip: control steps between two frames."""
     return Planner(lambda looks: [model.decode(frames).repeat(skip, axis=0) for frames in imagine(looks)], future)
 
 
@@ -89,12 +91,13 @@ def play(
         worlds[number] |= {"height": video.height, "width": video.width}
     playing = list(ask("open", worlds))
     for step in range(0, EPISODE, horizon * skip):
-        asked = ("future", {"count": horizon, "skip": skip}) if planner.future else ("frame", {})
+        asked = ("future", {"count": horizon + 1, "skip": skip}) if planner.future else ("frame", {})
         seen = ask(asked[0], dict.fromkeys(playing, asked[1]))
         looks = [Look(episodes[number], step, **arrays) for number, arrays in seen.items()]
         plans = planner.plan(looks) if looks else []
         chosen = {
-            number: {"actions": actions[: EPISODE - step].tolist()} for number, actions in zip(seen, plans, strict=True)
+            number: {"actions": actions[: min(horizon * skip, EPISODE - step)].tolist()}
+            for number, actions in zip(seen, plans, strict=True)
         }
         for number, answer in (done := ask("act", chosen)).items():
             outcomes[number] = bool(answer["success"])
@@ -110,27 +113,21 @@ def horizon_of(video: VideoConfig) -> int:
 def inverse_dynamics(
     folder: Path, tasks: Sequence[str], clips: int, settings: Settings, video: VideoConfig, *, seed: int, device: str
 ) -> tuple[InverseDynamics, str]:
-    """The inverse dynamics model of demonstrations of the pool, and the digest of what it was made from; trained where
-    `folder` does not hold it yet. Of several processes the first that is done gives it to all."""
-    made_from = digest([list(tasks), clips, asdict(settings), asdict(video), seed])[:16]
+    """The inverse dynamics model, and a digest of where it comes from: GIVEN in `folder`, or the SHIPPED one, where it
+    suits tasks and video; else one trained on demonstrations of the pool, which `folder` keeps. Of several processes
+    the first that is done gives it to all."""
+    for path in (folder / GIVEN, SHIPPED):
+        if (found := read(path, video, tasks)) is not None:
+            return found.to(device), sha256(path)[:16]
+    made_from = digest([list(tasks), clips, asdict(settings), asdict(video), seed, MOMENTS])[:16]
     path = folder / f"inverse_dynamics-{made_from}.safetensors"
     if not path.exists():
-        listed, frames, actions = list_demonstrations(tasks, "pool", seed, range(clips)), [], []
-        for number, one in enumerate(tqdm(listed, desc="demonstrations", unit="clip")):
-            try:
-                made = shared().get(one, video, then=listed[number + 1 : number + 4])
-            except SimulatorError as error:
-                print(problem := f"left out {one.name}: {error}")
-                continue
-            frames.append(torch.from_numpy(made.frames))
-            actions.append(torch.from_numpy(made.actions))
-        shared().close()
-        if not frames:
-            raise ValueError(f"none of {clips} demonstrations could be made ({problem}): see eval/robots/README.md")
-        trained = train(torch.stack(frames), torch.stack(actions), settings, seed=seed, device=device)
+        recorded = record(folder / "demonstrations", list_demonstrations(tasks, "pool", seed, range(clips)), video)
+        loaded = [recorded.load(place) for place in range(len(recorded.listed))]
+        frames, actions = (torch.from_numpy(np.stack(part)) for part in zip(*loaded, strict=True))
+        trained = train(frames, actions, settings, seed=seed, device=device)
         if not path.exists():
-            with atomic(path) as aside:
-                save_file(trained.state_dict(), aside)
-    model = InverseDynamics(video.height, video.width)
-    model.load_state_dict(load_file(path))
-    return model.eval().to(device), made_from
+            write(path, trained, video, tasks)
+    found = read(path, video, tasks)
+    assert found is not None, path
+    return found.to(device), made_from

@@ -29,7 +29,7 @@ from train.clips import VideoConfig
 
 TIMEOUT = 120.0  # seconds for one demonstration, the start of the process included
 COMMAND = (sys.executable, "-m", "eval.robots.serve")
-KEPT = 8  # finished demonstrations that nobody has asked for yet
+KEPT = 4  # finished demonstrations for each process that nobody has asked for yet
 
 
 class SimulatorError(RuntimeError):
@@ -99,7 +99,7 @@ class Simulators:
                     self._begin(job)
                 self._wait()
             found = self._done.pop(wanted)
-            for job in list(self._done)[:-KEPT]:
+            for job in list(self._done)[: -KEPT * self.count]:
                 del self._done[job]
         if isinstance(found, SimulatorError):
             raise found

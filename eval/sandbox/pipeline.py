@@ -6,7 +6,9 @@
 Less than 20 MB, of which the DiT of 7M parameters has 13.
 """
 
-from eval.small_wan.pipeline import pipeline_command
+import argparse
+
+from eval.small_wan.pipeline import write_pipeline
 from train import entry
 from train.backbones.wan21 import Wan21
 
@@ -14,7 +16,16 @@ NETWORK = Wan21.architectures["sandbox"]["transformer"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    pipeline_command(__doc__, NETWORK, argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", required=True, help="folder that eval.sandbox.vae wrote")
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--transformer", default=None, help="folder of a trained transformer (default: a fresh one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh transformer and of the text encoder")
+    given = parser.parse_args(argv)
+    more = {"seed": given.seed, "transformer_folder": given.transformer}
+    folder = write_pipeline(given.vae, given.folder, NETWORK, **more)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"wrote {folder}, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

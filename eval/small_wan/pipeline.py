@@ -7,7 +7,6 @@ The text encoder is never trained. A random one would do for the words, but says
 depends which ball hits which: so each of its heads looks at one fixed offset (the word before, the one after, ...).
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,12 @@ def write_pipeline(
     seed: int = 0,
     transformer_folder: str | Path | None = None,
     words: str = "",
-    expand_timesteps: bool = False,
+    first_frame: bool = False,
 ) -> Path:
     """Write the pipeline and return its folder. The same seed gives the same weights.
 
     network: WanTransformer3DModel's arguments, of a fresh one. words: that are one token each besides the tokenizer's
-    own. expand_timesteps: of a family whose first frame may be given (wan22_ti2v).
+    own. first_frame: whether one may be given, as of the family wan22_ti2v.
 
     Raises ValueError where the VAE is missing, or has another number of channels than the trained transformer.
     """
@@ -70,7 +69,7 @@ def write_pipeline(
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
-        expand_timesteps=expand_timesteps,
+        expand_timesteps=first_frame,
     )
     pipeline.save_pretrained(folder)
     for config in Path(folder).glob("*/config.json"):  # the folders that the parts came from do not belong in the model
@@ -124,19 +123,3 @@ def small_text_encoder(vocabulary: int, *, seed: int) -> UMT5EncoderModel:
     for block in encoder.encoder.block:
         block.layer[0].SelfAttention.relative_attention_bias.weight.copy_(bias)
     return encoder
-
-
-def pipeline_command(
-    doc: str, network: dict[str, Any], argv: list[str] | None, *, words: str = "", expand_timesteps: bool = False
-) -> None:
-    """The command of one that assembles such pipelines; arguments as `write_pipeline`."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", required=True, help="folder that the VAE's training wrote")
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--transformer", default=None, help="folder of a trained transformer (default: a fresh one)")
-    parser.add_argument("--seed", type=int, default=0, help="of the fresh transformer and of the text encoder")
-    given = parser.parse_args(argv)
-    more = {"seed": given.seed, "transformer_folder": given.transformer}
-    folder = write_pipeline(given.vae, given.folder, network, words=words, expand_timesteps=expand_timesteps, **more)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"wrote {folder}, {size / 1e6:.1f} MB")

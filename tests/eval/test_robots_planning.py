@@ -1,19 +1,20 @@
 """Episodes in processes of their own, and the planners' loop. Stand-ins answer, not Meta-World."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eval.robots import planning
+from eval.robots import planning, recordings
 from eval.robots.demonstrations import Listed
 from eval.robots.episodes import EpisodeProcess
-from eval.robots.inverse_dynamics import Settings
+from eval.robots.inverse_dynamics import InverseDynamics, Settings
 from eval.robots.planning import Look, Planner, imagining, initial_states, play
 from eval.robots.simulators import SimulatorError
-from eval.robots.world import World, load
 from train.clips import VideoConfig
+from train.files import sha256
 
 VIDEO = VideoConfig(height=8, width=8, num_frames=33, fps=20)  # 4 control steps a frame, 32 a look
 # A slider that each control step moves by the action's first part. The frame's brightness is its place; the task is its
@@ -140,12 +141,12 @@ def test_the_inverse_dynamics_model_is_trained_once_for_all_that_are_compared(tm
         def close(self):
             pass
 
-    monkeypatch.setattr(planning, "shared", StandIn)
+    monkeypatch.setattr(recordings, "shared", StandIn)
     video = VideoConfig(height=32, width=32, num_frames=5, fps=20)
 
-    def get(steps=2):
+    def get(steps=2, tasks=("push",), folder=tmp_path):
         settings = Settings(steps=steps, batch=4)
-        return planning.inverse_dynamics(tmp_path, ["push"], 3, settings, video, seed=0, device="cpu")
+        return planning.inverse_dynamics(folder, tasks, 3, settings, video, seed=0, device="cpu")
 
     model, made_from = get()
     assert StandIn.asked == 3 and "left out robots:push:pool:0:1: status 7" in capsys.readouterr().out
@@ -153,40 +154,20 @@ def test_the_inverse_dynamics_model_is_trained_once_for_all_that_are_compared(tm
     frames = np.random.default_rng(5).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
     assert StandIn.asked == 3 and same == made_from and model.decode(frames).shape == (8, 4)
     assert (again.decode(frames) == model.decode(frames)).all()
-    assert get(steps=3)[1] != made_from and StandIn.asked == 6
+    assert get(steps=3)[1] != made_from and StandIn.asked == 4  # the other two are recorded
+    (trained,) = tmp_path.glob(f"*{made_from}*")
+    shutil.copy(trained, tmp_path / planning.GIVEN)  # goes before one that would be trained, but serves its tasks alone
+    assert get(steps=4)[1] == sha256(trained)[:16] and StandIn.asked == 4
     StandIn.failing = {0, 1, 2}
     with pytest.raises(ValueError, match="none of 3 demonstrations could be made.*status 7"):
-        get(steps=4)
+        get(steps=4, tasks=("reach",))
 
 
-@pytest.mark.slow
-def test_what_is_imagined_has_not_happened():
-    try:
-        load()
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    worlds = [World("push", 3, "red") for _ in range(2)]
-    for world in worlds:
-        for _ in range(20):
-            world.step(world.expert())
-    with worlds[0].imagined():
-        for _ in range(30):
-            worlds[0].step(np.ones(4))
-    for _ in range(30):
-        for world in worlds:
-            world.step(world.expert())
-    assert np.allclose(worlds[0].observation, worlds[1].observation, atol=1e-9)
-
-
-@pytest.mark.slow
-def test_the_expert_in_a_process_of_its_own():
-    pytest.importorskip("metaworld")
-    simulator, video = EpisodeProcess(), VideoConfig(height=32, width=32, num_frames=33, fps=20)
-    try:
-        expert = Planner(lambda looks: [look.actions for look in looks], future=True)
-        still = Planner(lambda looks: [np.zeros((32, 4)) for _ in looks])
-        (state,) = initial_states(["reach"], 1)
-        assert play([state], expert, video, [simulator]) == [True]
-        assert play([state], still, video, [simulator]) == [False]
-    finally:
-        simulator.close()
+def test_the_frame_after_the_last_action_is_that_frame_again():
+    model = InverseDynamics(32, 32).eval()
+    frames = np.random.default_rng(5).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    longer = np.concatenate([frames, frames[-1:]])
+    np.testing.assert_allclose(model.decode(frames), model.decode(longer)[:3], atol=1e-6)
+    shorter = model.decode(frames[:3])
+    np.testing.assert_allclose(model.decode(frames)[0], shorter[0], atol=1e-6)
+    assert np.abs(model.decode(frames)[1] - shorter[1]).max() > 1e-4

@@ -20,6 +20,7 @@ class Wan22TI2V(HeldFrame, WanBackbone):
     architectures = {
         "tiny": wan_architecture(heads=4, head_dim=32, ffn=512, layers=3, text_dim=64, z_dim=12, vae_scale=16),
         "5B": wan_architecture(heads=24, ffn=14336, layers=30, z_dim=48, vae_scale=16),
+        "robots": wan_architecture(heads=4, head_dim=64, ffn=576, layers=5, z_dim=16, text_dim=128),
     }
     expand_timesteps = True
 

@@ -28,7 +28,7 @@ from eval.report.intervals import wilson
 from eval.robots.demonstrations import check_video
 from eval.robots.episodes import processes
 from eval.robots.inverse_dynamics import InverseDynamics, Settings
-from eval.robots.planning import HORIZON, Planner, imagining, initial_states, inverse_dynamics, play
+from eval.robots.planning import DECODED, HORIZON, Planner, imagining, initial_states, inverse_dynamics, play
 from eval.robots.tasks import TASKS
 from train import entry
 from train.clips import VideoConfig
@@ -45,7 +45,7 @@ def build_planners(model: InverseDynamics, skip: int) -> dict[str, Planner]:
     return {
         "expert": Planner(lambda looks: [look.actions for look in looks], future=True),
         "futures": imagining(lambda looks: [look.frames for look in looks], model, skip, future=True),
-        "frozen": imagining(lambda looks: [look.frames.repeat(HORIZON + 1, axis=0) for look in looks], model, skip),
+        "frozen": imagining(lambda looks: [look.frames.repeat(DECODED, axis=0) for look in looks], model, skip),
         "random": Planner(random),
     }
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--episodes", type=int, default=20, help="of each task and planner")
-    parser.add_argument("--clips", type=int, default=300, help="demonstrations that the inverse dynamics model sees")
+    parser.add_argument("--clips", type=int, default=1000, help="demonstrations that the inverse dynamics model sees")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of its training")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)

@@ -1,0 +1,101 @@
+"""Demonstrations on disk, and the base model's chain in miniature."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.frames import FrameReader
+from data_pipeline.sources import _demonstrated
+from eval.experiments.robots_model import run
+from eval.robots import recordings
+from eval.robots.demonstrations import demonstrate, list_demonstrations
+from eval.robots.model import NETWORK, SMALL, WORDS, coloured
+from eval.robots.tasks import OBJECT_COLOURS, TASKS, write_prompt
+from eval.robots.world import load
+from eval.small_wan.pipeline import new_transformer, small_tokenizer
+from train.clips import VideoConfig
+
+VIDEO = VideoConfig(height=32, width=32, num_frames=5, fps=20)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Names of the demonstrations that were simulated, by a stand-in."""
+    names = []
+
+    class StandIn:
+        def get(self, listed, video, *, then=(), **options):
+            names.append(listed.name)
+            random = np.random.default_rng(len(names))
+            frames = random.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+            return SimpleNamespace(frames=frames, actions=random.uniform(-1, 1, (16, 4)).astype(np.float32))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(recordings, "shared", StandIn)
+    return names
+
+
+def test_a_demonstration_is_recorded_once_and_a_build_reads_it(asked, tmp_path, capsys):
+    listed = list_demonstrations(["push", "reach"], "anytime", 0, range(4))
+    recordings.record(tmp_path, listed[:2], VIDEO)
+    recorded = recordings.record(tmp_path, listed, VIDEO)
+    assert asked == [one.name for one in listed] and "2 demonstrations in" in capsys.readouterr().out
+    frames, actions = recorded.load(3)
+    assert frames.shape == (5, 32, 32, 3) and actions.shape == (16, 4) and actions.dtype == np.float32
+    assert (recorded.frames([0, 3])[1] == frames).all()
+    rows = [vars(row) for row in _demonstrated(["push", "reach"], 4, "anytime", 0)]
+    read = FrameReader(VIDEO, "cpu", tmp_path).read(rows[3])
+    assert torch.equal(read, torch.from_numpy(frames)) and len(asked) == 4
+    other = VideoConfig(height=32, width=32, num_frames=5, fps=10)
+    assert recordings.read(tmp_path, listed[0], other) is None
+
+
+def test_robot_object_and_mark_are_coloured():
+    pixels = torch.tensor([[200, 40, 30], [128, 128, 128], [90, 84, 80], [0, 160, 170]], dtype=torch.uint8)
+    assert coloured(pixels).tolist() == [True, False, False, True]
+
+
+def test_every_word_of_the_instructions_is_one_token_and_the_dit_is_small():
+    tokenizer = small_tokenizer(WORDS)
+    assert {word for word in WORDS.split() if len(tokenizer(word).input_ids) != 2} == set()
+    prompts = [write_prompt(task, colour, n) for task in TASKS for colour in OBJECT_COLOURS for n in range(3)]
+    assert max(len(tokenizer(prompt).input_ids) for prompt in prompts) <= 32
+    parameters = sum(weight.numel() for weight in new_transformer(NETWORK, seed=0).parameters())
+    assert 2 * parameters < 10e6
+
+
+@pytest.mark.slow
+def test_clips_begin_at_any_moment():
+    try:
+        load()
+    except ValueError:
+        pytest.skip("the extra `robots` is not installed")
+    listed = list_demonstrations(["drawer-open"], "anytime", 0, range(8))
+    made = [demonstrate(one, VIDEO, drawn="first") for one in listed]
+    starts = [int(one.start) for one in made]
+    assert min(starts) == 0 and len(set(starts)) > 4 and max(starts) > 40
+    assert all(one.actions.shape == (16, 4) for one in made)
+
+
+@pytest.mark.slow
+def test_the_base_model_in_miniature(tmp_path, capsys):
+    try:
+        load()
+    except ValueError:
+        pytest.skip("the extra `robots` is not installed")
+    run.main(["--folder", str(tmp_path), "--small"])
+    figures = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert 1.5 < figures["flow"]["mean"] < 2.5  # a fresh network predicts 0, and noise minus clips has the square 2
+    assert figures["vae"]["settings"]["steps"] == SMALL.vae.steps and set(figures["inverse_dynamics"]) > {"grip"}
+    assert figures["benchmarks"]["benchmarks"].keys() == {"robots", "planner"}
+    assert len(list((tmp_path / "demonstrations").rglob("*.npz"))) == 4 + 2 + 2
+    capsys.readouterr()
+    run.main(["--folder", str(tmp_path), "--small", "--minutes", "1.1"])  # nothing is left to do
+    assert " done, " not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--minutes=1: give more than 1"):
+        run.main(["--folder", str(tmp_path), "--minutes", "1"])

@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from train import entry
 from train.files import digest, lock, write_text
 
 SHOWN = 15.0  # seconds between two lines about how far it is
-GRACE = 30.0  # seconds of the minutes that are kept for stopping; a step that is not over then is killed
+GRACE = 30.0  # seconds of the minutes that are kept for stopping; what is not over then is killed
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,15 @@ class Runner:
     def run(self, steps: list[Step]) -> bool:
         """Run those that are not done; False where the time was over before. ValueError where one failed."""
         todo = [step for step in steps if not self.is_done(step)]
+        if todo and time.monotonic() > self.deadline:
+            return False
         running = {step: self._start(step) for step in todo}
-        began, shown, stopped = time.monotonic(), time.monotonic(), False
+        began = shown = time.monotonic()
         try:
             while any(process.poll() is None for process in running.values()):
                 time.sleep(0.2)
                 now = time.monotonic()
-                if now > self.deadline and not stopped:
-                    stopped = True
-                    for process in running.values():
-                        process.terminate()
-                if now > self.deadline + GRACE or any(process.poll() for process in running.values()):
+                if now > self.deadline or any(process.poll() for process in running.values()):
                     break
                 if now > shown + SHOWN:
                     shown = now
@@ -104,12 +103,14 @@ class Runner:
                         if process.poll() is None:
                             print(f"{step.name} {now - began:.0f} s: {self._last_line(step)}", flush=True)
         finally:
-            for process in running.values():
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+            end(list(running.values()))
         for step, process in running.items():
-            self._conclude(step, process, time.monotonic() - began, stopped)
+            self._conclude(step, process, time.monotonic() - began)
+        for step, process in running.items():
+            if process.returncode > 0:
+                tail = "\n  ".join(self._log(step).read_text("utf-8", errors="replace").splitlines()[-12:])
+                status = process.returncode
+                raise ValueError(f"{step.name} ended with status {status}, see {self._log(step)}:\n  {tail}")
         return all(map(self.is_done, todo))
 
     def _start(self, step: Step) -> subprocess.Popen:
@@ -120,16 +121,13 @@ class Runner:
             command = [sys.executable, "-m", *step.command]
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
-    def _conclude(self, step: Step, process: subprocess.Popen, seconds: float, stopped: bool) -> None:
+    def _conclude(self, step: Step, process: subprocess.Popen, seconds: float) -> None:
         known = self.done.setdefault(step.name, {"seconds": 0.0})
         known["seconds"] = round(known["seconds"] + seconds, 1)  # of the slowest of those side by side
         if process.returncode == 0 and (self.folder / step.product).exists():
             known["digest"] = digest(step.command)
             print(f"{step.name} done, {known['seconds']:.0f} s: {self._last_line(step)}", flush=True)
         write_text(self.path, json.dumps(self.done, indent=2) + "\n")
-        if process.returncode > 0 and not stopped:
-            tail = "\n  ".join(self._log(step).read_text("utf-8", errors="replace").splitlines()[-12:])
-            raise ValueError(f"{step.name} ended with status {process.returncode}, see {self._log(step)}:\n  {tail}")
 
     def _log(self, step: Step) -> Path:
         return self.folder / "log" / f"{step.name}.txt"
@@ -137,6 +135,19 @@ class Runner:
     def _last_line(self, step: Step) -> str:
         lines = self._log(step).read_bytes()[-2000:].decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip()[:160] for line in reversed(lines) if line.strip()), "")
+
+
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """SIGTERM, and SIGKILL for those that are not over after GRACE."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def collect(folder: Path, size: Size) -> dict[str, Any]:

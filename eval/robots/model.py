@@ -7,7 +7,7 @@ DiT trained by `train/sft.py`, a frozen text encoder and a tokenizer that knows 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Size:
     evaluation: tuple[str, ...] = ()  # of the recipe robots
     episodes: int = 20  # of each task, of the planners' bounds
 
+    @property
+    def manifest(self) -> str:
+        return f"robots:mixed:{self.clips}:{STREAM}"
+
     def demonstrations(self, stream: str, count: int) -> list[Listed]:
         return list_demonstrations(list(TASKS), stream, 0, range(count))
 
@@ -70,7 +74,7 @@ SMALL = Size(
     overrides=(
         *("video.height=32", "video.width=32", "video.num_frames=9", "backbone.compile=false", "train.num_workers=0"),
         *("optim.steps=2", "optim.batch_size=2", "train.pairs_per_pass=2", "pipeline.unit_size=4"),
-        *("pipeline.encode_batch=2", "pipeline.manifest=robots:mixed:4:anytime"),
+        "pipeline.encode_batch=2",
     ),
     evaluation=(
         *("video.height=32", "video.width=32", "video.num_frames=9", "run.robots.clips=1", "run.planner.episodes=1"),
@@ -78,6 +82,12 @@ SMALL = Size(
     ),
     episodes=1,
 )
+
+
+def choose(*, small: bool, clips: int) -> Size:
+    """clips: 0 for the usual number."""
+    size = SMALL if small else FULL
+    return replace(size, clips=clips) if clips else size
 
 
 def coloured(frames: Tensor) -> Tensor:

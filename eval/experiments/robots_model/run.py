@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.intervals import wilson
-from eval.robots.model import FULL, SMALL, Size
+from eval.robots.model import Size, choose
 from train import entry
 from train.files import digest, lock, write_text
 
@@ -48,12 +48,13 @@ def build_steps(folder: Path, size: Size, *, small: bool) -> list[list[Step]]:
 
     def own(name: str, product: str) -> Step:
         module = "eval.experiments.robots_model.steps"
-        return Step(name, (module, name, f"--folder={folder}", *(["--small"] if small else [])), product)
+        options = (f"--folder={folder}", f"--clips={size.clips}", *(["--small"] if small else []))
+        return Step(name, (module, name, *options), product)
 
     def of_recipe(name: str, module: str, product: str, *arguments: str) -> Step:
         return Step(name, (module, *arguments, f"output={folder}"), product)
 
-    base = ("recipe=robots_base", *size.overrides)
+    base = ("recipe=robots_base", f"pipeline.manifest={size.manifest}", *size.overrides)
     evaluated = ("recipe=robots", f"backbone.path={folder}/model", *size.evaluation)
     bounds = ("eval.experiments.planner.bounds", f"--folder={folder}/bounds", f"--episodes={size.episodes}")
     return [
@@ -178,10 +179,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to continue later")
     parser.add_argument("--small", action="store_true", help="hardly anything, to see that all parts fit")
+    parser.add_argument("--clips", type=int, default=0, help="demonstrations that the DiT learns from; 0: as usual")
     given = parser.parse_args(argv)
     if given.minutes <= 1:
         raise ValueError(f"--minutes={given.minutes:g}: give more than 1, for half a minute is kept for stopping")
-    size = SMALL if given.small else FULL
+    size = choose(small=given.small, clips=given.clips)
     with lock(given.folder):
         runner = Runner(given.folder, started + 60 * given.minutes - GRACE)
         for steps in build_steps(given.folder, size, small=given.small):

@@ -22,14 +22,13 @@ from pathlib import Path
 import torch
 
 from eval.robots.model import (
-    FULL,
     HELD_OUT,
     NETWORK,
     NOISY,
-    SMALL,
     STREAM,
     WORDS,
     Size,
+    choose,
     coloured,
     train_inverse_dynamics,
     train_vae_on,
@@ -140,9 +139,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--small", action="store_true", help="hardly anything, to see that all parts fit")
+    parser.add_argument("--clips", type=int, default=0, help="demonstrations that the DiT learns from, 0: as usual")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(argv)
-    STEPS[given.step](given.folder, SMALL if given.small else FULL, given.device)
+    STEPS[given.step](given.folder, choose(small=given.small, clips=given.clips), given.device)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from eval.robots.episodes import EpisodeProcess
 from eval.robots.inverse_dynamics import InverseDynamics, Settings
 from eval.robots.planning import Look, Planner, imagining, initial_states, play
 from eval.robots.simulators import SimulatorError
+from eval.robots.world import World, load
 from train.clips import VideoConfig
 from train.files import sha256
 
@@ -171,3 +172,36 @@ def test_the_frame_after_the_last_action_is_that_frame_again():
     shorter = model.decode(frames[:3])
     np.testing.assert_allclose(model.decode(frames)[0], shorter[0], atol=1e-6)
     assert np.abs(model.decode(frames)[1] - shorter[1]).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_what_is_imagined_has_not_happened():
+    try:
+        load()
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    worlds = [World("push", 3, "red") for _ in range(2)]
+    for world in worlds:
+        for _ in range(20):
+            world.step(world.expert())
+    with worlds[0].imagined():
+        for _ in range(30):
+            worlds[0].step(np.ones(4))
+    for _ in range(30):
+        for world in worlds:
+            world.step(world.expert())
+    assert np.allclose(worlds[0].observation, worlds[1].observation, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_expert_in_a_process_of_its_own():
+    pytest.importorskip("metaworld")
+    simulator, video = EpisodeProcess(), VideoConfig(height=32, width=32, num_frames=33, fps=20)
+    try:
+        expert = Planner(lambda looks: [look.actions for look in looks], future=True)
+        still = Planner(lambda looks: [np.zeros((32, 4)) for _ in looks])
+        (state,) = initial_states(["reach"], 1)
+        assert play([state], expert, video, [simulator]) == [True]
+        assert play([state], still, video, [simulator]) == [False]
+    finally:
+        simulator.close()

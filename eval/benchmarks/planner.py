@@ -1,7 +1,7 @@
 """The planner benchmark: can a robot act on what the model imagines? WorldArena's action planner in a real simulator.
 
 From what the camera sees and the instruction the model makes a clip of the recipe's length; an inverse dynamics model,
-trained once on demonstrations and shared by all models, decodes actions from its first frames
+the shipped one or trained once on demonstrations, and shared by all models, decodes actions from its first frames
 (`eval.robots.planning.HORIZON`); the simulator executes them; it looks again. A row is an episode: 1 where the task was
 solved by the environment's own flag. All models get the same initial states, instructions and noise at each look, so
 they are compared in pairs. What is reachable: `eval.experiments.planner.bounds`, from the same states.
@@ -23,11 +23,11 @@ from eval.benchmarks.robots import simulator
 from eval.robots.demonstrations import Listed, check_video
 from eval.robots.episodes import processes
 from eval.robots.inverse_dynamics import MOMENTS, Settings
-from eval.robots.planning import DECODED, HORIZON, Look, imagining, initial_states, inverse_dynamics, play
+from eval.robots.planning import DECODED, HORIZON, SHIPPED, Look, imagining, initial_states, inverse_dynamics, play
 from eval.robots.tasks import TASKS
 from train.backbones.base import Backbone, Conditioning
 from train.clips import from_pixels, to_pixels
-from train.files import seed_of
+from train.files import seed_of, sha256
 from train.sampling import sample_clips
 
 CLIPS, STEPS = 100, 500  # of each task: demonstrations and training steps of the inverse dynamics model
@@ -56,6 +56,8 @@ class Planner(Benchmark):
     @property
     def recorded(self) -> dict[str, Any]:
         inverse = {"clips": CLIPS, "steps": STEPS, "horizon": HORIZON, "moments": MOMENTS}
+        if SHIPPED.exists():
+            inverse["shipped"] = sha256(SHIPPED)[:16]
         return asdict(self.settings) | {"seed": SEED, "sampler": self.sampler.settings(), "inverse_dynamics": inverse}
 
     def requirements(self) -> list[Requirement]:

@@ -9,9 +9,9 @@ each from the same initial states, by the environment's own flag within an episo
 
     python -m eval.experiments.planner.bounds --folder runs/planner --tasks push,drawer-open --episodes 20
 
-Every episode is a line of episodes.jsonl below the folder; a run that was stopped continues (with
-other tasks, clips, steps or seed it begins anew beside the old lines). An episode that fails in
-the simulator is listed with its error and counts as none.
+Every episode is a line of episodes.jsonl below the folder; a run that was stopped continues (with other tasks, clips,
+steps or seed, or another inverse_dynamics.safetensors in the folder, it begins anew beside the old lines). An episode
+that fails in the simulator is listed with its error and counts as none.
 """
 
 import argparse

@@ -33,6 +33,7 @@ from train import entry
 from train.files import digest, lock, write_text
 
 SHOWN = 15.0  # seconds between two lines about how far it is
+TF32 = (("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1"),)  # float32 products with 10 bits of mantissa, several times as fast
 GRACE = 30.0  # seconds of the minutes that are kept for stopping; what is not over then is killed
 
 
@@ -41,6 +42,7 @@ class Step:
     name: str
     command: tuple[str, ...]  # module and arguments
     product: str  # in the folder, without which the step is not done
+    environment: tuple[tuple[str, str], ...] = ()  # variables besides this process's own
 
 
 def build_steps(folder: Path, size: Size, *, small: bool) -> list[list[Step]]:
@@ -51,8 +53,8 @@ def build_steps(folder: Path, size: Size, *, small: bool) -> list[list[Step]]:
         options = (f"--folder={folder}", f"--clips={size.clips}", *(["--small"] if small else []))
         return Step(name, (module, name, *options), product)
 
-    def of_recipe(name: str, module: str, product: str, *arguments: str) -> Step:
-        return Step(name, (module, *arguments, f"output={folder}"), product)
+    def of_recipe(name: str, module: str, product: str, *arguments: str, environment=()) -> Step:
+        return Step(name, (module, *arguments, f"output={folder}"), product, environment)
 
     base = ("recipe=robots_base", f"pipeline.manifest={size.manifest}", *size.overrides)
     evaluated = ("recipe=robots", f"backbone.path={folder}/model", *size.evaluation)
@@ -62,7 +64,7 @@ def build_steps(folder: Path, size: Size, *, small: bool) -> list[list[Step]]:
         [own("vae", "start/model_index.json"), own("record", "demonstrations")],
         [of_recipe("build", "data_pipeline.build", "groups/index.json", *base)],
         [
-            of_recipe("train", "train.sft", "train/transformer/config.json", *base),
+            of_recipe("train", "train.sft", "train/transformer/config.json", *base, environment=TF32),
             own("inverse_dynamics", "inverse_dynamics.json"),
         ],
         [own("model", "flow.json")],
@@ -117,7 +119,7 @@ class Runner:
     def _start(self, step: Step) -> subprocess.Popen:
         log = self._log(step)
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(step.environment)}
         with log.open("a", encoding="utf-8") as file:
             command = [sys.executable, "-m", *step.command]
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

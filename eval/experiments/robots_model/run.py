@@ -36,13 +36,15 @@ SHOWN = 15.0  # seconds between two lines about how far it is
 TF32 = (("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1"),)  # float32 products with 10 bits of mantissa, several times as fast
 GRACE = 30.0  # seconds of the minutes that are kept for stopping; what is not over then is killed
 
+Variables = tuple[tuple[str, str], ...]  # of a process's environment
+
 
 @dataclass(frozen=True)
 class Step:
     name: str
     command: tuple[str, ...]  # module and arguments
     product: str  # in the folder, without which the step is not done
-    environment: tuple[tuple[str, str], ...] = ()  # variables besides this process's own
+    environment: Variables = ()  # variables besides this process's own
 
 
 def build_steps(folder: Path, size: Size, *, small: bool) -> list[list[Step]]:
@@ -53,7 +55,7 @@ def build_steps(folder: Path, size: Size, *, small: bool) -> list[list[Step]]:
         options = (f"--folder={folder}", f"--clips={size.clips}", *(["--small"] if small else []))
         return Step(name, (module, name, *options), product)
 
-    def of_recipe(name: str, module: str, product: str, *arguments: str, environment=()) -> Step:
+    def of_recipe(name: str, module: str, product: str, *arguments: str, environment: Variables = ()) -> Step:
         return Step(name, (module, *arguments, f"output={folder}"), product, environment)
 
     base = ("recipe=robots_base", f"pipeline.manifest={size.manifest}", *size.overrides)

@@ -65,6 +65,7 @@ def record_all(folder: Path, size: Size, device: str) -> None:
 
 def vae(folder: Path, size: Size, device: str) -> None:
     started, checkpoint = time.monotonic(), Checkpoint(folder / "vae-training.safetensors", size.vae)
+    shutil.rmtree(folder / "start", ignore_errors=True)  # of another training: this one may be stopped
     trained = train_vae_on(recorded(folder, size, STREAM, size.vae.pool), size, device, checkpoint)
     if trained is None:
         return

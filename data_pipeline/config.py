@@ -78,7 +78,7 @@ class PipelineConfig:
     groups: str = "${output}/groups"  # folder of the preference groups
     stage: str = "all"  # one stage, a range like filter..resample, or all
     # Whether groups hold their clip's first frame and losers begin with it (image-to-video). A choice of wan22_ti2v
-    # and cosmos25; null: the family's own way, with it for wan22_i2v and from text alone for all others.
+    # and cosmos25; null: the family's own way, with it for those called _i2v and from text alone for all others.
     first_frame: bool | None = None
     losers: LosersConfig = field(default_factory=LosersConfig)
     unit_size: int = 16  # rows per unit from generate on: one shard; its losers are judged together

@@ -116,10 +116,11 @@ def image_problem(config: BackboneConfig, prompts: Sequence[Prompt]) -> str:
     """Why the backbone's family cannot make clips of these prompts with or without images; empty where it can."""
     family = BACKBONES[config.family]
     given = [prompt for prompt in prompts if prompt.image]
-    if given and family.encode_first_frame is Backbone.encode_first_frame:
+    if given and True not in family.first_frame:
+        others = [name for name, other in BACKBONES.items() if True in other.first_frame]
         return (
             f"{given[0].key} has an image, but backbone.family={config.family} generates from text alone: leave images"
-            " out, or use wan22_ti2v, wan22_i2v or cosmos25"
+            f" out, or use {' or '.join(others)}"
         )
     if len(given) < len(prompts) and False not in family.first_frame:
         return f"backbone.family={config.family} needs an image for each prompt"

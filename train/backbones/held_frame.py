@@ -7,14 +7,22 @@ begin below t = 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from train.backbones.base import Backbone, Conditioning
+from train.backbones.conditioning import CONDITION
 
 
 class HeldFrame(Backbone):
     first_frame = (False, True)
+
+    @classmethod
+    def first_frame_shapes(cls, architecture: dict[str, Any], clip: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        channels, _, *size = clip
+        return {CONDITION: (channels, 1, *size)}
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor:
         """First frame (B, 3, H, W) in [-1, 1] -> its latent frame (B, C, 1, H, W), whatever `num_frames` is."""

@@ -44,7 +44,7 @@ from eval.maker import (
     Request,
     batches,
     build_request,
-    first_frame,
+    first_frames,
     image_problem,
     make_clips,
     warn_of_cut_prompts,
@@ -142,7 +142,7 @@ def prepare(config: Config) -> Work:
     """
     settings, video = config.generate, config.video
     check(config)
-    prompts = read_prompts(settings, "generate")
+    prompts = read_prompts(settings, "generate", config.backbone.prefix_frames)
     here, shell = config.is_here, config.shell()
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts)
@@ -197,7 +197,7 @@ def _check_images(config: Config, prompts: Sequence[Prompt]) -> None:
         raise ValueError(problem + remedy)
     for prompt in prompts:
         if prompt.image:
-            first_frame(prompt, config.video)
+            first_frames(prompt, config.video)
 
 
 def _suffix(config: Config) -> str:

@@ -257,7 +257,8 @@ class Bill:
         """Of what a group holds of its clip's first frame, if anything; clip: of the latents (C, F, H, W)."""
         family, asked = BACKBONES[self.job.backbone.family], self.job.pipeline.first_frame
         wanted = family.first_frame[0] if asked is None else asked
-        return family.first_frame_shapes(self.architecture, clip) if wanted else {}
+        frames = self.job.backbone.prefix_frames
+        return family.first_frame_shapes(self.architecture, clip, frames) if wanted else {}
 
 
 def bill(

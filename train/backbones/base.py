@@ -54,6 +54,7 @@ class Backbone:
     architectures: ClassVar[dict[str, dict[str, Any]]]
     expert_folders: ClassVar[dict[str, str]] = {"transformer": "transformer"}  # expert name -> folder in the pipeline
     first_frame: ClassVar[tuple[bool, ...]] = (False,)  # may clips begin with an image, must they; first the default
+    takes_prefix: ClassVar[bool] = False  # may they begin with more than one frame
     image_tokens: ClassVar[int] = 0  # of an image encoder, which the network reads beside the texts'
     default_boundary: ClassVar[float | None] = None  # two experts: high_noise where t >= boundary
 
@@ -72,6 +73,7 @@ class Backbone:
 
     def __post_init__(self, config: BackboneConfig) -> None:
         self.text_length, self.expert = config.text_length, self.training_expert(config)
+        self.check_prefix(config.prefix_frames, "backbone.prefix_frames")
         whole = self.experts.keys() == self.expert_folders.keys()
         self.trained = BOTH if config.expert == BOTH and whole else self.expert
 
@@ -111,11 +113,10 @@ class Backbone:
         channels, outputs, wanted = transformer["in_channels"], transformer["out_channels"], len(cls.expert_folders)
         num_experts = 2 if (model_index.get("transformer_2") or [None])[0] else 1
         inputs = cls.input_channels(architecture)
+        unfit = channels != inputs
         problems = {
             f"model_index.json lists {num_experts} expert(s), not {wanted}": num_experts != wanted,
-            f"the transformer has in_channels={channels}, but beside a VAE of z_dim={z_dim} needs {inputs}": (
-                channels != inputs
-            ),
+            f"the transformer has in_channels={channels}, but beside a VAE of z_dim={z_dim} needs {inputs}": unfit,
             f"the transformer has out_channels={outputs}, but the VAE z_dim={z_dim}": outputs != z_dim,
         }
         return "; ".join(problem for problem, found in problems.items() if found)
@@ -213,22 +214,38 @@ class Backbone:
         reads = f"longer than the {self.text_length} tokens that the text encoder reads, and cut there"
         return f"warning: {len(long)} {are} {reads}; the first is {long[0]}"
 
+    def check_prefix(self, frames: int, key: str, num_frames: int | None = None) -> None:
+        """ValueError, naming `key`, where a clip (of `num_frames`) cannot begin with that many given frames."""
+        if frames > 1 and not self.takes_prefix:
+            raise ValueError(f"{key}={frames}: {type(self).__name__} takes one frame at most; use 1, or wan22_ti2v")
+        step = self.architecture["vae_scale_temporal"]
+        if frames < 1 or (frames - 1) % step:
+            fit = max(0, frames - 1) // step * step + 1
+            raise ValueError(f"{key}={frames}: latent frames stand for 1, then {step} each; use {fit} or {fit + step}")
+        if num_frames is not None and 1 < num_frames <= frames:
+            raise ValueError(f"{key}={frames} leaves nothing to generate of {num_frames} frames: use fewer")
+
     @classmethod
-    def first_frame_shapes(cls, architecture: dict[str, Any], clip: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shapes of what the network is told of the first frame of latents `clip` (C, F, H, W), by the names of
+    def first_frame_shapes(
+        cls, architecture: dict[str, Any], clip: tuple[int, ...], prefix_frames: int = 1
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the network is told of the first frames of latents `clip` (C, F, H, W), by the names of
         `Conditioning.named`, without a batch axis."""
         return {}
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor | None:
-        """First frame (B, 3, H, W) in [-1, 1] -> the image latents of `Conditioning`, or None: text-only families."""
+        """First frame (B, 3, H, W) in [-1, 1], or a prefix (B, 3, n, H, W) where the family takes one -> the image
+        latents of `Conditioning`, or None: text-only families."""
         return None
 
     def condition(
         self, prompts: list[str], first_frame: Tensor | None = None, *, num_frames: int | None = None
     ) -> Conditioning:
-        """Text, and with a first frame (B, 3, H, W) in [-1, 1] also image latents for a video of `num_frames` frames.
+        """Text, and with a first frame (B, 3, H, W) in [-1, 1], or a prefix of n frames (B, 3, n, H, W), also image
+        latents for a video of `num_frames` frames.
 
-        Raises ValueError when the family takes no first frame, or when frame and prompts do not number the same.
+        Raises ValueError when the family takes no first frame, or not so many, or when frame and prompts do not number
+        the same.
         """
         told = self.encode_texts(prompts)
         if first_frame is None:
@@ -237,12 +254,12 @@ class Backbone:
             raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one per prompt")
         if num_frames is None:
             raise ValueError("a first frame needs num_frames, the length of the video that it begins")
+        if first_frame.dim() == 5:
+            self.check_prefix(count := first_frame.shape[2], "first frames", num_frames)
+            first_frame = first_frame if count > 1 else first_frame[:, :, 0]
         image = self.encode_first_frame(first_frame, num_frames)
         if image is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} generates from text alone: leave out first_frame, or use an image-to-video family"
-            )
+            raise ValueError(f"{type(self).__name__} generates from text alone: leave out first_frame")
         return replace(told, image=image)
 
     # Latents. Neither call disables gradients (guidance needs them); frozen weights build no graph by themselves.

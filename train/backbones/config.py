@@ -29,6 +29,9 @@ class BackboneConfig:
     # Blocks wait in host memory, and each visits the GPU while the one before it computes (train.backbones.streaming).
     stream: bool = False
     text_length: int = 512  # text tokens after zero padding; Wan and Cosmos: 512, HunyuanVideo 1.5: 1000
+    # Video frames that clips begin with where any are given (pipeline.first_frame, images): 1, or the 4 k + 1 of a
+    # prefix that wan22_ti2v or cosmos25 continues.
+    prefix_frames: int = 1
     # LoRAs merged into the frozen weights while they are read, in this order, as '[{path: runs/sft/train}]': a step-
     # distilled one for losers and searches, or the supervised start of preference training, then in its reference too.
     loras: list[BaseLora] = field(default_factory=list)

@@ -89,7 +89,9 @@ class Hunyuan15I2V(Hunyuan15):
         return found
 
     @classmethod
-    def first_frame_shapes(cls, architecture: dict[str, Any], clip: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def first_frame_shapes(
+        cls, architecture: dict[str, Any], clip: tuple[int, ...], prefix_frames: int = 1
+    ) -> dict[str, tuple[int, ...]]:
         channels, _, *size = clip
         width = architecture["transformer"]["image_embed_dim"]
         config = vision_config(width)

@@ -51,7 +51,9 @@ class Wan22I2V(Wan22T2V):
         return 2 * architecture["z_dim"] + architecture["vae_scale_temporal"]
 
     @classmethod
-    def first_frame_shapes(cls, architecture: dict[str, Any], clip: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def first_frame_shapes(
+        cls, architecture: dict[str, Any], clip: tuple[int, ...], prefix_frames: int = 1
+    ) -> dict[str, tuple[int, ...]]:
         return {CONDITION: clip}
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor:

@@ -168,7 +168,8 @@ class Setup:
         """Whether groups hold their clip's first frame. ValueError where the family has no such way, and for a prefix
         that they do not hold."""
         family, asked = BACKBONES[self.config.backbone.family], self.pipeline.first_frame
-        if self.prefix_frames > 1 and not asked and family.takes_prefix:
+        family.check_prefix(self.prefix_frames, "backbone.prefix_frames", self.video.num_frames)
+        if self.prefix_frames > 1 and not asked:
             raise ValueError(f"backbone.prefix_frames={self.prefix_frames}: set pipeline.first_frame=true, or it to 1")
         if asked is None:
             return family.first_frame[0]

@@ -52,6 +52,7 @@ from eval.maker import (
 from eval.prompts import Prompt, PromptsConfig, read_prompts
 from eval.search import searcher
 from train import entry
+from train.backbones import BACKBONES
 from train.backbones.base import Backbone
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
@@ -197,6 +198,9 @@ def _check_images(config: Config, prompts: Sequence[Prompt]) -> None:
         raise ValueError(problem + remedy)
     for prompt in prompts:
         if prompt.image:
+            BACKBONES[config.backbone.family].check_prefix(
+                prompt.frames, "backbone.prefix_frames", config.video.num_frames
+            )
             first_frames(prompt, config.video)
 
 

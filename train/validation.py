@@ -34,7 +34,10 @@ class ValidationConfig:
 
 def check(config: Any) -> None:
     """ValueError, before weights are read, where pictures and prompts do not go together."""
-    family, config = BACKBONES.get(config.backbone.family), config.validation
+    family, frames, video = BACKBONES.get(config.backbone.family), config.backbone.prefix_frames, config.video
+    config = config.validation
+    if config.images and family is not None:
+        family.check_prefix(frames, "backbone.prefix_frames", video.num_frames)
     if config.images and len(config.images) != len(config.prompts):
         raise ValueError(
             f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts: give one a prompt"

@@ -186,6 +186,13 @@ def test_a_prefix_that_is_the_whole_clip_or_of_no_group_is_refused(backbone, fra
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: set pipeline.first_frame=true"):
         build.check(recipes.load(Config, arguments))
     build.check(recipes.load(Config, [*arguments, "pipeline.first_frame=true"]))
+    whole = [*arguments[:2], "backbone.prefix_frames=17", "pipeline.first_frame=true"]
+    with pytest.raises(ValueError, match="backbone.prefix_frames=17 leaves nothing to generate of 17 frames"):
+        build.check(recipes.load(Config, whole))
+    with pytest.raises(ValueError, match="backbone.prefix_frames=17 leaves nothing"):
+        gdpo.check(recipes.load(gdpo.Config, [*whole[:3], "validation.images=[a.mp4]"]))
+    with pytest.raises(ValueError, match="backbone.prefix_frames=5: Wan21 takes one frame at most"):
+        build.check(recipes.load(Config, ["recipe=tiny", "backbone.prefix_frames=5"]))
     several = [Prompt("key", "a ball", folder, 5)]
     problem = "key begins with 5 frames, but backbone.family=wan22_i2v takes no more than one: use wan22_ti2v"
     assert image_problem(BackboneConfig("wan22_i2v"), several) == problem

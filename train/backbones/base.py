@@ -214,11 +214,12 @@ class Backbone:
         reads = f"longer than the {self.text_length} tokens that the text encoder reads, and cut there"
         return f"warning: {len(long)} {are} {reads}; the first is {long[0]}"
 
-    def check_prefix(self, frames: int, key: str, num_frames: int | None = None) -> None:
+    @classmethod
+    def check_prefix(cls, frames: int, key: str, num_frames: int | None = None) -> None:
         """ValueError, naming `key`, where a clip (of `num_frames`) cannot begin with that many given frames."""
-        if frames > 1 and not self.takes_prefix:
-            raise ValueError(f"{key}={frames}: {type(self).__name__} takes one frame at most; use 1, or wan22_ti2v")
-        step = self.architecture["vae_scale_temporal"]
+        if frames > 1 and not cls.takes_prefix:
+            raise ValueError(f"{key}={frames}: {cls.__name__} takes one frame at most; use 1, or wan22_ti2v")
+        (step,) = {one["vae_scale_temporal"] for one in cls.architectures.values()}
         if frames < 1 or (frames - 1) % step:
             fit = max(0, frames - 1) // step * step + 1
             raise ValueError(f"{key}={frames}: latent frames stand for 1, then {step} each; use {fit} or {fit + step}")

@@ -99,6 +99,8 @@ def test_sampling_equals_diffusers(backbone, pipeline, guidance):
 def test_each_part_of_the_condition_equals_diffusers_and_counts(backbone, pipeline):
     told_, image = condition(backbone, 0, 1), Image.fromarray(picture(1).numpy())
     assert told_.named().keys() == NAMES and told_.image is None and told_.held_frames(3) == 0
+    clips = backbone.condition([PROMPT] * 2, first_frame(0, 1).unsqueeze(2), num_frames=VIDEO.num_frames)
+    assert all(torch.equal(told_.named()[name], tensor) for name, tensor in clips.named().items())
     with torch.no_grad():
         embeds = pipeline.encode_image(image, 1, "cpu", torch.float32)
         latents, mask = pipeline.prepare_cond_latents_and_mask(

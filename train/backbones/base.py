@@ -235,8 +235,7 @@ class Backbone:
         return {}
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor | None:
-        """First frame (B, 3, H, W) in [-1, 1], or a prefix (B, 3, n, H, W) where the family takes one -> the image
-        latents of `Conditioning`, or None: text-only families."""
+        """First frame (B, 3, H, W) or prefix (B, 3, n, H, W), in [-1, 1] -> `Conditioning.image`; None: text alone."""
         return None
 
     def condition(
@@ -245,8 +244,7 @@ class Backbone:
         """Text, and with a first frame (B, 3, H, W) in [-1, 1], or a prefix of n frames (B, 3, n, H, W), also image
         latents for a video of `num_frames` frames.
 
-        Raises ValueError when the family takes no first frame, or not so many, or when frame and prompts do not number
-        the same.
+        ValueError for frames that the family does not take, or that do not number as the prompts do.
         """
         told = self.encode_texts(prompts)
         if first_frame is None:
@@ -258,6 +256,10 @@ class Backbone:
         if first_frame.dim() == 5:
             self.check_prefix(count := first_frame.shape[2], "first frames", num_frames)
             first_frame = first_frame if count > 1 else first_frame[:, :, 0]
+        return self.begin(told, first_frame, num_frames)
+
+    def begin(self, told: Conditioning, first_frame: Tensor, num_frames: int) -> Conditioning:
+        """`told` with what the network is told of the first frame, or of a prefix, besides."""
         image = self.encode_first_frame(first_frame, num_frames)
         if image is None:
             raise ValueError(f"{type(self).__name__} generates from text alone: leave out first_frame")

@@ -111,16 +111,10 @@ class Hunyuan15I2V(Hunyuan15):
         read = self.feature_extractor.preprocess(images=pictures, do_resize=True, return_tensors="pt")
         return self.image_encoder(read.pixel_values.to(self.device, self.image_encoder.dtype)).last_hidden_state
 
-    def condition(
-        self, prompts: list[str], first_frame: Tensor | None = None, *, num_frames: int | None = None
-    ) -> Conditioning:
-        told = super().condition(prompts, first_frame, num_frames=num_frames)
-        if first_frame is None:
-            return told
-        # Not as `image`: one latent frame there is a frame that is held.
-        return replace(
-            told, image=None, more=told.more | {"image_latents": told.image, "image": self.embed(first_frame)}
-        )
+    def begin(self, told: Conditioning, first_frame: Tensor, num_frames: int) -> Conditioning:
+        """Not as `image`: a single latent frame there is one that is held."""
+        latents = self.encode_first_frame(first_frame, num_frames)
+        return replace(told, more=told.more | {"image_latents": latents, "image": self.embed(first_frame)})
 
     def _given(self, latents: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         if "image" not in conditioning.more:

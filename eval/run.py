@@ -268,7 +268,7 @@ def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Pa
 
 
 def _prefix_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Path) -> Prompt:
-    """The same with a clip of several frames, kept without loss and made anew where its source is newer."""
+    """The prompt with the clip that it continues, written without loss where there is none or its source is newer."""
     frames = benchmark.prefix_frames
     path = folder / f"{task.key}-{video.width}x{video.height}x{frames}-{video.fps:g}fps.mp4"
     if not path.exists() or path.stat().st_mtime_ns < task.image.stat().st_mtime_ns:

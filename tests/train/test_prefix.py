@@ -243,6 +243,8 @@ def test_from_clips_to_scores(folder, tmp_path, monkeypatch):
     torch.testing.assert_close(group.winner[:, :3], group.condition, atol=0.05, rtol=0)
     clip = torch.randint(0, 256, (17, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     write_clip(tmp_path / "clip.mp4", clip, 8, lossless=True)
+    with pytest.raises(ValueError, match="begin with 9 given frames, the recipe says backbone.prefix_frames=1: set it"):
+        gdpo.main([*arguments, "backbone.prefix_frames=1", f"validation.images=[{tmp_path / 'clip.mp4'}]"])
     gdpo.main([*arguments, f"validation.images=[{tmp_path / 'clip.mp4'}]"])
     losses = [json.loads(line)["loss"] for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(map(math.isfinite, losses))

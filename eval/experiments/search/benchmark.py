@@ -105,12 +105,11 @@ class Bench:
         texts = {
             name: torch.randn(2, *shape, generator=generator) for name, shape in self.backbone.text_shapes().items()
         }
-        given = self.backbone.first_frame[0] and self.backbone.first_frame_shapes(self.backbone.architecture, shape)
-        first = {name: torch.randn((1, *size), generator=generator) for name, size in (given or {}).items()}
+        backbone = self.backbone
+        given = backbone.first_frame_shapes(backbone.architecture, shape) if backbone.first_frame[0] else {}
+        first = {name: torch.randn((1, *size), generator=generator) for name, size in given.items()}
         text = texts.pop("text")
-        both = (
-            Conditioning(text[n : n + 1], more={name: one[n : n + 1] for name, one in texts.items()}) for n in (0, 1)
-        )
+        both = [Conditioning(text, more=texts)[n : n + 1] for n in range(2)]
         self.conditioning, self.negative = (Conditioning.of(one.named() | first).to(device) for one in both)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.facts = {"device": name, "torch": torch.__version__, "tokens": self.backbone.num_tokens(*size)}

@@ -1,4 +1,7 @@
-"""Clips that begin with a given prefix: several latent frames of wan22_ti2v that are held, count nowhere and stay."""
+"""Clips that begin with a given prefix: several latent frames of wan22_ti2v that are held, count nowhere and stay.
+
+Sampling with cosmos25: tests/train/test_cosmos25.py.
+"""
 
 import json
 import math
@@ -166,7 +169,7 @@ def test_physics_terms_learn_nothing_of_it():
 @pytest.mark.parametrize(
     ("family", "frames", "message"),
     [
-        ("wan21", 5, "backbone.prefix_frames=5: Wan21 takes one frame at most; use 1, or wan22_ti2v"),
+        ("wan21", 5, "backbone.prefix_frames=5: Wan21 takes one frame at most; set it to 1"),
         ("wan22_i2v", 5, "Wan22I2V takes one frame at most"),
         ("hunyuan15_i2v", 5, "Hunyuan15I2V takes one frame at most"),
         ("wan22_ti2v", 4, "backbone.prefix_frames=4: latent frames stand for 1, then 4 each; use 1 or 5"),
@@ -194,7 +197,9 @@ def test_a_prefix_that_is_the_whole_clip_or_of_no_group_is_refused(backbone, fra
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: Wan21 takes one frame at most"):
         build.check(recipes.load(Config, ["recipe=tiny", "backbone.prefix_frames=5"]))
     several = [Prompt("key", "a ball", folder, 5)]
-    problem = "key begins with 5 frames, but backbone.family=wan22_i2v takes no more than one: use wan22_ti2v"
+    problem = (
+        "key begins with 5 frames, but backbone.family=wan22_i2v takes no more than one: use wan22_ti2v or cosmos25"
+    )
     assert image_problem(BackboneConfig("wan22_i2v"), several) == problem
 
 

@@ -218,7 +218,7 @@ class Backbone:
     def check_prefix(cls, frames: int, key: str, num_frames: int | None = None) -> None:
         """ValueError, naming `key`, where a clip (of `num_frames`) cannot begin with that many given frames."""
         if frames > 1 and not cls.takes_prefix:
-            raise ValueError(f"{key}={frames}: {cls.__name__} takes one frame at most; use 1, or wan22_ti2v")
+            raise ValueError(f"{key}={frames}: {cls.__name__} takes one frame at most; set it to 1")
         (step,) = {one["vae_scale_temporal"] for one in cls.architectures.values()}
         if frames < 1 or (frames - 1) % step:
             fit = max(0, frames - 1) // step * step + 1

@@ -53,7 +53,7 @@ class Measured:
         generator = torch.Generator().manual_seed(config.seed)
         shape = (video.num_frames, video.height, video.width, 3)
         self.frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        self.first = self.frames[0] if setup.first_frame else None
+        self.first = self.frames[: setup.prefix_frames] if setup.first_frame else None
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Each part's name and what runs it for another row."""

@@ -77,8 +77,9 @@ class PipelineConfig:
     manifest: Any = ""  # where the clips come from, see sources.py; several joined with commas, or a list
     groups: str = "${output}/groups"  # folder of the preference groups
     stage: str = "all"  # one stage, a range like filter..resample, or all
-    # Whether groups hold their clip's first frame and losers begin with it (image-to-video). A choice of wan22_ti2v
-    # and cosmos25; null: the family's own way, with it for wan22_i2v and from text alone for all others.
+    # Whether groups hold their clip's first frame (backbone.prefix_frames of them) and losers begin with it: image to
+    # video, or video to video. A choice of wan22_ti2v and cosmos25; null: the family's own way, with it for those
+    # called _i2v and from text alone for all others.
     first_frame: bool | None = None
     losers: LosersConfig = field(default_factory=LosersConfig)
     unit_size: int = 16  # rows per unit from generate on: one shard; its losers are judged together
@@ -164,8 +165,12 @@ class Setup:
 
     @property
     def first_frame(self) -> bool:
-        """Whether groups hold their clip's first frame. ValueError where the family has no such way."""
+        """Whether groups hold their clip's first frame. ValueError where the family has no such way, and for a prefix
+        that they do not hold."""
         family, asked = BACKBONES[self.config.backbone.family], self.pipeline.first_frame
+        family.check_prefix(self.prefix_frames, "backbone.prefix_frames", self.video.num_frames)
+        if self.prefix_frames > 1 and not asked:
+            raise ValueError(f"backbone.prefix_frames={self.prefix_frames}: set pipeline.first_frame=true, or it to 1")
         if asked is None:
             return family.first_frame[0]
         if asked not in family.first_frame:
@@ -173,6 +178,11 @@ class Setup:
             way = "begins every clip with an image" if family.first_frame[0] else "generates from text alone"
             raise ValueError(f"{key}: this backbone.family {way}; leave the key out")
         return asked
+
+    @property
+    def prefix_frames(self) -> int:
+        """Video frames that groups hold and losers begin with, where they do."""
+        return self.config.backbone.prefix_frames
 
     @cached_property
     def shell(self) -> Backbone:
@@ -190,7 +200,9 @@ class Setup:
             "text_length": config.backbone.text_length,
             "video": asdict(config.video),
         }
-        first_frame = {"first_frame": self.first_frame}
+        first_frame: dict[str, Any] = {"first_frame": self.first_frame}
+        if self.prefix_frames > 1:
+            first_frame["prefix_frames"] = self.prefix_frames
         return settings | first_frame if len(shell.first_frame) > 1 else settings  # it says nothing of other families
 
     def clip_settings(self, sampler: SamplerConfig, count: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from eval.robots import recordings, simulators
 from eval.robots.demonstrations import Demonstration, Listed, list_demonstrations
 from eval.sandbox.clips import Clips
 from eval.sandbox.splits import simulate_block
-from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frame
+from train.clips import ClipError, VideoConfig, check_clip, read_clip, read_first_frames
 from train.files import digest, explain_full_disk, sha256
 
 SIMULATED = ("sandbox", "robots")  # sources without files
@@ -80,11 +81,14 @@ class FrameReader:
             return torch.from_numpy(self._robot_frames(row))
         return self._from_file(row, read_clip)
 
-    def read_first(self, row: TableRow) -> Tensor:
-        """The first frame of `read`: (H, W, 3) uint8."""
+    def read_first(self, row: TableRow, count: int = 1) -> Tensor:
+        """The first frames of `read`: (count, H, W, 3) uint8."""
         if row["source"] == "robots":
-            return torch.from_numpy(self.demonstration(row, drawn="first").frames[0])
-        return self.read(row)[0] if row["source"] == "sandbox" else self._from_file(row, read_first_frame)
+            drawn = "first" if count == 1 else "frames"
+            return torch.from_numpy(self.demonstration(row, drawn=drawn).frames[:count])
+        if row["source"] == "sandbox":
+            return self.read(row)[:count]
+        return self._from_file(row, partial(read_first_frames, count=count))
 
     def check(self, row: TableRow) -> None:
         """See that the file holds the clip, without decoding it."""

@@ -6,7 +6,7 @@ first frame where the model's clips begin with it; what its container shows to b
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -51,22 +51,23 @@ class ClipMaker:
         reason and the detail."""
         if not self.num_clips:
             return {}
-        read = self.reader.read_first if self.setup.first_frame else self.reader.check
+        first = partial(self.reader.read_first, count=self.setup.prefix_frames)
+        read = first if self.setup.first_frame else self.reader.check
         read = self.reader.read if self.start_time < 1 else read
         together = max(1, self.setup.pipeline.batch_size // self.num_clips)  # rows
         return self.store.make_missing(rows, read, self.generate, together=together, advance=advance)
 
     @torch.no_grad()
     def generate(self, rows: Sequence[TableRow], begins: list[Tensor | None]) -> list[dict[str, Tensor]]:
-        """What is kept of each row, `pipeline.batch_size` clips at a time. begins: their first frames (H, W, 3) uint8
-        where the model's clips begin with them; all frames (T, H, W, 3) with a start_time below 1."""
+        """What is kept of each row, `pipeline.batch_size` clips at a time. begins: their first frames (n, H, W, 3)
+        uint8 where the model's clips begin with them; all frames (T, H, W, 3) with a start_time below 1."""
         setup, size, first, clean = self.setup, self.setup.pipeline.batch_size, None, None
         if self.start_time < 1:
             frames = from_pixels(torch.stack(begins).to(self.backbone.device))  # (B, 3, T, H, W)
             clean = self.backbone.encode_video(frames, batch_size=setup.pipeline.encode_batch).cpu()
-            begins = [clip[0] for clip in begins]
+            begins = [clip[: setup.prefix_frames] for clip in begins]
         if setup.first_frame:
-            first = from_pixels(torch.stack(begins)[:, None].to(self.backbone.device))[:, :, 0]  # (B, 3, H, W)
+            first = from_pixels(torch.stack(begins).to(self.backbone.device))  # (B, 3, n, H, W)
         prompts = [row["prompt"] for row in rows]
         conditioning = self.backbone.condition(prompts, first, num_frames=setup.video.num_frames)
         clips = [(place, seed) for place, row in enumerate(rows) for seed in self.seeds(row)]

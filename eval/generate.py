@@ -44,7 +44,7 @@ from eval.maker import (
     Request,
     batches,
     build_request,
-    first_frame,
+    first_frames,
     image_problem,
     make_clips,
     warn_of_cut_prompts,
@@ -52,6 +52,7 @@ from eval.maker import (
 from eval.prompts import Prompt, PromptsConfig, read_prompts
 from eval.search import searcher
 from train import entry
+from train.backbones import BACKBONES
 from train.backbones.base import Backbone
 from train.clips import THUMBNAIL, VideoConfig, contact_sheet, read_clip, side_by_side
 from train.files import lock, write_text
@@ -142,7 +143,7 @@ def prepare(config: Config) -> Work:
     """
     settings, video = config.generate, config.video
     check(config)
-    prompts = read_prompts(settings, "generate")
+    prompts = read_prompts(settings, "generate", config.backbone.prefix_frames)
     here, shell = config.is_here, config.shell()
     shell.latent_shape(video.height, video.width, video.num_frames)
     _check_images(config, prompts)
@@ -197,7 +198,10 @@ def _check_images(config: Config, prompts: Sequence[Prompt]) -> None:
         raise ValueError(problem + remedy)
     for prompt in prompts:
         if prompt.image:
-            first_frame(prompt, config.video)
+            BACKBONES[config.backbone.family].check_prefix(
+                prompt.frames, "backbone.prefix_frames", config.video.num_frames
+            )
+            first_frames(prompt, config.video)
 
 
 def _suffix(config: Config) -> str:

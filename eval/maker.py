@@ -107,6 +107,7 @@ def build_request(
         "sampler": config.sampler.settings(),
         "video": asdict(video),
     }
+    settings |= {"prefix_frames": prompt.frames} if prompt.frames > 1 else {}
     settings |= {"strategy": dict(model.settings)} if model.settings else {}
     settings |= {"lossless": True} if lossless else {}
     return Request(Clip(model.name, path, settings, lossless), prompt, seed, video)
@@ -116,25 +117,33 @@ def image_problem(config: BackboneConfig, prompts: Sequence[Prompt]) -> str:
     """Why the backbone's family cannot make clips of these prompts with or without images; empty where it can."""
     family = BACKBONES[config.family]
     given = [prompt for prompt in prompts if prompt.image]
-    if given and family.encode_first_frame is Backbone.encode_first_frame:
+    if given and True not in family.first_frame:
+        others = [name for name, other in BACKBONES.items() if True in other.first_frame]
         return (
             f"{given[0].key} has an image, but backbone.family={config.family} generates from text alone: leave images"
-            " out, or use wan22_ti2v, wan22_i2v or cosmos25"
+            f" out, or use {' or '.join(others)}"
         )
     if len(given) < len(prompts) and False not in family.first_frame:
         return f"backbone.family={config.family} needs an image for each prompt"
+    if (several := [prompt for prompt in given if prompt.frames > 1]) and not family.takes_prefix:
+        others = [name for name, other in BACKBONES.items() if other.takes_prefix]
+        return (
+            f"{several[0].key} begins with {several[0].frames} frames, but backbone.family={config.family} takes no"
+            f" more than one: use {' or '.join(others)}"
+        )
     return ""
 
 
-def first_frame(prompt: Prompt, video: VideoConfig) -> Tensor:
-    """(1, 3, H, W) in [-1, 1] of the prompt's clip or picture; ClipError, a ValueError, where it cannot be read."""
-    return from_pixels(read_clip(prompt.image, replace(video, num_frames=1)))[None, :, 0]
+def first_frames(prompt: Prompt, video: VideoConfig) -> Tensor:
+    """(1, 3, n, H, W) in [-1, 1], `prompt.frames` of its clip or picture; ClipError, a ValueError, where they cannot be
+    read."""
+    return from_pixels(read_clip(prompt.image, replace(video, num_frames=prompt.frames)))[None]
 
 
 def condition(backbone: Backbone, prompt: Prompt, video: VideoConfig) -> Conditioning:
     """What the network is told of a prompt, of one clip."""
-    frame = first_frame(prompt, video) if prompt.image else None
-    return backbone.condition([prompt.text], frame, num_frames=video.num_frames)
+    frames = first_frames(prompt, video) if prompt.image else None
+    return backbone.condition([prompt.text], frames, num_frames=video.num_frames)
 
 
 def warn_of_cut_prompts(config: BackboneConfig, prompts: Sequence[Prompt]) -> None:
@@ -237,5 +246,5 @@ class Maker:
 
 def _told(request: Request) -> tuple:
     """What conditioning depends on."""
-    image = request.prompt.image
-    return (request.prompt.text, image, astuple(request.video) if image else None)
+    prompt = request.prompt
+    return (prompt.text, prompt.image, (prompt.frames, astuple(request.video)) if prompt.image else None)

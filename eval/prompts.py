@@ -18,6 +18,7 @@ class Prompt:
     key: str  # of [a-z0-9-]: names files
     text: str
     image: Path | None
+    frames: int = 1  # of the image that the clip begins with: 1, or those of a prefix
 
 
 @dataclass
@@ -26,11 +27,13 @@ class PromptsConfig:
 
     prompts: list[str] = field(default_factory=list)  # what is to be seen
     prompts_file: str = ""  # instead of prompts: .txt, one per line; .csv or .jsonl, columns prompt [image] [key]
-    images: list[str] = field(default_factory=list)  # image-to-video: a clip or picture per prompt; first frame is used
+    # Image-to-video: a clip or picture per prompt, of which the first backbone.prefix_frames are used.
+    images: list[str] = field(default_factory=list)
 
 
-def read_prompts(settings: PromptsConfig, section: str) -> list[Prompt]:
-    """The prompts of a section's keys `prompts` or `prompts_file`, with their keys and images.
+def read_prompts(settings: PromptsConfig, section: str, frames: int = 1) -> list[Prompt]:
+    """The prompts of a section's keys `prompts` or `prompts_file`, with their keys and images, of which clips begin
+    with `frames`.
 
     Raises ValueError where there are none, for an unreadable file, a missing column, a prompt that is empty or no text,
     doubled keys, and images for some prompts only. Images in a file are relative to its folder; ~ is expanded.
@@ -68,7 +71,8 @@ def read_prompts(settings: PromptsConfig, section: str) -> list[Prompt]:
             )
         if why := not_local(row["image"]):
             raise ValueError(f"{place}: image {row['image']} {why}")
-        keyed[key] = Prompt(key, text, folder / Path(row["image"]).expanduser() if row["image"] else None)
+        image = folder / Path(row["image"]).expanduser() if row["image"] else None
+        keyed[key] = Prompt(key, text, image, frames if image else 1)
     without = [prompt.key for prompt in keyed.values() if prompt.image is None]
     if 0 < len(without) < len(keyed):
         raise ValueError(f"{source}: {len(without)} prompts have no image, the first is {without[0]}: give all or none")

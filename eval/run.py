@@ -47,7 +47,7 @@ from eval.maker import (
     Model,
     batches,
     build_request,
-    first_frame,
+    first_frames,
     image_problem,
     make_clips,
     warn_of_cut_prompts,
@@ -60,7 +60,7 @@ from eval.scoring import Plan, Probe, compare_clips, probe, score, unprobed
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
-from train.clips import VideoConfig
+from train.clips import VideoConfig, write_clip
 from train.files import atomic, lock, write_text
 from train.parallel import any_rank
 
@@ -125,14 +125,13 @@ def build(config: Config, name: str) -> Benchmark:
 def listing(config: Config) -> str:
     """Every benchmark and what it needs, found or not."""
     lines = []
-    for name, kind in BENCHMARKS.items():
+    for name in BENCHMARKS:
         try:
             needed = build(config, name).requirements()
         except ValueError as error:
             lines += [name, f"  cannot run: {error}"]
             continue
         lines.append(name + ("" if needed else ": needs nothing"))
-        lines += [f"  [cannot run] {kind.unavailable}"] if kind.unavailable else []
         for requirement in needed:
             mark = "found" if requirement.found else "missing"
             lines.append(f"  [{mark}] {requirement.what} ({requirement.licence})")
@@ -255,17 +254,26 @@ def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Pa
     """The prompt with the picture that it starts from; ValueError where that cannot be read."""
     if task.image is None:
         return Prompt(task.key, task.text, None)
+    if benchmark.prefix_frames:
+        return _prefix_prompt(benchmark, task, video, folder)
     shown = benchmark.shown(task)
     if shown is None:
         prompt = Prompt(task.key, task.text, task.image)
-        first_frame(prompt, video)
+        first_frames(prompt, video)
         return prompt
-    if len(shown) != 1:
-        raise ValueError(f"{task.key} shows a model {len(shown)} frames, but no backbone here takes more than one")
     path = folder / f"{task.key}.png"
     with atomic(path) as aside:
         Image.fromarray(shown[0]).save(aside, "PNG")
     return Prompt(task.key, task.text, path)
+
+
+def _prefix_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Path) -> Prompt:
+    """The prompt with the clip that it continues, written without loss where there is none or its source is newer."""
+    frames = benchmark.prefix_frames
+    path = folder / f"{task.key}-{video.width}x{video.height}x{frames}-{video.fps:g}fps.mp4"
+    if not path.exists() or path.stat().st_mtime_ns < task.image.stat().st_mtime_ns:
+        write_clip(path, torch.from_numpy(benchmark.shown(task)), video.fps, lossless=True)
+    return Prompt(task.key, task.text, path, frames)
 
 
 def overview(config: Config, lora: Lora | None, plans: Sequence[Plan]) -> str:

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +193,15 @@ def _line(plan: Plan, model: str, number: int, row: dict[str, Any], task: Task) 
 
 def compare_clips(plan: Plan, video: VideoConfig) -> list[tuple[str, Tensor]]:
     """Write comparison.mp4 and sheet.png of the first prompts; returns their prompts with the clips side by side."""
-    rows, compared = [], []
+    rows, compared, before = [], [], plan.benchmark.prefix_frames  # which references do not begin with
+    video = replace(video, num_frames=video.num_frames - before)
     for task in plan.tasks[:SHOWN]:
         clips = {}
         for model, samples in plan.samples.items():
             own = [sample for sample in samples if sample.task.key == task.key]
             with suppress(ClipError):  # a clip that cannot be read is named in the report
-                clips[model] = read_clip(own[0].path, video)
+                start = 0.0 if model == TRUE else before / video.fps
+                clips[model] = read_clip(own[0].path, video, start=start)
         if clips:
             rows += [(f"{model}: {task.text}", clip) for model, clip in clips.items()]
             compared.append((task.text, side_by_side(list(clips.values()), list(clips))))

@@ -110,12 +110,12 @@ def check_clip(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> N
         read_clip(path, video, start=start)
 
 
-def read_first_frame(path: str | Path, video: VideoConfig, *, start: float = 0.0) -> Tensor:
-    """The first frame of `read_clip`: (H, W, 3) uint8. Raises ClipError as `check_clip` does; of a clip that it takes
-    nothing behind the frame is decoded."""
+def read_first_frames(path: str | Path, video: VideoConfig, *, start: float = 0.0, count: int = 1) -> Tensor:
+    """The first frames of `read_clip`: (count, H, W, 3) uint8. Raises ClipError as `check_clip` does; of a clip that it
+    takes nothing behind them is decoded."""
     if _lasts(Path(path), video, start):
-        video = replace(video, num_frames=1)
-    return read_clip(path, video, start=start)[0]
+        video = replace(video, num_frames=count)
+    return read_clip(path, video, start=start)[:count]
 
 
 def _lasts(path: Path, video: VideoConfig, start: float) -> bool:

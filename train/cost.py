@@ -29,6 +29,7 @@ import recipes
 from train.backbones import BACKBONES, find_architecture, load_backbone, text_tokens
 from train.backbones.architecture import forward_flops, latent_shape, num_tokens, parameter_count
 from train.backbones.base import BackboneConfig
+from train.backbones.conditioning import CONDITION
 from train.clips import VideoConfig
 from train.files import read_json, write_text
 from train.optimizer import OptimConfig, learning_rate
@@ -188,8 +189,9 @@ class Bill:
         size = latent_shape(architecture, job.video.height, job.video.width, job.video.num_frames)
         self.channels, self.frames = size[:2]
         self.clip_bytes = 2 * math.prod(size)  # of latents in bfloat16
-        self.image_bytes = self._first_frame_bytes()
-        self.stacked = self.image_bytes == self.clip_bytes  # the VAE reads a whole clip for its first frame
+        given = self._first_frame_shapes(size)
+        self.image_bytes = 2 * sum(map(math.prod, given.values()))
+        self.stacked = given.get(CONDITION) == size  # the VAE reads a whole clip for its first frame
         self.group_bytes = (1 + job.pipeline.losers.count) * self.clip_bytes + self.image_bytes
 
     def stages(self, groups: int) -> list[Stage]:
@@ -251,13 +253,12 @@ class Bill:
         seconds = self._seconds(steps * batch * work, self.rates.training)
         return Stage("training", f"{steps:,} steps of {batch} groups, {words}", seconds)
 
-    def _first_frame_bytes(self) -> int:
-        """Of a group's image latents, if any: a whole clip of them where they are stacked on the network's input."""
+    def _first_frame_shapes(self, clip: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Of what a group holds of its clip's first frame, if anything; clip: of the latents (C, F, H, W)."""
         family, asked = BACKBONES[self.job.backbone.family], self.job.pipeline.first_frame
-        if not (family.first_frame[0] if asked is None else asked):
-            return 0
-        stacked = family.input_channels(self.architecture) > self.channels
-        return self.clip_bytes if stacked else self.clip_bytes // self.frames
+        wanted = family.first_frame[0] if asked is None else asked
+        frames = self.job.backbone.prefix_frames
+        return family.first_frame_shapes(self.architecture, clip, frames) if wanted else {}
 
 
 def bill(

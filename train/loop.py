@@ -256,6 +256,13 @@ def open_groups(config: Any, backbone: Backbone) -> GroupSet:
             f" section gives {tuple(expected)}: set video.height, video.width, video.num_frames to what they were"
             " built with, or build them again"
         )
+    frames, condition = config.backbone.prefix_frames, groups[0].condition if backbone.takes_prefix else None
+    begin = 0 if condition is None else (condition.shape[1] - 1) * backbone.architecture["vae_scale_temporal"] + 1
+    if begin != frames and (begin or frames > 1):
+        raise ValueError(
+            f"the groups in {config.train.groups} begin with {begin or 'no'} given frames, the recipe says"
+            f" backbone.prefix_frames={frames}: set it to {begin or 1}, or build them again"
+        )
     return groups
 
 

@@ -26,7 +26,7 @@ from train.sampling import sample_clips
 @dataclass
 class ValidationConfig:
     prompts: list[str] = field(default_factory=list)  # none: no validation clips
-    # Image-to-video families: a clip or picture per prompt, of which the first frame is used.
+    # Image-to-video families: a clip or picture per prompt, of which the first backbone.prefix_frames are used.
     images: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])  # clips per prompt
     every: int = 500  # steps; also before the first and after the last
@@ -34,7 +34,10 @@ class ValidationConfig:
 
 def check(config: Any) -> None:
     """ValueError, before weights are read, where pictures and prompts do not go together."""
-    family, config = BACKBONES.get(config.backbone.family), config.validation
+    family, frames, video = BACKBONES.get(config.backbone.family), config.backbone.prefix_frames, config.video
+    config = config.validation
+    if config.images and family is not None:
+        family.check_prefix(frames, "backbone.prefix_frames", video.num_frames)
     if config.images and len(config.images) != len(config.prompts):
         raise ValueError(
             f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts: give one a prompt"
@@ -123,8 +126,8 @@ class Validation:
             backbone = load_backbone(self.config.backbone, self.accelerator.device, parts=parts)
             first = None
             if config.images:
-                still = replace(self.config.video, num_frames=1)
-                first = torch.stack([from_pixels(read_clip(path, still))[:, 0] for path in config.images])  # (P,3,H,W)
+                given = replace(self.config.video, num_frames=self.config.backbone.prefix_frames)
+                first = torch.stack([from_pixels(read_clip(path, given)) for path in config.images])  # (P,3,n,H,W)
             conditioning = backbone.condition(list(config.prompts), first, num_frames=self.config.video.num_frames)
             negative = backbone.condition([self.config.sampler.negative_prompt])
             both = {"prompts": conditioning.named(), "negative": negative.named()}

@@ -75,7 +75,7 @@ class Encode(Stage):
     def encode(self, records: Sequence[TableRow], frames: list[Tensor]) -> Iterator[dict[str, Tensor]]:
         """What is kept of each row and its clip (T, H, W, 3) uint8, all in one batch."""
         video = from_pixels(torch.stack(frames).to(self.backbone.device))  # (B, 3, T, H, W)
-        first = video[:, :, 0] if self.setup.first_frame else None
+        first = video[:, :, : self.setup.prefix_frames] if self.setup.first_frame else None
         prompts = [record["prompt"] for record in records]
         conditioning = self.backbone.condition(prompts, first, num_frames=video.shape[2])
         winners = self.backbone.encode_video(video, batch_size=len(video)).to(torch.bfloat16).cpu()

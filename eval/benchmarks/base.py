@@ -109,7 +109,6 @@ class Benchmark(ABC):
     lower_is_better: ClassVar[tuple[str, ...]] = ()  # of the figures
     published: ClassVar[tuple[Published, ...]] = ()
     lossless: ClassVar[bool] = False  # whether clips have to be kept without loss
-    unavailable: ClassVar[str] = ""  # what of it cannot be run here and why, for --list
     together: ClassVar[int] = 1  # samples that are scored as one batch, and so change each other's values by rounding
     of_clips: ClassVar[bool] = True  # False: it asks the backbone itself, see `probe`
 
@@ -121,6 +120,7 @@ class Benchmark(ABC):
         raters: RatersConfig | None = None,
         sampler: SamplerConfig | None = None,
     ):
+        self.prefix_frames = 0  # of the clip that a model continues; 0: it is shown a picture, or nothing
         self.settings, self.model_video, self.sampler = settings, video, sampler or SamplerConfig()
         self.vlm, self.raters = vlm or VlmConfig(), raters or RatersConfig()
 

@@ -3,14 +3,15 @@
     recipe key              run.physics_iq.<field>, see PhysicsIQConfig
     data                    the folder physics-IQ-benchmark, or physics-IQ-benchmark-verified, as downloaded
 
-A model gets the frame at which the experiment starts (image to video) and the description; its first five seconds are
-compared with take 1. Metrics in `physics_iq_metrics`, masks and files in `physics_iq_frames`; both equal
-google-deepmind/physics-IQ-benchmark, which arXiv 2501.09038 describes. Its leaderboards know this input and the three
-seconds before (multiframe), which no backbone here takes. A model that takes text alone is shown nothing of the scene:
+A model gets the frame at which the experiment starts (image to video) or the three seconds up to it (multiframe, video
+to video) and the description; the five seconds that follow are compared with take 1. Metrics in `physics_iq_metrics`,
+masks and files in `physics_iq_frames`; both equal google-deepmind/physics-IQ-benchmark, which arXiv 2501.09038
+describes. Its leaderboards know these two inputs. A model that takes text alone is shown nothing of the scene:
 `input=text` is possible but comparable with no published figure.
 
 Length and rate: the official code takes exactly five seconds at a whole number of frames per second, which the real
-videos are resampled to. Wan's 4k + 1 frames (81 at 16, 121 at 24) are cut to 80 and 120.
+videos are resampled to. Wan's 4k + 1 frames (81 at 16, 121 at 24) are cut to 80 and 120. Of the three seconds a model
+gets the last 4k + 1 frames (45 at 16, 69 at 24), and makes 125 or 189 frames in all.
 """
 
 import csv
@@ -34,8 +35,9 @@ from eval.benchmarks.physics_iq_frames import SECONDS, View, opencv, real_frames
 from eval.benchmarks.physics_iq_metrics import METRICS, physics_iq
 from train.clips import ClipError, VideoConfig, write_clip
 
-INPUTS = ("image", "text")
+INPUTS = ("image", "multiframe", "text")
 MASKS = ("memory", "mp4v", "both")
+PREFIX_SECONDS = 3  # of a conditioning video
 SOURCE_FPS = 30  # of the videos that are always there
 COLUMNS = (
     *METRICS,
@@ -54,7 +56,7 @@ REMEDY = (
 @dataclass
 class PhysicsIQConfig:
     folder: str = ""  # the benchmark's data, as downloaded
-    input: str = "image"  # what a model is shown: image (the switch frame) or text
+    input: str = "image"  # what a model is shown: image (the switch frame), multiframe (the 3 s up to it) or text
     masks: str = "memory"  # memory, mp4v (the official round trip through a lossy file), or both, reported side by side
 
     def __post_init__(self) -> None:
@@ -70,7 +72,6 @@ class PhysicsIQ(Benchmark):
     columns = COLUMNS
     figures = ("physics_iq", "physics_iq_verified", *METRICS)
     lower_is_better = ("mse",)
-    unavailable = "what came before the switch as input (multiframe): no backbone here takes more than one frame"
     workers: ClassVar[int] = os.cpu_count() or 1  # processes; the real 4K videos need about 1 GB in each
     published = read_published("physics_iq")
 
@@ -82,6 +83,8 @@ class PhysicsIQ(Benchmark):
                 " 8, 16, 24 or 30, or leave physics_iq out of benchmarks"
             )
         self.fps = round(video.fps)
+        if settings.input == "multiframe":
+            self.prefix_frames = (PREFIX_SECONDS * self.fps - 1) // 4 * 4 + 1
         self.root = Path(settings.folder)
         if settings.masks == "both":
             self.columns = tuple(f"{name}{ending}" for ending in ("", MP4V) for name in type(self).columns)
@@ -91,9 +94,11 @@ class PhysicsIQ(Benchmark):
     # What it needs
 
     def requirements(self) -> list[Requirement]:
-        needed = [self._videos()]
+        needed = [self._videos("testing")]
         if self.settings.input == "image":
             needed.append(self.root / "switch-frames")
+        if self.settings.input == "multiframe":
+            needed.append(self._videos("conditioning"))
         there = bool(self.settings.folder) and all(folder.is_dir() for folder in needed)
         where, descriptions = f"run.physics_iq.folder={self.settings.folder}", self._descriptions()
         copy = (
@@ -114,20 +119,20 @@ class PhysicsIQ(Benchmark):
     def _descriptions(self) -> Path:
         return self.root / "descriptions.csv"
 
-    def _videos(self) -> Path:
-        """Folder of the real videos at the model's rate, else at 30, from which they are resampled.
+    def _videos(self, kind: str) -> Path:
+        """Folder of testing or conditioning videos at the model's rate, else at 30, from which they are resampled.
 
         The bucket names them split-videos/testing, the official README split-videos/testing-videos.
         """
         tried = [
             self.root / "split-videos" / name / f"{fps}FPS"
             for fps in (self.fps, SOURCE_FPS)
-            for name in ("testing", "testing-videos")
+            for name in (kind, f"{kind}-videos")
         ]
         return next((folder for folder in tried if folder.is_dir()), tried[-2])
 
     def _video(self, facts: Mapping[str, Any], take: int) -> Path:
-        return _real_file(self._videos(), "testing-videos", facts, take)
+        return _real_file(self._videos("testing"), "testing-videos", facts, take)
 
     def _shipped_masks(self, facts: Mapping[str, Any], take: int) -> Path | None:
         """The benchmark's own masks of a real video, which the official code prefers to making them."""
@@ -137,8 +142,8 @@ class PhysicsIQ(Benchmark):
     # What to make
 
     def video(self, video: VideoConfig) -> VideoConfig:
-        """At least five seconds, as 4k + 1 frames; a model that makes longer clips keeps its length."""
-        needed = SECONDS * self.fps
+        """At least the prefix and five seconds, as 4k + 1 frames; a model that makes longer clips keeps its length."""
+        needed = self.prefix_frames + SECONDS * self.fps
         return video if video.num_frames >= needed else replace(video, num_frames=4 * math.ceil((needed - 1) / 4) + 1)
 
     def prompts(self) -> list[Task]:
@@ -181,16 +186,21 @@ class PhysicsIQ(Benchmark):
         image = None
         if self.settings.input == "image":
             image = self.root / "switch-frames" / f"{first['id']}_switch-frames_anyFPS_{view}_{scenario}.jpg"
+        elif self.settings.input == "multiframe":
+            image = _real_file(self._videos("conditioning"), "conditioning-videos", facts, 1)
+            facts["start"] = self.prefix_frames  # of a clip, before the five seconds
         key = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
         return Task(key, first["description"], first.get("category") or "", image, facts, cluster=scenario)
 
     def shown(self, task: Task) -> np.ndarray:
-        """What the model is shown, at its size: (1,H,W,3) uint8 RGB.
+        """What the model is shown, at its size: (n,H,W,3) uint8 RGB, one frame or the prefix.
 
         Stretched to the size, not cut: the official code stretches what the model makes back over the whole real frame.
         """
         cv2 = opencv()
         assert task.image is not None, "input=text shows nothing"
+        if self.prefix_frames:
+            return self._stretched(list(real_frames(task.image, self.fps, PREFIX_SECONDS))[-self.prefix_frames :])
         frame = cv2.imdecode(np.fromfile(task.image, np.uint8), cv2.IMREAD_COLOR)
         if frame is None:
             raise ValueError(f"{task.image}: no picture, or cut short; {REMEDY}")
@@ -213,9 +223,10 @@ class PhysicsIQ(Benchmark):
             if path.parent.name != f"{self.fps}FPS":
                 source, path = path, folder / f"{task.key}.mp4"
                 if not path.exists():
-                    frames = self._stretched(real_frames(source, self.fps))
+                    frames = self._stretched(real_frames(source, self.fps, SECONDS))
                     write_clip(path, torch.from_numpy(frames), self.fps)
-            samples.append(Sample(task, 0, path))
+            facts = {name: fact for name, fact in task.facts.items() if name != "start"}
+            samples.append(Sample(replace(task, facts=facts), 0, path))
         return samples
 
     # What was made
@@ -234,16 +245,14 @@ class PhysicsIQ(Benchmark):
             target = folder / f"run_{runs[sample.task.key]:02d}" / name
             with suppress(ClipError, FileNotFoundError):
                 if not target.exists() or target.stat().st_mtime_ns < sample.path.stat().st_mtime_ns:
-                    trim(sample.path, target, SECONDS * self.fps)
+                    trim(sample.path, target, SECONDS * self.fps, start=facts.get("start", 0))
         return folder
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         """Rows as they are done; metrics of take 1 and 2 are kept in `folder` for the next model."""
         opencv()
-        if not self._videos().is_dir():
-            raise ValueError(
-                f"run.physics_iq.folder={self.settings.folder}: no {self._videos()} with real videos; {REMEDY}"
-            )
+        if not (videos := self._videos("testing")).is_dir():
+            raise ValueError(f"run.physics_iq.folder={self.settings.folder}: no {videos} with real videos; {REMEDY}")
         jobs = [(sample, self._views(sample, folder)) for sample in samples]
         workers = min(self.workers, len(jobs))
         if workers <= 1:
@@ -264,6 +273,7 @@ class PhysicsIQ(Benchmark):
         return {
             ending: View(
                 clip=sample.path,
+                start=facts.get("start", 0),
                 fps=self.fps,
                 takes=(self._video(facts, 1), self._video(facts, 2)),
                 shipped=(self._shipped_masks(facts, 1), self._shipped_masks(facts, 2)) if mp4v else (None, None),

@@ -204,12 +204,12 @@ def write_lossless(path: Path, frames: Iterable[av.VideoFrame], fps: float) -> N
         container.mux(stream.encode())
 
 
-def trim(path: Path, target: Path, count: int) -> None:
-    """The first `count` frames of a file as a file of their own, without loss. Raises ClipError."""
+def trim(path: Path, target: Path, count: int, *, start: int = 0) -> None:
+    """`count` frames of a file from frame `start` on, as a file of their own, without loss. Raises ClipError."""
     header = read_header(path)
     try:
         with av.open(str(path)) as container:
-            frames = list(islice(container.decode(video=0), count))
+            frames = list(islice(container.decode(video=0), start, start + count))
     except av.error.FFmpegError as error:
         raise ClipError(path, "truncated", f"damaged ({error.strerror})") from error
     if len(frames) < count:
@@ -225,6 +225,7 @@ class View:
     """Files of one comparison, for a worker process."""
 
     clip: Path  # the generated one
+    start: int  # its frames before those that are compared
     fps: int  # of the comparison
     takes: tuple[Path, Path]  # the real videos, at `fps` or another rate
     shipped: tuple[Path | None, Path | None]  # masks of the real videos that come with the benchmark
@@ -239,7 +240,7 @@ def score_view(view: View) -> dict[str, float]:
         raise ClipError(view.clip, "frame rate", f"{header.fps:g} frames a second, expected {view.fps}: make it again")
     reality, variance = _reality(view)
     generated = observe(
-        read_frames(view.clip, SECONDS * view.fps),
+        islice(read_frames(view.clip, view.start + SECONDS * view.fps), view.start, None),
         reality.frames.shape[1:3],
         fps=view.fps,
         mp4v=view.mp4v,
@@ -247,13 +248,13 @@ def score_view(view: View) -> dict[str, float]:
     return row_values(compare(reality, generated), variance)
 
 
-def real_frames(path: Path, fps: int) -> Iterator[np.ndarray]:
-    """The first SECONDS of a real video at `fps` frames a second, as the official code resamples it."""
+def real_frames(path: Path, fps: int, seconds: int) -> Iterator[np.ndarray]:
+    """The first seconds of a real video at `fps` frames a second, as the official code resamples it."""
     header = read_header(path)
     if math.isclose(header.fps, fps, rel_tol=1e-3):
-        return read_frames(path, SECONDS * fps)
-    count = int(SECONDS * header.fps)
-    return resampled(read_frames(path, count), count, SECONDS * fps)
+        return read_frames(path, seconds * fps)
+    count = int(seconds * header.fps)
+    return resampled(read_frames(path, count), count, seconds * fps)
 
 
 def _reality(view: View) -> tuple[Observed, Agreement]:
@@ -270,7 +271,7 @@ def _reality(view: View) -> tuple[Observed, Agreement]:
     stamp = np.array([[source.st_size, source.st_mtime_ns] for source in sources])
     kept = _load(view.cache, stamp)
     if kept is not None:
-        return Observed(shrink(real_frames(view.takes[0], view.fps), size), kept[0]), kept[1]
+        return Observed(shrink(real_frames(view.takes[0], view.fps, SECONDS), size), kept[0]), kept[1]
     takes = [_real(path, masks, size, view) for path, masks in zip(view.takes, view.shipped, strict=True)]
     variance = compare(*takes)
     _save(view.cache, stamp, takes[0].masks, variance)
@@ -278,7 +279,7 @@ def _reality(view: View) -> tuple[Observed, Agreement]:
 
 
 def _real(path: Path, masks: Path | None, size: tuple[int, int], view: View) -> Observed:
-    frames = real_frames(path, view.fps)
+    frames = real_frames(path, view.fps, SECONDS)
     if masks is None:
         return observe(frames, size, fps=view.fps, mp4v=view.mp4v)
     return Observed(shrink(frames, size), binary(read_frames(masks, SECONDS * view.fps), size))

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]] | None:
     if settings.chosen_by and settings.chosen_by not in SCORERS:
         raise ValueError(f"refine_prompts.chosen_by={settings.chosen_by!r} is no scorer: use {', '.join(SCORERS)}")
     config.check("refine_prompts")
-    prompts = read_prompts(settings, "refine_prompts")
+    prompts = read_prompts(settings, "refine_prompts", config.backbone.prefix_frames)
     results = None
     with entry.launched("refinement") as accelerator:
         if not config.dry_run:
@@ -106,6 +106,7 @@ class Generator:
         self.lora = read_lora(config.refine_prompts.lora, shell, key="refine_prompts.lora")
         self.model = config.searching(Model(TUNED), "refine_prompts")
         backbone = [shell.fingerprint, config.backbone.dtype, config.backbone.text_length, config.seed]
+        backbone += [config.backbone.prefix_frames] if images and config.backbone.prefix_frames > 1 else []
         weights = self.lora.sha256 if self.lora else ""
         self.digest = digest([backbone, config.sampler.settings(), weights, self.model.settings])
 
@@ -135,8 +136,9 @@ class Generator:
         def values(description: str, clips: Tensor) -> Tensor:
             frames = from_pixels(clips)  # (R, 3, T, H, W)
             latents = self.backbone.encode_video(frames).cpu()
-            frame = frames[:1, :, 0] if self.images else None  # every round begins with the prompt's image
-            conditioning = self.backbone.condition([description], frame, num_frames=frames.shape[2])
+            count = self.config.backbone.prefix_frames  # with which every round begins, where the prompt has an image
+            first = frames[:1, :, :count] if self.images else None
+            conditioning = self.backbone.condition([description], first, num_frames=frames.shape[2])
             key, fps = make_key(0, description), self.config.video.fps
             return score(Candidates(key, description, latents, conditioning, lambda _: clips, fps))
 

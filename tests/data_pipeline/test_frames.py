@@ -34,7 +34,7 @@ def test_the_first_frame_is_that_of_the_whole_clip_and_the_only_one_that_is_deco
     reader = FrameReader(VIDEO, "cpu")
     reader.check(row)
     assert pictures == []
-    first = reader.read_first(row)
+    (first,) = reader.read_first(row)
     assert len(pictures) == 1
     assert torch.equal(first, reader.read(row)[0]) and len(pictures) == 1 + VIDEO.num_frames
 
@@ -59,7 +59,7 @@ def test_a_clip_whose_last_frame_is_held_is_taken_by_all(tmp_path):
     """Eight frames end at 2.00 s, where the ninth is due."""
     row, reader = write(tmp_path / "clip.mp4", 8), FrameReader(VIDEO, "cpu")
     reader.check(row)
-    assert torch.equal(reader.read_first(row), reader.read(row)[0])
+    assert torch.equal(reader.read_first(row)[0], reader.read(row)[0])
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
 def test_rows_are_read_and_told_apart(simulator):
     reader = FrameReader(VIDEO, "cpu")
     first, second, third = (vars(row) for row in rows("robots:push:3"))
-    assert int(reader.read(second).unique()) == 1 and reader.read_first(second).shape == (16, 16, 3)
+    assert int(reader.read(second).unique()) == 1 and reader.read_first(second).shape == (1, 16, 16, 3)
     with pytest.raises(ClipError, match=r"robots:push:train:0:2: simulator failed: its process ended with status 7"):
         reader.read(third)
     other = vars(rows("robots:reach,push:4")[1])  # the same clip in another list

@@ -27,17 +27,22 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(backbone):
-    latents = draw(2, *backbone.latent_shape(32, 32, 5))
+def inputs(backbone, num_frames=5, given=0):
+    latents = draw(2, *backbone.latent_shape(32, 32, num_frames))
     width = backbone.architecture["transformer"]["text_dim"]
     stacked = backbone.input_channels(backbone.architecture) > latents.shape[1]
-    return latents, Conditioning(draw(2, 8, width, seed=1), draw(*latents.shape, seed=2) if stacked else None)
+    image = draw(*latents.shape, seed=2)[:, :, : given or None] if stacked or given else None
+    return latents, Conditioning(draw(2, 8, width, seed=1), image)
 
 
-@pytest.mark.parametrize("family", ["wan21", "wan22_ti2v", "wan22_i2v"])
-def test_velocity_and_gradient_are_those_of_plain_blocks(family):
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("wan21", {}), ("wan22_ti2v", {}), ("wan22_ti2v", {"num_frames": 9, "given": 2}), ("wan22_i2v", {})],
+)
+def test_velocity_and_gradient_are_those_of_plain_blocks(family, more):
+    """given: latent frames at t = 0, beside others at t."""
     backbone, found = load(family), []
-    latents, conditioning = inputs(backbone)
+    latents, conditioning = inputs(backbone, **more)
     for times in range(2):
         if times:
             assert fuse(backbone, compiled=False) == ""

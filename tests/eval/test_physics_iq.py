@@ -7,7 +7,7 @@ integer arithmetic alone, so every machine has the same pixels.
 import csv
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
@@ -254,7 +254,7 @@ def test_resampling_blends_neighbours():
 def test_real_videos_of_another_rate_are_resampled(tmp_path):
     frames = film(0, 0, 160)
     save(tmp_path / "30.mp4", frames, 30)
-    got = list(real_frames(tmp_path / "30.mp4", 16))
+    got = list(real_frames(tmp_path / "30.mp4", 16, 5))
     assert len(got) == 80
     np.testing.assert_array_equal(got[0], frames[0])
     np.testing.assert_array_equal(got[-1], frames[149])
@@ -360,6 +360,32 @@ def test_the_switch_frame_is_stretched_not_cut(copy):
     task.image.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="no picture, or cut short"):
         benchmark.shown(task)
+
+
+def test_a_prefix_is_the_last_4k_1_frames_of_the_three_seconds_and_is_not_judged(data, tmp_path):
+    """At 8 frames a second 21 of 24; a clip of 61 frames, of which the last 40 are compared."""
+    benchmark, plain = build(data, input="multiframe"), build(data)
+    assert benchmark.prefix_frames == 21 and benchmark.video(VIDEO).num_frames == 61
+    rates = {fps: build(data, replace(VIDEO, fps=fps), input="multiframe") for fps in (16, 24)}
+    assert [(one.prefix_frames, one.video(one.model_video).num_frames) for one in rates.values()] == [
+        (45, 125),
+        (69, 189),
+    ]
+    task = benchmark.prompts()[1]
+    shown = benchmark.shown(task)
+    np.testing.assert_array_equal(shown, film(1, 7, 24)[-21:, ..., ::-1])
+    save(tmp_path / "with.mp4", np.concatenate([film(1, 7, 24)[-21:], film(1, 3, 40)]))
+    save(tmp_path / "without.mp4", film(1, 3, 40))
+    (long,) = benchmark.score([Sample(task, 0, tmp_path / "with.mp4")], tmp_path)
+    (short,) = plain.score([Sample(plain.prompts()[1], 0, tmp_path / "without.mp4")], tmp_path)
+    assert long.values == short.values and not long.error
+    (reference, *_) = benchmark.score(benchmark.references(tmp_path)[:1], tmp_path)
+    assert reference.values == next(plain.score(plain.references(tmp_path)[:1], tmp_path)).values
+    laid = benchmark.layout([Sample(task, 0, tmp_path / "with.mp4")], tmp_path / "laid")
+    (path,) = laid.rglob("*.mp4")
+    np.testing.assert_array_equal(np.stack(list(read_frames(path, 40))), film(1, 3, 40))
+    assert plain.recorded == asdict(plain.settings) | {"descriptions": "", "context_frames": 0}
+    assert all(need.found for need in benchmark.requirements())
 
 
 @pytest.mark.slow
@@ -494,7 +520,6 @@ def test_requirements(data, tmp_path):
     [
         ({"input": "video"}, "run.physics_iq.input=video: use one of image"),
         ({"masks": "disk"}, "run.physics_iq.masks=disk"),
-        ({"input": "multiframe"}, "run.physics_iq.input=multiframe: use one of image, text"),
     ],
 )
 def test_settings_that_cannot_be(data, settings, message):

@@ -427,7 +427,6 @@ def test_the_list_needs_no_model(more, capsys):
     assert run.main(["--list"]) is None
     printed = capsys.readouterr().out
     assert "sandbox: needs nothing" in printed
-    assert "[cannot run] what came before the switch" in printed
     assert "absent\n  [missing] the data (MIT)\n      run.absent.folder=\n      get it from a shop" in printed
 
 

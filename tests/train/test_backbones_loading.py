@@ -54,7 +54,9 @@ def test_tiny_pipeline_loads_here_and_in_diffusers(folders, family):
     assert parameter_count(tiny) == sum(parameter.numel() for parameter in backbone.transformer.parameters())
     vae = backbone.vae.config
     assert backbone.latent_shape(64, 64, 9)[0] == tiny["z_dim"] == vae.get("z_dim", vae.get("latent_channels"))
-    most = 25e6 if family == "hunyuan15" else 10e6  # one of its layers has 2048 x 2048 weights, whatever the config
+    most = (
+        25e6 if family.startswith("hunyuan15") else 10e6
+    )  # one of its layers has 2048 x 2048 weights, whatever the config
     assert sum(file.stat().st_size for file in folders[family].rglob("*")) < most
 
 

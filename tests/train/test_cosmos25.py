@@ -83,12 +83,19 @@ def images(count=2):
     return torch.rand(count, 3, 32, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
+def prefixes():
+    return torch.rand(2, 3, 5, 32, 48, generator=torch.Generator().manual_seed(4)) * 2 - 1
+
+
 def theirs(pipeline, start, *, steps, guidance, first=None):
     """Latents of diffusers' pipeline, clip by clip. It makes an image of a video's last frame, which needs no
     torchvision."""
     made = []
     for number, prompt in enumerate(PROMPTS):
-        given = {"video": first[number][None, :, None], "num_latent_conditional_frames": 1} if first is not None else {}
+        given = {}
+        if first is not None:
+            video = first[number][None] if first.dim() == 5 else first[number][None, :, None]
+            given = {"video": video, "num_latent_conditional_frames": (video.shape[2] - 1) // 4 + 1}
         size = {"height": VIDEO.height, "width": VIDEO.width, "num_frames": VIDEO.num_frames}
         own = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": LENGTH}
         latents = {"latents": start[number : number + 1], "output_type": "latent"}
@@ -137,22 +144,23 @@ def test_sampling_equals_diffusers(backbone, pipeline, guidance):
     torch.testing.assert_close(backbone.decode_latents(made)[:1], clip, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", [1, 2], ids=["image", "prefix"])
 @pytest.mark.parametrize("guidance", CLOSE)
-def test_a_first_frame_is_diffusers_but_for_the_noise_that_it_keeps(backbone, pipeline, guidance):
-    """diffusers' first latent frame keeps 1 / 201 of its noise, for its clips begin below t = 1; ours is the image. The
-    network reads neither: it is given the image."""
-    start, steps, first = initial_noise(backbone, VIDEO, [1, 2]), 5, images()
+def test_a_first_frame_is_diffusers_but_for_the_noise_that_it_keeps(backbone, pipeline, guidance, given):
+    """diffusers' given latent frames keep 1 / 201 of their noise, for its clips begin below t = 1; ours are the image's
+    or the prefix's. The network reads neither: it is given those."""
+    start, steps, first = initial_noise(backbone, VIDEO, [1, 2]), 5, images() if given == 1 else prefixes()
     made = theirs(pipeline, start, steps=steps, guidance=guidance, first=first)
     sampler = SamplerConfig(**OWN, steps=steps, guidance=guidance + 1 if guidance > 1 else 1.0)
     conditioning = backbone.condition(PROMPTS, first, num_frames=VIDEO.num_frames)
     latents = sample(backbone, conditioning, start, sampler, progress=False)
-    torch.testing.assert_close(latents[:, :, 1:], made[:, :, 1:], **CLOSE[guidance])
+    torch.testing.assert_close(latents[:, :, given:], made[:, :, given:], **CLOSE[guidance])
     kept = 1 / (1 + SIGMA_MAX)
-    image, noise_ = latents[:, :, :1], start[:, :, :1]
+    image, noise_ = latents[:, :, :given], start[:, :, :given]
     torch.testing.assert_close(image, conditioning.image)
-    torch.testing.assert_close((1 - kept) * image + kept * noise_, made[:, :, :1], rtol=0, atol=1e-5)
+    torch.testing.assert_close((1 - kept) * image + kept * noise_, made[:, :, :given], rtol=0, atol=1e-5)
     alone = sample(backbone, backbone.encode_texts(PROMPTS), start, sampler, progress=False)
-    assert (alone[:, :, 1:] - latents[:, :, 1:]).abs().max() > 1e-2  # the image counts
+    assert (alone[:, :, given:] - latents[:, :, given:]).abs().max() > 1e-2  # they count
 
 
 def test_the_grid_is_karras():

@@ -16,6 +16,7 @@ from train.backbones.base import Backbone, BackboneConfig
 from train.backbones.cosmos25 import Cosmos25
 from train.backbones.host_weights import HostWeights
 from train.backbones.hunyuan15 import Hunyuan15
+from train.backbones.hunyuan15_i2v import Hunyuan15I2V
 from train.backbones.random_parts import fill
 from train.backbones.streaming import Ring
 from train.backbones.wan21 import Wan21
@@ -29,6 +30,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "wan22_t2v": Wan22T2V,
     "wan22_i2v": Wan22I2V,
     "hunyuan15": Hunyuan15,
+    "hunyuan15_i2v": Hunyuan15I2V,
     "cosmos25": Cosmos25,
 }
 ARCHITECTURES = {family: backbone.architectures for family, backbone in BACKBONES.items()}
@@ -44,8 +46,9 @@ def kind_of(network: nn.Module) -> NetworkKind:
 
 
 def text_tokens(config: BackboneConfig) -> int:
-    """Of all texts that the network reads of a prompt, with their padding."""
-    return sum(BACKBONES[config.family].text_lengths(config.text_length).values())
+    """Of all texts that the network reads of a prompt, with their padding, and of an image encoder."""
+    family = BACKBONES[config.family]
+    return sum(family.text_lengths(config.text_length).values()) + family.image_tokens
 
 
 def find_architecture(config: BackboneConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,38 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from train.backbones.architecture import NetworkKind, latent_shape, num_tokens, shape_of
 from train.backbones.conditioning import Conditioning as Conditioning
+from train.backbones.config import BackboneConfig as BackboneConfig
+from train.backbones.config import BaseLora as BaseLora
 from train.backbones.host_weights import HostWeights
 from train.experts import BOTH as BOTH
 
 TRAIN_TIMESTEPS = 1000.0  # the clock of diffusers' schedulers, and of most networks
-
-
-@dataclass
-class BaseLora:
-    """A LoRA that becomes part of the base."""
-
-    path: str = ""  # LoRA file of any tool (train.backbones.lora_formats), checkpoint folder or training folder
-    weight: float = 1.0  # what its difference is multiplied by
-    expert: str = ""  # high_noise | low_noise; empty: what the file says, else the only network
-
-
-@dataclass
-class BackboneConfig:
-    family: str = "wan21"  # key of BACKBONES: wan21 | wan22_ti2v | wan22_t2v | wan22_i2v | hunyuan15 | cosmos25
-    path: str = ""  # hub id or local folder of a diffusers pipeline
-    revision: str = ""  # of a hub id: a commit or tag, so that later edits there change nothing here; empty: its newest
-    architecture: str = "14B"  # key of the family's ARCHITECTURES; used for --dry-run and random weights
-    random_weights: bool = False  # build the architecture with seeded random weights (no path): speed and memory runs
-    dtype: str = "bfloat16"  # of the frozen weights: bfloat16 | float32 (the VAE is always float32)
-    expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise | both
-    attention: str = "auto"  # a diffusers attention backend; auto: the fastest here, measured
-    compile: bool = False  # torch.compile, in training and wherever clips are made: fused blocks where they fit
-    # Blocks wait in host memory, and each visits the GPU while the one before it computes (train.backbones.streaming).
-    stream: bool = False
-    text_length: int = 512  # text tokens after zero padding; Wan and Cosmos: 512, HunyuanVideo 1.5: 1000
-    # LoRAs merged into the frozen weights while they are read, in this order, as '[{path: runs/sft/train}]': a step-
-    # distilled one for losers and searches, or the supervised start of preference training, then in its reference too.
-    loras: list[BaseLora] = field(default_factory=list)
 
 
 def _cached(expert: nn.Module, name: str) -> AbstractContextManager[None]:
@@ -80,6 +54,8 @@ class Backbone:
     architectures: ClassVar[dict[str, dict[str, Any]]]
     expert_folders: ClassVar[dict[str, str]] = {"transformer": "transformer"}  # expert name -> folder in the pipeline
     first_frame: ClassVar[tuple[bool, ...]] = (False,)  # may clips begin with an image, must they; first the default
+    takes_prefix: ClassVar[bool] = False  # may they begin with more than one frame
+    image_tokens: ClassVar[int] = 0  # of an image encoder, which the network reads beside the texts'
     default_boundary: ClassVar[float | None] = None  # two experts: high_noise where t >= boundary
 
     config: InitVar[BackboneConfig]
@@ -97,6 +73,7 @@ class Backbone:
 
     def __post_init__(self, config: BackboneConfig) -> None:
         self.text_length, self.expert = config.text_length, self.training_expert(config)
+        self.check_prefix(config.prefix_frames, "backbone.prefix_frames")
         whole = self.experts.keys() == self.expert_folders.keys()
         self.trained = BOTH if config.expert == BOTH and whole else self.expert
 
@@ -134,15 +111,12 @@ class Backbone:
             return f"it is a {name}"
         transformer, z_dim = architecture["transformer"], architecture["z_dim"]
         channels, outputs, wanted = transformer["in_channels"], transformer["out_channels"], len(cls.expert_folders)
-        num_experts, inputs = (
-            2 if (model_index.get("transformer_2") or [None])[0] else 1,
-            cls.input_channels(architecture),
-        )
+        num_experts = 2 if (model_index.get("transformer_2") or [None])[0] else 1
+        inputs = cls.input_channels(architecture)
+        unfit = channels != inputs
         problems = {
             f"model_index.json lists {num_experts} expert(s), not {wanted}": num_experts != wanted,
-            f"the transformer has in_channels={channels}, but beside a VAE of z_dim={z_dim} needs {inputs}": (
-                channels != inputs
-            ),
+            f"the transformer has in_channels={channels}, but beside a VAE of z_dim={z_dim} needs {inputs}": unfit,
             f"the transformer has out_channels={outputs}, but the VAE z_dim={z_dim}": outputs != z_dim,
         }
         return "; ".join(problem for problem, found in problems.items() if found)
@@ -240,16 +214,37 @@ class Backbone:
         reads = f"longer than the {self.text_length} tokens that the text encoder reads, and cut there"
         return f"warning: {len(long)} {are} {reads}; the first is {long[0]}"
 
+    @classmethod
+    def check_prefix(cls, frames: int, key: str, num_frames: int | None = None) -> None:
+        """ValueError, naming `key`, where a clip (of `num_frames`) cannot begin with that many given frames."""
+        if frames > 1 and not cls.takes_prefix:
+            raise ValueError(f"{key}={frames}: {cls.__name__} takes one frame at most; set it to 1")
+        (step,) = {one["vae_scale_temporal"] for one in cls.architectures.values()}
+        if frames < 1 or (frames - 1) % step:
+            fit = max(0, frames - 1) // step * step + 1
+            raise ValueError(f"{key}={frames}: latent frames stand for 1, then {step} each; use {fit} or {fit + step}")
+        if num_frames is not None and 1 < num_frames <= frames:
+            raise ValueError(f"{key}={frames} leaves nothing to generate of {num_frames} frames: use fewer")
+
+    @classmethod
+    def first_frame_shapes(
+        cls, architecture: dict[str, Any], clip: tuple[int, ...], prefix_frames: int = 1
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the network is told of the first frames of latents `clip` (C, F, H, W), by the names of
+        `Conditioning.named`, without a batch axis."""
+        return {}
+
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor | None:
-        """First frame (B, 3, H, W) in [-1, 1] -> the image latents of `Conditioning`, or None: text-only families."""
+        """First frame (B, 3, H, W) or prefix (B, 3, n, H, W), in [-1, 1] -> `Conditioning.image`; None: text alone."""
         return None
 
     def condition(
         self, prompts: list[str], first_frame: Tensor | None = None, *, num_frames: int | None = None
     ) -> Conditioning:
-        """Text, and with a first frame (B, 3, H, W) in [-1, 1] also image latents for a video of `num_frames` frames.
+        """Text, and with a first frame (B, 3, H, W) in [-1, 1], or a prefix of n frames (B, 3, n, H, W), also image
+        latents for a video of `num_frames` frames.
 
-        Raises ValueError when the family takes no first frame, or when frame and prompts do not number the same.
+        ValueError for frames that the family does not take, or that do not number as the prompts do.
         """
         told = self.encode_texts(prompts)
         if first_frame is None:
@@ -258,10 +253,16 @@ class Backbone:
             raise ValueError(f"{len(first_frame)} first frames for {len(prompts)} prompts: give one per prompt")
         if num_frames is None:
             raise ValueError("a first frame needs num_frames, the length of the video that it begins")
+        if first_frame.dim() == 5:
+            self.check_prefix(count := first_frame.shape[2], "first frames", num_frames)
+            first_frame = first_frame if count > 1 else first_frame[:, :, 0]
+        return self.begin(told, first_frame, num_frames)
+
+    def begin(self, told: Conditioning, first_frame: Tensor, num_frames: int) -> Conditioning:
+        """`told` with what the network is told of the first frame, or of a prefix, besides."""
         image = self.encode_first_frame(first_frame, num_frames)
         if image is None:
-            alone = f"{type(self).__name__} generates from text alone"
-            raise ValueError(f"{alone}: leave out first_frame, or use wan22_ti2v, wan22_i2v or cosmos25")
+            raise ValueError(f"{type(self).__name__} generates from text alone: leave out first_frame")
         return replace(told, image=image)
 
     # Latents. Neither call disables gradients (guidance needs them); frozen weights build no graph by themselves.

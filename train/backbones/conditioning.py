@@ -19,9 +19,9 @@ class Conditioning:
 
     `text` (B, L, D) is zero-padded to the backbone's text_length; a row of zeros is padding, and where a network reads
     masks they follow from that. `image` holds image latents: for wan22_ti2v and cosmos25 the first latent frame
-    (B, C, 1, H, W); for wan22_i2v the VAE latents (B, C, F, H, W) of [first frame, zeros ...]; None elsewhere. `more`
-    has what else a family reads, by name, each (B, ...): further texts have names that begin with "text" and are padded
-    likewise.
+    (B, C, 1, H, W), or the first k of a prefix; for wan22_i2v the VAE latents (B, C, F, H, W) of [first frame,
+    zeros ...]; None elsewhere. `more` has what else a family reads, by name, each (B, ...): further texts have names
+    that begin with "text" and are padded likewise.
     """
 
     text: Tensor
@@ -74,8 +74,8 @@ class Conditioning:
         return Conditioning(tensors["text"], tensors.get(CONDITION), more)
 
     def held_frames(self, num_frames: int) -> int:
-        """Leading ones of `num_frames` latent frames that are the image itself and are not generated: one of
-        wan22_ti2v and cosmos25, none elsewhere."""
+        """Leading ones of `num_frames` latent frames that are the given ones themselves and are not generated: one
+        of wan22_ti2v and cosmos25, or the k of a prefix; none elsewhere."""
         return 0 if self.image is None or self.image.shape[2] == num_frames else self.image.shape[2]
 
     def generated(self, cells: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cosmos-Predict 2.5 (2B, 14B): text, and optionally a first frame, to video; with Qwen2.5-VL and Wan2.1's VAE.
+"""Cosmos-Predict 2.5 (2B, 14B): text, and optionally first frames, to video; with Qwen2.5-VL and Wan2.1's VAE.
 
 diffusers calls it Cosmos2_5_PredictBasePipeline. A prompt stands in a conversation, padded to `text_length` tokens; the
 states of all layers of Qwen2.5-VL, each normalised, side by side are the text: 28 x 3584 numbers a token, which the
@@ -6,13 +6,14 @@ network projects to 1024. diffusers tells neither encoder nor network which toke
 and a text takes 103 MB in bfloat16 at 512 tokens, in groups too. The network is told t itself, in [0, 1], and predicts
 noise - clean. Beside the noisy latents it reads which frames are given, and a padding mask, here zeros.
 
-With an image the first latent frame is the image's latent, at t = 0.0001, as in that pipeline. Without one all frames
-are at t, so the network is given one timestep per clip: the same function as equal ones per frame, whose modulation is
-computed per token. Guidance there is v + g (v - v_negative), so its g is `guidance` - 1 here. Its sampler is UniPC over
-Karras' noise levels: `sampler.solver=unipc_karras`.
+With an image the first latent frame is the image's latent, at t = 0.0001, as in that pipeline; with a prefix the first
+k are (video to world: k = 2, of 5 frames). Without either all frames are at t, so the network is given one timestep per
+clip: the same function as equal ones per frame, whose modulation is computed per token. Guidance there is v + g (v -
+v_negative), so its g is `guidance` - 1 here. Its sampler is UniPC over Karras' noise levels:
+`sampler.solver=unipc_karras`.
 
 Facts from diffusers' conversion of nvidia/Cosmos-Predict2.5-{2B,14B}. Deviations: NVIDIA's guardrail is not run here
-(see the licence of the weights); video to world, with two latent frames given, is left out.
+(see the licence of the weights).
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Cosmos25(HeldFrame):
         given = torch.zeros_like(latents[:, :1])  # (B, 1, F, H, W)
         if conditioning.image is not None:
             latents = self.start(latents, conditioning)
-            given[:, :, :1] = 1
+            given[:, :, : conditioning.image.shape[2]] = 1
             frames = given[..., :1, :1]  # (B, 1, F, 1, 1)
             timestep = frames * HELD_TIME + (1 - frames) * timestep.view(-1, 1, 1, 1, 1)
         return {

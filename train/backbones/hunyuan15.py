@@ -9,7 +9,7 @@ VAE's scaling_factor.
 Facts from diffusers' defaults for the classes, which are the public checkpoints' (hunyuanvideo-community/HunyuanVideo-
 1.5-Diffusers-*); sizes of ByT5 from google/byt5-small. Deviation from diffusers' pipeline: it passes 729 image tokens
 of zeros, which are masked; here there are none, which is the same function. In bfloat16 the network is told 1000 t in
-bfloat16, as there: its time embedder has that dtype. Image to video is left out.
+bfloat16, as there: its time embedder has that dtype. Image to video: `train.backbones.hunyuan15_i2v`.
 """
 
 from __future__ import annotations
@@ -192,9 +192,7 @@ class Hunyuan15(Backbone):
     ) -> dict[str, Tensor]:
         texts = {name: text.to(latents.device, dtype) for name, text in conditioning.texts().items()}
         masks = {name: text.ne(0).any(dim=-1) for name, text in texts.items()}
-        batch, channels, *size = latents.shape
-        given = latents.new_zeros(batch, channels + 1, *size)
-        width = self.architecture["transformer"]["image_embed_dim"]
+        given, image = self._given(latents, conditioning)
         return {
             "hidden_states": torch.cat([latents, given], dim=1).to(dtype),
             "timestep": timestep.to(dtype),
@@ -202,8 +200,14 @@ class Hunyuan15(Backbone):
             "encoder_attention_mask": masks["text"],
             "encoder_hidden_states_2": texts["text_2"],
             "encoder_attention_mask_2": masks["text_2"],
-            "image_embeds": latents.new_zeros(batch, 0, width, dtype=dtype),
+            "image_embeds": image.to(dtype),
         }
+
+    def _given(self, latents: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Latents of given frames and their mask (B, C + 1, F, H, W), and an image encoder's tokens (B, N, D)."""
+        batch, channels, *size = latents.shape
+        width = self.architecture["transformer"]["image_embed_dim"]
+        return latents.new_zeros(batch, channels + 1, *size), latents.new_zeros(batch, 0, width)
 
 
 def random_encoders(architecture: dict[str, Any], words: int) -> dict[str, nn.Module]:

@@ -29,7 +29,7 @@ from train.backbones.streaming import Ring, StreamedBlocks
 from train.entry import is_worded
 from train.parallel import Sharding
 
-ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "image_encoder")
 WEIGHT_FOLDERS = ("transformer", "transformer_2", *ENCODERS)
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file, for the fingerprint
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
@@ -141,6 +141,12 @@ def load_tokenizer(folder: Path, name: str = "tokenizer") -> PreTrainedTokenizer
     if not (folder / name).is_dir():
         raise ValueError(f"backbone.path={folder} lacks the component {name}: complete the folder")
     return AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
+
+
+def load_processor(processor_class: type, folder: Path, name: str) -> Any:
+    """What prepares pictures for an image encoder; ValueError when its config is missing or unreadable."""
+    with _named(folder, name):
+        return processor_class.from_pretrained(folder / name, local_files_only=True)
 
 
 def random_transformer(
@@ -287,7 +293,7 @@ def _stored(folder: Path, name: str) -> dict[str, _Stored]:
             f"backbone.path={folder} has no safetensors weights for the component {name}: "
             "download them, or convert pickled ones with save_pretrained"
         )
-    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    stem = "model" if name.startswith(("text_encoder", "image_encoder")) else "diffusion_pytorch_model"
     files, index = {f"{stem}.safetensors"}, folder / name / f"{stem}.safetensors.index.json"
     if index.is_file():
         files = {Path(file).name for file in _read_json(index)["weight_map"].values()}

@@ -21,18 +21,20 @@ from diffusers import (
     Cosmos2_5_PredictBasePipeline,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
 )
 from torch import nn
-from transformers import ByT5Tokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
+from transformers import ByT5Tokenizer, Qwen2_5_VLForConditionalGeneration, SiglipVisionModel, UMT5EncoderModel
 
 from train import entry
 from train.backbones import BACKBONES, cosmos25
 from train.backbones.base import Backbone
 from train.backbones.hunyuan15 import TEMPLATE, random_encoders
+from train.backbones.hunyuan15_i2v import image_processor, vision_config
 from train.backbones.loading import random_transformer
 from train.backbones.tokenizer import build_tokenizer
 from train.backbones.wan import text_config
@@ -87,8 +89,15 @@ def _hunyuan15(
     tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE
     vae = AutoencoderKLHunyuanVideo15(**backbone.vae_config(architecture)).eval()
-    return HunyuanVideo15Pipeline(
-        **{name: model.eval() for name, model in random_encoders(architecture, len(tokenizer)).items()},
+    encoders = random_encoders(architecture, len(tokenizer))
+    pipeline_class, more = HunyuanVideo15Pipeline, {}
+    if True in backbone.first_frame:
+        config = vision_config(architecture["transformer"]["image_embed_dim"])
+        encoders |= {"image_encoder": SiglipVisionModel(config)}
+        pipeline_class, more = HunyuanVideo15ImageToVideoPipeline, {"feature_extractor": image_processor(config)}
+    return pipeline_class(
+        **{name: model.eval() for name, model in encoders.items()},
+        **more,
         tokenizer=tokenizer,
         tokenizer_2=ByT5Tokenizer(),
         vae=vae,
@@ -117,7 +126,11 @@ def _cosmos25(
     )
 
 
-WRITERS = {"hunyuan15": _hunyuan15, "cosmos25": _cosmos25}  # of families that are not Wan's
+WRITERS = {
+    "hunyuan15": _hunyuan15,
+    "hunyuan15_i2v": _hunyuan15,
+    "cosmos25": _cosmos25,
+}  # not Wan's
 
 
 def _tiny_vae(config: dict[str, Any]) -> AutoencoderKLWan:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.backbones.base import TRAIN_TIMESTEPS, Conditioning
+from train.backbones.conditioning import CONDITION
 from train.backbones.wan import WanBackbone, wan_architecture
 from train.experts import EXPERT_FOLDERS
 
@@ -48,6 +49,12 @@ class Wan22I2V(Wan22T2V):
     @classmethod
     def input_channels(cls, architecture: dict[str, Any]) -> int:
         return 2 * architecture["z_dim"] + architecture["vae_scale_temporal"]
+
+    @classmethod
+    def first_frame_shapes(
+        cls, architecture: dict[str, Any], clip: tuple[int, ...], prefix_frames: int = 1
+    ) -> dict[str, tuple[int, ...]]:
+        return {CONDITION: clip}
 
     def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor:
         """First frame (B, 3, H, W) in [-1, 1] -> VAE latents (B, C, F, H, W) of that frame, then zeros (mid grey)."""

@@ -1,9 +1,10 @@
-"""Wan2.2 TI2V-5B: text, and optionally a first frame, to video; one timestep per token; its VAE is 16x.
+"""Wan2.2 TI2V-5B: text, and optionally a first frame or a prefix, to video; one timestep per token; its VAE is 16x.
 
 Facts from the public configs of Wan-AI/Wan2.2-TI2V-5B-Diffusers. With an image the first latent frame IS the image's
-latent: its tokens are at t = 0, and the network sees it clean. Without an image every token is at t, so the network is
-given one timestep per clip: the same function as equal timesteps per token in diffusers, without the (B, N, 6, D)
-modulation.
+latent: its tokens are at t = 0, and the network sees it clean. A prefix is the same with its first k latent frames;
+deviation: the release and diffusers' pipeline know one frame alone, which is what the weights were trained with.
+Without an image every token is at t, so the network is given one timestep per clip: the same function as equal
+timesteps per token in diffusers, without the (B, N, 6, D) modulation.
 """
 
 from __future__ import annotations
@@ -30,6 +31,6 @@ class Wan22TI2V(HeldFrame, WanBackbone):
         _, patch_rows, patch_columns = self.architecture["transformer"]["patch_size"]
         frames, rows, columns = latents.shape[2:]
         later = torch.ones(frames, device=latents.device)
-        later[0] = 0
+        later[: conditioning.image.shape[2]] = 0
         tokens = later.repeat_interleave((rows // patch_rows) * (columns // patch_columns))  # (N,), frame by frame
         return self.start(latents, conditioning), timestep[:, None] * tokens

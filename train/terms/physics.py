@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from losses.relational import relational_loss
 from losses.trajectory import predict_tracks, trajectory_loss
 from train.backbones.architecture import shape_of
-from train.backbones.base import BOTH, Backbone
+from train.backbones.base import BOTH, Backbone, Conditioning
 from train.data import Sample
 from train.groups import GroupSet
 from train.policy import Policy, Prediction
@@ -132,7 +132,27 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
     if won.features is None:
         return None
+    batch = without_given(batch, won.features.shape[2])
     return physics_losses(config.physics, serving_heads(policy.heads, policy.backbone), won.features, batch)
+
+
+def without_given(batch: dict[str, Tensor], num_frames: int) -> dict[str, Tensor]:
+    """The batch with nothing to learn in the latent frames of a given prefix, of `num_frames` in all: points count as
+    hidden there, and relation tokens that are read from there alone as absent. Of one given frame no track counts
+    either way, and its tokens do."""
+    given = Conditioning.of(batch).held_frames(num_frames)
+    if given < 2:
+        return batch
+    batch = dict(batch)
+    if "visible" in batch:
+        batch["visible"] = batch["visible"].clone()  # (B,F',N)
+        batch["visible"][:, :given] = False
+    if "relation_grid" in batch:
+        frames, rows, columns = batch["relation_grid"].unsqueeze(-1).unbind(1)  # (B,1)
+        places = batch["relation_indices"] // (rows * columns)  # (B,K)
+        latent = (places + 0.5) * num_frames / frames - 0.5  # as in `sample_trilinear`
+        batch["relation_valid"] = batch["relation_valid"] & (latent > given - 1)
+    return batch
 
 
 def physics_losses(

@@ -56,10 +56,12 @@ import recipes
 from train import entry, gdpo
 from train.backbones import find_architecture, load_backbone, text_tokens
 from train.backbones.base import Backbone
+from train.backbones.conditioning import CONDITION
 from train.cost import operations, save_rates
 from train.data import Sample
 from train.files import write_text
 from train.fused.prepare import prepare_network
+from train.group_sample import MORE
 from train.groups import Loser
 from train.host_memory import GIB
 from train.loop import set_gradients
@@ -131,13 +133,14 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
         return torch.randn(*shape, generator=generator).bfloat16()
 
     text, *more = backbone.text_shapes().items()
+    given = backbone.first_frame_shapes(backbone.architecture, shape) if backbone.first_frame[0] else {}
     group = SimpleNamespace(
         winner=random(*shape),
         losers=random(losers, *shape),
         losers_info=[Loser(seed, semantic=0.5, physical=0.5) for seed in range(losers)],
         text=random(*text[1]),
-        condition=random(*shape) if config.backbone.family == "wan22_i2v" else None,
-        conditioning={name: random(*shape) for name, shape in more},
+        condition=random(*given.pop(CONDITION)) if CONDITION in given else None,
+        conditioning={name.removeprefix(MORE): random(*shape) for name, shape in (*more, *given.items())},
         extra=random_targets(config, generator),
     )
     tensors = gdpo.prepare(config, Sample(0, group, 0))

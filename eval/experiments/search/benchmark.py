@@ -105,13 +105,12 @@ class Bench:
         texts = {
             name: torch.randn(2, *shape, generator=generator) for name, shape in self.backbone.text_shapes().items()
         }
-        stacked = False not in self.backbone.first_frame
-        image = torch.randn((1, *shape), generator=generator) if stacked else None
+        backbone = self.backbone
+        given = backbone.first_frame_shapes(backbone.architecture, shape) if backbone.first_frame[0] else {}
+        first = {name: torch.randn((1, *size), generator=generator) for name, size in given.items()}
         text = texts.pop("text")
-        self.conditioning, self.negative = (
-            Conditioning(text[n : n + 1], image, {name: more[n : n + 1] for name, more in texts.items()}).to(device)
-            for n in range(2)
-        )
+        both = [Conditioning(text, more=texts)[n : n + 1] for n in range(2)]
+        self.conditioning, self.negative = (Conditioning.of(one.named() | first).to(device) for one in both)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.facts = {"device": name, "torch": torch.__version__, "tokens": self.backbone.num_tokens(*size)}
         self.facts |= {"fused": not reason, "not_fused": reason}

@@ -116,11 +116,15 @@ MOVED: dict[str, str] = {
     "run.videophy2.split": "a constant, all prompts (the figures hard_* are over the hard ones),",
     "run.physics_iq.descriptions": "descriptions.csv in run.physics_iq.folder",
     "run.vbench.python": "raters.vbench.python",
-    "run.vbench.timeout": "raters.vbench.timeout",
     **{
         f"run.{benchmark}.{key}": f"raters.{rater}.{key}"
         for benchmark, rater in (("videophy", "videocon_physics"), ("videophy2", "videophy2"))
-        for key in ("checkout", "python", "checkpoint", "timeout")
+        for key in ("checkout", "python", "checkpoint")
+    },
+    **{
+        f"{tool}.timeout": "the constant eval.judges.external_tool.SILENCE"
+        for tool in ("raters.videocon_physics", "raters.videophy2", "raters.vbench")
+        + ("run.videophy", "run.videophy2", "run.vbench")
     },
 }
 # Keys beside the sections.

@@ -76,6 +76,14 @@ def test_every_section_and_key_of_a_recipe_is_read_by_an_entry_point():
             assert section in recipes.KEYS or set(value) <= read[section], f"{name}.yaml: {section}"
 
 
+def test_moved_keys_name_constants_that_are_there():
+    for key, place in recipes.MOVED.items():
+        if place.startswith("the constant "):
+            module, _, name = place.removeprefix("the constant ").split()[0].rpartition(".")
+            lines = (recipes.FOLDER.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8").splitlines()
+            assert any(line.startswith(f"{name} = ") for line in lines), f"{key}: {place}"
+
+
 @pytest.mark.parametrize("name", recipes.available())
 def test_every_recipe_names_a_known_backbone_and_trains_where_its_expert_serves(name):
     config = load(f"recipe={name}")

@@ -90,6 +90,7 @@ MOVED: dict[str, str] = {
     "search.shown": "search_experiment.shown",
     "search.sandbox": "search_experiment (keys clips and seed)",
     "vlm.give_up": "the constant eval.vlm.backend.GIVE_UP",
+    "vlm.retries": "the constant eval.vlm.client.RETRIES",
     "search.race": "the constant eval.search.racing.CONFIDENCE",
     "search.residuals.seed": "the constant eval.search.residuals.SEED",
     "search.prune.draws": "the constant eval.search.searcher.EARLY_DRAWS",

@@ -15,6 +15,8 @@ from eval.vlm.client import VlmUnavailable
 from tests.eval.vlm_stub import Response, StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
 
+pytestmark = pytest.mark.usefixtures("two_tries")
+
 VIDEO = VideoConfig(height=16, width=16, num_frames=5, fps=8.0)
 WRONG = [{"law": "gravity", "seen": "the ball hangs in the air"}]
 
@@ -72,8 +74,7 @@ def encoder(monkeypatch):
 
 
 def refiner(server, folder, generate, **settings):
-    vlm = {"retries": 1} | settings.pop("vlm", {})
-    vlm = VlmConfig(base_url=server.url, model="eyes", frames=3, **vlm)
+    vlm = VlmConfig(base_url=server.url, model="eyes", frames=3)
     config = PromptRefineConfig(**settings)
     return PromptRefiner(config, vlm, VIDEO, folder, generate, made_with="stub")
 

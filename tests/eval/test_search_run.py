@@ -27,8 +27,14 @@ COMMON = [
     "search.residuals.draws=2",
     "search.residuals.levels=2",
     "search.prune.steps=[1,2]",
-    "search_experiment.shown=2",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_prompts_on_the_page():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "SHOWN", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,6 @@ STRATEGIES = [
     "search_experiment.clips=2",
     "search.num_candidates=2",
     "search.batch_size=2",
-    "search_experiment.shown=0",
     "search_experiment.scorers=[most_motion]",
     "search.chosen_by=most_motion",
     "search.refine.best=1",

@@ -23,7 +23,6 @@ class ExperimentConfig:
     scorers: list[str] = field(  # keys of eval.search.scorers.SCORERS
         default_factory=lambda: ["random", "most_motion", "proprio_hybrid", "residual_per_motion"]
     )
-    shown: int = 24  # prompts on the page
 
 
 @dataclass

@@ -34,6 +34,7 @@ from train.clips import write_clip
 from train.files import digest
 from train.sampling import sampling_passes
 
+SHOWN = 24  # prompts on the page, the first ones
 Made = tuple[dict[str, Tensor], dict[str, Any]]  # a prompt's tensors, "latents" (n, C, F, H, W) among them, and facts
 
 
@@ -171,7 +172,7 @@ class Work:
         if search.prune.steps:
             looks = [self.settings(name) for name in search.prune.scorers]
             parts["prune"] = digest([chosen, looks, prune_settings(search)])
-        if job.number < self.experiment.shown:
+        if job.number < SHOWN:
             parts["clips"] = digest("clips")
         return parts
 

@@ -108,12 +108,13 @@ class Work:
 
     def _strategies(self) -> Iterator[Strategy]:
         refine, guidance, searcher = self.search.refine, self.search.guidance, self.searcher
+        batch = self.search.batch_size
         if refine.best:
-            at_once = max(1, refine.batch_size // (refine.best + 1))
+            at_once = max(1, batch // (refine.best + 1))
             yield Strategy("refined", searcher.refined, at_once, refine.best, 0, refine.settings())
         if count := guidance.candidates:
             settings = [guidance.settings(), self.search.surprise.settings()]
-            yield Strategy("guided", searcher.guided, max(1, guidance.batch_size // count), None, count, settings)
+            yield Strategy("guided", searcher.guided, max(1, batch // count), None, count, settings)
 
     # What files depend on
 

@@ -74,7 +74,7 @@ class RunConfig(BenchmarkSettings):
     lora: Any = ""
     folder: str = "${output}/eval"  # everything goes here
     seeds: list[int] = field(default_factory=lambda: [0])  # one clip per prompt and seed, from noise of its own
-    batch_size: int = 16  # clips sampled together, per GPU
+    batch_size: int = 16  # clips in a network pass, per GPU
     search: str = ""  # best_of_n | race | prune: both models' clips searched as well; see eval.search.searcher
     refine: str = ""  # proprio | guidance, likewise
     layout: bool = False  # also lay the clips out as each benchmark's official code reads them
@@ -119,7 +119,8 @@ def check(config: Config) -> None:
 
 
 def build(config: Config, name: str) -> Benchmark:
-    return BENCHMARKS[name](getattr(config.run, name), config.video, config.vlm, config.raters, config.sampler)
+    own, run = getattr(config.run, name), config.run
+    return BENCHMARKS[name](own, config.video, config.vlm, config.raters, config.sampler, run.batch_size)
 
 
 def listing(config: Config) -> str:

@@ -122,3 +122,9 @@ def tiny_targets(tiny_pipeline, tmp_path_factory) -> Tiny:
 def no_long_waits(monkeypatch):
     """Servers that fail in tests are asked again at once."""
     monkeypatch.setattr("eval.vlm.client.BACKOFF", 0.01)
+
+
+@pytest.fixture
+def two_tries(monkeypatch):
+    """A question without an answer is asked once more."""
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 1)

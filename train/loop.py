@@ -65,7 +65,6 @@ class TrainConfig:
     num_workers: int = 2  # loader processes per GPU
     checkpoint_every: int = 200  # steps
     keep_checkpoints: int = 3  # newest checkpoints kept
-    resume: bool = True  # continue from the newest checkpoint in `folder`; false: refuse a folder that has one
     # Accelerate trackers besides metrics.jsonl: tensorboard, wandb, trackio.
     trackers: list[str] = field(default_factory=list)
 

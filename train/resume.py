@@ -40,8 +40,8 @@ def claimed(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def newest(config: Any) -> Path | None:
-    """The newest whole checkpoint of the run's folder, or None. ValueError where there may be none, ranks see different
-    ones, or `lora.start` cannot be what a run without one begins with."""
+    """The newest whole checkpoint of the run's folder, or None. ValueError where ranks see different ones, or
+    `lora.start` cannot be what a run without one begins with."""
     folder = checkpoint_folder(config)
     found = checkpoint.latest(folder)
     if len(set(gather_object([found and found.name]))) > 1:
@@ -51,8 +51,6 @@ def newest(config: Any) -> Path | None:
         )
     if found is None and config.lora.start:
         read_start(config)  # before any weights are
-    if found is not None and not config.train.resume:
-        raise ValueError(f"{folder} already holds {found.name} and train.resume is false: choose another output folder")
     return found
 
 

@@ -89,7 +89,6 @@ class LikePhysConfig:
     # Of the planted violations, in (0, 1]. Gross ones are too easy to compare models by: the error of the shipped
     # sandbox model is 0.002 at severity 1, 0.087 at 0.3 and 0.266 at 0.1.
     severity: float = 0.1
-    batch_size: int = 1  # clips in a network pass
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,6 @@ class LikePhys(Benchmark):
         super().__init__(settings, video, *judges)
         if settings.pairs < 1:
             raise ValueError(f"run.likephys.pairs={settings.pairs}: use 1 or more")
-        self.levels = replace(LEVELS, batch_size=settings.batch_size)
         self._parts = tuple(SCENARIOS) if settings.folder else tuple(VIOLATIONS)
         # margin: by how much the violated clips' mean loss is above the true ones', as a share of the latter
         self.columns = ("error", "margin", *self._parts)
@@ -119,10 +117,10 @@ class LikePhys(Benchmark):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """With what had keys of its own, and with the keys' names of then."""
+        """With what had keys of its own, and with the keys' names of then; the batch is the sandbox's of then."""
         source = "folder" if self.settings.folder else "sandbox"
         kept = {"folder": self.settings.folder, "pairs": self.settings.pairs, "severity": self.settings.severity}
-        levels = asdict(self.levels) | {"seed": NOISE_SEED}
+        levels = asdict(LEVELS) | {"batch_size": 9, "seed": NOISE_SEED}
         return kept | {"source": source, "num_frames": NUM_FRAMES, "seed": SEED, "residuals": levels}
 
     def requirements(self) -> list[Requirement]:
@@ -139,7 +137,7 @@ class LikePhys(Benchmark):
         if False not in backbone.first_frame:
             name = type(backbone).__name__
             raise ValueError(f"likephys: {name} needs an image with each prompt: use a text-to-video backbone")
-        residuals = Residuals(backbone, self.levels)
+        residuals = Residuals(backbone, LEVELS, self.batch_size)
         kept = _Kept(folder / "losses.jsonl", [self.recorded, asdict(self.model_video), backbone.fingerprint])
         for group in self.groups():
             losses = kept.find(group.key)

@@ -25,7 +25,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ import torch
 
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place_all
-from eval.judges.external_tool import Tool, ToolError, tool_environment
+from eval.judges.external_tool import Tool, ToolError, tool_environment, tool_settings
 from eval.prompts import PromptsConfig, read_prompts
-from train.clips import ClipError, VideoConfig, read_clip
+from train.clips import ClipError, read_clip
 from train.files import write_text
 
 PROGRAM = "launch/evaluate.py"  # of the package
@@ -72,15 +72,9 @@ class VBench(Benchmark):
     clips_a_call = 128  # scored together, and lost together if the run is stopped
     published = read_published("vbench")
 
-    def __init__(self, settings: VBenchConfig, video: VideoConfig, *judges: Any):
-        super().__init__(settings, video, *judges)
-        timeout = self.raters.vbench.timeout
-        if not timeout > 0:
-            raise ValueError(f"raters.vbench.timeout={timeout} must be a number of seconds above 0")
-
     @property
     def recorded(self) -> dict[str, Any]:
-        return super().recorded | asdict(self.raters.vbench) | {"device": DEVICE}
+        return super().recorded | tool_settings(self.raters.vbench) | {"device": DEVICE}
 
     def requirements(self) -> list[Requirement]:
         file = "name a file of prompts in run.vbench.prompts_file, as for generate.prompts_file"
@@ -149,11 +143,9 @@ class VBench(Benchmark):
         environment["MASTER_PORT"] = str(_free_port())
         return Tool(
             name=self.name,
-            key="raters.vbench",
             python=self._python,
             checkout=self._package,
             checkpoint=self._package,  # VBench keeps its weights in a cache of its own
-            timeout=self.raters.vbench.timeout,
             environment=environment,
         )
 

@@ -14,7 +14,7 @@ How it is run, and what it cannot take, stands in `eval.judges.videocon_physics`
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place, read_table
 from eval.judges import videocon_physics
-from eval.judges.external_tool import InstallationConfig, Tool, find_tool, write_table
+from eval.judges.external_tool import InstallationConfig, Tool, find_tool, tool_settings, write_table
 from eval.prompts import make_key
 from train.clips import ClipError, read_clip
 
@@ -54,7 +54,7 @@ class Rated(Benchmark):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        return super().recorded | asdict(self.installation)
+        return super().recorded | tool_settings(self.installation)
 
     def requirements(self) -> list[Requirement]:
         key, own = f"raters.{self.rater.NAME}", self.installation

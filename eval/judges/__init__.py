@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from eval.judges import videocon_physics, videophy2, vlm
-from eval.judges.external_tool import RatersConfig
+from eval.judges.external_tool import RatersConfig, tool_settings
 from eval.judges.robots import judge as robots
 from eval.judges.sandbox import judge as sandbox
 from eval.judges.sandbox.judge import SandboxJudgeConfig
@@ -70,7 +70,8 @@ def judge_settings(judging: Judging) -> dict[str, Any]:
 
     Digests of finished work hold this tree: it has the form that it had when each judge's section held its own rate.
     """
-    tools = {name: asdict(getattr(judging.raters, name)) | {"fps": 16.0} for name in ("videocon_physics", "videophy2")}
+    raters = {name: getattr(judging.raters, name) for name in ("videocon_physics", "videophy2")}
+    tools = {name: tool_settings(rater) | {"fps": 16.0} for name, rater in raters.items()}
     tools["videocon_physics"]["batch_size"] = videocon_physics.BATCH_SIZE
     settings = {"sandbox": asdict(SandboxJudgeConfig()), "vlm": recorded(judging.vlm) | {"fps": 16.0}}
     # Added where it is asked for, so that other judges' digests stay as they were.

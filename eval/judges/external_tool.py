@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ POLL_SECONDS = 0.5  # between two looks at the tool
 REPORT_SECONDS = 30.0  # between two lines of progress
 TAIL_BYTES = 8192  # of the tool's output that are read for a message
 TAIL_LINES = 15  # of them that are shown
+SILENCE = 1800.0  # seconds without output after which a tool is stopped; loading weights is silent too
 # Becomes the tool, after asking Linux to kill it with its parent: a build that is killed itself must not leave a model
 # on the GPU. prctl(PR_SET_PDEATHSIG, SIGKILL).
 LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -39,7 +40,6 @@ class EnvironmentConfig:
     """An environment of the user's own, with a program that this project starts."""
 
     python: str = ""  # its interpreter
-    timeout: float = 1800.0  # seconds without output after which the tool is stopped; loading weights is silent too
 
 
 @dataclass
@@ -68,18 +68,16 @@ class Tool:
     """A checked installation, ready to run."""
 
     name: str  # for messages
-    key: str  # of the installation in the recipe, for messages
     python: str
     checkout: Path
     checkpoint: Path
-    timeout: float  # seconds of silence
     environment: dict[str, str]
 
     def run(self, script: str, arguments: Sequence[str], folder: Path, *, where: str = ".") -> None:
         """Run a script of the checkout, in its subfolder `where`; `folder` takes the log.
 
         Raises ToolError, with the end of the tool's output, when it exits with another code than 0 or prints nothing
-        for `timeout` seconds. The tool and whatever it started are stopped then, and when this process is interrupted.
+        for SILENCE seconds. The tool and whatever it started are stopped then, and when this process is interrupted.
         """
         log = folder / "tool.log"
         command = [self.python, str(self.checkout / script), *arguments]
@@ -101,15 +99,15 @@ class Tool:
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    code = process.wait(min(POLL_SECONDS, self.timeout))
+                    code = process.wait(POLL_SECONDS)
                     break
                 now, written = time.monotonic(), log.stat().st_size
                 if written != size:
                     size, heard = written, now
-                if now - heard > self.timeout:
+                if now - heard > SILENCE:
                     raise ToolError(
-                        f"{self.name}: {script} printed nothing for {self.timeout:g} s and was stopped after"
-                        f" {now - started:.0f} s; if it only needs longer, raise {self.key}.timeout.{_tail(log)}"
+                        f"{self.name}: {script} printed nothing for {SILENCE:g} s and was stopped after"
+                        f" {now - started:.0f} s; if it only needs longer, raise {__name__}.SILENCE.{_tail(log)}"
                     )
                 if now - reported > REPORT_SECONDS:
                     reported = now
@@ -136,6 +134,11 @@ class Tool:
             raise ToolError(f"{self.name}: {script} wrote {path.name}, which is no CSV in UTF-8: {error}") from error
 
 
+def tool_settings(environment: EnvironmentConfig) -> dict[str, Any]:
+    """The settings as digests of finished work hold them: the time of silence had a key of its own."""
+    return asdict(environment) | {"timeout": 1800.0}
+
+
 def find_tool(name: str, config: InstallationConfig, device: torch.device | str, scripts: Sequence[str]) -> Tool:
     """Check the installation `raters.<name>`, before any work; ValueError names the key to correct."""
     key = f"raters.{name}"
@@ -152,10 +155,8 @@ def find_tool(name: str, config: InstallationConfig, device: torch.device | str,
         raise ValueError(f"{key}.python={config.python} is no executable; give the interpreter of {name}'s environment")
     if not checkpoint.is_dir():
         raise ValueError(f"{key}.checkpoint={config.checkpoint} is no folder; give the one of {name}'s weights")
-    if not config.timeout > 0:
-        raise ValueError(f"{key}.timeout={config.timeout} must be a number of seconds above 0")
     environment = tool_environment(os.environ, torch.device(device))
-    return Tool(name, key, os.path.abspath(python), checkout, checkpoint, config.timeout, environment)
+    return Tool(name, os.path.abspath(python), checkout, checkpoint, environment)
 
 
 def tied(command: list[str]) -> list[str]:

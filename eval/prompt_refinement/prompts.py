@@ -45,6 +45,7 @@ from train.clips import VideoConfig, read_clip, write_clip
 from train.files import digest, sha256, write_text
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # compares prompts
+SAME = 0.95  # cosine from which a new prompt counts as the one before
 STAGES = ("predict", "rewrite", "clip", "critique")  # of a round, in order
 ANSWERS = {"predict": questions.Prediction, "rewrite": questions.NewPrompt, "critique": questions.Criticism}
 
@@ -55,14 +56,11 @@ ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) u
 @dataclass
 class PromptRefineConfig:
     rounds: int = 4  # clips per prompt, at most
-    similarity: float = 0.95  # cosine from which a new prompt counts as the one before
     batch_size: int = 8  # clips asked of the generator together
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds} must be 1 or more")
-        if not -1 <= self.similarity <= 1:
-            raise ValueError(f"similarity={self.similarity} is a cosine: use -1 to 1, such as 0.95")
 
 
 @dataclass
@@ -151,7 +149,7 @@ class PromptRefiner:
             return "predict"
         if not last.prompt:
             return "rewrite"
-        if last.similarity is not None and last.similarity >= self.config.similarity:
+        if last.similarity is not None and last.similarity >= SAME:
             return "converged"
         if not last.clip_bytes:
             return "clip"

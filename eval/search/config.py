@@ -22,7 +22,7 @@ SAMPLERS_SHIFT: Any = "${sampler.shift}"  # levels are shares of the steps that 
 @dataclass
 class SearchConfig:
     num_candidates: int = 16  # N, clips per prompt
-    batch_size: int = 1  # clips sampled or decoded together, per GPU
+    batch_size: int = 1  # clips sampled, decoded, scored, refined or guided together, per GPU
     chosen_by: str = "residual_per_motion"  # the scorer that races and chooses; a key of eval.search.scorers.SCORERS
     residuals: ResidualConfig = field(  # of the self-scores
         default_factory=lambda: ResidualConfig(shift=SAMPLERS_SHIFT)

@@ -10,20 +10,19 @@ resolution, noise level and reward. The summary of the paper prints neither the 
 ours. 0.005 every 5 steps is what Proprio (section 4) reports as recommended; at these the paper's authors and
 Proprio's table 3 find little gain from guidance alone.
 
-One clip at a time (or `batch_size`) goes through the decoder and the reward, and their activations are gone before the
-gradient goes on through the network. A reward is differentiable, higher is better: a surprise is negated.
+The clips of a batch go through the decoder and the reward together, and their activations are gone before the gradient
+goes on through the network. A reward is differentiable, higher is better: a surprise is negated.
 
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns, T video frames.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.search.residuals import without_batch
 from train.backbones.base import Backbone, Conditioning
 from train.sampling import SamplerConfig, Stepper, sampling_passes
 
@@ -35,7 +34,6 @@ class GuideConfig:
     scale: float = 0.005  # length of a guided move as a share of the latents' length; 0: plain sampling
     every: int = 5  # sampling steps from one guided step to the next, the first included
     candidates: int = 0  # of a prompt's candidates so many, the first, are made with guidance as well; 0: none
-    batch_size: int = 1  # clips guided, decoded and looked at together, of several prompts, per GPU
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < float("inf"):
@@ -45,7 +43,7 @@ class GuideConfig:
 
     def settings(self) -> dict[str, Any]:
         """What guided clips depend on, as plain JSON values; the window and the way are fixed."""
-        return without_batch(self) | {"t_min": 0.0, "t_max": 1.0, "through_network": True}
+        return asdict(self) | {"t_min": 0.0, "t_max": 1.0, "through_network": True}
 
 
 def sample_guided(
@@ -80,7 +78,7 @@ def sample_guided(
             latents = latents.detach().requires_grad_()  # not the caller's own tensor
             velocity = stepper.velocity(latents, step)
             clean = stepper.clean(latents, velocity, step)
-        gradient = reward_gradient(backbone, clean.detach(), reward, config.batch_size)
+        gradient = reward_gradient(backbone, clean.detach(), reward)
         (gradient,) = torch.autograd.grad(clean, latents, gradient)
         latents, velocity = latents.detach(), velocity.detach()
         move = config.scale * normalised_move(latents, gradient, held)
@@ -88,18 +86,16 @@ def sample_guided(
     return latents, sum(sampling_passes(backbone, sampler, step, step + 1) for step in guided)
 
 
-def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward, batch_size: int = 1) -> Tensor:
-    """Gradients (B,C,F,H,W) of the rewards of clean latents of that shape, `batch_size` clips at a time."""
-    gradients = []
-    for clips in clean.split(batch_size):
-        clips = clips.detach().requires_grad_()
-        with torch.enable_grad():
-            value = reward(backbone.decode_latents(clips, batch_size=batch_size))
-        if value.shape != (len(clips),) or not value.isfinite().all():
-            given = value.detach().tolist()
-            raise ValueError(f"the reward gave {given} for {len(clips)} clips: it must give one number each")
-        gradients += torch.autograd.grad(value, clips, torch.ones_like(value))
-    return torch.cat(gradients)
+def reward_gradient(backbone: Backbone, clean: Tensor, reward: Reward) -> Tensor:
+    """Gradients (B,C,F,H,W) of the rewards of clean latents of that shape."""
+    clips = clean.detach().requires_grad_()
+    with torch.enable_grad():
+        value = reward(backbone.decode_latents(clips, batch_size=len(clips)))
+    if value.shape != (len(clips),) or not value.isfinite().all():
+        given = value.detach().tolist()
+        raise ValueError(f"the reward gave {given} for {len(clips)} clips: it must give one number each")
+    (gradient,) = torch.autograd.grad(value, clips, torch.ones_like(value))
+    return gradient
 
 
 def normalised_move(latents: Tensor, gradient: Tensor, held: int) -> Tensor:

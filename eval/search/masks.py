@@ -44,7 +44,7 @@ def attention_masks(candidates: Candidates, residuals: Residuals) -> dict[str, T
     patch = shape_of(backbone.architecture).patch
     grid = [n // p for n, p in zip(candidates.latents.shape[2:], patch, strict=True)]
     found: dict[str, list[Tensor]] = {"text": [], "attention": []}
-    for latents in candidates.latents.split(residuals.config.batch_size):
+    for latents in candidates.latents.split(residuals.batch_size):
         conditioning = candidates.conditioning.expand(len(latents)).to(backbone.device)
         latents = latents.to(backbone.device)
         prompt = conditioning.text.ne(0).any(dim=-1)  # (B, L), False at padding

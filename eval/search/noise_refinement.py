@@ -57,7 +57,7 @@ ANEW = {"use_reentrant": False, "preserve_rng_state": False}  # a pass draws not
 
 @dataclass
 class RefineConfig(ResidualConfig):
-    """Clips refined together, of several prompts, are `batch_size`; levels and draws are those of an update's score.
+    """Levels and draws are those of an update's score.
 
     The paper's settings (table 10) are the preset `proprio`; those here take a fifteenth of their passes; the folder's
     README says what both gain."""

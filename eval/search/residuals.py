@@ -41,16 +41,10 @@ class ResidualConfig:
     last: float = 0.6  # likewise, the cleanest
     shift: float = 3.0  # of the grid of these steps; in a recipe sampler.shift
     draws: int = 4  # of noise, at each level
-    batch_size: int = 1  # clips at once, per GPU
 
     def settings(self) -> dict[str, Any]:
         """What residuals depend on beside clips and network, as plain JSON values."""
-        return without_batch(self) | {"seed": SEED}
-
-
-def without_batch(config: Any) -> dict[str, Any]:
-    """A dataclass as plain values without `batch_size`, which says how fast clips are made."""
-    return {name: value for name, value in asdict(config).items() if name != "batch_size"}
+        return asdict(self) | {"seed": SEED}
 
 
 def noise_levels(levels: int, first: float, last: float, shift: float) -> list[float]:
@@ -67,12 +61,13 @@ def noise_levels(levels: int, first: float, last: float, shift: float) -> list[f
 
 
 class Residuals:
-    """The probe of one backbone. With two experts each level is served by the expert that samples there."""
+    """The probe of one backbone, `batch_size` clips a pass. With two experts each level is served by the expert that
+    samples there."""
 
-    def __init__(self, backbone: Backbone, config: ResidualConfig):
-        if config.levels < 1 or config.draws < 1 or config.batch_size < 1:
-            raise ValueError(f"levels={config.levels}, draws={config.draws}, batch_size={config.batch_size}: use 1 up")
-        self.backbone, self.config = backbone, config
+    def __init__(self, backbone: Backbone, config: ResidualConfig, batch_size: int = 1):
+        if config.levels < 1 or config.draws < 1:
+            raise ValueError(f"levels={config.levels}, draws={config.draws}: use 1 or more of both")
+        self.backbone, self.config, self.batch_size = backbone, config, batch_size
         self.times = noise_levels(config.levels, config.first, config.last, config.shift)
 
     def maps(self, candidates: Candidates) -> Tensor:
@@ -107,7 +102,7 @@ class Residuals:
         t, noise = self.times[level], self.noise(candidates, level, draw)
         latents = candidates.latents if chosen is None else candidates.latents[chosen]
         return torch.cat(
-            [self.squared(part, noise, t, candidates.conditioning) for part in latents.split(self.config.batch_size)]
+            [self.squared(part, noise, t, candidates.conditioning) for part in latents.split(self.batch_size)]
         ).cpu()
 
     def squared(self, latents: Tensor, noise: Tensor, t: float, conditioning: Conditioning) -> Tensor:

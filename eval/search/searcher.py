@@ -79,7 +79,7 @@ def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section:
         replace(sampler, steps=config.refine.steps).check("search.refine")
     if method.refine == "guidance" and not config.surprise.path:
         raise ValueError(f"{section}.refine=guidance needs a world model: name it in search.surprise.path")
-    check_batches(config)
+    check_batch(config)
 
 
 def check_scorers(chosen: dict[str, Sequence[str]], sampler: SamplerConfig, section: str = "search") -> None:
@@ -101,10 +101,9 @@ def check_whole_passes(sampler: SamplerConfig) -> None:
         raise ValueError(f"sampler.cache={sampler.cache:g}: search and refinement need every pass whole; set it to 0")
 
 
-def check_batches(config: SearchConfig) -> None:
-    for key, size in (("", config), ("refine.", config.refine), ("guidance.", config.guidance)):
-        if size.batch_size < 1:
-            raise ValueError(f"search.{key}batch_size={size.batch_size}: use 1 or more")
+def check_batch(config: SearchConfig) -> None:
+    if config.batch_size < 1:
+        raise ValueError(f"search.batch_size={config.batch_size}: use 1 or more")
 
 
 def scorer_settings(name: str, config: SearchConfig, judging: Judging | None = None) -> dict[str, Any]:
@@ -232,10 +231,10 @@ class Searcher:
                 found[stop].append(part)
         return {stop: Partial.cat(parts) for stop, parts in found.items()}
 
-    def _noise(self, conditioning: Conditioning, seeds: Sequence[int], size: int) -> Iterator[tuple]:
-        """Conditioning, initial noise and what else samplers take, of `size` clips at a time."""
-        for start in range(0, len(seeds), size):
-            part = slice(start, start + size)
+    def _noise(self, conditioning: Conditioning, seeds: Sequence[int]) -> Iterator[tuple]:
+        """Conditioning, initial noise and what else samplers take, of a batch of clips at a time."""
+        for start in range(0, len(seeds), self.config.batch_size):
+            part = slice(start, start + self.config.batch_size)
             given = {"negative": self.negative, "seeds": seeds[part]}
             yield conditioning[part], initial_noise(self.backbone, self.video, seeds[part]), given
 
@@ -244,7 +243,7 @@ class Searcher:
         the way (B, iterates), the cost. conditioning: of B clips."""
         config, sampler, started = self.config.refine, self.sampler, time.perf_counter()
         few, latents, traces = replace(sampler, steps=config.steps), [], []
-        for told, noise, given in self._noise(conditioning, seeds, config.batch_size):
+        for told, noise, given in self._noise(conditioning, seeds):
             found = refine(self.backbone, told, noise, few, config, **given)
             clips, passes = found.latents, found.passes
             if clips is None or few != sampler:
@@ -264,7 +263,7 @@ class Searcher:
             return -surprise.of(((frames + 1) * 127.5).permute(0, 2, 3, 4, 1), batch=len(frames))
 
         latents = []
-        for told, noise, given in self._noise(conditioning, seeds, config.batch_size):
+        for told, noise, given in self._noise(conditioning, seeds):
             clips, backward = sample_guided(self.backbone, told, noise, self.sampler, reward, config, **given)
             latents.append(clips.cpu())
         passes = sampling_passes(self.backbone, self.sampler)

@@ -33,7 +33,6 @@ class VlmConfig:
     api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the server needs none
     concurrency: int = 64  # questions in flight, per process
     timeout_s: float = 120.0  # seconds for one request
-    retries: int = 5  # further tries of a question
     max_tokens: int = 1024  # of an answer
     cache: str = ""  # folder of the answers, for all runs; empty: none kept
     frames: int = 8  # of a clip that the model sees, evenly spaced
@@ -43,8 +42,9 @@ class VlmConfig:
 
 
 def recorded(config: VlmConfig) -> dict[str, Any]:
-    """The settings as digests of finished work hold them: four that are constants now had keys of their own."""
-    return asdict(config) | {"backoff": 1.0, "temperature": TEMPERATURE, "seed": SEED, "give_up": 32}
+    """The settings as digests of finished work hold them: five that are constants now had keys of their own."""
+    fixed = {"backoff": 1.0, "retries": 5, "temperature": TEMPERATURE, "seed": SEED, "give_up": 32}
+    return asdict(config) | fixed
 
 
 def check_config(config: VlmConfig) -> None:
@@ -68,8 +68,6 @@ def check_config(config: VlmConfig) -> None:
     for name in ("concurrency", "max_tokens", "frames", "frame_height"):
         if getattr(config, name) < 1:
             raise ValueError(f"vlm.{name}={getattr(config, name)} must be 1 or more")
-    if config.retries < 0:
-        raise ValueError(f"vlm.retries={config.retries} must be 0 or more")
     if not 0 < config.timeout_s < math.inf:
         raise ValueError(f"vlm.timeout_s={config.timeout_s} must be a number of seconds above 0")
 

@@ -50,6 +50,7 @@ from eval.vlm.backend import (
 from eval.vlm.cache import Cache
 from train.files import parse_json
 
+RETRIES = 5  # further tries of a question
 BACKOFF = 1.0  # seconds before the first retry after a failure of the server, then twice as long each time
 MAX_WAIT = 60.0  # seconds between two tries
 RETRY_TEMPERATURE = 0.7  # of a try after a malformed answer: at 0 the same would come again
@@ -200,7 +201,7 @@ class Vlm:
     async def _ask(self, question: Question, digest: str, check: Callable[[Reply], Any]) -> Reply | NoAnswer:
         jitter = random.Random(f"{SEED} {digest}")
         temperature, failures = TEMPERATURE, 0
-        for attempt in range(self.config.retries + 1):
+        for attempt in range(RETRIES + 1):
             wait, raw = 0.0, ""
             try:
                 reply = await self._request(question, temperature, SEED + attempt)
@@ -221,7 +222,7 @@ class Vlm:
                 if self._cache is not None:
                     self._cache.put(digest, reply)
                 return reply
-            if attempt < self.config.retries:
+            if attempt < RETRIES:
                 self.counts.retries[reason] += 1
                 await asyncio.sleep(min(wait, MAX_WAIT))
         self.counts.refusals += 1

@@ -26,8 +26,14 @@ FRAMES = jpeg_frames(np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), d
 PENALTIES = get_args(Penalty)
 
 
+@pytest.fixture(autouse=True)
+def few_tries(monkeypatch):
+    """A question without an answer is asked twice more."""
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 2)
+
+
 def model_at(server, **changes) -> Vlm:
-    return Vlm(VlmConfig(**({"base_url": server.url, "model": "stub", "retries": 2} | changes)))
+    return Vlm(VlmConfig(**({"base_url": server.url, "model": "stub"} | changes)))
 
 
 def ask_all(vlm: Vlm, items, **more) -> list:
@@ -279,12 +285,14 @@ def test_equal_clips_are_asked_about_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fifth_of_the_requests_fails_and_no_clip_is_lost():
+def test_a_fifth_of_the_requests_fails_and_no_clip_is_lost(monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 8)
+
     def richness(request):
         return filter_answer(physics_richness=int(caption_of(request)) / 100)
 
     with StubServer(richness, faults=0.2, hang=30, seed=1) as server:
-        vlm = model_at(server, timeout_s=5, concurrency=32, retries=8)
+        vlm = model_at(server, timeout_s=5, concurrency=32)
         results = ask_all(vlm, items(*map(str, range(100))))
         counts = vlm.counts
     assert [result.physics_richness for result in results] == [number / 100 for number in range(100)]
@@ -293,7 +301,8 @@ def test_a_fifth_of_the_requests_fails_and_no_clip_is_lost():
     assert counts.requests == server.number == 100 + counts.retries.total()
 
 
-def test_failures_of_the_server_keep_their_reason():
+def test_failures_of_the_server_keep_their_reason(monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 0)
     answers = {
         "a": Response(status=500),
         "b": Response(status=429),
@@ -301,7 +310,7 @@ def test_failures_of_the_server_keep_their_reason():
         "d": Response(status=422),
     }
     with StubServer(lambda request: answers.get(caption_of(request), filter_answer())) as server:
-        results = ask_all(model_at(server, retries=0), items("good", *answers))
+        results = ask_all(model_at(server), items("good", *answers))
     assert [result.reason for result in results[1:]] == ["server", "limit", "connection", "rejected"]
     assert isinstance(results[0], Answer)
 

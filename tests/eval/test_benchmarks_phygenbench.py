@@ -113,7 +113,7 @@ def make_samples(tasks, folder) -> list[Sample]:
     return samples
 
 
-def test_worked_examples(clone, tmp_path):
+def test_worked_examples(clone, tmp_path, monkeypatch):
     """Stages by hand.
 
     A ball sinks. Moment: r = .9 at grey 40, .1 elsewhere; s / (s + a) = .6 / .8 = .75; best 1.65. Last frame: .7. Sum
@@ -124,8 +124,9 @@ def test_worked_examples(clone, tmp_path):
 
     Light bends. Its second question gets no answer: no row.
     """
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 0)
     with StubServer(answer) as server:
-        config = VlmConfig(base_url=server.url, model="stub", retries=0, concurrency=2)
+        config = VlmConfig(base_url=server.url, model="stub", concurrency=2)
         benchmark = PhyGenBench(PhyGenBenchConfig(folder=str(clone)), VIDEO, config)
         tasks = benchmark.prompts()
         assert [task.category for task in tasks] == ["mechanics", "material", "optics"]

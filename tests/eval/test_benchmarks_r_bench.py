@@ -15,6 +15,8 @@ from eval.vlm.backend import VlmConfig
 from tests.eval.vlm_stub import StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
 
+pytestmark = pytest.mark.usefixtures("two_tries")
+
 VIDEO = VideoConfig(height=16, width=16, num_frames=21, fps=8.0)
 COMMON = "{view}|{description}|{manipulated_object}"
 BLANKS = {
@@ -109,7 +111,7 @@ def settings(tmp_path):
 
 
 def judge(server, **changes) -> VlmConfig:
-    return VlmConfig(base_url=server.url, model="stub", retries=1, **changes)
+    return VlmConfig(base_url=server.url, model="stub", **changes)
 
 
 def make_samples(tasks, folder) -> list[Sample]:

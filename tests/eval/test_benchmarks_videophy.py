@@ -75,7 +75,7 @@ def installed(tmp_path):
         path.write_text(READ + text, encoding="utf-8")
     for name in ("weights", "data"):
         (tmp_path / name).mkdir()
-    rater = InstallationConfig(sys.executable, 300.0, str(tmp_path / "checkout"), str(tmp_path / "weights"))
+    rater = InstallationConfig(sys.executable, str(tmp_path / "checkout"), str(tmp_path / "weights"))
     return Installed(str(tmp_path / "data"), RatersConfig(rater, rater))
 
 

@@ -15,6 +15,8 @@ from eval.vlm.client import VlmUnavailable
 from tests.eval.vlm_stub import StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
 
+pytestmark = pytest.mark.usefixtures("two_tries")
+
 VIDEO = VideoConfig(height=16, width=16, num_frames=17, fps=8.0)
 BRIGHT = "Does the scene stay bright?"
 
@@ -42,7 +44,7 @@ def ask(number: int, expected: str) -> dict:
 
 
 def judge(server, **settings) -> VlmConfig:
-    return VlmConfig(base_url=server.url, model="stub", retries=1, **settings)
+    return VlmConfig(base_url=server.url, model="stub", **settings)
 
 
 def make_samples(tasks, folder, levels) -> list[Sample]:

@@ -29,6 +29,7 @@ from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
 from train.clips import VideoConfig, write_clip
 
+RELEASED = likephys.LEVELS
 LEVELS = {"levels": 3, "first": 0.2, "last": 0.8, "shift": 1.0, "draws": 2}
 VIDEO = VideoConfig(16, 16, 17, 8.0)
 
@@ -67,9 +68,14 @@ class Flat:
         return self.sign * noisy
 
 
+@pytest.fixture(autouse=True)
+def few_levels(monkeypatch):
+    monkeypatch.setattr(likephys, "LEVELS", ResidualConfig(levels=2, first=0.4, last=0.7, shift=1.0, draws=1))
+
+
 def sandbox(folder, pairs=1, severity=1.0, **settings):
     benchmark = LikePhys(LikePhysConfig(pairs=pairs, severity=severity, **settings), VIDEO)
-    benchmark.levels = ResidualConfig(levels=2, first=0.4, last=0.7, shift=1.0, draws=1, batch_size=16)
+    benchmark.batch_size = 16
     return benchmark
 
 
@@ -78,8 +84,8 @@ def test_losses_are_the_reference(backbone):
     latents = torch.randn(3, 16, 3, 4, 6, generator=generator)
     text = torch.randn(1, 12, 64, generator=generator)
     found = Candidates("scene-1", "a ball", latents, Conditioning(text), lambda z: z, 8.0)
-    config = ResidualConfig(**LEVELS, batch_size=2)
-    losses = losses_of(Residuals(backbone, config), found)
+    config = ResidualConfig(**LEVELS)
+    losses = losses_of(Residuals(backbone, config, 2), found)
 
     expected = np.zeros(3)
     for number, clean in enumerate(latents):
@@ -102,7 +108,7 @@ def test_losses_are_the_reference(backbone):
 
 
 def test_the_levels_are_those_of_the_release():
-    times = Residuals(Flat(), likephys.LEVELS).times
+    times = Residuals(Flat(), RELEASED).times
     np.testing.assert_allclose(times, [(99 + 100 * step) / 1000 for step in range(10)], atol=1e-9)
 
 

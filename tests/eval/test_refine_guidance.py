@@ -115,7 +115,7 @@ def test_every_so_many_steps_are_guided_the_first_included(backbone, every, guid
         return darkness(frames)
 
     conditioning, noise = conditioning_of(backbone), noise_for(backbone)
-    config = GuideConfig(every=every, batch_size=2)
+    config = GuideConfig(every=every)
     _, backward = sample_guided(backbone, conditioning, noise, SAMPLER, watched, config)
     assert backward == guided and seen == [2] * guided
 

@@ -38,7 +38,6 @@ def arguments(model, output, url, *more):
         'refine_prompts.prompts=["A red ball drops"]',
         f"vlm.base_url={url}",
         "vlm.model=eyes",
-        "refine_prompts.similarity=1.0",
         *more,
     ]
 

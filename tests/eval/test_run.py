@@ -472,7 +472,6 @@ def test_credentials_in_an_address_are_used_and_stand_in_no_file(copied, more, c
             "benchmarks=[sandbox,judged,physics_iq,pai_bench]",
             f"vlm.base_url={address}?token=SECRET",
             "vlm.model=stub",
-            "vlm.retries=0",
         )
         assert found["benchmarks"]["judged"]["models"]["base"]["figures"]["score"]["mean"] > 0
         assert all("authorization: basic" in head.lower() for head in server.headers)

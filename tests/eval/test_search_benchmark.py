@@ -7,11 +7,12 @@ import torch
 
 from eval.experiments.search import benchmark
 
-QUICK = ["recipe=tiny", "search_benchmark.repeats=1", "sampler.steps=4"]
+QUICK = ["recipe=tiny", "sampler.steps=4"]
 QUICK += ["search.refine.levels=2", "search.refine.draws=2", "search.refine.gradient=last_1"]
 
 
-def test_all_parts_run_and_are_written(tmp_path, capsys):
+def test_all_parts_run_and_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
     quick = [*QUICK, f"output={tmp_path}", "backbone.compile=false", "search.refine.steps=2"]
     results = benchmark.main([*quick, "search.residuals.levels=2", "search.residuals.draws=2"])
     assert json.loads((tmp_path / "search_benchmark.json").read_text(encoding="utf-8")) == results
@@ -49,7 +50,5 @@ def test_dry_run_and_what_is_refused(tmp_path, capsys):
     assert "32760 tokens" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="search_benchmark.parts: unknown theirs"):
         benchmark.main(["recipe=tiny", "search_benchmark.parts=[theirs]"])
-    with pytest.raises(ValueError, match="search_benchmark.repeats=0"):
-        benchmark.main(["recipe=tiny", "search_benchmark.repeats=0"])
     with pytest.raises(ValueError, match="benchmark is not read by this command; it is search_benchmark now"):
-        benchmark.main(["recipe=tiny", "benchmark.repeats=1"])
+        benchmark.main(["recipe=tiny", "benchmark.parts=[ours]"])

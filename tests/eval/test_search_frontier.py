@@ -12,7 +12,7 @@ from train.backbones.tiny import write_tiny_pipeline
 
 QUICK = ["recipe=tiny", "sampler.steps=2", "sampler.guidance=1.0", "search_experiment.clips=1"]
 QUICK += ["search.num_candidates=2", "search.residuals.levels=2", "search.residuals.draws=1"]
-QUICK += ["search.refine.steps=1", "search.refine.batch_size=1"]
+QUICK += ["search.refine.steps=1"]
 ROWS = {"1 update": {"updates": 1}, "1 update, forward only": {"updates": 1, "gradient": "spsa"}}
 
 

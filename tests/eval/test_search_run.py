@@ -27,8 +27,14 @@ COMMON = [
     "search.residuals.draws=2",
     "search.residuals.levels=2",
     "search.prune.steps=[1,2]",
-    "search_experiment.shown=2",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_prompts_on_the_page():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "SHOWN", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,6 @@ STRATEGIES = [
     "search_experiment.clips=2",
     "search.num_candidates=2",
     "search.batch_size=2",
-    "search_experiment.shown=0",
     "search_experiment.scorers=[most_motion]",
     "search.chosen_by=most_motion",
     "search.refine.best=1",
@@ -109,9 +114,7 @@ STRATEGIES = [
     "search.refine.updates=1",
     "search.refine.levels=1",
     "search.refine.draws=2",
-    "search.refine.batch_size=4",
     "search.guidance.candidates=1",
-    "search.guidance.batch_size=2",
     "search.surprise.window=4",
     "search.surprise.context=2",
     "search.surprise.stride=16",
@@ -150,7 +153,7 @@ def test_a_refined_clip_is_the_same_in_any_batch(searched, tmp_path):
     arguments = [*STRATEGIES, f"backbone.path={searched[0] / 'model'}", "search.guidance.candidates=0"]
     found = []
     for size in (1, 6):
-        run.main([*arguments, f"output={tmp_path / str(size)}", f"search.refine.batch_size={size}"])
+        run.main([*arguments, f"output={tmp_path / str(size)}", f"search.batch_size={size}"])
         files = sorted((tmp_path / str(size) / "search" / "candidates").glob("*-refined.safetensors"))
         with safe_open(files[0], framework="pt") as file:
             found.append(read_tensors(files[0], file.metadata()["digest"])[0]["latents"])
@@ -188,7 +191,6 @@ def test_dry_run_says_what_would_be_made(searched, tmp_path, capsys):
         "search.prune.keep=0",
         "search_experiment.share=3/2",
         "search.refine.best=4",
-        "search.refine.batch_size=0",
         "search.guidance.candidates=2",
     ],
 )

@@ -31,7 +31,7 @@ from train.backbones.tiny import write_tiny_pipeline
 from train.sampling import sigma_grid
 
 SHAPE = (16, 3, 4, 6)  # (C, F, H, W)
-CONFIG = ResidualConfig(levels=2, first=0.4, last=0.7, shift=1.0, draws=2, batch_size=2)
+CONFIG = ResidualConfig(levels=2, first=0.4, last=0.7, shift=1.0, draws=2)
 PROMPT_TOKENS = 5
 
 
@@ -110,13 +110,13 @@ def test_global_motion_and_hybrid_are_the_reference(backbone, weighting):
     moving = reference_weighting(reference_errors(backbone, found, reference_motion_mask(found.latents)), weighting)
     expected = {"global": everything, "motion": moving, "hybrid": 0.2 * everything + 0.8 * moving}
     for variant, values in expected.items():
-        scorer = Proprio(Residuals(backbone, CONFIG), variant, "motion", weighting)
+        scorer = Proprio(Residuals(backbone, CONFIG, 2), variant, "motion", weighting)
         torch.testing.assert_close(scorer(found).double(), torch.from_numpy(values), rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["text", "attention"])
 def test_other_masks_only_change_the_weights(backbone, kind):
-    found, residuals = candidates(), Residuals(backbone, CONFIG)
+    found, residuals = candidates(), Residuals(backbone, CONFIG, 2)
     mask = mask_of(kind, found, residuals)
     expected = reference_weighting(reference_errors(backbone, found, mask), "uniform")
     values = Proprio(residuals, "motion", kind, "uniform")(found)
@@ -126,9 +126,9 @@ def test_other_masks_only_change_the_weights(backbone, kind):
 def test_passes_are_shared_and_counted_for_each_scorer(backbone, monkeypatch):
     # Every look at this clock is a second later than the one before.
     monkeypatch.setattr("eval.search.candidates.time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    found, residuals = candidates(), Residuals(backbone, CONFIG)
+    found, residuals = candidates(), Residuals(backbone, CONFIG, 2)
     _, first = found.measure(Proprio(residuals, "global"))
-    _, second = found.measure(Proprio(Residuals(backbone, CONFIG), "hybrid", "text"))
+    _, second = found.measure(Proprio(Residuals(backbone, CONFIG, 2), "hybrid", "text"))
     assert first.passes == 3 * 4 and second.passes == 3 * 4 + 3  # the same residuals, and one pass for the masks
     assert first.seconds == 3  # looks at the start and the end, and two between them for the residuals: 0, 1, 2, 3
     assert second.seconds == 4  # 4 to 7, two for the masks, and the residuals' second, which were there already
@@ -138,17 +138,17 @@ def test_passes_are_shared_and_counted_for_each_scorer(backbone, monkeypatch):
 
 def test_batches_do_not_change_scores_and_candidates_do_not_change_noise(backbone):
     found = candidates()
-    one = Residuals(backbone, ResidualConfig(2, 0.4, 0.7, 1.0, 2, batch_size=1)).maps(candidates())
-    all_together = Residuals(backbone, ResidualConfig(2, 0.4, 0.7, 1.0, 2, batch_size=3)).maps(found)
+    one = Residuals(backbone, CONFIG, batch_size=1).maps(candidates())
+    all_together = Residuals(backbone, CONFIG, batch_size=3).maps(found)
     torch.testing.assert_close(one, all_together, rtol=1e-4, atol=1e-5)
     fewer = candidates()
     fewer.latents = fewer.latents[:1]
-    alone = Residuals(backbone, CONFIG).maps(fewer)
+    alone = Residuals(backbone, CONFIG, 2).maps(fewer)
     torch.testing.assert_close(alone[0], all_together[0], rtol=1e-4, atol=1e-5)
 
 
 def test_rounds_are_the_maps_and_their_mean_is_the_uniform_score(backbone):
-    found, fresh, residuals = candidates(), candidates(), Residuals(backbone, CONFIG)
+    found, fresh, residuals = candidates(), candidates(), Residuals(backbone, CONFIG, 2)
     for scorer in (
         Proprio(residuals, "hybrid", "motion", "uniform"),
         PerMotion(residuals, "global", "motion", "uniform"),
@@ -196,7 +196,7 @@ def test_the_image_of_ti2v_is_not_scored(tmp_path):
     image = torch.randn(1, shape[0], 1, 4, 4, generator=torch.Generator().manual_seed(2))
     found = candidates(2, shape, image)
     found.latents[:, :, :1] = image
-    residuals = Residuals(backbone, CONFIG)
+    residuals = Residuals(backbone, CONFIG, 2)
     maps = residuals.maps(found)
     assert (maps[:, :, :, 0] == 0).all() and (maps[:, :, :, 1:] > 0).all()
     values = Proprio(residuals, "global", "motion", "uniform")(found)
@@ -208,7 +208,7 @@ def test_the_image_of_ti2v_is_not_scored(tmp_path):
 
 def test_attention_masks_are_the_reference(backbone, monkeypatch):
     monkeypatch.setattr("train.backbones.wan_attention.QUERIES", 5)  # 18 tokens: several chunks, the last one shorter
-    found, residuals = candidates(), Residuals(backbone, CONFIG)
+    found, residuals = candidates(), Residuals(backbone, CONFIG, 2)
     masks = attention_masks(found, residuals)
     network, frames, rows, columns = backbone.transformer, 3, 2, 3
     layers = [1]  # the middle third of three blocks
@@ -259,7 +259,7 @@ def test_attention_masks_are_the_reference(backbone, monkeypatch):
 
 
 def test_observing_leaves_the_network_as_it_was(backbone):
-    found, residuals = candidates(1), Residuals(backbone, CONFIG)
+    found, residuals = candidates(1), Residuals(backbone, CONFIG, 2)
     before = residuals.round(found, 0)
     attention_masks(found, residuals)
     assert torch.equal(residuals.round(found, 0), before)
@@ -267,7 +267,7 @@ def test_observing_leaves_the_network_as_it_was(backbone):
 
 
 def test_one_frame_and_an_unknown_mask(backbone):
-    found, residuals = candidates(1, (16, 1, 4, 4)), Residuals(backbone, CONFIG)
+    found, residuals = candidates(1, (16, 1, 4, 4)), Residuals(backbone, CONFIG, 2)
     assert all((mask_of(kind, found, residuals) == 0).all() for kind in ("motion", "text", "attention"))
     with pytest.raises(ValueError, match="unknown"):
         mask_of("depth", found, residuals)
@@ -287,7 +287,7 @@ def test_motion_by_hand():
 
 
 def test_per_motion_by_hand(backbone):
-    found, score = candidates(), Proprio(Residuals(backbone, CONFIG), "global", "motion", "uniform")
+    found, score = candidates(), Proprio(Residuals(backbone, CONFIG, 2), "global", "motion", "uniform")
     found.latents[1] = found.latents[1, :, :1]  # stands still
     values = PerMotion(score.residuals, "global", "motion", "uniform")(found)
     expected = score(found) / motion_energy(found.latents)
@@ -351,7 +351,7 @@ def test_a_scorer_that_gives_no_number_is_refused():
 
 @pytest.mark.parametrize(
     "change",
-    [{"levels": 0}, {"draws": 0}, {"batch_size": 0}, {"first": 0.0}, {"first": 0.7}, {"last": 1.0}, {"shift": 0.0}],
+    [{"levels": 0}, {"draws": 0}, {"first": 0.0}, {"first": 0.7}, {"last": 1.0}, {"shift": 0.0}],
 )
 def test_settings_that_cannot_work_are_refused(backbone, change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -46,8 +46,8 @@ def text(backbone, image=None):
 
 
 def settings(**more):
-    found = {"num_candidates": 4, "batch_size": 3, "residuals": ResidualConfig(levels=2, draws=2)}
-    found["refine"] = RefineConfig(updates=1, steps=2, batch_size=2)
+    found = {"num_candidates": 4, "batch_size": 2, "residuals": ResidualConfig(levels=2, draws=2)}
+    found["refine"] = RefineConfig(updates=1, steps=2)
     found["prune"] = PruneConfig(steps=[1], scorers=["most_motion"])
     return SearchConfig(**found | more)
 
@@ -96,7 +96,7 @@ def test_a_student_of_rcm_is_searched_and_refined(backbone, strategy):
     """Each clip from its own seed's noise, whichever it was sampled beside."""
     sampler = SamplerConfig("rcm", steps=3, guidance=1.0)
     guided = {"surprise": SurpriseConfig(str(WORLD_MODEL), window=4, context=2, stride=4)}
-    guided |= {"guidance": GuideConfig(scale=0.0, batch_size=2), "refine": RefineConfig(updates=0, steps=2)}
+    guided |= {"guidance": GuideConfig(scale=0.0), "refine": RefineConfig(updates=0, steps=2)}
     latents, facts = find(backbone, strategy, sampler=sampler, **guided)
     seed = facts["seeds"][facts["chosen"]]
     expected = sample_clips(backbone, text(backbone), [seed], VIDEO, sampler, progress=False)
@@ -115,7 +115,7 @@ def test_variance_weights_are_refused_for_students_of_rcm():
 
 
 def test_the_best_few_are_refined_and_chosen_from_again(backbone):
-    refine = RefineConfig(updates=1, steps=3, gradient="proprio", best=2, batch_size=4)
+    refine = RefineConfig(updates=1, steps=3, gradient="proprio", best=2)
     _, facts = find(backbone, ("best_of_n", "proprio"), refine=refine)
     values = facts["refined"]["values"]
     order = sorted(range(4), key=lambda index: facts["values"][index])
@@ -125,7 +125,7 @@ def test_the_best_few_are_refined_and_chosen_from_again(backbone):
 
 def test_every_candidate_is_guided(backbone):
     guided = {"surprise": SurpriseConfig(str(WORLD_MODEL), window=4, context=2, stride=4)}
-    guided |= {"guidance": GuideConfig(scale=0.05, every=2, batch_size=2), "num_candidates": 2}
+    guided |= {"guidance": GuideConfig(scale=0.05, every=2), "num_candidates": 2}
     latents, facts = find(backbone, ("best_of_n", "guidance"), **guided)
     assert facts["passes"] == 2 * 3 + 2 * 4 and facts["backward"] == 2 * 2
     assert (latents - plain(backbone, facts["seeds"])[facts["chosen"]]).abs().max() > 1e-3

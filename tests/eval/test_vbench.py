@@ -93,6 +93,7 @@ def test_a_row_a_clip(tmp_path, package, monkeypatch):
     benchmark = build(tmp_path, package)
     benchmark.clips_a_call = 4
     assert all(needed.found for needed in benchmark.requirements())
+    assert benchmark.recorded["timeout"] == 1800.0  # as in earlier runs, whose rows are found by it
     samples = samples_of(benchmark, tmp_path)
     samples[1].path.write_bytes(b"no clip")
     rows = {(row.key, row.seed): row for row in benchmark.score(samples, tmp_path / "work")}
@@ -148,8 +149,6 @@ def test_requirements_name_what_is_missing(tmp_path, package):
     task = Task("a", "a ball")
     with pytest.raises(ValueError, match="no package vbench"):
         list(without.score([Sample(task, 0, tmp_path / "a-0.mp4")], tmp_path))
-    with pytest.raises(ValueError, match="raters.vbench.timeout=0"):
-        VBench(VBenchConfig(), VIDEO, None, RatersConfig(vbench=EnvironmentConfig(timeout=0)))
 
 
 def test_published_figures_are_of_five_dimensions():

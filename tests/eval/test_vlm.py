@@ -72,7 +72,7 @@ def adds_up(vlm: Vlm) -> bool:
 
 def test_answers_come_in_order_and_so_many_at_a_time():
     with StubServer(echo, full=7, until=60) as server:
-        vlm, told = Vlm(configured(server, concurrency=7, retries=0)), []
+        vlm, told = Vlm(configured(server, concurrency=7)), []
 
         async def one(number):
             return await vlm.ask(Question(f"number {number}"), as_json)
@@ -91,7 +91,7 @@ def test_answers_come_in_order_and_so_many_at_a_time():
 def test_one_process_keeps_64_in_flight():
     """The server answers one question at a time, and only while 64 wait for it: fewer would wait for ever."""
     with StubServer(echo, full=64, until=448) as server:
-        vlm = Vlm(configured(server, concurrency=64, retries=0))
+        vlm = Vlm(configured(server, concurrency=64))
         ask_all(vlm, [f"number {number}" for number in range(448)])
         assert server.most_in_flight == 64 and server.number == vlm.counts.answers == 448
 
@@ -140,7 +140,8 @@ def test_a_fifth_of_the_requests_fails_and_nothing_is_lost():
         assert vlm.counts.answers == 200 and vlm.counts.refusals == 0 and adds_up(vlm)
 
 
-def test_what_never_heals_is_named_and_the_others_are_answered():
+def test_what_never_heals_is_named_and_the_others_are_answered(monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 2)
     always = {
         "three": Response(status=503, body="overloaded"),
         "five": Response(status=429, body='{"error": {"message": "too many"}}'),
@@ -155,7 +156,7 @@ def test_what_never_heals_is_named_and_the_others_are_answered():
         "fourteen": Response("half a \ud83d character"),
     }
     with StubServer(lambda request: always.get(question_of(request)) or echo(request)) as server:
-        vlm = Vlm(configured(server, retries=2))
+        vlm = Vlm(configured(server))
         texts = ["one", "two", *always]
         results = dict(zip(texts, ask_all(vlm, texts), strict=True))
     assert (results["one"], results["two"]) == ({"text": "one"}, {"text": "two"})
@@ -184,6 +185,7 @@ def test_a_malformed_answer_is_asked_for_in_another_way(monkeypatch):
 
 def test_waits_grow_differ_by_question_and_follow_the_servers_wish(monkeypatch):
     monkeypatch.setattr("eval.vlm.client.BACKOFF", 1.0)
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 8)
     waits, sleep = [], asyncio.sleep
 
     async def note(seconds):
@@ -193,27 +195,28 @@ def test_waits_grow_differ_by_question_and_follow_the_servers_wish(monkeypatch):
 
     monkeypatch.setattr(asyncio, "sleep", note)
     with StubServer(lambda request: Response(status=500)) as server:
-        ask_all(Vlm(configured(server, retries=8)), ["a"])
+        ask_all(Vlm(configured(server)), ["a"])
         first = list(waits)
         waits.clear()
-        ask_all(Vlm(configured(server, retries=8)), ["a"])
+        ask_all(Vlm(configured(server)), ["a"])
         assert waits == first and len(first) == 8
         waits.clear()
-        ask_all(Vlm(configured(server, retries=8)), ["b"])
+        ask_all(Vlm(configured(server)), ["b"])
         assert waits != first
     assert all(min(2.0**n, 60) / 2 <= wait <= min(2.0**n, 60) for n, wait in enumerate(first))
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 1)
     waits.clear()
     with StubServer(lambda request: Response(status=429, headers={"retry-after": "7"})) as server:
-        ask_all(Vlm(configured(server, retries=1)), ["a"])
+        ask_all(Vlm(configured(server)), ["a"])
     assert waits == [7.0]
     waits.clear()
     with StubServer(lambda request: Response(status=503, headers={"retry-after": "99999"})) as server:
-        ask_all(Vlm(configured(server, retries=1)), ["a"])
+        ask_all(Vlm(configured(server)), ["a"])
     assert waits == [60.0]
     for nonsense in ("inf", "nan", "-5"):
         waits.clear()
         with StubServer(lambda request, text=nonsense: Response(status=503, headers={"retry-after": text})) as server:
-            ask_all(Vlm(configured(server, retries=1)), ["a"])
+            ask_all(Vlm(configured(server)), ["a"])
         assert len(waits) == 1 and 0 <= waits[0] < 7  # what it would be without the header
 
 
@@ -263,9 +266,10 @@ def test_a_server_that_starts_again_loses_nothing(monkeypatch):
 @pytest.mark.parametrize(("answer", "last"), [(Response(status=503), "server"), (Response("{"), "malformed")])
 def test_a_server_that_is_down_for_good_stops_the_run_and_keeps_what_it_gave(tmp_path, monkeypatch, answer, last):
     monkeypatch.setattr("eval.vlm.client.GIVE_UP", 10)
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 1)
     texts = [f"number {number}" for number in range(100)]
     with StubServer(lambda request: echo(request) if server.number <= 20 else answer) as server:
-        vlm = Vlm(configured(server, retries=1, concurrency=2, cache=str(tmp_path)))
+        vlm = Vlm(configured(server, concurrency=2, cache=str(tmp_path)))
         with pytest.raises(VlmUnavailable, match=rf"10 questions in a row got no answer.*{last}.*answers are kept"):
             ask_all(vlm, texts)
         assert server.number < 50
@@ -305,12 +309,13 @@ def test_the_same_question_is_asked_once(tmp_path):
         assert server.number == 4 and without.counts.shared == 9
 
 
-def test_a_failure_is_shared_too_but_not_kept(tmp_path):
+def test_a_failure_is_shared_too_but_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 1)
     with StubServer(lambda request: "{") as server:
-        vlm = Vlm(configured(server, retries=1, cache=str(tmp_path)))
+        vlm = Vlm(configured(server, cache=str(tmp_path)))
         results = ask_all(vlm, ["a"] * 10)
         assert {result.reason for result in results} == {"malformed"} and server.number == 2 and adds_up(vlm)
-        ask_all(Vlm(configured(server, retries=1, cache=str(tmp_path))), ["a"])
+        ask_all(Vlm(configured(server, cache=str(tmp_path))), ["a"])
         assert server.number == 4
 
 
@@ -469,9 +474,10 @@ def test_the_probability_of_yes(first_token, share):
         [("Yes", 700.0), ("No", -1.0)],
     ],
 )
-def test_a_model_that_says_neither_yes_nor_no_gives_no_number(first_token):
+def test_a_model_that_says_neither_yes_nor_no_gives_no_number(first_token, monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 1)
     with StubServer(lambda request: Response("text", first_token)) as server:
-        vlm = Vlm(configured(server, retries=1))
+        vlm = Vlm(configured(server))
         (found,) = vlm.run(lambda question: vlm.yes_probability([], question), ["Does it fall?"])
     assert isinstance(found, NoAnswer) and found.reason == "malformed"
     assert server.number == 2
@@ -497,7 +503,6 @@ def test_yes_probabilities_are_cached(tmp_path):
         ({"api_key_env": "sk-hush-hush"}, "vlm.api_key_env is no name"),
         ({"api_key_env": "NO_SUCH_VARIABLE"}, "export NO_SUCH_VARIABLE="),
         ({"concurrency": 0}, "vlm.concurrency=0"),
-        ({"retries": -1}, "vlm.retries=-1"),
         ({"timeout_s": 0}, "vlm.timeout_s=0"),
         ({"frames": 0}, "vlm.frames=0"),
     ],
@@ -614,10 +619,11 @@ def pictures():
     return jpeg_frames(np.random.default_rng(0).integers(0, 255, (3, 56, 56, 3), dtype=np.uint8), 3, 56)
 
 
-def test_a_model_of_this_process_sees_the_frames_and_repeats_itself(tiny_vlm, pictures):
+def test_a_model_of_this_process_sees_the_frames_and_repeats_itself(tiny_vlm, pictures, monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 0)
     texts = ["what happens?", "what else?", "what happens?"]
     read = {"check": lambda reply: reply.text, "rules": "be brief"}
-    vlm = local(tiny_vlm, retries=0)
+    vlm = local(tiny_vlm)
     cut = ask_all(vlm, texts, frames=tuple(pictures), **read)
     assert {answer.reason for answer in cut} == {"malformed"} and "vlm.max_tokens" in cut[0].detail
     assert cut[0].raw and cut[0].raw == cut[2].raw
@@ -636,11 +642,12 @@ def test_a_model_of_this_process_sees_the_frames_and_repeats_itself(tiny_vlm, pi
 
 
 def test_a_model_of_this_process_gives_the_probability_of_yes(tiny_vlm, pictures, monkeypatch):
+    monkeypatch.setattr("eval.vlm.client.RETRIES", 0)
     model, processor = tiny_vlm
     yes, no = processor.tokenizer.convert_tokens_to_ids(["Yes", "No"])
     hidden = []
     hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0][0, -1].clone()))
-    vlm = local(tiny_vlm, retries=0)
+    vlm = local(tiny_vlm)
     (found,) = vlm.run(lambda question: vlm.yes_probability(pictures, question), ["Does it fall?"])
     hook.remove()
     assert isinstance(found, NoAnswer)  # a random model says anything

@@ -14,6 +14,8 @@ from eval.judges.scores import Unjudged
 from eval.vlm.backend import VlmConfig, VlmUnavailable
 from tests.eval.vlm_stub import Response, StubServer, media_of, question_of
 
+pytestmark = pytest.mark.usefixtures("two_tries")
+
 
 def levels(request) -> list[float]:
     """Mean grey level of every picture."""
@@ -39,7 +41,7 @@ def grey_clips(*first_levels: int, num_frames: int = 9) -> torch.Tensor:
 
 
 def build(server, **settings):
-    config = VlmConfig(base_url=server.url, model="stub", retries=1, **settings)
+    config = VlmConfig(base_url=server.url, model="stub", **settings)
     return build_judge(Judging(JudgeConfig(name="vlm"), config), 8.0, "cpu")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import re
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 
 import pytest
@@ -74,6 +75,24 @@ def test_every_section_and_key_of_a_recipe_is_read_by_an_entry_point():
     for name in recipes.available():
         for section, value in OmegaConf.to_container(OmegaConf.load(recipes.FOLDER / f"{name}.yaml")).items():
             assert section in recipes.KEYS or set(value) <= read[section], f"{name}.yaml: {section}"
+
+
+def test_moved_keys_are_refused_with_their_new_place():
+    for key, place in recipes.MOVED.items():
+        section, _, inner = key.partition(".")
+        readers = [one for one in map(config_class, ENTRY_POINTS) if inner and section in one.__dataclass_fields__]
+        for reader in readers:
+            with pytest.raises(ValueError, match=f"unknown key {key}; it is {re.escape(place)} now$"):
+                recipes.load(reader, [f"{key}=1"])
+        assert readers or key == "benchmark"  # the section moved as a whole
+
+
+def test_moved_keys_name_constants_that_are_there():
+    for key, place in recipes.MOVED.items():
+        if place.startswith("the constant "):
+            module, _, name = place.removeprefix("the constant ").split()[0].rpartition(".")
+            lines = (recipes.FOLDER.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8").splitlines()
+            assert any(line.startswith(f"{name} = ") for line in lines), f"{key}: {place}"
 
 
 @pytest.mark.parametrize("name", recipes.available())

@@ -278,7 +278,6 @@ def test_too_many_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
     ("setting", "said"),
     [
         ("seed=1", "trained with seed=0, the recipe says seed=1"),
-        ("train.resume=false", "already holds step_00000002 and train.resume is false: choose another output"),
         ("train.parameters=full", "holds lora.safetensors.*this recipe trains transformer.safetensors: restore"),
         ("lora.rank=4", "has rank 8, the recipe says lora.rank=4.*Set lora.rank=8"),
         ("lora.alpha=16", "has alpha 8.0, the recipe says lora.alpha=16.0.*Set lora.alpha=8"),

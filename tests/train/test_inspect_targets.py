@@ -21,12 +21,13 @@ def size(path):
 @pytest.mark.slow
 def test_pictures_of_targets_and_of_a_checkpoint(tiny_targets, tmp_path, monkeypatch):
     tiny_targets.train(tmp_path, *TERMS, "optim.steps=1", entry=sft)
-    targets, both = tmp_path / "targets.png", tmp_path / "both.png"
+    image = tmp_path / "targets.png"
     arguments = tiny_targets.arguments(tmp_path)
     inspect_targets.main([*arguments, "inspect.key=group-000003"])
+    targets = size(image)
     saved = [f"recipe={tmp_path / 'train' / 'recipe.yaml'}", f"inspect.checkpoint={tmp_path / 'train'}"]
-    inspect_targets.main([*saved, f"inspect.image={both}"])
-    assert size(both)[0] == size(targets)[0] and size(both)[1] > size(targets)[1]  # one more row
+    inspect_targets.main(saved)
+    assert size(image)[0] == targets[0] and size(image)[1] > targets[1]  # one more row
     assert not list(tmp_path.glob(".*.tmp"))
     with pytest.raises(ValueError, match="physics section that it was trained with"):
         inspect_targets.main([*arguments, f"inspect.checkpoint={tmp_path / 'train'}"])

@@ -2,12 +2,12 @@
 
     python -m train.tools.inspect_targets recipe=sandbox                        # the first group of runs/sandbox/groups
     python -m train.tools.inspect_targets recipe=runs/mine/train/recipe.yaml inspect.key=group-000003 \\
-        inspect.checkpoint=runs/mine/train inspect.image=look.png         # beside the student's tracks and relations
+        inspect.checkpoint=runs/mine/train                                   # beside the student's tracks and relations
 
-Frames are decoded from the winner's latent. Tracks of kept points are coloured, from dark for the highest in the first
-frame to bright, the others grey; a point is drawn only while it is visible. With a checkpoint that has heads
-(`train.terms.physics`) the last row shows where the network thinks that the kept points go, at t = 0.5,
-and both relation matrices.
+The picture is `<output>/targets.png`. Frames are decoded from the winner's latent. Tracks of kept points are coloured,
+from dark for the highest in the first frame to bright, the others grey; a point is drawn only while it is visible. With
+a checkpoint that has heads (`train.terms.physics`) the last row shows where the network thinks that the kept points go,
+at t = 0.5, and both relation matrices.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,6 @@ LEVEL = 0.5  # the time t at which the network looks at the clip
 class InspectConfig:
     key: str = ""  # of the group; empty: the first
     checkpoint: str = ""  # a checkpoint folder or a training folder; empty: the targets alone
-    image: str = "${output}/targets.png"
 
 
 @dataclass
@@ -197,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         frames = to_pixels(backbone.decode_latents(group.winner[None]))[0].cpu()
     figure = draw(group, frames, student(config, backbone, group))
-    path = Path(config.inspect.image)
+    path = Path(config.output) / "targets.png"
     with files.atomic(path) as aside:
         figure.savefig(aside, format="png", dpi=110)
     print(f"wrote {path}")

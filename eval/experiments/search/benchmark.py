@@ -10,7 +10,7 @@
                generators run; activations of one block are held at a time
 
 Latents are scored, so neither VAE nor text encoder is needed; text is random. Seconds are medians over
-`search_benchmark.repeats` after a first that compiles; memory is the peak allocated on the device. Results go to
+REPEATS runs after a first that compiles; memory is the peak allocated on the device. Results go to
 `<output>/search_benchmark.json`.
 """
 
@@ -43,13 +43,13 @@ from train.parallel import build_accelerator
 from train.sampling import SamplerConfig, Stepper, sampling_passes
 
 PARTS = ("generate", "score", "refine")
+REPEATS = 2  # timed runs, after one that compiles and allocates
 RACE_SHARE = 0.61  # of full scoring's passes that a race took on the sandbox: 2 levels; 0.46 with 4
 
 
 @dataclass
 class BenchmarkConfig:
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # of PARTS
-    repeats: int = 2  # timed runs, after one that compiles and allocates
 
 
 @dataclass
@@ -72,8 +72,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         raise ValueError(
             f"search_benchmark.parts: unknown {', '.join(sorted(unknown))}; use some of {', '.join(PARTS)}"
         )
-    if settings.repeats < 1:
-        raise ValueError(f"search_benchmark.repeats={settings.repeats}: use 1 or more")
     config = replace(config, backbone=replace(config.backbone, path="", random_weights=True))
     if config.dry_run:
         shell, size = load_backbone(config.backbone, "cpu", parts=()), (video.height, video.width, video.num_frames)
@@ -163,7 +161,7 @@ class Bench:
     def measure(self, run: Callable[[], Any]) -> dict[str, float]:
         """Median seconds of `run`, the first one left out, and the peak GiB allocated on the device, or resident."""
         times, on_gpu = [], self.device.type == "cuda"
-        for _ in range(self.config.search_benchmark.repeats + 1):
+        for _ in range(REPEATS + 1):
             if on_gpu:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)

@@ -8,7 +8,7 @@ from eval.config import ClipsConfig
 from eval.experiments.search.work import Job
 from eval.prompts import make_key
 from eval.sandbox.splits import list_clips
-from eval.search.searcher import check_batches, check_scorers, check_whole_passes
+from eval.search.searcher import check_batch, check_scorers, check_whole_passes
 
 SEEDS_A_PROMPT = 10_000  # so that more candidates add to fewer
 
@@ -23,7 +23,6 @@ class ExperimentConfig:
     scorers: list[str] = field(  # keys of eval.search.scorers.SCORERS
         default_factory=lambda: ["random", "most_motion", "proprio_hybrid", "residual_per_motion"]
     )
-    shown: int = 24  # prompts on the page
 
 
 @dataclass
@@ -65,7 +64,7 @@ def check(config: Config) -> None:
     check_whole_passes(config.sampler)
     check_scorers({"scorers": experiment.scorers}, config.sampler, "search_experiment")
     check_scorers({"chosen_by": [search.chosen_by], "prune.scorers": search.prune.scorers}, config.sampler)
-    check_batches(search)
+    check_batch(search)
     share_of([], experiment.share)
     if search.chosen_by not in experiment.scorers:
         raise ValueError(f"search.chosen_by={search.chosen_by!r} is not among search_experiment.scorers: add it there")

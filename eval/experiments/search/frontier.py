@@ -225,7 +225,7 @@ class Frontier:
     def units(self, part: Part, seed: int) -> list[Unit]:
         """Of the seed's prompts, as many as are refined together at a time."""
         found = []
-        for number, jobs in enumerate(batches(self.jobs[seed], self.config.search.refine.batch_size)):
+        for number, jobs in enumerate(batches(self.jobs[seed], self.config.search.batch_size)):
             name = f"{part.name}-{seed}-{number}".replace(",", "").replace(" ", "-")
             depends = digest([part.settings, [self.work.candidates_digest(job) for job in jobs]])
             found.append(Unit(self.folder / "frontier" / f"{name}.json", depends, jobs))

@@ -76,7 +76,7 @@ def run(config: Config, jobs: Sequence[Job], accelerator: Accelerator) -> dict[s
     table = f"{report.table(results)}\n\n{strategy_report.table(results['strategies'])}".rstrip()
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(folder / "table.txt", table + "\n")
-    shown = {"records": records[: experiment.shown], "results": results, "video": config.video}
+    shown = {"records": [record for record in records if "clips" in record], "results": results, "video": config.video}
     write_text(folder / "index.html", render(PAGE, **shown, order=report.order, show=report.show))
     print(f"{table}\n\nresults {folder / 'results.json'}\npage    {folder / 'index.html'}")
     return results

@@ -34,6 +34,7 @@ from train.clips import write_clip
 from train.files import digest
 from train.sampling import sampling_passes
 
+SHOWN = 24  # prompts on the page, the first ones
 Made = tuple[dict[str, Tensor], dict[str, Any]]  # a prompt's tensors, "latents" (n, C, F, H, W) among them, and facts
 
 
@@ -107,12 +108,13 @@ class Work:
 
     def _strategies(self) -> Iterator[Strategy]:
         refine, guidance, searcher = self.search.refine, self.search.guidance, self.searcher
+        batch = self.search.batch_size
         if refine.best:
-            at_once = max(1, refine.batch_size // (refine.best + 1))
+            at_once = max(1, batch // (refine.best + 1))
             yield Strategy("refined", searcher.refined, at_once, refine.best, 0, refine.settings())
         if count := guidance.candidates:
             settings = [guidance.settings(), self.search.surprise.settings()]
-            yield Strategy("guided", searcher.guided, max(1, guidance.batch_size // count), None, count, settings)
+            yield Strategy("guided", searcher.guided, max(1, batch // count), None, count, settings)
 
     # What files depend on
 
@@ -171,7 +173,7 @@ class Work:
         if search.prune.steps:
             looks = [self.settings(name) for name in search.prune.scorers]
             parts["prune"] = digest([chosen, looks, prune_settings(search)])
-        if job.number < self.experiment.shown:
+        if job.number < SHOWN:
             parts["clips"] = digest("clips")
         return parts
 

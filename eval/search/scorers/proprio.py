@@ -81,4 +81,4 @@ def free_cells(candidates: Candidates) -> Tensor:
 
 def build(config: Any, backbone: Backbone, *_: Any, kind: type[Proprio] = Proprio, **settings: str) -> Proprio:
     """The scorer of a SearchConfig; scorers built from equal settings share their passes."""
-    return kind(Residuals(backbone, config.residuals), **settings)
+    return kind(Residuals(backbone, config.residuals, config.batch_size), **settings)

@@ -203,6 +203,10 @@ def _known(config_class: type, layer: dict[str, Any], source: str) -> dict[str, 
     """What of a layer `config_class` reads. ValueError for what nothing reads; for other commands' keys in an argument,
     a warning."""
     fields, kept = _fields(config_class), {}
+    read = {key: value for key, value in layer.items() if key in fields}
+    if len(moved := [key for key in _unread(config_class, read) if key in MOVED]) > 1:  # a recipe of an earlier version
+        places = "; ".join(f"{key}: {MOVED[key]}" for key in moved)
+        raise ValueError(f"{source}: {len(moved)} keys are elsewhere now, so delete or rename them: {places}")
     for key, value in layer.items():
         if key in fields:
             _check_keys(fields[key], key, value, source)

@@ -67,7 +67,7 @@ class Planner(Benchmark):
         if True not in shell.first_frame:
             raise ValueError(
                 f"{type(shell).__name__} generates from text alone, but a planner imagines from what it sees: set"
-                " backbone.family to wan22_ti2v, wan22_i2v or cosmos25"
+                " backbone.family to wan22_ti2v, wan22_i2v, cosmos25 or hunyuan15_i2v"
             )
         check_video(self.model_video)
         shell.latent_shape(self.model_video.height, self.model_video.width, self.model_video.num_frames)

@@ -126,7 +126,9 @@ def test_what_is_not_there_or_cannot_work_is_refused_in_one_sentence(monkeypatch
         family: load_backbone(BackboneConfig(family=family, random_weights=True, architecture="tiny"), "cpu", parts=())
         for family in ("wan21", "wan22_ti2v")
     }
-    with pytest.raises(ValueError, match="Wan21 generates from text alone.*wan22_ti2v, wan22_i2v or cosmos25"):
+    with pytest.raises(
+        ValueError, match="Wan21 generates from text alone.*wan22_ti2v, wan22_i2v, cosmos25 or hunyuan15_i2v"
+    ):
         benchmark().check(shells["wan21"])
     benchmark().check(shells["wan22_ti2v"])
     with pytest.raises(ValueError, match="does not divide"):

@@ -87,6 +87,14 @@ def test_moved_keys_are_refused_with_their_new_place():
         assert readers or key == "benchmark"  # the section moved as a whole
 
 
+def test_moved_keys_of_a_recipe_are_named_together(tmp_path):
+    mine = write(tmp_path / "mine.yaml", "train: {resume: true, max_nonfinite: 3}\noptim: {eps: 1, lr: 1}\n")
+    with pytest.raises(
+        ValueError, match=r"mine.yaml: 3 keys are elsewhere now.*: train.resume: .*; train.max_nonf.*; optim.eps: a"
+    ):
+        load(f"recipe={mine}")
+
+
 def test_moved_keys_name_constants_that_are_there():
     for key, place in recipes.MOVED.items():
         if place.startswith("the constant "):

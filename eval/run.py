@@ -61,7 +61,7 @@ from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import Backbone
 from train.clips import VideoConfig, write_clip
-from train.files import atomic, lock, write_text
+from train.files import atomic, lock, sha256, write_text
 from train.parallel import any_rank
 
 SEED_STRIDE = 2**32  # between the noise of one seed's prompts and the next seed's
@@ -269,10 +269,11 @@ def make_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Pa
 
 
 def _prefix_prompt(benchmark: Benchmark, task: Task, video: VideoConfig, folder: Path) -> Prompt:
-    """The prompt with the clip that it continues, written without loss where there is none or its source is newer."""
+    """The prompt with the clip that it continues, written without loss where there is none of its source."""
     frames = benchmark.prefix_frames
-    path = folder / f"{task.key}-{video.width}x{video.height}x{frames}-{video.fps:g}fps.mp4"
-    if not path.exists() or path.stat().st_mtime_ns < task.image.stat().st_mtime_ns:
+    source = sha256(task.image)[:12]
+    path = folder / f"{task.key}-{source}-{video.width}x{video.height}x{frames}-{video.fps:g}fps.mp4"
+    if not path.exists():
         write_clip(path, torch.from_numpy(benchmark.shown(task)), video.fps, lossless=True)
     return Prompt(task.key, task.text, path, frames)
 

@@ -42,6 +42,7 @@ def print_plan(config: Any, argv: list[str] | None, *, supervised: bool = False)
     if config.ranks:
         world, sharded = config.ranks, config.ranks > 1 and not config.backbone.stream
     family, loras = BACKBONES[config.backbone.family], config.backbone.loras
+    family.check_prefix(config.backbone.prefix_frames, "backbone.prefix_frames", config.video.num_frames)
     base_loras.read(loras, family.expert_folders, "", find_architecture(config.backbone))
     if config.lora.start:
         read_start(config)

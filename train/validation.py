@@ -42,6 +42,10 @@ def check(config: Any) -> None:
         raise ValueError(
             f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts: give one a prompt"
         )
+    if config.images and family is not None and True not in family.first_frame:
+        raise ValueError(
+            f"validation.images={config.images}: this backbone.family generates from text alone; leave the key out"
+        )
     if config.prompts and not config.images and family is not None and family.first_frame == (True,):
         raise ValueError(
             f"validation.prompts={config.prompts}: this backbone.family begins every clip with an image; name a clip or"

@@ -34,6 +34,7 @@ from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read
 from eval.benchmarks.physics_iq_frames import SECONDS, View, opencv, real_frames, score_view, trim
 from eval.benchmarks.physics_iq_metrics import METRICS, physics_iq
 from train.clips import ClipError, VideoConfig, write_clip
+from train.files import sha256
 
 INPUTS = ("image", "multiframe", "text")
 MASKS = ("memory", "mp4v", "both")
@@ -83,6 +84,8 @@ class PhysicsIQ(Benchmark):
                 " 8, 16, 24 or 30, or leave physics_iq out of benchmarks"
             )
         self.fps = round(video.fps)
+        if settings.input != "image":
+            self.published = ()  # the figures are of image to video
         if settings.input == "multiframe":
             self.prefix_frames = (PREFIX_SECONDS * self.fps - 1) // 4 * 4 + 1
         self.root = Path(settings.folder)
@@ -221,7 +224,7 @@ class PhysicsIQ(Benchmark):
         for task in self.prompts():
             path = self._video(task.facts, 2)
             if path.parent.name != f"{self.fps}FPS":
-                source, path = path, folder / f"{task.key}.mp4"
+                source, path = path, folder / f"{task.key}-{sha256(path)[:12]}.mp4"
                 if not path.exists():
                     frames = self._stretched(real_frames(source, self.fps, SECONDS))
                     write_clip(path, torch.from_numpy(frames), self.fps)

@@ -60,20 +60,23 @@ def read(folder: Path, one: Listed, video: VideoConfig) -> tuple[np.ndarray, np.
 
 def record(folder: Path, listed: Sequence[Listed], video: VideoConfig) -> Recordings:
     """Record those that are not there yet, in one process per core. What fails in the simulator is named and left out;
-    ValueError where all do."""
+    ValueError where all of them do, or the first two of each core."""
     todo = [one for one in listed if not path_of(folder, one, video).exists()]
     started, failed, cores = time.monotonic(), set(), os.cpu_count() or 1
     for number, one in enumerate(tqdm(todo, desc="demonstrations", unit="clip", mininterval=5)):
         try:
             made = shared().get(one, video, then=todo[number + 1 : number + 1 + 2 * cores])
         except SimulatorError as error:
-            print(problem := f"left out {one.name}: {error}")
+            print(f"left out {one.name}: {error}")
             failed.add(one.name)
+            if len(failed) == number + 1 == min(len(listed), 2 * cores):
+                shared().close()
+                raise ValueError(
+                    f"none of the first {len(failed)} demonstrations could be made ({error}): see eval/robots/README.md"
+                ) from error
             continue
         _write(path_of(folder, one, video), {name: getattr(made, name) for name in KEPT})
     shared().close()
-    if todo and len(failed) == len(listed):
-        raise ValueError(f"none of {len(listed)} demonstrations could be made ({problem}): see eval/robots/README.md")
     if todo:
         minutes = (time.monotonic() - started) / 60
         rate = len(todo) / minutes / cores

@@ -5,16 +5,19 @@ integer arithmetic alone, so every machine has the same pixels.
 """
 
 import csv
+import os
 import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from eval import run as eval_run
 from eval.benchmarks.base import Sample, Task
 from train.clips import ClipError, VideoConfig, write_clip
 
@@ -360,6 +363,18 @@ def test_the_switch_frame_is_stretched_not_cut(copy):
     task.image.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="no picture, or cut short"):
         benchmark.shown(task)
+
+
+def test_another_film_in_the_place_of_a_prefixs_source_is_seen_whatever_its_date(tmp_path):
+    film, frames = tmp_path / "film.mp4", np.zeros((5, 16, 16, 3), np.uint8)
+    benchmark = SimpleNamespace(prefix_frames=5, shown=lambda task: frames)
+    task, video = SimpleNamespace(key="one", text="a ball", image=film), VideoConfig(16, 16, 9, 8.0)
+    film.write_bytes(b"first")
+    first = eval_run._prefix_prompt(benchmark, task, video, tmp_path / "made").image
+    film.write_bytes(b"second")
+    os.utime(film, (0, 0))
+    second = eval_run._prefix_prompt(benchmark, task, video, tmp_path / "made").image
+    assert first != second and first.exists() and second.exists()
 
 
 def test_a_prefix_is_the_last_4k_1_frames_of_the_three_seconds_and_is_not_judged(data, tmp_path):

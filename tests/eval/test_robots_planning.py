@@ -160,7 +160,7 @@ def test_the_inverse_dynamics_model_is_trained_once_for_all_that_are_compared(tm
     shutil.copy(trained, tmp_path / planning.GIVEN)  # goes before one that would be trained, but serves its tasks alone
     assert get(steps=4)[1] == sha256(trained)[:16] and StandIn.asked == 4
     StandIn.failing = {0, 1, 2}
-    with pytest.raises(ValueError, match="none of 3 demonstrations could be made.*status 7"):
+    with pytest.raises(ValueError, match="none of the first 3 demonstrations could be made.*status 7"):
         get(steps=4, tasks=("reach",))
 
 

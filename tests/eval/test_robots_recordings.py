@@ -1,6 +1,8 @@
 """Demonstrations on disk, and the base model's chain in miniature."""
 
 import json
+import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,6 +69,33 @@ def test_every_word_of_the_instructions_is_one_token_and_the_dit_is_small():
     assert max(len(tokenizer(prompt).input_ids) for prompt in prompts) <= 32
     parameters = sum(weight.numel() for weight in new_transformer(NETWORK, seed=0).parameters())
     assert 2 * parameters < 10e6
+
+
+def test_a_step_that_dies_by_a_signal_ends_the_run_and_one_that_is_stopped_does_not(tmp_path, monkeypatch):
+    (tmp_path / "dies.py").write_text("import os; os.kill(os.getpid(), 9)", encoding="utf-8")
+    (tmp_path / "stays.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    step, other = (run.Step(name, (name,), "nothing") for name in ("dies", "stays"))
+    with pytest.raises(ValueError, match="dies ended with status -9"):
+        run.Runner(tmp_path, time.monotonic() + 60).run([step, other])
+    assert not run.Runner(tmp_path, time.monotonic() + 0.5).run([other])
+
+
+def test_a_simulator_that_makes_nothing_is_found_out_early(tmp_path, monkeypatch):
+    tried = []
+
+    class Broken:
+        def get(self, listed, video, **options):
+            tried.append(listed.name)
+            raise recordings.SimulatorError("no display")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(recordings, "shared", Broken)
+    with pytest.raises(ValueError, match="none of the first .* demonstrations could be made .no display."):
+        recordings.record(tmp_path, list_demonstrations(["push"], "anytime", 0, range(1000)), VIDEO)
+    assert len(tried) == 2 * (os.cpu_count() or 1)
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def trained(tiny, tmp_path):
             "validation.prompts=.*picture for each in validation.im",
         ),
         ("validation.prompts=[a,b] validation.images=[a.png]", "validation.images names 1 files for 2 prompts"),
+        ("validation.prompts=[a] validation.images=[a.png]", "generates from text alone; leave the key out"),
         ("train.keep_checkpoints=0", "train.keep_checkpoints=0: must be at least 1"),
         ("backbone.text_length=8", "text embedding of 12 tokens does not fit into 8; raise backbone.text_length"),
         ("video.height=60", "height=60 is no multiple of 16.*use 64"),

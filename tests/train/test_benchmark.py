@@ -36,7 +36,7 @@ def test_all_parts_run_and_are_written(tmp_path):
 @pytest.mark.slow
 def test_what_fits_is_measured_card_by_card(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "CARDS", (0, 1))
-    own = ("backbone.compile=true", "benchmark.parts=[fits]", "benchmark.repeats=1", "self_score.strength=1")
+    own = ("backbone.compile=true", "benchmark.parts=[ours,fits]", "benchmark.repeats=1", "self_score.strength=1")
     none, some = benchmark.main(["recipe=tiny", f"output={tmp_path}", *own])["fits"].values()
     assert none == {} and some["seconds"] > 0 and some["budget_gib"] == 15 / 16 > some["planned_gib"]
     assert some["arguments"] == "backbone.stream=false train.memory_budget_gib=0.9375"

@@ -24,7 +24,7 @@ The ceilings are measured twice: in a burst of a few products, as a cool chip ru
 at which the chip's power limit lowers its clock; the limit is counted at either.
 
 `fits` is the step that train.tools.what_fits plans, for each of its cards: the recipe's terms of the self-score
-included, the allocator capped at the card's budget.
+included, the allocator capped at the card's budget; a card that runs out of memory is a row with the error.
 
 `streamed` also says whether its gradients are, to the bit, those of the network that stays on the device
 (`same_gradients`), in two steps that both keep only block inputs, on a GPU with PyTorch's flash attention, whose
@@ -101,7 +101,7 @@ NO_TERMS = {
     "train": {"reference_cache": ""},
 }
 CHANGES = {
-    "low_memory": {"train": {"memory_budget_gib": 1e-3}},
+    "low_memory": {"train": {"memory_budget_gib": 1e-3, "offload_gib": 0.0}},
     "streamed": {"backbone": {"stream": True}},
     "cached": {"train": {"reference_cache": "known"}},
     "float8": {"train": {"float8": True}},
@@ -182,7 +182,7 @@ def against_ours(config: Config, part: str, results: dict[str, Any]) -> dict[str
     """What a part costs beside `ours`, and `streamed` beside `low_memory`, if that came before: ratio of seconds, GiB
     more, and for the regulariser the ratio over all steps."""
     other = "low_memory" if part == "streamed" else "ours"
-    if other not in results or part == other:
+    if other not in results or part == other or "seconds" not in results[part]:
         return {}
     measured, plain = results[part], results[other]
     ratio = measured["seconds"] / plain["seconds"]
@@ -204,6 +204,7 @@ def streamed(config: Config, accelerator: Accelerator) -> dict[str, Any]:
             for stream in (False, False, True)
         )
     same = {"same_gradients": equal(found, whole), "repeated_gradients": equal(again, whole)}
+    print("streamed", *(f"{key} {value}" for key, value in same.items()), flush=True)  # `capped` may run out of memory
     return capped(config, device) | same
 
 
@@ -211,6 +212,7 @@ def capped(config: Config, device: torch.device, *, where: bool = True) -> dict[
     """`ours` while the allocator gives no more than train.memory_budget_gib."""
     budget, cuda = config.train.memory_budget_gib, device.type == "cuda"
     if cuda:
+        device = torch.device("cuda", torch.cuda.current_device())  # the allocator's cap asks for an index
         torch.cuda.set_per_process_memory_fraction(budget * GIB / torch.cuda.mem_get_info(device)[1], device)
     try:
         backbone = load_backbone(config.backbone, device, parts=("expert",), together=True)
@@ -228,9 +230,13 @@ def fits(config: Config, device: torch.device) -> dict[str, dict[str, Any]]:
         chosen = on_card(config, size)
         planned = {"planned_gib": dearest_blocks(chosen).peak / GIB, "arguments": card_arguments(chosen)}
         found = planned["planned_gib"] <= chosen.train.memory_budget_gib
-        rows[str(size)] = capped(chosen, device, where=False) | planned if found else {}
-        words = (f"{key} {value:.4g}" for key, value in rows[str(size)].items() if isinstance(value, float))
-        print(f"{size:3} GB  {planned['arguments']}: {'  '.join(words) or 'does not fit'}", flush=True)
+        try:
+            rows[str(size)] = capped(chosen, device, where=False) | planned if found else {}
+        except (torch.OutOfMemoryError, ValueError) as error:  # the next card may fit
+            rows[str(size)] = planned | {"error": entry.first_line(error)}
+        words = [f"{key} {value:.4g}" for key, value in rows[str(size)].items() if isinstance(value, float)]
+        words.append(rows[str(size)].get("error", "" if found else "does not fit"))
+        print(f"{size:3} GB  {planned['arguments']}: {'  '.join(words)}", flush=True)
         clean(device)
     return rows
 
@@ -240,7 +246,6 @@ def deterministic() -> Iterator[None]:
     """Inside, kernels add in one order; those that cannot raise. Flash attention's backward pass asks for no less."""
     settings = torch.utils.deterministic
     filling, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -314,6 +319,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"benchmark.parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     if "streamed" in config.benchmark.parts and config.train.memory_budget_gib <= 0:
         raise ValueError("benchmark.parts: streamed keeps to train.memory_budget_gib: give one, 22.5 for a 24 GB card")
+    if "streamed" in config.benchmark.parts:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of `deterministic`; read at the first product
     config.backbone.stream = False  # but in its own part
     config.backbone.random_weights = True  # speed and memory do not depend on what the weights are
     accelerator = build_accelerator()

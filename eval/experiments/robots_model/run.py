@@ -19,6 +19,7 @@ asked to stop (SIGTERM): trainings save a checkpoint, recordings, builds and eva
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -108,11 +109,12 @@ class Runner:
                         if process.poll() is None:
                             print(f"{step.name} {now - began:.0f} s: {self._last_line(step)}", flush=True)
         finally:
+            failed = [step for step, process in running.items() if process.poll()]  # by a signal, too
             end(list(running.values()))
         for step, process in running.items():
             self._conclude(step, process, time.monotonic() - began)
         for step, process in running.items():
-            if process.returncode > 0:
+            if step in failed or process.returncode > 0:
                 tail = "\n  ".join(self._log(step).read_text("utf-8", errors="replace").splitlines()[-12:])
                 status = process.returncode
                 raise ValueError(f"{step.name} ended with status {status}, see {self._log(step)}:\n  {tail}")
@@ -188,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.minutes <= 1:
         raise ValueError(f"--minutes={given.minutes:g}: give more than 1, for half a minute is kept for stopping")
     size = choose(small=given.small, clips=given.clips)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the steps under way
     with lock(given.folder):
         runner = Runner(given.folder, started + 60 * given.minutes - GRACE)
         for steps in build_steps(given.folder, size, small=given.small):

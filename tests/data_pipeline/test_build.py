@@ -179,6 +179,7 @@ def test_winner_and_losers_are_what_the_backbone_makes(built, model, clips):
     torch.testing.assert_close(group.losers[1], loser[0].bfloat16())
 
 
+@pytest.mark.slow
 def test_losers_have_a_sampler_of_their_own(built, copied, model, clips):
     """Steps, solver, guidance and start are the losers' alone; changed ones make the losers anew, and nothing else."""
     own = ["pipeline.losers.steps=3", "pipeline.losers.solver=euler", "pipeline.losers.guidance=1"]
@@ -251,6 +252,7 @@ def test_a_second_run_does_nothing(built, copied, model, no_weights, capsys):
     assert (copied / "out" / "groups" / "index.json").read_bytes() == index
 
 
+@pytest.mark.slow
 def test_a_build_of_an_earlier_version_goes_on_under_its_fingerprint(model, clips, tmp_path, monkeypatch, capsys):
     """Those have the whole pipeline's fingerprint in their groups, and nothing beside it."""
     manifest = write_manifest(tmp_path / "clips.csv", clips, good_rows()[:3])

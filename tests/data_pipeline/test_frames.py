@@ -62,10 +62,11 @@ def test_a_clip_whose_last_frame_is_held_is_taken_by_all(tmp_path):
     assert torch.equal(reader.read_first(row)[0], reader.read(row)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "more", "decoded"),
     [
-        pytest.param("wan21", [], {"generate": 0, "targets": 9, "encode": 9}, marks=pytest.mark.slow),
+        ("wan21", [], {"generate": 0, "targets": 9, "encode": 9}),
         ("wan22_ti2v", ["pipeline.first_frame=true"], {"generate": 1, "targets": 9, "encode": 9}),
     ],
 )

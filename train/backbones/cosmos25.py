@@ -35,7 +35,7 @@ from train.backbones import loading
 from train.backbones.architecture import NetworkKind, Shape
 from train.backbones.base import Conditioning
 from train.backbones.held_frame import HeldFrame
-from train.backbones.qwen25 import LAYERS, SMALL_LAYERS, WIDTH, text_sizes
+from train.backbones.qwen25 import LAYERS, SMALL_LAYERS, WIDTH, make_positions, text_sizes
 from train.backbones.random_parts import fill
 from train.backbones.tokenizer import build_tokenizer
 from train.backbones.wan import WanBackbone, transformer_flops, vae_sizes
@@ -152,8 +152,7 @@ class Cosmos25(HeldFrame):
         with torch.device("meta"):
             model = Qwen2_5_VLForConditionalGeneration(encoder_config(architecture, len(tokenizer)))
         encoder = fill(model, device, dtype)
-        text = encoder.model.language_model  # whose position table is a buffer, which no storage came with
-        text.rotary_emb = type(text.rotary_emb)(text.config).to(device)
+        make_positions(encoder.model.language_model, device)
         return {"tokenizer": tokenizer, "text_encoder": encoder}
 
     @classmethod

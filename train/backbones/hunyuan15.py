@@ -36,7 +36,7 @@ from transformers import (
 from train.backbones import loading
 from train.backbones.architecture import NetworkKind, Shape
 from train.backbones.base import Backbone, Conditioning
-from train.backbones.qwen25 import WIDTH, text_sizes
+from train.backbones.qwen25 import WIDTH, make_positions, text_sizes
 from train.backbones.random_parts import fill
 from train.backbones.tokenizer import build_tokenizer
 
@@ -146,8 +146,7 @@ class Hunyuan15(Backbone):
             with torch.device("meta"):
                 models = random_encoders(architecture, len(found["tokenizer"]))
             found |= {name: fill(model, device, dtype) for name, model in models.items()}
-            text = found["text_encoder"]  # whose position table is a buffer, which no storage came with
-            text.rotary_emb = type(text.rotary_emb)(text.config).to(device)
+            make_positions(found["text_encoder"], device)
         return found
 
     @classmethod

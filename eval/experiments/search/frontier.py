@@ -57,6 +57,7 @@ REFINEMENTS: dict[str, dict[str, Any]] = {  # over the recipe's search.refine
     "8 updates, forward only": {"updates": 8, "gradient": "spsa"},
     "1 update": {"updates": 1},
     "2 updates": {"updates": 2},
+    "2 updates, last 2 steps": {"updates": 2, "gradient": "last_2"},
     "4 updates at 0.02": {"updates": 4, "learning_rate": 0.02},
     "4 updates, fixed draw": {"updates": 4, "gradient": "proprio"},
     "4 updates, 4 draws": {"updates": 4, "draws": 4},

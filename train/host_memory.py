@@ -4,6 +4,7 @@ the copies.
 Where the device is a CPU the same calls make plain copies, at once.
 """
 
+import mmap
 import os
 import weakref
 from collections.abc import Iterable
@@ -55,13 +56,21 @@ def local_processes() -> int:
 
 def locked(size: int, device: torch.device, *, together: bool = False) -> Tensor:
     """`size` bytes (uint8) of host memory, page-locked for a GPU until they are freed. With `together` all processes
-    of the launch call at once, and those of one host get the same memory."""
-    memory = _shared(size) if together and local_processes() > 1 else torch.empty(size, dtype=torch.uint8)
+    of the launch call at once, and those of one host get the same memory. Processes forked later, as a loader's workers
+    are, do not have it: Linux would copy page-locked memory for each of them."""
+    memory = _shared(size) if together and local_processes() > 1 else _private(size)
     if device.type == "cuda":  # PyTorch's own pinned tensors take the next power of two
         runtime, address = torch.cuda.cudart(), memory.data_ptr()
         torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), 0))
         weakref.finalize(memory, runtime.cudaHostUnregister, address)
     return memory
+
+
+def _private(size: int) -> Tensor:
+    """Memory of this process alone."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _shared(size: int) -> Tensor:

@@ -2,6 +2,8 @@
 and how much of the host they may have."""
 
 import gc
+import re
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,7 +13,7 @@ from train.backbones.loading import random_transformer
 from train.backbones.wan import wan_architecture
 from train.fused.fused_block import fuse_blocks
 from train.fused.offload import HostStore, affordable
-from train.host_memory import GIB, host_memory
+from train.host_memory import GIB, host_memory, locked
 from train.lora_switch import LoraConfig, LoraSwitch
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between a GPU and its host")
@@ -107,3 +109,17 @@ def test_what_the_job_may_not_have_is_not_asked_for(monkeypatch):
     assert affordable(share / 2) == share / 2
     with pytest.warns(UserWarning, match="train.offload_gib=1e[+]06 for each of 2 processes is more than this job may"):
         assert affordable(1e6) == pytest.approx(share)
+
+
+def test_a_loaders_workers_get_no_copy_of_page_locked_memory():
+    """Linux copies what is page-locked at each fork: four workers would take four times train.offload_gib more."""
+    memory = locked(3 * 2**20, torch.device("cpu"))
+    memory.fill_(7)
+    mapping = None
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            mapping = range(int(found[1], 16), int(found[2], 16))
+        elif line.startswith("VmFlags:") and memory.data_ptr() in mapping:
+            assert "dc" in line.split() and len(mapping) >= memory.numel()  # "do not copy on fork", proc(5)
+            return
+    raise AssertionError("no mapping holds the memory")

@@ -91,7 +91,6 @@ def load_backbone(
     ring = _ring(device, len(wanted), sharding, together) if config.stream and wanted else None
     loaded: dict[str, Any] = {}
     host = host and not config.stream
-    place = torch.device("cpu") if host else device
     if config.random_weights:
         if config.path:
             warnings.warn(f"backbone.random_weights=true: backbone.path={config.path} is not read", stacklevel=2)
@@ -101,29 +100,36 @@ def load_backbone(
         encoders = f"{config.family}-random-{config.architecture}"
         fingerprints = (encoders,)
         loaded |= _random_encoders(family, architecture, parts, device, dtype)
-        experts = {
-            name: loading.random_transformer(
-                architecture, device=place, dtype=dtype, seed=seed, sharding=sharding, ring=ring
+        made = (
+            (
+                name,
+                loading.random_transformer(
+                    architecture, device=device, dtype=dtype, seed=seed, sharding=sharding, ring=ring
+                ),
             )
             for seed, name in enumerate(family.expert_folders)
             if name in wanted
-        }
+        )
     else:
         folder, model_index, architecture = _open(config)
         fingerprint, boundary = loading.fingerprint(config.family, folder), model_index.get("boundary_ratio")
         encoders = loading.fingerprint(config.family, folder, loading.ENCODERS)
         fingerprints, loras = base_loras.read(config.loras, family.expert_folders, fingerprint, architecture)
         loaded |= _load_encoders(family, folder, architecture, parts, device, dtype)
-        experts = {
-            name: loading.load_transformer(
-                family.kind, folder, family.expert_folders[name], place, dtype, sharding, ring, loras.get(name, ())
+        made = (
+            (
+                name,
+                loading.load_transformer(
+                    family.kind, folder, family.expert_folders[name], device, dtype, sharding, ring, loras.get(name, ())
+                ),
             )
             for name in wanted
-        }
+        )
+    if host:  # a network leaves the device before the next is made there
+        loaded["host"] = HostWeights(made, device, count=len(wanted))
+    experts = loaded["host"].networks if host else dict(made)
     for network in experts.values():
         loading.choose_attention(family.kind, network, config.attention, device)
-    if host:
-        loaded["host"] = HostWeights(experts, device)
     return family(config, architecture, device, fingerprints, encoders, experts, boundary, **loaded)
 
 

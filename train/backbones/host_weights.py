@@ -4,7 +4,7 @@ Frozen weights never change, so nothing is ever copied back: the device has one 
 weights of the network that is asked for fill. Over PCIe that takes about a second for 14B parameters in bfloat16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,18 @@ ALIGNMENT = 64  # bytes
 
 
 class HostWeights:
-    """The weights of `networks`, which come on the CPU and have the same shapes; page-locked for a GPU."""
+    """The weights of `count` networks of the same shapes, page-locked for a GPU. `made` gives them by name, on the
+    device; each goes to host memory before the next is asked for."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device):
-        self.networks, self.here = networks, ""
-        size = sum(weight.nbytes for network in networks.values() for weight in network.parameters())
-        taken = reserve("backbone.expert=both", size, local_processes())
+    def __init__(self, made: Iterable[tuple[str, nn.Module]], device: torch.device, *, count: int):
+        self.networks: dict[str, nn.Module] = {}
+        self.host: dict[str, list[Tensor]] = {}
         self.memory: list[Tensor] = []  # one piece for each network
-        self.host = {name: self._move(network, device) for name, network in networks.items()}
-        for network in networks.values():
-            network.locked_bytes = taken
+        self.here = ""
+        for name, network in made:
+            size = count * sum(weight.nbytes for weight in network.parameters())
+            network.locked_bytes = reserve("backbone.expert=both", size, local_processes())
+            self.networks[name], self.host[name] = network, self._move(network, device)
         self.device = [torch.empty_like(weight, device=device) for weight in next(iter(self.host.values()))]
 
     def _move(self, network: nn.Module, device: torch.device) -> list[Tensor]:

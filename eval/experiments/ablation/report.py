@@ -64,7 +64,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.axvline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8, label="LoRA-SFT")
     seeds = len(results["seeds"])
     axes.set_xlabel(f"gain in the physical score, 95% interval over {seeds} x {results['clips']} paired clips")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     panels = np.empty((0, 1))  # rows of axes
     if swept:
         panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)

@@ -24,7 +24,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train import checkpoint, export, parallel, resume
-from train.backbones import load_backbone
+from train.backbones import BACKBONES, load_backbone
+from train.backbones.architecture import latent_shape
 from train.backbones.base import BOTH, Backbone
 from train.data import Batches, GroupStream, Sample, Tensors, build_loader
 from train.full_parameters import FullParameters
@@ -245,24 +246,29 @@ def gradient_sets(config: Any, clips: int, accumulation: int) -> int:
 
 
 def open_groups(config: Any, backbone: Backbone) -> GroupSet:
-    """The recipe's groups, checked against the backbone and the recipe's video size."""
+    """The recipe's groups, checked against the backbone and the recipe's clips."""
     groups = GroupSet(config.train.groups, fingerprint=backbone.group_fingerprints)
-    video = config.video
-    expected = backbone.latent_shape(video.height, video.width, video.num_frames)
+    check_clips(config, groups, backbone.architecture)
+    return groups
+
+
+def check_clips(config: Any, groups: GroupSet, architecture: dict[str, Any]) -> None:
+    """ValueError for groups of clips of another size, or with other given frames, than the recipe says."""
+    video, frames = config.video, config.backbone.prefix_frames
+    expected = latent_shape(architecture, video.height, video.width, video.num_frames)
     if groups.latent_shape != tuple(expected):
         raise ValueError(
             f"the groups in {config.train.groups} hold latents of shape {groups.latent_shape}, the recipe's video"
             f" section gives {tuple(expected)}: set video.height, video.width, video.num_frames to what they were"
             " built with, or build them again"
         )
-    frames, condition = config.backbone.prefix_frames, groups[0].condition if backbone.takes_prefix else None
-    begin = 0 if condition is None else (condition.shape[1] - 1) * backbone.architecture["vae_scale_temporal"] + 1
+    condition = groups[0].condition if BACKBONES[config.backbone.family].takes_prefix else None
+    begin = 0 if condition is None else (condition.shape[1] - 1) * architecture["vae_scale_temporal"] + 1
     if begin != frames and (begin or frames > 1):
         raise ValueError(
             f"the groups in {config.train.groups} begin with {begin or 'no'} given frames, the recipe says"
             f" backbone.prefix_frames={frames}: set it to {begin or 1}, or build them again"
         )
-    return groups
 
 
 def accumulate(

@@ -18,7 +18,7 @@ from train.cost import bill
 from train.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choose_levels, predict
 from train.groups import GroupSet
 from train.host_memory import GIB, HOST_SHARE, host_memory
-from train.loop import accumulation_steps, check_frozen, gradient_sets
+from train.loop import accumulation_steps, check_clips, check_frozen, gradient_sets
 from train.lora_start import read_start
 from train.lora_switch import adapter_shapes
 from train.parallel import build_accelerator
@@ -104,11 +104,12 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
 
 
 def find_groups(config: Any) -> tuple[str, int]:
-    """The recipe's groups in words, and their number: 0 where there are none yet."""
+    """The recipe's groups in words, and their number: 0 where there are none yet. ValueError as `check_clips`."""
     try:
         groups = GroupSet(config.train.groups)
     except ValueError as error:
         return f"none yet: {error}", 0
+    check_clips(config, groups, find_architecture(config.backbone))
     epochs = config.optim.steps * config.optim.batch_size / len(groups)
     size = f"{groups.total_bytes / GIB:.2f} GiB"
     return f"{len(groups)} in {groups.folder} ({size}), backbone {groups.fingerprint}: {epochs:.2f} epochs", len(groups)

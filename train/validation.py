@@ -38,6 +38,11 @@ def check(config: Any) -> None:
     config = config.validation
     if config.images and family is not None:
         family.check_prefix(frames, "backbone.prefix_frames", video.num_frames)
+    if config.prompts and not config.images and frames > 1:
+        raise ValueError(
+            f"backbone.prefix_frames={frames}: no clip of validation.prompts begins with one; name clips in"
+            " validation.images, or set validation.prompts=[]"
+        )
     if config.images and len(config.images) != len(config.prompts):
         raise ValueError(
             f"validation.images names {len(config.images)} files for {len(config.prompts)} prompts: give one a prompt"

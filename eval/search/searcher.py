@@ -260,7 +260,7 @@ class Searcher:
         config, surprise, started = self.config.guidance, self.scorer("surprise"), time.perf_counter()
 
         def reward(frames: Tensor) -> Tensor:  # (B, 3, T, height, width) in [-1, 1]
-            return -surprise.of(((frames + 1) * 127.5).permute(0, 2, 3, 4, 1), batch=len(frames))
+            return -surprise.of(((frames + 1) * 127.5).permute(0, 2, 3, 4, 1))
 
         latents = []
         for told, noise, given in self._noise(conditioning, seeds):

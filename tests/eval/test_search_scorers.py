@@ -315,15 +315,15 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
     class Model:
         def surprise(self, clips, **windows):
             assert clips.shape == (3, 9, 8, 8, 3) and clips.dtype == torch.uint8
-            assert windows == {"window": 16, "context": 8, "stride": 8, "axis": "token", "batch": 16}
+            assert windows == {"window": 16, "context": 8, "stride": 8, "axis": "token", "batch": 2}
             return torch.arange(3, dtype=torch.float64)
 
-    scorer = Surprise(SurpriseConfig(path="somewhere", axis="token"), "cpu")
+    scorer = Surprise(SurpriseConfig(path="somewhere", axis="token"), "cpu", batch=2)
     scorer.model = Model()
     values, cost = candidates().measure(scorer)
     assert values.tolist() == [0.0, 1.0, 2.0] and values.dtype == torch.float32 and cost.passes == 0
     with pytest.raises(ValueError, match="search.surprise.path"):
-        Surprise(SurpriseConfig(), "cpu")
+        Surprise(SurpriseConfig(), "cpu", batch=2)
     assert "world_model" not in vars(surprise_scorer)  # imported where it is used
 
 

@@ -231,9 +231,13 @@ def test_what_cannot_work_is_refused(argument, message):
 
 def test_built_groups_are_counted(tmp_path):
     folder = tmp_path / "groups"
-    write_synthetic_groups(folder, num_groups=10, fingerprint="tiny-1")
-    line = lines_of(config_of("tiny", f"train.groups={folder}"))["groups"]
+    config = config_of("tiny", f"train.groups={folder}")
+    write_synthetic_groups(folder, num_groups=10, fingerprint="tiny-1", latent_shape=(16, 5, 8, 8))
+    line = lines_of(config)["groups"]
     assert f"10 in {folder}" in line and "backbone tiny-1: 16.00 epochs" in line  # 40 steps of 4 groups
+    config.video.height = 128
+    with pytest.raises(ValueError, match="hold latents of shape .16, 5, 8, 8., the recipe's video section gives"):
+        lines_of(config)
 
 
 @pytest.mark.parametrize("entry", [gdpo, sft])

@@ -194,6 +194,10 @@ def test_a_prefix_that_is_the_whole_clip_or_of_no_group_is_refused(backbone, fra
         build.check(recipes.load(Config, whole))
     with pytest.raises(ValueError, match="backbone.prefix_frames=17 leaves nothing"):
         gdpo.check(recipes.load(gdpo.Config, [*whole[:3], "validation.images=[a.mp4]"]))
+    with pytest.raises(ValueError, match="backbone.prefix_frames=5: no clip of validation.prompts begins with one"):
+        gdpo.check(recipes.load(gdpo.Config, arguments))
+    with pytest.raises(ValueError, match="backbone.prefix_frames=5: no prompt has a clip to continue"):
+        generate.main([*arguments, "dry_run=true"])
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: Wan21 takes one frame at most"):
         build.check(recipes.load(Config, ["recipe=tiny", "backbone.prefix_frames=5"]))
     several = [Prompt("key", "a ball", folder, 5)]
@@ -248,8 +252,9 @@ def test_from_clips_to_scores(folder, tmp_path, monkeypatch):
     torch.testing.assert_close(group.winner[:, :3], group.condition, atol=0.05, rtol=0)
     clip = torch.randint(0, 256, (17, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     write_clip(tmp_path / "clip.mp4", clip, 8, lossless=True)
-    with pytest.raises(ValueError, match="begin with 9 given frames, the recipe says backbone.prefix_frames=1: set it"):
-        gdpo.main([*arguments, "backbone.prefix_frames=1", f"validation.images=[{tmp_path / 'clip.mp4'}]"])
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(ValueError, match="begin with 9 given frames, the recipe says backbone.prefix_frames=1"):
+            gdpo.main([*arguments, "backbone.prefix_frames=1", f"validation.images=[{tmp_path / 'clip.mp4'}]", *more])
     gdpo.main([*arguments, f"validation.images=[{tmp_path / 'clip.mp4'}]"])
     losses = [json.loads(line)["loss"] for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(map(math.isfinite, losses))

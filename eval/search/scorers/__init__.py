@@ -30,7 +30,7 @@ SCORERS = {
     **PROPRIO,
     "residual_per_motion": partial(PROPRIO["proprio_global-uniform"], kind=PerMotion),
     "masked_residual_per_motion": partial(PROPRIO["proprio_motion-uniform"], kind=PerMotion),
-    "surprise": lambda config, backbone, fps, judging: Surprise(config.surprise, backbone.device),
+    "surprise": lambda config, backbone, *_: Surprise(config.surprise, backbone.device, batch=config.batch_size),
     "judge": lambda config, backbone, fps, judging: JudgeScore(build_judge(judging, fps, backbone.device)),
 }
 SETTINGS = {

@@ -13,24 +13,24 @@ from eval.search.world_model import SurpriseConfig, WorldModel
 
 
 class Surprise:
-    """The mean surprise of each clip. Raises ValueError without a path."""
+    """The mean surprise of each clip, `batch` of them at a time. Raises ValueError without a path."""
 
-    def __init__(self, config: SurpriseConfig, device: torch.device | str):
+    def __init__(self, config: SurpriseConfig, device: torch.device | str, *, batch: int):
         if not config.path:
             raise ValueError(
                 "search.surprise.path is empty: name a V-JEPA 2 model, or take surprise out of the scorers"
             )
-        self.config, self.device = config, device
+        self.config, self.device, self.batch = config, device, batch
 
     @cached_property
     def model(self) -> WorldModel:
         return WorldModel(self.config.path, self.device)
 
-    def of(self, clips: Tensor, batch: int = 16) -> Tensor:
-        """(N,) of clips (N,T,H,W,3), see `WorldModel.surprise`."""
+    def of(self, clips: Tensor) -> Tensor:
+        """(N,) of clips (N,T,H,W,3), `batch` at a time, see `WorldModel.surprise`."""
         config = self.config
         windows = {"window": config.window, "context": config.context, "stride": config.stride, "axis": config.axis}
-        return self.model.surprise(clips, **windows, batch=batch)
+        return self.model.surprise(clips, **windows, batch=self.batch)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         return self.of(candidates.clips).float().cpu()

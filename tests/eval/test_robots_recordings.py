@@ -81,6 +81,18 @@ def test_a_step_that_dies_by_a_signal_ends_the_run_and_one_that_is_stopped_does_
     assert not run.Runner(tmp_path, time.monotonic() + 0.5).run([other])
 
 
+def test_an_evaluation_in_which_a_benchmark_failed_is_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "build_steps", lambda *_, **__: [])
+    (tmp_path / "eval").mkdir()
+    found = {"benchmarks": {"robots": {"problem": ""}, "planner": {"problem": "no display"}}}
+    (tmp_path / "eval" / "results.json").write_text(json.dumps(found), encoding="utf-8")
+    (tmp_path / "steps.json").write_text('{"evaluate": {"seconds": 1.0, "digest": "x"}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="benchmark planner: no display; mend it and run the same command again"):
+        run.main(["--folder", str(tmp_path)])
+    assert json.loads((tmp_path / "steps.json").read_text("utf-8")) == {"evaluate": {"seconds": 1.0}}
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_a_simulator_that_makes_nothing_is_found_out_early(tmp_path, monkeypatch):
     tried = []
 

@@ -90,6 +90,11 @@ class Runner:
         known = self.done.get(step.name, {})
         return known.get("digest") == digest(step.command) and (self.folder / step.product).exists()
 
+    def forget(self, name: str) -> None:
+        """Let the next run repeat the step."""
+        self.done[name].pop("digest", None)
+        write_text(self.path, json.dumps(self.done, indent=2) + "\n")
+
     def run(self, steps: list[Step]) -> bool:
         """Run those that are not done; False where the time was over before. ValueError where one failed."""
         todo = [step for step in steps if not self.is_done(step)]
@@ -157,7 +162,7 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
-def collect(folder: Path, size: Size) -> dict[str, Any]:
+def collect(folder: Path) -> dict[str, Any]:
     """All figures of a finished folder."""
 
     def read(name: str) -> Any:
@@ -197,7 +202,11 @@ def main(argv: list[str] | None = None) -> None:
             if not runner.run(steps):
                 print(f"stopped after {(time.monotonic() - started) / 60:.1f} min; run the same command to continue")
                 return
-        figures = collect(given.folder, size)
+        figures = collect(given.folder)
+        for name, found in figures["benchmarks"]["benchmarks"].items():
+            if found["problem"]:  # others may have run, so the command ended well
+                runner.forget("evaluate")
+                raise ValueError(f"benchmark {name}: {found['problem']}; mend it and run the same command again")
         write_text(given.folder / "results.json", json.dumps(figures, indent=2) + "\n")
         shown = {name: part for name, part in figures.items() if name not in ("vae", "benchmarks")}
         print(json.dumps(shown, indent=2))

@@ -290,7 +290,7 @@ class Searcher:
         facts: dict[str, Any] = asdict(method) | {"seeds": seeds, "chosen": 0}
         few, spent = [0], Cost()
         if method.search:
-            facts["chosen"], latents, values, spent = self._best(method, named, conditioning, seeds)
+            facts["chosen"], latents, values, spent = self.best(method, named, conditioning, seeds)
             shown = [value if math.isfinite(value) else None for value in values.tolist()]
             facts |= {"chosen_by": config.chosen_by, "values": shown}
             few = promising(values, max(1, config.refine.best))
@@ -308,7 +308,7 @@ class Searcher:
             spent = spent + cost
         return latents, facts | asdict(spent)
 
-    def _best(
+    def best(
         self, method: Method, named: partial, conditioning: Conditioning, seeds: Sequence[int]
     ) -> tuple[int, Tensor, Tensor, Cost]:
         """Number of the best candidate, its latents (1, C, F, H, W), all values (N,), infinity where a clip was not

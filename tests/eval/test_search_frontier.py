@@ -31,9 +31,12 @@ def test_rows_are_made_once_shared_and_collected(tmp_path, monkeypatch, capsys):
     # One clip takes 2 steps; a score 2 passes, or 1; an update 1 step and 1 pass, with backward ones, or twice that
     # and a step for the mask.
     expected = {PLAIN: 2, "best of 2": 2 * 4, "best of 2, by one pass": 2 * 3, "1 update": 3 * 2 + 2}
+    expected["best of 2, by one pass before the end"] = (
+        2 * 2 + 1 + 1
+    )  # a step and a look each, one's last and its score
     assert {name: row["cost"] for name, row in rows.items()} == expected | {"1 update, forward only": 1 + 4 + 2}
     assert all(row["clips"] == 2 for row in rows.values()) and rows[PLAIN]["gain"]["mean"] == 0
-    assert len(list((tmp_path / "search" / "frontier").glob("*.json"))) == 4 * 2  # parts and seeds
+    assert len(list((tmp_path / "search" / "frontier").glob("*.json"))) == 5 * 2  # parts and seeds
 
     monkeypatch.setattr(Searcher, "refined", None)  # nothing is made again
     monkeypatch.setattr(Searcher, "sample", None)

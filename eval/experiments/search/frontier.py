@@ -36,10 +36,10 @@ from eval.experiments.search.config import Config, check, list_jobs, share_of
 from eval.experiments.search.frontier_report import FIELDS, PLAIN, draw, summary, table
 from eval.experiments.search.work import Job, Work
 from eval.search.candidates import Cost, choose
-from eval.search.config import SearchConfig
+from eval.search.config import PruneConfig, SearchConfig
 from eval.search.noise_refinement import RefineConfig
 from eval.search.scorers.baselines import motion_energy
-from eval.search.searcher import Searcher, batches, scorer_settings
+from eval.search.searcher import Method, Searcher, batches, prune_settings, scorer_settings
 from train import entry
 from train.backbones.base import Conditioning
 from train.clips import to_pixels
@@ -49,6 +49,7 @@ from train.sampling import sample_clips, sampling_passes
 
 SEEDS = (0, 1, 2)  # added to search_experiment.seed, of the prompts, and to seed, of the noise
 HOW = ("", ", by one pass")  # search chooses: by the recipe's score, by one of one level and draw
+PRUNED = ", by one pass before the end"  # and finishes one alone
 REFINEMENTS: dict[str, dict[str, Any]] = {  # over the recipe's search.refine
     "4 updates": {"updates": 4},
     "4 updates, last 2 steps": {"updates": 4, "gradient": "last_2"},
@@ -162,6 +163,10 @@ class Frontier:
         if search.surprise.path:
             guided = [search.guidance.settings(), search.surprise.settings()]
             others.append(Part("guidance", ("guidance",), self.guided, guided))
+        for count in self.counts:
+            name, one = best_of(count, PRUNED), self.pruning(count)
+            settings = [count, search.chosen_by, scored[1], prune_settings(one)]
+            others.append(Part(name, (name,), partial(self.pruned, name, one, count), settings))
         return [*others, *parts]
 
     @property
@@ -174,6 +179,11 @@ class Frontier:
         """Search settings with the recipe's score, and with a score of one pass, as HOW names them."""
         search = self.config.search
         return [search, replace(search, residuals=replace(search.residuals, levels=1, draws=1))]
+
+    def pruning(self, count: int) -> SearchConfig:
+        """Search settings by which one of `count` is finished, chosen by one pass after three quarters of the steps."""
+        steps, one = [3 * self.config.sampler.steps // 4], self.scorings[1]
+        return replace(one, num_candidates=count, prune=PruneConfig(steps, keep=1 / count, scorers=[one.chosen_by]))
 
     def searcher(self, search: SearchConfig | None = None) -> Searcher:
         known = self.work.searcher
@@ -220,6 +230,16 @@ class Frontier:
                     one = Cost(round(spent.passes * share), spent.seconds * share)
                     costs[name] = costs.get(name, Cost()) + one
         return {name: (torch.cat(found), costs[name]) for name, found in clips.items()}
+
+    def pruned(self, name: str, search: SearchConfig, count: int, jobs: Sequence[Job]) -> Made:
+        searcher, clips, spent = self.searcher(search), [], Cost()
+        for job in jobs:
+            conditioning = self.work.backbone.condition([job.prompt])
+            named = partial(searcher.candidates, job.key, job.prompt, conditioning)
+            _, latents, _, cost = searcher.best(Method("prune", ""), named, conditioning, job.seeds[:count])
+            clips.append(latents)
+            spent = spent + cost
+        return {name: (torch.cat(clips), spent)}
 
     # Files
 

@@ -34,6 +34,16 @@ def test_all_parts_run_and_are_written(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["hunyuan15", "hunyuan15_i2v", "cosmos25", "cosmos25 backbone.prefix_frames=5"])
+def test_every_family_is_measured_beside_plain_code(tmp_path, family):
+    small = ("backbone.architecture=tiny", "backbone.compile=false", "backbone.dtype=float32", "video.height=64")
+    small += ("video.width=64", "video.num_frames=9", "benchmark.repeats=1", "benchmark.parts=[plain,ours]")
+    results = benchmark.main([*f"recipe={family}".split(), f"output={tmp_path}", *small])
+    assert results["plain"]["seconds"] > 0 and results["ours"]["seconds"] > 0
+    assert results["ours"]["untrained_gap"] == 0
+
+
+@pytest.mark.slow
 def test_what_fits_is_measured_card_by_card(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "CARDS", (0, 1))
     own = ("backbone.compile=true", "benchmark.parts=[ours,fits]", "benchmark.repeats=1", "self_score.strength=1")

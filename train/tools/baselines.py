@@ -14,7 +14,7 @@ from train import gdpo
 from train.backbones import find_architecture, text_tokens
 from train.backbones.architecture import forward_flops, num_tokens, shape_of
 from train.backbones.attention_kernels import kernels_on
-from train.backbones.base import Backbone
+from train.backbones.base import Backbone, Conditioning
 from train.entry import first_line
 from train.full_parameters import FullParameters
 from train.tools.breakdown import seconds, sustained, time_step
@@ -96,13 +96,14 @@ def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], rep
     network.train()
     network.enable_gradient_checkpointing()
     clips = torch.cat([batch["winner"].unsqueeze(1), batch["losers"]], dim=1)[0]  # (2,C,F,H,W)
-    noise, t, text = batch["noise"][0], batch["t"].expand(2), batch["text"].expand(2, -1, -1)
-    noisy = interpolate(clips, noise, t).to(torch.bfloat16)
+    noise, t, conditioning = batch["noise"][0], batch["t"].expand(2), Conditioning.of(batch).repeated(2)
+    noisy = interpolate(clips, noise, t)
+    given = backbone.network_arguments(noisy, backbone.timescale * t, conditioning, torch.bfloat16)
     optimizer = torch.optim.AdamW(weights, lr=config.optim.lr)
 
     def errors() -> Tensor:
         with torch.autocast(backbone.device.type, torch.bfloat16):
-            velocity = network(noisy, 1000 * t, text, return_dict=False)[0]
+            velocity = network(**given, return_dict=False)[0]
         return flow_error(velocity, clips, noise)  # (2,)
 
     def run() -> None:

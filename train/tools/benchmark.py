@@ -23,6 +23,8 @@ ceilings' rates:
 The ceilings are measured twice: in a burst of a few products, as a cool chip runs them, and `sustained` over seconds,
 at which the chip's power limit lowers its clock; the limit is counted at either.
 
+Clips that may begin with given frames have none, or, where that is more than 1, `backbone.prefix_frames` of them.
+
 `fits` is the step that train.tools.what_fits plans, for each of its cards: the recipe's terms of the self-score
 included, the allocator capped at the card's budget; a card that runs out of memory is a row with the error.
 
@@ -133,7 +135,9 @@ def random_batch(config: Config, backbone: Backbone, losers: int) -> dict[str, T
         return torch.randn(*shape, generator=generator).bfloat16()
 
     text, *more = backbone.text_shapes().items()
-    given = backbone.first_frame_shapes(backbone.architecture, shape) if backbone.first_frame[0] else {}
+    given, frames = {}, config.backbone.prefix_frames
+    if backbone.first_frame[0] or frames > 1:
+        given = backbone.first_frame_shapes(backbone.architecture, shape, frames)
     group = SimpleNamespace(
         winner=random(*shape),
         losers=random(losers, *shape),

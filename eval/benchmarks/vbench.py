@@ -20,8 +20,6 @@ VBench needs a GPU, at least two frames a clip, and the network when it first lo
 import json
 import math
 import os
-import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place_all
-from eval.judges.external_tool import Tool, ToolError, tool_environment, tool_settings
+from eval.judges.external_tool import Tool, ToolError, find_python, tool_environment, tool_settings
 from eval.prompts import PromptsConfig, read_prompts
 from train.clips import ClipError, read_clip
 from train.files import write_text
@@ -140,31 +139,19 @@ class VBench(Benchmark):
             raise ValueError(f"{needed.where} has no package vbench: {needed.remedy}")
         own = {name: value for name, value in os.environ.items() if name not in OF_OUR_RANKS}
         environment = tool_environment(own, torch.device(DEVICE))
-        environment["MASTER_PORT"] = str(_free_port())
-        return Tool(
-            name=self.name,
-            python=self._python,
-            checkout=self._package,
-            checkpoint=self._package,  # VBench keeps its weights in a cache of its own
-            environment=environment,
-        )
-
-    @property
-    def _python(self) -> str:
-        """The interpreter's path, links not followed (that of a virtual environment is one); empty: there is none."""
-        python = self.raters.vbench.python
-        found = shutil.which(os.path.expanduser(python)) if python else None
-        return os.path.abspath(found) if found else ""
+        environment["MASTER_PORT"] = str(get_free_port())
+        # In place of a checkpoint the package again: VBench keeps its weights in a cache of its own.
+        return Tool(self.name, find_python(self.raters.vbench), self._package, self._package, environment)
 
     @cached_property
     def _package(self) -> Path | None:
         """The folder of the package vbench in the user's environment."""
-        if not self._python:
+        if not (python := find_python(self.raters.vbench)):
             return None
         environment = tool_environment(os.environ, torch.device("cpu"))
         try:
             found = subprocess.run(
-                [self._python, "-c", FIND], env=environment, capture_output=True, text=True, timeout=FIND_SECONDS
+                [python, "-c", FIND], env=environment, capture_output=True, text=True, timeout=FIND_SECONDS
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
@@ -192,9 +179,3 @@ def read_results(folder: Path) -> dict[str, dict[str, float]]:
 
 def _name(sample: Sample) -> str:
     return f"{sample.task.key}-{sample.seed}.mp4"
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -3,8 +3,9 @@
     judge = build_judge(Judging.of(config), fps=16, device="cuda")
     scores = judge(clips, prompts)        clips (N, T, H, W, 3) uint8; scores.semantic, scores.physical (N,) in [0, 1]
 
-A new judge is a file with `build`, and a line in JUDGES and in `judge_settings`. `eval.judges.scores` says what a judge
-gives back, and what it raises for a clip that it cannot judge.
+A new judge is a file with `build`, or with what `external_tool.build` takes of another project's program, and a line in
+JUDGES and in `judge_settings`. `eval.judges.scores` says what a judge gives back, and what it raises for a clip that it
+cannot judge.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eval.judges import videocon_physics, videophy2, vlm
+from eval.judges import external_tool, videocon_physics, videophy2, vlm
 from eval.judges.external_tool import RatersConfig, tool_settings
 from eval.judges.robots import judge as robots
 from eval.judges.sandbox import judge as sandbox
@@ -47,8 +48,8 @@ class Judging:
 JUDGES: dict[str, Callable[[Judging, float, torch.device | str], Judge]] = {
     "sandbox": lambda given, fps, device: sandbox.build(SandboxJudgeConfig(fps=fps), device),
     "robots": lambda given, fps, device: robots.build(device),
-    "videocon_physics": lambda given, fps, device: videocon_physics.build(given.raters.videocon_physics, fps, device),
-    "videophy2": lambda given, fps, device: videophy2.build(given.raters.videophy2, fps, device),
+    "videocon_physics": lambda given, *more: external_tool.build(videocon_physics, given.raters, *more),
+    "videophy2": lambda given, *more: external_tool.build(videophy2, given.raters, *more),
     "vlm": lambda given, fps, device: vlm.build(given.vlm, fps, device),
 }
 

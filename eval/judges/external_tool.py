@@ -13,16 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.judges.scores import Scores, Unjudged, check_clips
+from eval.judges.scores import Judge, Scores, Unjudged, check_clips
 from train.clips import write_clip
 
 POLL_SECONDS = 0.5  # between two looks at the tool
@@ -149,14 +151,19 @@ def find_tool(name: str, config: InstallationConfig, device: torch.device | str,
     for script in scripts:
         if not (checkout / script).is_file():
             raise ValueError(f"{key}.checkout={config.checkout} has no {script}; give a clone of Hritikbansal/videophy")
-    # Links are not followed: the interpreter of a virtual environment is one, and finds its packages by its own place.
-    python = shutil.which(os.path.expanduser(config.python))
-    if python is None:
+    if not (python := find_python(config)):
         raise ValueError(f"{key}.python={config.python} is no executable; give the interpreter of {name}'s environment")
     if not checkpoint.is_dir():
         raise ValueError(f"{key}.checkpoint={config.checkpoint} is no folder; give the one of {name}'s weights")
     environment = tool_environment(os.environ, torch.device(device))
-    return Tool(name, os.path.abspath(python), checkout, checkpoint, environment)
+    return Tool(name, python, checkout, checkpoint, environment)
+
+
+def find_python(environment: EnvironmentConfig) -> str:
+    """The interpreter's path, links not followed: that of a virtual environment is one, and finds its packages by its
+    own place. Empty: there is none."""
+    found = shutil.which(os.path.expanduser(environment.python)) if environment.python else None
+    return os.path.abspath(found) if found else ""
 
 
 def tied(command: list[str]) -> list[str]:
@@ -178,23 +185,23 @@ def tool_environment(own: Mapping[str, str], device: torch.device) -> dict[str, 
     return environment
 
 
-def rate_clips(
-    fps: float,
-    refuse: Callable[[str], str | None],
-    rate: Callable[..., tuple[dict[str, dict[int, Any]], dict[int, str]]],
-    make: Callable[[dict[str, list[Any]]], Scores],
-    clips: Tensor,
-    prompts: Sequence[str],
-) -> Scores:
-    """The scores of clips (N, T, H, W, 3) uint8 by a program that reads files.
+def build(rater: ModuleType, raters: RatersConfig, fps: float, device: torch.device | str) -> Judge:
+    """The judge of clips of `fps` frames a second. Raises ValueError, before any work, for an installation that is not
+    there.
 
-    refuse: why a caption cannot be asked about, None where it can. rate: of paths by clip number, all prompts and a new
-    folder, ratings by name and clip number, and why clips have none. make: scores of the ratings by name. Raises
-    ValueError for clips of another form, `Unjudged` where some have no score, and ToolError where the tool fails or
-    writes what is not its table.
+    rater, a module of a program that reads files: NAME and PROGRAMS; refuse: why a caption cannot be asked about, None
+    where it can; rate_files: of the tool, paths by clip number, all prompts and a new folder, ratings by name and clip
+    number, and why clips have none; make_scores: of the ratings by name.
     """
+    tool = find_tool(rater.NAME, getattr(raters, rater.NAME), device, rater.PROGRAMS)
+    return partial(_rate_clips, rater, tool, fps)
+
+
+def _rate_clips(rater: ModuleType, tool: Tool, fps: float, clips: Tensor, prompts: Sequence[str]) -> Scores:
+    """The scores of clips (N, T, H, W, 3) uint8. Raises ValueError for clips of another form, `Unjudged` where some
+    have no score, and ToolError where the tool fails or writes what is not its table."""
     check_clips(clips, prompts)
-    failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := refuse(prompt))}
+    failures = {clip: reason for clip, prompt in enumerate(prompts) if (reason := rater.refuse(prompt))}
     chosen = [clip for clip in range(len(prompts)) if clip not in failures]
     found: dict[str, dict[int, Any]] = {name: {} for name in ("semantic", "physical")}
     if chosen:
@@ -203,10 +210,10 @@ def rate_clips(
             paths = {clip: str(folder / f"clip-{clip:05d}.mp4") for clip in chosen}
             for clip, path in paths.items():
                 write_clip(path, clips[clip], fps)
-            found, unrated = rate(paths, prompts, folder)
+            found, unrated = rater.rate_files(tool, paths, prompts, folder)
             failures |= unrated
     judged = [clip for clip in chosen if clip not in failures]
-    scores = make({name: [values[clip] for clip in judged] for name, values in found.items()})
+    scores = rater.make_scores({name: [values[clip] for clip in judged] for name, values in found.items()})
     if failures:
         raise Unjudged(failures, prompts, scores)
     return scores

@@ -32,6 +32,19 @@ class Scores:
     physical: Tensor  # (N,) in [0, 1], physical commonsense: does it obey physical laws
 
 
+@dataclass
+class MeasuredScores(Scores):
+    """Of a judge that measures pixels."""
+
+    errors: dict[str, Tensor]  # law -> (N,); never NaN
+
+    def rows(self) -> list[dict[str, float]]:
+        """One flat dict a clip."""
+        columns = {"semantic": self.semantic, "physical": self.physical}
+        columns |= {f"error_{name}": values for name, values in self.errors.items()}
+        return [{name: float(values[index]) for name, values in columns.items()} for index in range(len(self.physical))]
+
+
 Judge = Callable[[Tensor, list[str]], Scores]  # of clips (N, T, H, W, 3) uint8 and a prompt for each
 
 

@@ -17,13 +17,12 @@ a caption that may be too long is refused. Judge the short prompt, not one that 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, rate_clips, write_table
-from eval.judges.scores import Judge, Scores, refuse_caption, unit_score
+from eval.judges.external_tool import Tool, ToolError, write_table
+from eval.judges.scores import Scores, refuse_caption, unit_score
 
 NAME = "videocon_physics"
 PREPARE = "utils/prepare_data.py"
@@ -36,15 +35,7 @@ BATCH_SIZE = 16  # questions that the tool answers at once, 32 frames of 224x224
 CAPTION_TOKENS = 120  # what 256 leave beside 65 for the video and about 65 for the question's own words
 
 
-def build(config: InstallationConfig, fps: float, device: torch.device | str) -> Judge:
-    """The judge of clips of `fps` frames a second, see `external_tool.rate_clips`.
-
-    Raises ValueError, before any work, for an installation that is not there.
-    """
-    return partial(rate_clips, fps, refuse, partial(rate_files, find_tool(NAME, config, device, PROGRAMS)), _scores)
-
-
-def _scores(found: dict[str, list[float]]) -> Scores:
+def make_scores(found: dict[str, list[float]]) -> Scores:
     return Scores(*(torch.tensor(found[name], dtype=torch.float32) for name in ("semantic", "physical")))
 
 
@@ -95,10 +86,7 @@ def _questions(
 
 
 def _answers(
-    tool: Tool,
-    folder: Path,
-    questions: dict[tuple[str, str], tuple[str, int]],
-    failures: dict[int, str],
+    tool: Tool, folder: Path, questions: dict[tuple[str, str], tuple[str, int]], failures: dict[int, str]
 ) -> dict[str, dict[int, float]]:
     """Name of the score -> clip number -> score; clips without a valid one go to `failures`."""
     found: dict[str, dict[int, float]] = {name: {} for name in TABLES}

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.judges.external_tool import InstallationConfig, Tool, ToolError, find_tool, rate_clips, write_table
-from eval.judges.scores import Judge, Scores, refuse_caption
+from eval.judges.external_tool import Tool, ToolError, write_table
+from eval.judges.scores import Scores, refuse_caption
 
 NAME = "videophy2"
 FOLDER = "VIDEOPHY2"  # of the checkout, where the tool runs
@@ -45,22 +45,12 @@ class VideoPhy2Scores(Scores):
     physical_rating: Tensor  # (N,) int64, 1 to 5
 
 
-def build(config: InstallationConfig, fps: float, device: torch.device | str) -> Judge:
-    """The judge of clips of `fps` frames a second, which gives VideoPhy2Scores; see `external_tool.rate_clips`.
-
-    Raises ValueError, before any work, for an installation that is not there.
-    """
-    return partial(rate_clips, fps, refuse, partial(rate_files, find_tool(NAME, config, device, PROGRAMS)), _scores)
+refuse = partial(refuse_caption, reserved=RESERVED)  # why the tool cannot take a prompt, None if it can
 
 
-def _scores(ratings: dict[str, list[int]]) -> VideoPhy2Scores:
+def make_scores(ratings: dict[str, list[int]]) -> VideoPhy2Scores:
     semantic, physical = (torch.tensor(ratings[name], dtype=torch.int64) for name in ("semantic", "physical"))
     return VideoPhy2Scores((semantic.float() - 1) / 4, (physical.float() - 1) / 4, semantic, physical)
-
-
-def refuse(prompt: str) -> str | None:
-    """Why the tool cannot take a prompt, None if it can."""
-    return refuse_caption(prompt, RESERVED)
 
 
 def rate_files(
@@ -81,14 +71,19 @@ def judge_rules(tool: Tool, pairs: Sequence[tuple[str, str]], folder: Path) -> l
 
     `folder` takes the tables and the log. Raises ToolError.
     """
-    answered = folder / "answers-rule.csv"
     write_table(folder / "rules.csv", RULE_HEADER, pairs)
-    arguments = ["--input_csv", str(folder / "rules.csv"), "--output_csv", str(answered)]
-    tool.run(INFERENCE, [*arguments, "--checkpoint", str(tool.checkpoint), "--task", "rule"], folder, where=FOLDER)
-    header, *rows = tool.read_table(answered, INFERENCE, folder) or [[]]
+    header, *rows = _run(tool, folder, "rules.csv", "rule", "rule")
     if header != RULE_ANSWER_HEADER or [row[1] for row in rows if len(row) == 4] != [path for path, _ in pairs]:
         raise ToolError(f"{NAME}: {INFERENCE} wrote no table of {RULE_ANSWER_HEADER} with one row per rule")
     return [_verdict(row, rule) for row, (_, rule) in zip(rows, pairs, strict=True)]
+
+
+def _run(tool: Tool, folder: Path, table: str, task: str, name: str) -> list[list[str]]:
+    """Header and rows that the program answers a table of `folder` with, in answers-<name>.csv. Raises ToolError."""
+    answered = folder / f"answers-{name}.csv"
+    arguments = ["--input_csv", str(folder / table), "--output_csv", str(answered)]
+    tool.run(INFERENCE, [*arguments, "--checkpoint", str(tool.checkpoint), "--task", task], folder, where=FOLDER)
+    return tool.read_table(answered, INFERENCE, folder) or [[]]
 
 
 def _verdict(row: Sequence[str], rule: str) -> int | str:
@@ -102,11 +97,7 @@ def _rate(
     tool: Tool, name: str, folder: Path, paths: Mapping[int, str], prompts: Sequence[str], failures: dict[int, str]
 ) -> dict[int, int]:
     """Clip number -> rating for one of TASKS; clips without a valid one go to `failures`."""
-    answered = folder / f"answers-{name}.csv"
-    arguments = ["--input_csv", str(folder / "clips.csv"), "--output_csv", str(answered)]
-    arguments += ["--checkpoint", str(tool.checkpoint), "--task", TASKS[name]]
-    tool.run(INFERENCE, arguments, folder, where=FOLDER)
-    header, *rows = tool.read_table(answered, INFERENCE, folder) or [[]]
+    header, *rows = _run(tool, folder, "clips.csv", TASKS[name], name)
     if header != ANSWER_HEADER:
         raise ToolError(f"{NAME}: {INFERENCE} wrote the columns {header!r:.200} instead of {ANSWER_HEADER}")
     clips = {path: clip for clip, path in paths.items()}

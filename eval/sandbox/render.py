@@ -130,3 +130,16 @@ def _rod_distance(bob: Tensor, columns: Tensor, rows: Tensor, pivot_x: float) ->
     along = ((right * reach_x + down * reach_y) / (reach_x**2 + reach_y**2)).clamp_(0, 1)
     rod = ROD_HALF_WIDTH - ((right - along * reach_x) ** 2 + (down - along * reach_y) ** 2).sqrt_()
     return torch.maximum(rod, PIVOT_RADIUS - (right**2 + down**2).sqrt())
+
+
+def degrade(clips: Tensor, generator: torch.Generator, *, factor: int = 4, noise: float = 0.02) -> Tensor:
+    """What a good but soft generator does to true clips: `factor` times smaller and back, plus Gaussian noise.
+
+    Args: clips (N, T, H, W, 3) uint8; noise, standard deviation as a share of the full range. Returns the same shape.
+    """
+    count, frames, height, width, _ = clips.shape
+    planes = clips.flatten(0, 1).permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.avg_pool2d(planes, factor)
+    soft = torch.nn.functional.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
+    soft += 255 * noise * torch.randn(soft.shape, generator=generator, device=generator.device).to(soft.device)
+    return soft.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (count, frames))

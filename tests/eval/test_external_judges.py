@@ -184,7 +184,8 @@ class Installation:
 
     def build(self, judge, **settings):
         paths = {"checkout": str(self.checkout), "checkpoint": str(self.weights), "python": sys.executable}
-        return judge.build(InstallationConfig(**paths | settings), 8.0, "cpu")
+        raters = RatersConfig(**{judge.NAME: InstallationConfig(**paths | settings)})
+        return external_tool.build(judge, raters, 8.0, "cpu")
 
 
 @pytest.fixture
@@ -531,7 +532,7 @@ def test_an_installation_that_is_not_there_is_named_before_any_work(installation
         "checkpoint": str(installation.weights),
     }
     with pytest.raises(ValueError, match=message):
-        videophy2.build(InstallationConfig(**settings | changes), 8.0, "cpu")
+        external_tool.build(videophy2, RatersConfig(videophy2=InstallationConfig(**settings | changes)), 8.0, "cpu")
 
 
 def test_the_settings_of_a_judge_come_from_a_recipe(installation):

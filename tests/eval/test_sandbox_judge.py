@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from eval.judges.sandbox.calibration import CAUGHT_BELOW, calibrate, degrade
+from eval.judges.sandbox.calibration import CAUGHT_BELOW, calibrate
 from eval.judges.sandbox.judge import LAWS, SandboxJudgeConfig, build
 from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.prompts import write_prompt
+from eval.sandbox.render import degrade
 from eval.sandbox.world import COLOUR_NAMES, GRAVITY, VIOLATIONS
 from tests.counting import calls
 

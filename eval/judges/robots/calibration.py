@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eval.judges.robots import judge
@@ -20,6 +19,7 @@ from eval.robots.demonstrations import Listed, list_demonstrations
 from eval.robots.simulators import shared
 from eval.robots.tasks import TASKS
 from eval.robots.violations import VIOLATIONS
+from eval.sandbox.render import degrade
 from train import entry
 from train.clips import VideoConfig
 from train.files import write_text
@@ -52,17 +52,8 @@ def clips(listed: list[Listed], violation: str | None = None, severity: float = 
     made = [
         shared().get(one, VIDEO, then=listed[number + 1 : number + 4], **options) for number, one in enumerate(listed)
     ]
-    return (
-        torch.stack([torch.from_numpy(one.frames) for one in made]),
-        torch.tensor([bool(one.success) for one in made]),
-    )
-
-
-def soften(frames: Tensor) -> Tensor:
-    """What a soft generator does to clips (N, T, H, W, 3) uint8: half the size and back."""
-    planes = frames.flatten(0, 1).permute(0, 3, 1, 2).float()
-    soft = F.interpolate(F.avg_pool2d(planes, 2), scale_factor=2, mode="bilinear", align_corners=False)
-    return soft.round().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
+    frames = torch.stack([torch.from_numpy(one.frames) for one in made])
+    return frames, torch.tensor([bool(one.success) for one in made])
 
 
 def fit(count: int, tasks: list[str]) -> dict[str, dict[str, float]]:
@@ -106,7 +97,7 @@ def calibrate(count: int, tasks: list[str], severity: float = 1.0) -> Iterator[C
         return CalibrationRow(kind, scores.physical, scores.semantic, **joined)
 
     yield row("true", true)
-    yield row("true, softened", soften(true))
+    yield row("true, softened", degrade(true, torch.Generator(), factor=2, noise=0))
     for kind in VIOLATIONS:
         yield row(kind, clips(listed, kind, severity)[0])
 

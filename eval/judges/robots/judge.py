@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eval.judges.robots.laws import errors, moved
 from eval.judges.robots.vision import Seen, observe
-from eval.judges.scores import Judge, Scores, Unjudged, check_clips, parse_prompts
+from eval.judges.scores import Judge, MeasuredScores, Unjudged, check_clips, parse_prompts
 from eval.robots.tasks import TASKS, parse_prompt
 
 
@@ -41,17 +41,6 @@ TOLERANCES = Path(__file__).with_name("tolerances.json")
 BATCH_SIZE = 8  # clips measured at once
 
 
-@dataclass
-class RobotsScores(Scores):
-    errors: dict[str, Tensor]  # law -> (N,); never NaN
-
-    def rows(self) -> list[dict[str, float]]:
-        """One flat dict a clip."""
-        columns = {"semantic": self.semantic, "physical": self.physical}
-        columns |= {f"error_{name}": values for name, values in self.errors.items()}
-        return [{name: float(values[index]) for name, values in columns.items()} for index in range(len(self.physical))]
-
-
 @cache
 def tolerances() -> dict[str, dict[str, float]]:
     """By task: of each law, and `done`, what a clip shows in which the task is done."""
@@ -59,13 +48,13 @@ def tolerances() -> dict[str, dict[str, float]]:
 
 
 def build(device: torch.device | str) -> Judge:
-    """The judge: score(clips (N, T, H, W, 3) uint8, instructions) -> RobotsScores.
+    """The judge: score(clips (N, T, H, W, 3) uint8, instructions) -> MeasuredScores.
 
     `score` raises ValueError for clips of another shape or type, fewer than 5 frames, a number of instructions other
     than N, and `Unjudged` for clips whose instruction is none of the robots' tasks.
     """
 
-    def score(clips: Tensor, prompts: list[str]) -> RobotsScores:
+    def score(clips: Tensor, prompts: list[str]) -> MeasuredScores:
         check_clips(clips, prompts)
         if clips.shape[1] < 5:
             raise ValueError(f"clips have {clips.shape[1]} frames; a robot's motion is measured on 5 or more")
@@ -75,7 +64,7 @@ def build(device: torch.device | str) -> Judge:
         measured = [_judge(clips[part].to(device), [requests[index] for index in part]) for part in parts]
         found = {name: torch.cat([part[name] for part in measured]).cpu() for name in measured[0]} if measured else {}
         none = torch.zeros(0)
-        scores = RobotsScores(
+        scores = MeasuredScores(
             found.pop("semantic", none), found.pop("physical", none), found or dict.fromkeys(LAWS, none)
         )
         if failures:

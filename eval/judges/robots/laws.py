@@ -17,7 +17,7 @@ def errors(seen: Seen) -> dict[str, Tensor]:
     change, touched = _changes(seen)
     whole, size = _whole(seen)
     return {
-        "permanence": _missing(seen, seen.object),
+        "permanence": _missing(seen),
         "hand": _missing_hand(seen),
         "contact": _untouched(change, touched).clamp(max=MOST),
         "jump": change.amax(dim=1).clamp(max=MOST),
@@ -36,11 +36,6 @@ def moved(seen: Seen) -> Tensor:
 
 def _near(seen: Seen) -> int:
     return max(2, round(NEAR * seen.object.shape[2]))
-
-
-def _reference(seen: Seen, mask: Tensor) -> Tensor:
-    """(N,) share of the frame that counts as a mask's full size: what is seen in the first frame at least."""
-    return seen.area(mask)[:, :1].amax(dim=1).clamp(min=SMALLEST)
 
 
 def _changes(seen: Seen) -> tuple[Tensor, Tensor]:
@@ -67,10 +62,11 @@ def _untouched(change: Tensor, touched: Tensor) -> Tensor:
     return total
 
 
-def _missing(seen: Seen, mask: Tensor) -> Tensor:
+def _missing(seen: Seen) -> Tensor:
     """The largest share of the object that is gone in a frame beyond what the robot may hide there, where it was last
     seen: its pixels in the box around that place."""
-    full = _reference(seen, mask)
+    mask = seen.object
+    full = seen.area(mask)[:, 0].clamp(min=SMALLEST)  # its size: what is seen in the first frame
     last = mask[:, 0]
     worst = torch.zeros_like(full)
     for frame in range(1, mask.shape[1]):

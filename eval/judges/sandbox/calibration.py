@@ -10,23 +10,11 @@ from torch import Tensor
 
 from eval.judges.sandbox.judge import SandboxJudgeConfig, build
 from eval.sandbox.clips import simulate
+from eval.sandbox.render import degrade
 from eval.sandbox.world import VIOLATIONS
 from train import entry
 
 CAUGHT_BELOW = 0.5  # physical score below which a clip counts as a violation
-
-
-def degrade(clips: Tensor, generator: torch.Generator, *, factor: int = 4, noise: float = 0.02) -> Tensor:
-    """What a good but soft generator does to true clips: `factor` times smaller and back, plus Gaussian noise.
-
-    Args: clips (N, T, H, W, 3) uint8; noise, standard deviation as a share of the full range. Returns the same shape.
-    """
-    count, frames, height, width, _ = clips.shape
-    planes = clips.flatten(0, 1).permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.avg_pool2d(planes, factor)
-    soft = torch.nn.functional.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
-    soft += 255 * noise * torch.randn(soft.shape, generator=generator, device=generator.device).to(soft.device)
-    return soft.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (count, frames))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from eval.judges.sandbox.laws import LAWS as SCENE_LAWS
 from eval.judges.sandbox.laws import reference_area
 from eval.judges.sandbox.vision import Seen, observe
-from eval.judges.scores import Judge, Scores, Unjudged, check_clips, parse_prompts
+from eval.judges.scores import Judge, MeasuredScores, Unjudged, check_clips, parse_prompts
 from eval.sandbox.clips import SCENES
 from eval.sandbox.prompts import Request, parse_prompt
 from eval.sandbox.world import COLOUR_NAMES
@@ -65,16 +65,11 @@ class SandboxJudgeConfig:
 
 
 @dataclass
-class SandboxScores(Scores):
-    errors: dict[str, Tensor]  # law -> (N,), units in LAWS[law].unit; never NaN
+class SandboxScores(MeasuredScores):
+    """Units of the errors: LAWS[law].unit."""
+
     laws: dict[str, Tensor]  # law -> (N,) score in [0, 1]; physical is their product times `alive`
     aspects: dict[str, Tensor]  # alive, colour, direction, scene -> (N,) in [0, 1]; semantic is their product
-
-    def rows(self) -> list[dict[str, float]]:
-        """One flat dict a clip."""
-        columns = {"semantic": self.semantic, "physical": self.physical}
-        columns |= {f"error_{name}": values for name, values in self.errors.items()}
-        return [{name: float(values[index]) for name, values in columns.items()} for index in range(len(self.physical))]
 
 
 def build(config: SandboxJudgeConfig, device: torch.device | str) -> Judge:
@@ -105,9 +100,7 @@ def build(config: SandboxJudgeConfig, device: torch.device | str) -> Judge:
             prefix: {name[len(prefix) + 1 :]: v for name, v in results.items() if name.startswith(prefix + " ")}
             for prefix in ("error", "law", "aspect")
         }
-        scores = SandboxScores(
-            results["semantic"], results["physical"], picked["error"], picked["law"], picked["aspect"]
-        )
+        scores = SandboxScores(results["semantic"], results["physical"], *picked.values())
         if failures:
             raise Unjudged(failures, prompts, scores)
         return scores

@@ -311,9 +311,5 @@ def occluder(seen: Seen, interval: float) -> dict[str, Tensor]:
 
 
 LAWS: dict[str, Callable[[Seen, float], dict[str, Tensor]]] = {
-    "projectile": projectile,
-    "collision": collision,
-    "pendulum": pendulum,
-    "ramp": ramp,
-    "occluder": occluder,
+    law.__name__: law for law in (projectile, collision, pendulum, ramp, occluder)
 }

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eval.small_wan.training import seeded
 from train.clips import VideoConfig
 from train.files import atomic
 
@@ -67,8 +68,7 @@ def train(frames: Tensor, actions: Tensor, settings: Settings, *, seed: int, dev
     count, num_frames, height, width = frames.shape[:4]
     wanted = actions.unflatten(1, (num_frames - 1, -1)).mean(dim=2)  # (N, T - 1, 4)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         model = InverseDynamics(height, width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps)

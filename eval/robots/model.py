@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eval.robots import inverse_dynamics
 from eval.robots.demonstrations import Listed, list_demonstrations
-from eval.robots.recordings import Recordings
+from eval.robots.recordings import Recordings, load_all
 from eval.robots.tasks import TASKS
 from eval.small_wan import vae
 from eval.small_wan.training import Checkpoint, Settings
@@ -116,9 +116,7 @@ def train_inverse_dynamics(
     recorded: Sequence[Recordings], held_out: Recordings, size: Size, device: str, path: Path
 ) -> dict[str, float]:
     """Train the inverse dynamics model on all recordings and write it; its squared error on held-out ones."""
-    loaded = [one.load(place) for one in recorded for place in range(len(one.listed))]
-    frames, actions = (torch.from_numpy(part) for part in map(np.stack, zip(*loaded, strict=True)))
-    del loaded
+    frames, actions = load_all(recorded)
     model = inverse_dynamics.train(frames.to(device), actions, size.inverse_dynamics, seed=0, device=device)
     errors = []
     for place in range(len(held_out.listed)):

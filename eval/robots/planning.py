@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval.robots.demonstrations import EPISODE, Listed, check_video, list_demonstrations
 from eval.robots.episodes import EpisodeProcess
 from eval.robots.inverse_dynamics import MOMENTS, InverseDynamics, Settings, read, train, write
-from eval.robots.recordings import record
+from eval.robots.recordings import load_all, record
 from eval.robots.simulators import SimulatorError
 from train.clips import VideoConfig
 from train.files import digest, seed_of, sha256
@@ -69,7 +68,7 @@ def play(
 
     They are played side by side, each in one of `simulators`; planned at once for all that are not over.
     """
-    skip, horizon = check_video(video), horizon_of(video)
+    skip, horizon = check_video(video), min(HORIZON, video.num_frames - 1)  # of a shorter clip all frames
     outcomes: list[bool | SimulatorError] = [False] * len(episodes)
 
     def ask(command: str, given: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, np.ndarray]]:
@@ -105,11 +104,6 @@ def play(
     return outcomes
 
 
-def horizon_of(video: VideoConfig) -> int:
-    """Frames that are imagined and executed, for clips of this length."""
-    return min(HORIZON, video.num_frames - 1)
-
-
 def inverse_dynamics(
     folder: Path, tasks: Sequence[str], clips: int, settings: Settings, video: VideoConfig, *, seed: int, device: str
 ) -> tuple[InverseDynamics, str]:
@@ -123,8 +117,7 @@ def inverse_dynamics(
     path = folder / f"inverse_dynamics-{made_from}.safetensors"
     if not path.exists():
         recorded = record(folder / "demonstrations", list_demonstrations(tasks, "pool", seed, range(clips)), video)
-        loaded = [recorded.load(place) for place in range(len(recorded.listed))]
-        frames, actions = (torch.from_numpy(np.stack(part)) for part in zip(*loaded, strict=True))
+        frames, actions = load_all([recorded])
         trained = train(frames, actions, settings, seed=seed, device=device)
         if not path.exists():
             write(path, trained, video, tasks)

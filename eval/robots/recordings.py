@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from eval.robots.demonstrations import Listed
@@ -42,6 +44,13 @@ class Recordings:
     def frames(self, places: Sequence[int]) -> np.ndarray:
         """(N, T, H, W, 3) uint8."""
         return np.stack([self.load(place)[0] for place in places])
+
+
+def load_all(recorded: Sequence[Recordings]) -> tuple[Tensor, Tensor]:
+    """Frames and actions of all of them as `Recordings.load`, stacked."""
+    loaded = [one.load(place) for one in recorded for place in range(len(one.listed))]
+    frames, actions = (torch.from_numpy(np.stack(part)) for part in zip(*loaded, strict=True))
+    return frames, actions
 
 
 def path_of(folder: Path, one: Listed, video: VideoConfig) -> Path:

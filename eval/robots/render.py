@@ -98,12 +98,7 @@ def look_up(image: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def follow(
-    queries: np.ndarray,
-    geoms: np.ndarray,
-    depth: np.ndarray,
-    layers: np.ndarray,
-    places: np.ndarray,
-    turns: np.ndarray,
+    queries: np.ndarray, geoms: np.ndarray, depth: np.ndarray, layers: np.ndarray, places: np.ndarray, turns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the points that are seen at `queries` (N, 2) in frame 0 go, each fixed to the geom that its pixel shows.
 

@@ -10,7 +10,6 @@ import atexit
 import io
 import json
 import os
-import selectors
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -78,11 +78,10 @@ class SimulatorProcess:
 class Simulators:
     """`count` processes, started when they are needed. command: of one, as `eval.robots.serve`."""
 
-    def __init__(self, count: int, *, command: Sequence[str] = (), timeout: float = TIMEOUT):
-        self.count, self.timeout = count, timeout
-        self.command = command or COMMAND
+    def __init__(self, count: int, *, command: Sequence[str] = COMMAND, timeout: float = TIMEOUT):
+        self.count, self.command, self.timeout = count, command, timeout
         self._processes: list[SimulatorProcess] = []
-        self._done: dict[str, Demonstration | SimulatorError] = {}  # by job, the oldest first
+        self._done: dict[str, dict[str, np.ndarray] | SimulatorError] = {}  # by job, the oldest first
         self._lock = threading.Lock()
 
     def get(
@@ -92,15 +91,24 @@ class Simulators:
         wanted, *others = (
             json.dumps({"listed": asdict(one), "video": asdict(video), "options": options}) for one in (listed, *then)
         )
+        return Demonstration(**self.result(wanted, others))
+
+    def begin(self, job: str) -> None:
+        """Give a job, so that several processes can be at work. `result` waits for its answer."""
         with self._lock:
-            while wanted not in self._done:
-                self._begin(wanted)
-                for job in others:
-                    self._begin(job)
+            self._begin(job)
+
+    def result(self, job: str, others: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """What a process answers to a job; others are begun meanwhile. Raises SimulatorError where the job failed, its
+        process ended, or its time is over."""
+        with self._lock:
+            while job not in self._done:
+                for one in (job, *others):
+                    self._begin(one)
                 self._wait()
-            found = self._done.pop(wanted)
-            for job in list(self._done)[: -KEPT * self.count]:
-                del self._done[job]
+            found = self._done.pop(job)
+            for one in list(self._done)[: -KEPT * self.count]:
+                del self._done[one]
         if isinstance(found, SimulatorError):
             raise found
         return found
@@ -125,14 +133,12 @@ class Simulators:
     def _wait(self) -> None:
         """Until one of the processes has something to say or its time is over."""
         at_work = [process for process in self._processes if process.job]
-        with selectors.DefaultSelector() as selector:
-            for process in at_work:
-                selector.register(process.process.stdout, selectors.EVENT_READ, process)
-            first = min(process.deadline for process in at_work)
-            ready = [key.data for key, _ in selector.select(max(0.0, first - time.monotonic()))]
+        first = min(process.deadline for process in at_work)
+        # A second at least: an answer may lie there since long, or the half of it that a pipe holds.
+        ready = wait([process.process.stdout for process in at_work], max(1.0, first - time.monotonic()))
         for process in at_work:
             try:
-                if process in ready:
+                if process.process.stdout in ready:
                     arrays = process.receive()
                     if arrays is not None:
                         self._finish(process, arrays)
@@ -145,10 +151,7 @@ class Simulators:
 
     def _finish(self, process: SimulatorProcess, arrays: dict[str, np.ndarray]) -> None:
         job, process.job = process.job, ""
-        if "error" in arrays:
-            self._done[job] = SimulatorError(str(arrays["error"]))
-        else:
-            self._done[job] = Demonstration(**arrays)
+        self._done[job] = SimulatorError(str(arrays["error"])) if "error" in arrays else arrays
 
 
 @cache

@@ -1,6 +1,6 @@
 """The robot's tasks: which Meta-World environment each is, what moves in it, and how it is asked for.
 
-Nothing here needs Meta-World. A new task is an entry of TASKS.
+Nothing here needs Meta-World. A new task is an entry of _TASKS.
 """
 
 from dataclasses import dataclass
@@ -14,93 +14,79 @@ OBJECT_COLOURS = tuple(name for name in COLOURS if name not in (HAND, ARM, GOAL)
 
 @dataclass(frozen=True)
 class Task:
-    environment: str  # of metaworld.ALL_V3_ENVIRONMENTS
-    policy: str  # of metaworld.policies: the scripted expert
     body: str  # the MuJoCo body that the robot is to move; it and its children are drawn in the object's colour
-    shows_goal: bool  # whether a green mark shows where to
     wordings: tuple[str, ...]  # of the instruction; {colour}: the object's
 
+    @property
+    def shows_goal(self) -> bool:
+        """Whether a green mark shows where to; every wording of such a task names it."""
+        return GOAL in self.wordings[0]
 
-def _task(name: str, body: str, *wordings: str, shows_goal: bool = False) -> Task:
-    words = "".join(word.capitalize() for word in name.split("-"))
-    return Task(f"{name}-v3", f"Sawyer{words}V3Policy", body, shows_goal, wordings)
 
-
-TASKS: dict[str, Task] = {
-    "reach": _task(
-        "reach",
+# By Meta-World's name of the environment: the body, and the wordings.
+_TASKS: dict[str, tuple[str, ...]] = {
+    "reach": (
         "obj",
         "the robot moves its gripper to the green mark and leaves the {colour} puck alone",
         "move the hand to the green mark beside the {colour} puck",
         "a robot arm reaches for the green mark, the {colour} puck stays where it is",
-        shows_goal=True,
     ),
-    "push": _task(
-        "push",
+    "push": (
         "obj",
         "the robot pushes the {colour} puck to the green mark",
         "push the {colour} puck over the table to the green mark",
         "a robot arm slides the {colour} puck onto the green mark",
-        shows_goal=True,
     ),
-    "pick-place": _task(
-        "pick-place",
+    "pick-place": (
         "obj",
         "the robot picks up the {colour} puck and lifts it to the green mark",
         "grasp the {colour} puck and carry it to the green mark",
         "a robot arm takes the {colour} puck and holds it at the green mark",
-        shows_goal=True,
     ),
-    "drawer-open": _task(
-        "drawer-open",
+    "drawer-open": (
         "drawer_link",
         "the robot opens the {colour} drawer",
         "pull the {colour} drawer open by its handle",
         "a robot arm hooks the handle and pulls out the {colour} drawer",
     ),
-    "drawer-close": _task(
-        "drawer-close",
+    "drawer-close": (
         "drawer_link",
         "the robot closes the {colour} drawer",
         "push the open {colour} drawer shut",
         "a robot arm shuts the {colour} drawer",
     ),
-    "button-press": _task(
-        "button-press",
+    "button-press": (
         "button",
         "the robot presses the {colour} button",
         "push the {colour} button into its box",
         "a robot arm presses the {colour} button on the box",
     ),
-    "door-open": _task(
-        "door-open",
+    "door-open": (
         "door_link",
         "the robot opens the {colour} door",
         "pull the {colour} door open by its handle",
         "a robot arm takes the handle and swings the {colour} door open",
     ),
-    "window-open": _task(
-        "window-open",
+    "window-open": (
         "windowb_a",
         "the robot slides the {colour} window open",
         "open the {colour} window by its handle",
         "a robot arm pushes the {colour} window aside",
     ),
-    "faucet-open": _task(
-        "faucet-open",
+    "faucet-open": (
         "faucet_link2",
         "the robot opens the {colour} faucet",
         "turn the {colour} faucet's handle to open it",
         "a robot arm turns on the {colour} faucet",
     ),
-    "handle-press": _task(
-        "handle-press",
+    "handle-press": (
         "handle_link",
         "the robot presses the {colour} handle down",
         "push the {colour} handle down",
         "a robot arm presses down the {colour} handle",
     ),
 }
+TASKS = {name: Task(body, tuple(wordings)) for name, (body, *wordings) in _TASKS.items()}
 
 
 def write_prompt(task: str, colour: str, wording: int) -> str:

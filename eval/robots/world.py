@@ -65,8 +65,8 @@ class World:
     def __init__(self, task: str, seed: int, colour: str):
         self.mujoco, metaworld, policies = load()
         self.task = TASKS[task]
-        self.policy = getattr(policies, self.task.policy)()
-        env = self.env = metaworld.ALL_V3_ENVIRONMENTS[self.task.environment]()
+        self.policy = getattr(policies, f"Sawyer{task.title().replace('-', '')}V3Policy")()
+        env = self.env = metaworld.ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
         env._freeze_rand_vec, env._set_task_called, env._partially_observable = False, True, False
         env.__dict__.pop("sawyer_observation_space", None)  # it clips goals to 0 while they are hidden
         env.seeded_rand_vec = True  # else positions come from the global generator
@@ -150,11 +150,7 @@ class World:
         grey[model.geom("floor").id] = FLOOR_GREY
         model.geom_rgba[:, :3] = grey[:, None]
         shown = model.geom_rgba[:, 3] > 0
-        for geoms, name in (
-            (self.robot_geoms, ARM),
-            (self.hand_geoms, HAND),
-            (self.object_geoms, colour),
-        ):
+        for geoms, name in ((self.robot_geoms, ARM), (self.hand_geoms, HAND), (self.object_geoms, colour)):
             model.geom_rgba[geoms, :3] = COLOURS[name]
         hidden = [model.body(number).name in HIDDEN for number in model.geom_bodyid]
         model.geom_rgba[:, 3] = shown & ~np.array(hidden)

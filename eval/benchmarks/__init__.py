@@ -35,16 +35,9 @@ class BenchmarkSettings:
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
-    "sandbox": Sandbox,
-    "robots": Robots,
-    "planner": Planner,
-    "physics_iq": PhysicsIQ,
-    "videophy": VideoPhy,
-    "videophy2": VideoPhy2,
-    "phygenbench": PhyGenBench,
-    "pai_bench": PaiBench,
-    "ezs_bench": EzsBench,
-    "r_bench": RBench,
-    "vbench": VBench,
-    "likephys": LikePhys,
+    kind.name: kind
+    for kind in (
+        *(Sandbox, Robots, Planner, PhysicsIQ, VideoPhy, VideoPhy2),
+        *(PhyGenBench, PaiBench, EzsBench, RBench, VBench, LikePhys),
+    )
 }

@@ -14,7 +14,6 @@ makes means and intervals of them. So a benchmark holds no loop over models, no 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,15 +83,13 @@ class Published:
     source: str  # paper and table
 
 
-@cache
-def _published_yaml() -> dict[str, Any]:
-    return read_yaml(Path(__file__).with_name("published.yaml"), "figures by benchmark")
+PUBLISHED: dict[str, Any] = read_yaml(Path(__file__).with_name("published.yaml"), "figures by benchmark")
 
 
 def read_published(name: str) -> tuple[Published, ...]:
     """What published.yaml holds of the benchmark `name`, in its order."""
     found = []
-    for table in _published_yaml()[name]:
+    for table in PUBLISHED[name]:
         scale = 100 if table.get("percent") else 1
         for model, values in table["models"].items():
             own = {figure: value / scale for figure, value in zip(table["figures"], values, strict=True)}

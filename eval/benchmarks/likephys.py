@@ -25,8 +25,6 @@ first scene is always asked again, and the others are taken over only if it give
 
 import itertools
 import json
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -42,7 +40,7 @@ from torch import Tensor
 from eval.benchmarks.base import Benchmark, Requirement, Row
 from eval.sandbox.clips import SCENES, Clips, simulate
 from eval.sandbox.prompts import TEMPLATES, write_prompt
-from eval.sandbox.splits import is_held_out
+from eval.sandbox.splits import is_held_out, smallest
 from eval.sandbox.world import VIOLATIONS
 from eval.search.candidates import Candidates
 from eval.search.residuals import SEED as NOISE_SEED
@@ -119,9 +117,8 @@ class LikePhys(Benchmark):
     def recorded(self) -> dict[str, Any]:
         """With what had keys of its own, and with the keys' names of then; the batch is the sandbox's of then."""
         source = "folder" if self.settings.folder else "sandbox"
-        kept = {"folder": self.settings.folder, "pairs": self.settings.pairs, "severity": self.settings.severity}
         levels = asdict(LEVELS) | {"batch_size": 9, "seed": NOISE_SEED}
-        return kept | {"source": source, "num_frames": NUM_FRAMES, "seed": SEED, "residuals": levels}
+        return super().recorded | {"source": source, "num_frames": NUM_FRAMES, "seed": SEED, "residuals": levels}
 
     def requirements(self) -> list[Requirement]:
         if not self.settings.folder:
@@ -154,8 +151,7 @@ class LikePhys(Benchmark):
 
     def _simulated(self) -> Iterator[Group]:
         video = self.model_video
-        shrink = math.gcd(video.height, video.width)  # what happens depends on the frame's aspect, not on its size
-        small = replace(video, height=video.height // shrink, width=video.width // shrink)
+        small = smallest(video)
         for scene, quota in share_pairs(self.settings.pairs).items():
             found, wanted = 0, max(quota.values(), default=0)
             for block in itertools.count():
@@ -175,10 +171,8 @@ class LikePhys(Benchmark):
 
     def _block(self, scene: str, block: int, kind: str | None, video: VideoConfig) -> Clips:
         """BLOCK clips, the same scenes with every kind."""
-        settings = self.settings
         generator = torch.Generator().manual_seed(seed_of("likephys", scene, SEED, block))
-        size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
-        return simulate(scene, BLOCK, generator, **size, violation=kind, severity=settings.severity)
+        return simulate(scene, BLOCK, generator, **asdict(video), violation=kind, severity=self.settings.severity)
 
     def _published(self) -> Iterator[Group]:
         root = self._root()
@@ -214,11 +208,9 @@ class LikePhys(Benchmark):
                 errors[name] = str(error)
         if not latents:
             return {}, errors
-        conditioning = backbone.condition([group.prompt])
-        stacked = torch.cat(list(latents.values()))
-        candidates = Candidates(
-            group.key, group.prompt, stacked, conditioning, backbone.decode_latents, self.model_video.fps
-        )
+        told, stacked = backbone.condition([group.prompt]), torch.cat(list(latents.values()))
+        decode, fps = backbone.decode_latents, self.model_video.fps
+        candidates = Candidates(group.key, group.prompt, stacked, told, decode, fps)
         return dict(zip(latents, losses_of(residuals, candidates).tolist(), strict=True)), errors
 
     def _rows(
@@ -227,15 +219,13 @@ class LikePhys(Benchmark):
         for kind in dict.fromkeys(kind for kind, _ in group.clips if kind != VALID):
             key = f"{group.key}-{kind}".lower().replace("_", "-")
             concerned = [name for name in group.clips if name[0] in (VALID, kind)]
-            if wrong := [errors[name] for name in concerned if name in errors]:
-                yield Row(key, SEED, error=wrong[0], cluster=group.key)
-                continue
-            true = [losses[name] for name in concerned if name[0] == VALID]
-            violated = [losses[name] for name in concerned if name[0] == kind]
-            if not true:
+            error = next((errors[name] for name in concerned if name in errors), "")
+            if not error and not any(which == VALID for which, _ in concerned):
                 error = f"{group.key} holds no valid_*.mp4: download the dataset again"
+            if error:
                 yield Row(key, SEED, error=error, cluster=group.key)
                 continue
+            true, violated = ([losses[name] for name in concerned if name[0] == which] for which in (VALID, kind))
             share = preference_error(true, violated)
             margin = float(np.mean(violated) / np.mean(true) - 1)
             values = {"error": share, "margin": margin, group.figure or kind: share}
@@ -320,18 +310,11 @@ class _Kept:
         return self._losses.get(group) if self._confirmed else None
 
     def add(self, group: str, losses: dict[tuple[str, str], float]) -> None:
-        if not self._confirmed:
-            self._confirmed = True
-            if self._losses.get(group) != losses:
-                self._losses = {}  # another model's
-            self._losses[group] = losses
-            write_text(self._path, "".join(self._line(name) for name in self._losses))
-            return
+        if not self._confirmed and self._losses.get(group) != losses:
+            self._losses = {}  # another model's
+        self._confirmed = True
         self._losses[group] = losses
-        with self._path.open("a", encoding="utf-8", newline="") as file:
-            file.write(self._line(group))
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(self._path, "".join(map(self._line, self._losses)))
 
     def _line(self, group: str) -> str:
         losses = [[*name, loss] for name, loss in self._losses[group].items()]

@@ -181,11 +181,9 @@ class PhyGenBench(AskedBenchmark):
         step = max(1, int(self.model_video.fps * seconds))
         spread = list(range(0, len(clip) - 1, step))[:SPREAD] or [0]
         ends = [0, len(clip) // 2, len(clip) - 1]
-        frames = [self._jpeg(clip, numbers) for numbers in (sampled, ends, spread)]
+        height = self.judge.frame_height
+        frames = [jpeg_frames(clip[list(which)], len(which), height) for which in (sampled, ends, spread)]
         return Pictures(frames[0], *frames[1], frames[2])
-
-    def _jpeg(self, clip: Tensor, numbers: Sequence[int]) -> list[bytes]:
-        return jpeg_frames(clip[list(numbers)], len(numbers), self.judge.frame_height)
 
 
 async def shows(vlm: Vlm, picture: bytes, text: str) -> float:

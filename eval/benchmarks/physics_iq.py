@@ -33,6 +33,7 @@ import torch
 from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.physics_iq_frames import SECONDS, View, opencv, real_frames, score_view, trim
 from eval.benchmarks.physics_iq_metrics import METRICS, physics_iq
+from eval.prompts import slug
 from train.clips import ClipError, VideoConfig, write_clip
 from train.files import sha256
 
@@ -40,12 +41,7 @@ INPUTS = ("image", "multiframe", "text")
 MASKS = ("memory", "mp4v", "both")
 PREFIX_SECONDS = 3  # of a conditioning video
 SOURCE_FPS = 30  # of the videos that are always there
-COLUMNS = (
-    *METRICS,
-    *(f"variance_{name}" for name in METRICS),
-    "verified",
-    *(f"verified_{name}" for name in METRICS),
-)
+COLUMNS = (*METRICS, *(f"variance_{name}" for name in METRICS), "verified", *(f"verified_{name}" for name in METRICS))
 MP4V = "_mp4v"  # ends the columns and figures of the official masks, where both kinds are asked for
 REMEDY = (
     "get it with the official physiq/download_physics_iq_data.py (gs://physics-iq-benchmark), or the verified one with"
@@ -89,6 +85,7 @@ class PhysicsIQ(Benchmark):
         if settings.input == "multiframe":
             self.prefix_frames = (PREFIX_SECONDS * self.fps - 1) // 4 * 4 + 1
         self.root = Path(settings.folder)
+        self.descriptions = self.root / "descriptions.csv"
         if settings.masks == "both":
             self.columns = tuple(f"{name}{ending}" for ending in ("", MP4V) for name in type(self).columns)
             self.figures = tuple(f"{name}{ending}" for ending in ("", MP4V) for name in type(self).figures)
@@ -103,7 +100,7 @@ class PhysicsIQ(Benchmark):
         if self.settings.input == "multiframe":
             needed.append(self._videos("conditioning"))
         there = bool(self.settings.folder) and all(folder.is_dir() for folder in needed)
-        where, descriptions = f"run.physics_iq.folder={self.settings.folder}", self._descriptions()
+        where, descriptions = f"run.physics_iq.folder={self.settings.folder}", self.descriptions
         copy = (
             "copy descriptions/descriptions_original.csv, or best_practice/descriptions_base.csv (verified), of"
             " google-deepmind/physics-IQ-benchmark there"
@@ -118,9 +115,6 @@ class PhysicsIQ(Benchmark):
     @property
     def recorded(self) -> dict[str, Any]:
         return super().recorded | {"descriptions": "", "context_frames": 0}  # had keys of their own
-
-    def _descriptions(self) -> Path:
-        return self.root / "descriptions.csv"
 
     def _videos(self, kind: str) -> Path:
         """Folder of testing or conditioning videos at the model's rate, else at 30, from which they are resampled.
@@ -151,7 +145,7 @@ class PhysicsIQ(Benchmark):
 
     def prompts(self) -> list[Task]:
         """The 198 views of take 1 in the order of their numbers; the views of a scenario are one cluster."""
-        path = self._descriptions()
+        path = self.descriptions
         if not path.is_file():
             raise ValueError(f"{path}: no such file; {self.requirements()[1].remedy}")
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -192,8 +186,7 @@ class PhysicsIQ(Benchmark):
         elif self.settings.input == "multiframe":
             image = _real_file(self._videos("conditioning"), "conditioning-videos", facts, 1)
             facts["start"] = self.prefix_frames  # of a clip, before the five seconds
-        key = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-        return Task(key, first["description"], first.get("category") or "", image, facts, cluster=scenario)
+        return Task(slug(words), first["description"], first.get("category") or "", image, facts, cluster=scenario)
 
     def shown(self, task: Task) -> np.ndarray:
         """What the model is shown, at its size: (n,H,W,3) uint8 RGB, one frame or the prefix.

@@ -6,7 +6,7 @@ Frames are (H,W,3) uint8, BGR. Constants are those of google-deepmind/physics-IQ
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -108,29 +108,24 @@ def resampled(frames: Iterable[np.ndarray], count: int, new_count: int) -> Itera
         yield ((1 - share) * left.astype(np.float32) + share * after.astype(np.float32)).astype(np.uint8)
 
 
-class MotionMask:
-    """Called with frame after frame, says where each differs from the running average: (H,W) uint8, 0 or 255.
+def motion_masks(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Where each frame differs from the running average: (H,W) uint8, 0 or 255.
 
     Nothing moves in the first frame. H and W are cut to even numbers.
     """
-
-    def __init__(self) -> None:
-        self.average: np.ndarray | None = None
-
-    def __call__(self, frame: np.ndarray) -> np.ndarray:
-        cv2 = opencv()
+    cv2, average = opencv(), None
+    for frame in frames:
         grey = cv2.GaussianBlur(cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), (KERNEL, KERNEL), 0)
-        if self.average is None:
-            self.average = grey.astype(np.float64)
-            mask = np.zeros_like(grey)
+        if average is None:
+            average, mask = grey.astype(np.float64), np.zeros_like(grey)
         else:
-            cv2.accumulateWeighted(grey, self.average, AVERAGE_RATE)
-            difference = cv2.absdiff(grey, cv2.convertScaleAbs(self.average))
+            cv2.accumulateWeighted(grey, average, AVERAGE_RATE)
+            difference = cv2.absdiff(grey, cv2.convertScaleAbs(average))
             mask = cv2.threshold(difference, THRESHOLD, 255, cv2.THRESH_BINARY)[1]
             for operation in (cv2.MORPH_OPEN, cv2.MORPH_CLOSE):
                 mask = cv2.morphologyEx(mask, operation, np.ones((KERNEL, KERNEL), np.uint8))
         height, width = mask.shape
-        return mask[: height - height % 2, : width - width % 2]
+        yield mask[: height - height % 2, : width - width % 2]
 
 
 def through_mp4v(masks: Iterable[np.ndarray], fps: float) -> Iterator[np.ndarray]:
@@ -156,14 +151,14 @@ def through_mp4v(masks: Iterable[np.ndarray], fps: float) -> Iterator[np.ndarray
 def observe(frames: Iterable[np.ndarray], size: tuple[int, int], *, fps: float, mp4v: bool) -> Observed:
     """Frames and masks of a clip at `size` (rows, columns); mp4v: the masks go through a file on the way."""
     kept: list[np.ndarray] = []
-    detect = MotionMask()
 
-    def masks() -> Iterator[np.ndarray]:
+    def keeping() -> Iterator[np.ndarray]:
         for frame in frames:
             kept.append(_scaled(frame, size))
-            yield detect(frame)
+            yield frame
 
-    found = binary(through_mp4v(masks(), fps) if mp4v else masks(), size)
+    masks = motion_masks(keeping())
+    found = binary(through_mp4v(masks, fps) if mp4v else masks, size)
     return Observed(np.stack(kept), found)
 
 
@@ -305,10 +300,4 @@ def _load(path: Path, stamp: np.ndarray) -> tuple[np.ndarray, Agreement] | None:
             return None
         shape = tuple(kept["shape"])
         masks = np.unpackbits(kept["masks"], count=math.prod(shape)).reshape(shape).astype(bool)
-        variance = Agreement(
-            spatial_iou=float(kept["spatial_iou"]),
-            weighted_spatial_iou=float(kept["weighted_spatial_iou"]),
-            spatiotemporal_iou=kept["spatiotemporal_iou"],
-            mse=kept["mse"],
-        )
-    return masks, variance
+        return masks, Agreement(**{one.name: kept[one.name][()] for one in fields(Agreement)})

@@ -98,20 +98,13 @@ class Planner(Benchmark):
     def imagine(self, backbone: Backbone, negative: Conditioning, looks: Sequence[Look]) -> np.ndarray:
         """(B, T, H, W, 3) uint8: the clips that begin with what is seen."""
         video = self.model_video
-        conditioning = Conditioning.cat(
-            [
-                backbone.condition(
-                    [look.listed.prompt],
-                    from_pixels(torch.from_numpy(look.frames))[None, :, 0],
-                    num_frames=video.num_frames,
-                )
-                for look in looks
-            ]
-        )
+        told = []
+        for look in looks:
+            seen = from_pixels(torch.from_numpy(look.frames))[None, :, 0]  # (1, 3, H, W)
+            told.append(backbone.condition([look.listed.prompt], seen, num_frames=video.num_frames))
+        conditioning, given = Conditioning.cat(told), {"negative": negative, "progress": False}
         seeds = [seed_of("planner", look.listed.name, look.step) for look in looks]
-        latents = sample_clips(
-            backbone, conditioning, seeds, video, self.sampler, negative=negative, progress=False
-        )  # (B, C, F, H', W')
+        latents = sample_clips(backbone, conditioning, seeds, video, self.sampler, **given)  # (B, C, F, H', W')
         return to_pixels(backbone.decode_latents(latents)).cpu().numpy()
 
 

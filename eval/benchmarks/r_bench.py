@@ -88,17 +88,13 @@ class RBench(AskedBenchmark):
 
     def prompts(self) -> list[Task]:
         """Raises ValueError for missing or bad files."""
-        folder, tasks = self.path("folder", DATA), []
-        for dimension in DIMENSIONS:
-            tasks += _tasks(folder, dimension)
-        return tasks
+        folder = self.path("folder", DATA)
+        return [task for dimension in DIMENSIONS for task in _tasks(folder, dimension)]
 
     def layout(self, samples: Sequence[Sample], folder: Path) -> Path:
         """<model>-<seed>/<dimension>/videos/<name>.mp4: ReVidgen/data, with a model's seed as a model of its own."""
         return place_all(
-            samples,
-            folder,
-            lambda one: f"{_run(one)}/{one.task.category}/videos/{one.task.facts['name']}.mp4",
+            samples, folder, lambda one: f"{_run(one)}/{one.task.category}/videos/{one.task.facts['name']}.mp4"
         )
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
@@ -159,10 +155,7 @@ def _tasks(folder: Path, dimension: str) -> list[Task]:
 
 def pick(task: Task, clip: Tensor) -> list[bytes]:
     """Pictures for the questions, as JPEG: a grid of frames; for an embodiment also the pair for its stability."""
-    if len(clip) > SAMPLED:
-        sampled = np.linspace(0, len(clip) - 1, SAMPLED, dtype=int)
-    else:
-        sampled = np.arange(len(clip))
+    sampled = np.linspace(0, len(clip) - 1, min(SAMPLED, len(clip)), dtype=int)
     rows, columns = SHAPES.get(task.category, GRID)
     chosen = sampled[np.linspace(0, len(sampled) - 1, rows * columns, dtype=int)]
     pictures = [grid(clip, chosen, columns)]

@@ -80,22 +80,20 @@ class Robots(Benchmark):
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
         truths = folder.parent / "references"
         for start in range(0, len(samples), self.together):
-            read, clips, true_clips = [], [], []
+            read = []
             for sample in samples[start : start + self.together]:
                 try:
-                    true_clips.append(self._true_clip(truths, sample.task))
-                    clips.append(read_clip(sample.path, self.model_video))
-                    read.append(sample)
+                    true_clip = self._true_clip(truths, sample.task)
+                    read.append((sample, true_clip, read_clip(sample.path, self.model_video)))
                 except ValueError as error:
-                    del true_clips[len(read) :]
                     yield Row.of(sample, error=str(error))
             if read:
-                prompts = [sample.task.text for sample in read]
-                rows = judge.build("cpu")(torch.stack(clips), prompts).rows()
+                prompts = [sample.task.text for sample, *_ in read]
+                true_clips, clips = (torch.stack([one[place] for one in read]) for place in (1, 2))
+                rows = judge.build("cpu")(clips, prompts).rows()
                 colours = [parse_prompt(prompt)[1] for prompt in prompts]
-                seen, truth = (observe(torch.stack(part), colours) for part in (clips, true_clips))
-                errors = track_errors(seen, truth)
-                for index, (sample, row) in enumerate(zip(read, rows, strict=True)):
+                errors = track_errors(observe(clips, colours), observe(true_clips, colours))
+                for index, ((sample, *_), row) in enumerate(zip(read, rows, strict=True)):
                     yield Row.of(sample, row | {name: float(values[index]) for name, values in errors.items()})
 
     def _listed(self, numbers: Iterable[int]) -> list[Listed]:

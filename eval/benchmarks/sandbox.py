@@ -6,6 +6,7 @@ judge takes for perfect.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,24 +35,26 @@ class Sandbox(Benchmark):
     def requirements(self) -> list[Requirement]:
         return []
 
+    @cached_property
+    def listed(self) -> list[Simulated]:
+        """Clips with prompts that no training set holds."""
+        return list_clips("mixed", "heldout", self.settings.seed, self.settings.clips, self.model_video)
+
     def prompts(self) -> list[Task]:
-        return [_task(number, clip) for number, clip in enumerate(_listed(self.settings, self.model_video))]
+        return [Task(make_key(number, clip.prompt), clip.prompt, clip.shown) for number, clip in enumerate(self.listed)]
 
     def references(self, folder: Path) -> list[Sample]:
         video, seed = self.model_video, self.settings.seed
         folder = folder / f"{seed}-{video.width}x{video.height}x{video.num_frames}-{video.fps:g}fps"
-        listed = _listed(self.settings, video)
-        samples = [
-            Sample(task, 0, folder / f"{task.key}.mp4")
-            for task in (_task(number, clip) for number, clip in enumerate(listed))
-        ]
+        samples = [Sample(task, 0, folder / f"{task.key}.mp4") for task in self.prompts()]
         if missing := [number for number, sample in enumerate(samples) if not sample.path.exists()]:
-            frames = _simulate([listed[number] for number in missing], seed, video)
+            frames = simulate_listed([self.listed[number] for number in missing], seed, video)
             for number, clip in zip(missing, frames, strict=True):
                 write_clip(samples[number].path, clip, video.fps, lossless=True)
         return samples
 
     def score(self, samples: Sequence[Sample], folder: Path) -> Iterator[Row]:
+        measure = judge.build(judge.SandboxJudgeConfig(fps=self.model_video.fps), "cpu")
         for start in range(0, len(samples), self.together):
             read, clips = [], []
             for sample in samples[start : start + self.together]:
@@ -61,30 +64,11 @@ class Sandbox(Benchmark):
                 except ClipError as error:
                     yield Row.of(sample, error=str(error))
             if read:
-                scores = score(torch.stack(clips), [sample.task.text for sample in read], self.model_video)
-                yield from (Row.of(sample, row) for sample, row in zip(read, scores.rows(), strict=True))
+                rows = measure(torch.stack(clips), [sample.task.text for sample in read]).rows()
+                yield from (Row.of(sample, row) for sample, row in zip(read, rows, strict=True))
 
 
-def prompts(config: SandboxConfig, video: VideoConfig) -> tuple[list[str], Tensor]:
-    """Prompts that no training set holds, and the true clips (N,T,H,W,3) uint8 that they describe."""
-    listed = _listed(config, video)
-    return [clip.prompt for clip in listed], _simulate(listed, config.seed, video)
-
-
-def score(clips: Tensor, texts: list[str], video: VideoConfig) -> judge.SandboxScores:
-    """The judge's scores of clips (N,T,H,W,3) uint8."""
-    return judge.build(judge.SandboxJudgeConfig(fps=video.fps), "cpu")(clips, texts)
-
-
-def _listed(config: SandboxConfig, video: VideoConfig) -> list[Simulated]:
-    return list_clips("mixed", "heldout", config.seed, config.clips, video)
-
-
-def _task(number: int, clip: Simulated) -> Task:
-    return Task(make_key(number, clip.prompt), clip.prompt, clip.shown)
-
-
-def _simulate(listed: Sequence[Simulated], seed: int, video: VideoConfig) -> Tensor:
+def simulate_listed(listed: Sequence[Simulated], seed: int, video: VideoConfig) -> Tensor:
     """(N, T, H, W, 3) uint8 of the listed clips."""
     blocks = {clip.block for clip in listed}
     frames = {block: simulate_block("mixed", "heldout", seed, block, video).frames for block in blocks}

@@ -10,7 +10,8 @@ many are asked for or in what order.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -44,18 +45,21 @@ def is_held_out(prompt: str) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0  # `seed_of` lacks the last bit
 
 
+def smallest(video: VideoConfig) -> VideoConfig:
+    """The smallest frames that show the same: what happens in a clip depends on the frame's aspect, not on its size."""
+    shrink = math.gcd(video.height, video.width)
+    return replace(video, height=video.height // shrink, width=video.width // shrink)
+
+
 def list_clips(scene: str, split: str, seed: int, count: int, video: VideoConfig) -> list[Simulated]:
     """The first `count` clips of a stream, without their frames. Raises ValueError for an unknown split, and as
     `simulate` does."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
-    # What happens in a clip depends on the frame's aspect, not on its size: prompts come from the smallest frames.
-    shrink = math.gcd(video.height, video.width)
-    small = VideoConfig(video.height // shrink, video.width // shrink, video.num_frames, video.fps)
     found: list[Simulated] = []
     block = 0
     while len(found) < count:
-        clips = simulate_block(scene, split, seed, block, small)
+        clips = simulate_block(scene, split, seed, block, smallest(video))
         for index, (shown, prompt) in enumerate(zip(clips.scenes, clips.prompts, strict=True)):
             if is_held_out(prompt) == (split == "heldout"):
                 found.append(Simulated(scene, split, seed, block, index, shown, prompt))
@@ -69,9 +73,9 @@ def simulate_block(
     """All BLOCK clips of a block, also those whose prompts the split does not show. In the pool the odd blocks have
     planted violations, one kind and severity per block."""
     generator = torch.Generator().manual_seed(seed_of("sandbox", scene, split, seed, block))
-    size = {"height": video.height, "width": video.width, "num_frames": video.num_frames, "fps": video.fps}
+    options: dict[str, Any] = asdict(video)
     if split == "pool" and block % 2:
         known = [kind for kind in VIOLATIONS if scene == "mixed" or kind in SCENES[scene].violations]
-        size["violation"] = known[block // 2 % len(known)]
-        size["severity"] = LEAST_SEVERITY + (1 - LEAST_SEVERITY) * float(torch.rand((), generator=generator))
-    return simulate(scene, BLOCK, generator, **size, device=device)
+        options["violation"] = known[block // 2 % len(known)]
+        options["severity"] = LEAST_SEVERITY + (1 - LEAST_SEVERITY) * float(torch.rand((), generator=generator))
+    return simulate(scene, BLOCK, generator, **options, device=device)

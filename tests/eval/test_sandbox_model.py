@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from eval.benchmarks.sandbox import SandboxConfig, prompts
+from eval.benchmarks.sandbox import Sandbox, SandboxConfig, simulate_listed
 from eval.judges.sandbox.judge import SandboxJudgeConfig, build
 from eval.sandbox.splits import is_held_out
 from train.clips import VideoConfig
@@ -23,7 +23,9 @@ MODEL = ROOT / "eval" / "sandbox" / "model"
 
 @pytest.mark.slow
 def test_plain_diffusers_generates_clips_that_show_their_prompts_and_err_in_physics():
-    texts, true = prompts(SandboxConfig(clips=20), VideoConfig(64, 64, 17, 8))
+    video = VideoConfig(64, 64, 17, 8)
+    listed = Sandbox(SandboxConfig(clips=20), video).listed
+    texts, true = [clip.prompt for clip in listed], simulate_listed(listed, 0, video)
     pipeline = WanPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(

@@ -13,7 +13,7 @@ from train.backbones.base import Backbone
 from train.backbones.lora_formats import FOLDER_FILES, NetworkLora
 from train.checkpoint import attach_trained, lora_config, read_ours, weights_path
 from train.files import sha256
-from train.lora_switch import LoraConfig, SwitchState
+from train.lora_switch import SwitchState
 
 
 class Attached(Protocol):
@@ -70,8 +70,9 @@ def read_lora(value: Any, shell: Backbone, *, key: str, check: bool = True) -> L
     file = weights_path(value)
     if check:
         _check_trained_on(ours["fingerprint"], shell, source)
-    config = lora_config(ours) if "rank" in ours else None
-    shape = _shape(config) if config else "all weights"
+    shape = "all weights"
+    if "rank" in ours:
+        shape = {name: value for name, value in asdict(lora_config(ours)).items() if name != "start"}
     return Lora(str(file), sha256(file), ours["expert"], shape, trained=ours["fingerprint"])
 
 
@@ -116,7 +117,3 @@ def _check_trained_on(fingerprint: str, shell: Backbone, source: str) -> None:
             f"{source} was trained on backbone {fingerprint}, but backbone.path is {shell.fingerprint}: use the"
             " backbone it was trained on; after a + a fingerprint counts backbone.loras"
         )
-
-
-def _shape(config: LoraConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name != "start"}

@@ -191,13 +191,7 @@ class Maker:
     """
 
     def __init__(
-        self,
-        config: Any,
-        lora: Lora | None,
-        requests: Sequence[Request],
-        device: torch.device,
-        *,
-        decode_batch: int,
+        self, config: Any, lora: Lora | None, requests: Sequence[Request], device: torch.device, *, decode_batch: int
     ):
         self.sampler, self.decode_batch = config.sampler, decode_batch
         images = any(request.prompt.image for request in requests)

@@ -320,7 +320,7 @@ def conclude(
         "recipe": config.recipe,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backbone": load_backbone(config.backbone, "cpu", parts=()).fingerprint,
-        "lora": describe(lora),
+        "lora": lora and {name: getattr(lora, name) for name in ("path", "sha256", "expert", "shape")},
         "seeds": config.run.seeds,
         "compute": compute,
         "settings": recipes.redacted(asdict(config)),
@@ -361,13 +361,6 @@ def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -
         "compute": {name: plan.cost(name) for name in plan.seconds},
         **summarise(benchmark, own, BASE),
     }
-
-
-def describe(lora: Lora | None) -> dict[str, Any] | None:
-    """What is reported of trained weights."""
-    if lora is None:
-        return None
-    return {"path": lora.path, "sha256": lora.sha256, "expert": lora.expert, "shape": lora.shape}
 
 
 def device_name(device: torch.device) -> str:

@@ -47,7 +47,6 @@ from train.files import digest, sha256, write_text
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # compares prompts
 SAME = 0.95  # cosine from which a new prompt counts as the one before
 STAGES = ("predict", "rewrite", "clip", "critique")  # of a round, in order
-ANSWERS = {"predict": questions.Prediction, "rewrite": questions.NewPrompt, "critique": questions.Criticism}
 
 Generate = Callable[[list[Prompt]], Tensor]  # one clip each: (N,T,H,W,3) uint8
 ClipScorer = Callable[[str, Tensor], Tensor]  # description, clips (R,T,H,W,3) uint8 -> (R,), lower is better
@@ -186,7 +185,7 @@ class PromptRefiner:
 
         async def ask(one: Refinement) -> dict[str, Any]:
             question = await asyncio.to_thread(self._question, stage, one)  # it may decode frames
-            return await self.vlm.ask(question, lambda reply: read_answer(reply, ANSWERS[stage]).model_dump())
+            return await self.vlm.ask(question, lambda reply: read_answer(reply, questions.ANSWERS[stage]).model_dump())
 
         for one, answer in zip(waiting, self.vlm.run(ask, waiting), strict=True):
             last = one.rounds[-1]
@@ -203,14 +202,16 @@ class PromptRefiner:
         count, height = self.vlm.config.frames, self.vlm.config.frame_height
         if stage == "predict":
             first = jpeg_frames(read_clip(image, replace(self.video, num_frames=1)), 1, height) if image else []
-            return questions.predict_question(text, first)
+            return questions.build(stage, {"Description": text}, first)
         if stage == "critique":
             frames = jpeg_frames(read_clip(one.clip(last.number), self.video), count, height)
-            return questions.critique_question(text, last.prompt, frames)
+            return questions.build(stage, {"Description": text, "Prompt": last.prompt}, frames)
         if last.number == 1:
-            return questions.rewrite_question(text, last.prediction)
+            return questions.build(stage, {"Description": text, "Notes": last.prediction})
         before = one.rounds[-2]
-        return questions.rewrite_question(text, before.description, before.prompt, before.violations)
+        wrong = "; ".join(f"{one['law']}: {one['seen']}" for one in before.violations)
+        given = {"Description": text, "Notes": before.description}
+        return questions.build(stage, given | {"Last prompt": before.prompt, "What its video got wrong": wrong})
 
     # On disk
 

@@ -10,7 +10,7 @@ Captions and answers are hostile data. They stand in questions as JSON strings; 
 types and lengths that were asked for, or it is Malformed, which `eval.vlm.client` asks for again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, Field
@@ -96,23 +96,12 @@ class NewPrompt(BaseModel, extra="forbid"):
     prompt: Annotated[str, Field(max_length=TEXT_CHARS), AfterValidator(as_prompt)]
 
 
-def predict_question(description: str, frames: Sequence[bytes]) -> Question:
-    """frames: JPEG of how the video begins; none for text-to-video."""
-    return Question(f"Description: {quoted(description)}", PREDICT, tuple(frames), schema=schema_of(Prediction))
+RULES = {"predict": PREDICT, "rewrite": REWRITE.format(limit=PROMPT_CHARS), "critique": CRITIQUE}
+ANSWERS = {"predict": Prediction, "rewrite": NewPrompt, "critique": Criticism}
 
 
-def critique_question(description: str, prompt: str, frames: Sequence[bytes]) -> Question:
-    """frames: JPEG of the generated clip, in order of time."""
-    text = f"Description: {quoted(description)}\nPrompt: {quoted(prompt)}"
-    return Question(text, CRITIQUE, tuple(frames), schema=schema_of(Criticism))
-
-
-def rewrite_question(
-    description: str, notes: str, last: str = "", violations: Sequence[dict[str, str]] = ()
-) -> Question:
-    """notes: a prediction or a critique's description. last: the prompt before."""
-    lines = [f"Description: {quoted(description)}", f"Notes: {quoted(notes)}"]
-    if last:
-        wrong = "; ".join(f"{one['law']}: {one['seen']}" for one in violations)
-        lines += [f"Last prompt: {quoted(last)}", f"What its video got wrong: {quoted(wrong)}"]
-    return Question("\n".join(lines), REWRITE.format(limit=PROMPT_CHARS), schema=schema_of(NewPrompt))
+def build(stage: str, texts: Mapping[str, str], frames: Sequence[bytes] = ()) -> Question:
+    """The question of a stage. texts: by what the model is told that they are. frames: JPEG of how the video begins, or
+    of the generated clip in order of time."""
+    text = "\n".join(f"{name}: {quoted(value)}" for name, value in texts.items())
+    return Question(text, RULES[stage], tuple(frames), schema=schema_of(ANSWERS[stage]))

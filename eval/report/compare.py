@@ -107,7 +107,8 @@ class Run:
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """Figures and differences as plain JSON values. ValueError for runs that cannot be compared."""
-    names = [name for name in runs[0].results["benchmarks"] if all(_has(run, name) for run in runs)]
+    kept = [{name for name, own in run.results["benchmarks"].items() if own["models"]} for run in runs]
+    names = [name for name in runs[0].results["benchmarks"] if all(name in own for own in kept)]
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise ValueError(f"{runs[0].name} has the benchmark {unknown[0]!r}: use one of {', '.join(BENCHMARKS)}")
     if not names:
@@ -118,10 +119,6 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             check_settings(name, runs[0], run)
         found["benchmarks"][name] = compare_benchmark(name, runs)
     return found
-
-
-def _has(run: Run, name: str) -> bool:
-    return name in run.results["benchmarks"] and bool(run.results["benchmarks"][name]["models"])
 
 
 def check_settings(name: str, first: Run, other: Run) -> None:

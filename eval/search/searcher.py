@@ -59,8 +59,7 @@ class Method:
 def check(method: Method, config: SearchConfig, sampler: SamplerConfig, section: str) -> None:
     """ValueError, naming key, value and remedy, for what cannot work. section: of the keys search and refine."""
     for key, known in (("search", SEARCHES), ("refine", REFINEMENTS)):
-        if getattr(method, key) not in known:
-            value = getattr(method, key)
+        if (value := getattr(method, key)) not in known:
             raise ValueError(f"{section}.{key}={value!r} is unknown: leave it empty or use {', '.join(known[1:])}")
     check_whole_passes(sampler)
     check_scorers({"chosen_by": [config.chosen_by], "prune.scorers": config.prune.scorers[:1] or [""]}, sampler)

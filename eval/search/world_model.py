@@ -59,32 +59,22 @@ class WorldModel:
         self.tubelet = settings.tubelet_size
         self.grid = settings.crop_size // settings.patch_size  # tokens along a side
 
-    def surprise(
-        self,
-        clips: Tensor,
-        *,
-        window: int = 16,
-        context: int = 8,
-        stride: int = 8,
-        axis: str = "feature",
-        batch: int = 16,
-    ) -> Tensor:
+    def surprise(self, clips: Tensor, config: SurpriseConfig, *, batch: int = 16) -> Tensor:
         """clips (N,T,H,W,3) from 0 to 255, of any number type -> (N,) float32 on the model's device.
 
-        window, context and stride count the frames taken; the first two are multiples of the tubelet; axis as in
-        `losses.surprise`; batch is how many clips are judged at once. Raises ValueError for numbers that do not fit the
-        clip or the model.
+        config: window and context are multiples of the tubelet, axis as in `losses.surprise`; its path plays no part.
+        batch is how many clips are judged at once. Raises ValueError for numbers that do not fit the clip or the model.
 
         Where clips ask for a gradient it flows through prediction and target. Each window is computed anew in the
         backward pass, so the activations of one window are held at a time.
         """
         clips = clips[:, chosen_frames(clips.shape[1], FRAMES)]
-        starts = self._starts(clips.shape[1], window, context, stride)
+        starts = self._starts(clips.shape[1], config.window, config.context, config.stride)
         judge = partial(checkpoint, self._window, use_reentrant=False) if clips.requires_grad else self._window
         scores = []
         for part in clips.split(batch):
             part = part.to(self.device)
-            windows = [judge(part[:, start : start + window], context, axis) for start in starts]
+            windows = [judge(part[:, start : start + config.window], config.context, config.axis) for start in starts]
             scores.append(torch.stack(windows).mean(dim=0))
         return torch.cat(scores)
 

@@ -49,10 +49,9 @@ def recorded(config: VlmConfig) -> dict[str, Any]:
 
 def check_config(config: VlmConfig) -> None:
     """ValueError for a setting that cannot work, naming it and the remedy; never the key itself."""
-    if config.backend not in BACKENDS:
-        raise ValueError(f"vlm.backend={config.backend!r} is not known; use one of {', '.join(BACKENDS)}")
-    if config.send not in SENDS:
-        raise ValueError(f"vlm.send={config.send!r} is not known; use one of {', '.join(SENDS)}")
+    for name, known in (("backend", BACKENDS), ("send", SENDS)):
+        if (value := getattr(config, name)) not in known:
+            raise ValueError(f"vlm.{name}={value!r} is not known; use one of {', '.join(known)}")
     if not config.model:
         raise ValueError("vlm.model is empty; name the model, as `vllm serve` was told, or its folder or hub id")
     if config.backend == "openai" and not config.base_url.startswith(("http://", "https://")):

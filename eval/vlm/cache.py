@@ -58,9 +58,8 @@ class Cache:
                 file.seek(offset)
                 found = json.loads(file.read(size))
             checked = found.keys() != {"digest", "text", "first_token"}
-            if checked and found["check"] != _check(digest, found["text"], found["first_token"]):
-                return None
-            if found["digest"] != digest:
+            wrong = checked and found["check"] != _check(digest, found["text"], found["first_token"])
+            if wrong or found["digest"] != digest:
                 return None
             return Reply(str(found["text"]), tuple((str(token), float(value)) for token, value in found["first_token"]))
         except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -97,10 +97,8 @@ class Counts:
     def summary(self) -> dict[str, Any]:
         """Plain JSON; latency percentiles in seconds, null where there was no request."""
         percentiles = np.percentile(self.latencies, [50, 95]).tolist() if self.latencies else [None, None]
-        names = "questions cache_hits shared requests answers refusals prompt_tokens completion_tokens seconds".split()
-        summary = {name: getattr(self, name) for name in names}
-        summary |= {"retries": dict(self.retries), "latency_p50": percentiles[0], "latency_p95": percentiles[1]}
-        return summary
+        counts = {name: value for name, value in vars(self).items() if name not in ("retries", "latencies")}
+        return counts | {"retries": dict(self.retries), "latency_p50": percentiles[0], "latency_p95": percentiles[1]}
 
 
 class Vlm:
@@ -332,11 +330,7 @@ def quoted(caption: str) -> str:
     It cannot end its quotes, nor hold a model's control token <|...|> or a character that is not seen.
     """
     text = json.dumps(caption, ensure_ascii=False).replace("<", "\\u003c")
-    return text if text.isprintable() else "".join(_escaped(one) for one in text)
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else json.dumps(character)[1:-1]
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
 
 
 def jpeg_frames(frames: npt.ArrayLike, count: int, height: int) -> list[bytes]:

@@ -19,7 +19,7 @@ from eval.search.residuals import ResidualConfig, Residuals, noise_levels
 from eval.search.scorers import PROPRIO, SCORERS, SETTINGS
 from eval.search.scorers import surprise as surprise_scorer
 from eval.search.scorers.baselines import most_motion, motion_energy, random_choice
-from eval.search.scorers.judge import JudgeScore
+from eval.search.scorers.judge import judge_score
 from eval.search.scorers.per_motion import PerMotion
 from eval.search.scorers.proprio import Proprio
 from eval.search.scorers.surprise import Surprise
@@ -308,14 +308,14 @@ def test_a_judge_turned_round_never_chooses_what_it_cannot_judge():
         assert clips.shape[0] == len(prompts) == 3
         raise Unjudged({1: "blank"}, prompts, scores)
 
-    torch.testing.assert_close(JudgeScore(judge)(candidates()), torch.tensor([0.1, torch.inf, 0.6]))
+    torch.testing.assert_close(judge_score(judge, candidates()), torch.tensor([0.1, torch.inf, 0.6]))
 
 
 def test_surprise_hands_clips_and_windows_on(monkeypatch):
     class Model:
-        def surprise(self, clips, **windows):
+        def surprise(self, clips, config, *, batch):
             assert clips.shape == (3, 9, 8, 8, 3) and clips.dtype == torch.uint8
-            assert windows == {"window": 16, "context": 8, "stride": 8, "axis": "token", "batch": 2}
+            assert (config.window, config.context, config.stride, config.axis, batch) == (16, 8, 8, "token", 2)
             return torch.arange(3, dtype=torch.float64)
 
     scorer = Surprise(SurpriseConfig(path="somewhere", axis="token"), "cpu", batch=2)

@@ -20,7 +20,7 @@ from eval.experiments.world_model.training import (
 )
 from eval.sandbox.clips import simulate
 from eval.sandbox.splits import is_held_out, simulate_block
-from eval.search.world_model import WorldModel
+from eval.search.world_model import SurpriseConfig, WorldModel
 from train.teachers import ENCODERS
 from train.teachers.vjepa2 import VJepa2Config
 
@@ -134,5 +134,5 @@ def test_the_shipped_model_loads_whole_and_is_small():
 def test_the_shipped_model_knows_physics(kind):
     model = WorldModel(str(SHIPPED), "cpu")
     for true, violated in world_model_report.make_pairs(kind, 10, 1.0, 2):
-        scores = [model.surprise(clips, window=16, context=4, stride=1) for clips in (true, violated)]
+        scores = [model.surprise(clips, SurpriseConfig(context=4, stride=1)) for clips in (true, violated)]
         assert world_model_report.paired(*scores) >= 0.9

@@ -6,7 +6,9 @@ from transformers import VJEPA2Config, VJEPA2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN as MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as STD
 
-from eval.search.world_model import WorldModel, chosen_frames
+from eval.search.world_model import SurpriseConfig, WorldModel, chosen_frames
+
+USUAL = SurpriseConfig()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def reference(model, clip, window, context, stride, axis):
 def test_equals_a_float64_reference(world, window, context, stride, axis):
     clips = noise(3, 25, 32, 32, 3)
     model = copy.deepcopy(world.model).double()
-    scores = world.surprise(clips, window=window, context=context, stride=stride, axis=axis, batch=2)
+    scores = world.surprise(clips, SurpriseConfig("", window, context, stride, axis), batch=2)
     assert scores.shape == (3,) and scores.dtype == torch.float32
     for score, clip in zip(scores, clips, strict=True):
         assert score.item() == pytest.approx(reference(model, clip, window, context, stride, axis), abs=2e-5)
@@ -108,8 +110,8 @@ def test_frames_after_the_last_window_are_not_judged(world):
     clips = noise(1, 17, 32, 32, 3)
     altered = clips.clone()
     altered[:, 16] = 0
-    assert torch.equal(world.surprise(clips), world.surprise(altered))
-    assert not torch.equal(world.surprise(clips, stride=1), world.surprise(altered, stride=1))
+    assert torch.equal(world.surprise(clips, USUAL), world.surprise(altered, USUAL))
+    assert not torch.equal(*(world.surprise(one, SurpriseConfig(stride=1)) for one in (clips, altered)))
 
 
 def test_49_frames_are_taken_evenly_from_a_longer_clip_and_all_of_a_shorter_one(world, monkeypatch):
@@ -120,24 +122,24 @@ def test_49_frames_are_taken_evenly_from_a_longer_clip_and_all_of_a_shorter_one(
     assert chosen_frames(49, 49) == list(range(49)) and chosen_frames(17, 49) == list(range(17))
     clips = noise(1, 121, 32, 32, 3)
     with torch.no_grad():
-        expected = world.surprise(clips[:, chosen])
-        assert torch.equal(world.surprise(clips), expected)
+        expected = world.surprise(clips[:, chosen], USUAL)
+        assert torch.equal(world.surprise(clips, USUAL), expected)
         monkeypatch.setattr("eval.search.world_model.FRAMES", 121)
-        assert not torch.equal(world.surprise(clips), expected)
+        assert not torch.equal(world.surprise(clips, USUAL), expected)
     monkeypatch.undo()
-    assert torch.allclose(world.surprise(clips.float().requires_grad_()), expected, atol=1e-5)
+    assert torch.allclose(world.surprise(clips.float().requires_grad_(), USUAL), expected, atol=1e-5)
 
 
 def test_any_frame_shape_fits(world):
-    assert world.surprise(noise(2, 16, 20, 36, 3)).isfinite().all()
+    assert world.surprise(noise(2, 16, 20, 36, 3), USUAL).isfinite().all()
 
 
 def test_gradient_equals_the_plain_one_and_the_value_that_of_bytes(world):
     clips = noise(2, 12, 32, 32, 3)
     options = {"window": 8, "context": 4, "stride": 2, "axis": "token"}
     frames = clips.float().requires_grad_()
-    scores = world.surprise(frames, **options)
-    assert torch.allclose(scores, world.surprise(clips, **options), atol=1e-5)
+    scores = world.surprise(frames, SurpriseConfig(**options))
+    assert torch.allclose(scores, world.surprise(clips, SurpriseConfig(**options)), atol=1e-5)
     scores.sum().backward()
 
     plain = frames.detach().clone().requires_grad_()
@@ -148,7 +150,7 @@ def test_gradient_equals_the_plain_one_and_the_value_that_of_bytes(world):
 
     direction = torch.randn(frames.shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        up, down = (world.surprise(frames + sign * 1.275 * direction, **options) for sign in (1, -1))
+        up, down = (world.surprise(frames + sign * 1.275 * direction, SurpriseConfig(**options)) for sign in (1, -1))
     slope = (frames.grad * direction).sum().item()
     assert ((up - down).sum() / 2.55).item() == pytest.approx(slope, rel=0.05, abs=1e-4)
 
@@ -167,7 +169,7 @@ def test_gradient_equals_the_plain_one_and_the_value_that_of_bytes(world):
 )
 def test_what_does_not_fit_is_refused(world, options, message):
     with pytest.raises(ValueError, match=message):
-        world.surprise(noise(1, 17, 32, 32, 3), **options)
+        world.surprise(noise(1, 17, 32, 32, 3), SurpriseConfig(**options))
 
 
 def test_a_missing_model_is_refused(tmp_path):

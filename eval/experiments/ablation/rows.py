@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FULL_COPY_RATE = 1e-4  # all weights need smaller steps than adapters
-
 # ---- the paper's figures (arXiv 2512.24551): "Overall" on VideoPhy2, the share of clips that an automatic rater gives
 # ---- 4 or 5 of 5 for both semantics and physics. Another scale and another test than the sandbox's.
 
@@ -104,6 +102,11 @@ class Row:
     base: tuple[str, ...] = ()  # overrides of the evaluation too: of the frozen network
 
 
+def gdpo(name: str, label: str, *overrides: str, **more: Any) -> Row:
+    """A row of train.gdpo."""
+    return Row(name, label, "train.gdpo", overrides, **more)
+
+
 @dataclass(frozen=True)
 class Suite:
     rows: dict[str, Row]  # by name, in the table's order
@@ -113,39 +116,21 @@ class Suite:
 
 # Without the anchor the recipe's learning rate ruins the model; these rows get one that does not.
 GENTLE = ("objective.anchor=0", "optim.lr=1e-4", "optim.lr_end=1e-5")
-PLAIN = ("objective.physics_guided=false", *GENTLE)
+UNGUIDED = "objective.physics_guided=false"
+PLAIN = (UNGUIDED, *GENTLE)
+SMALL_STEPS = ("optim.lr=0.0001", "optim.lr_end=1e-05")  # all weights need smaller ones than adapters
 METHODS = (
     Row("base", "base model", "", (), (("2c", "Baseline"), ("2b", "Baseline"))),
     Row("sft", "LoRA-SFT", "train.sft", (), (("2d", "LoRA-SFT"),)),
-    Row(
-        "videodpo",
-        "VideoDPO-style, lr 1e-4",
-        "train.gdpo",
-        ("objective.winner=generated", *PLAIN),
-        (("2c", "VideoDPO"),),
-    ),
-    Row(
-        "flow_dpo", "Flow-DPO, lr 1e-4", "train.gdpo", PLAIN, (("2c", "Flow-DPO"), ("2b", "+ LoRA-SR")), groups="pairs"
-    ),
-    Row(
-        "gdpo_no_pgr",
-        "PhyGDPO, no physics weights",
-        "train.gdpo",
-        ("objective.physics_guided=false",),
-        (("2b", "+ Groupwise Model"),),
-    ),
-    Row("gdpo", "PhyGDPO (recipe)", "train.gdpo", (), (("2c", "PhyGDPO"), ("2b", "+ Physics Rewarding"))),
+    gdpo("videodpo", "VideoDPO-style, lr 1e-4", "objective.winner=generated", *PLAIN, paper=(("2c", "VideoDPO"),)),
+    gdpo("flow_dpo", "Flow-DPO, lr 1e-4", *PLAIN, paper=(("2c", "Flow-DPO"), ("2b", "+ LoRA-SR")), groups="pairs"),
+    gdpo("gdpo_no_pgr", "PhyGDPO, no physics weights", UNGUIDED, paper=(("2b", "+ Groupwise Model"),)),
+    gdpo("gdpo", "PhyGDPO (recipe)", paper=(("2c", "PhyGDPO"), ("2b", "+ Physics Rewarding"))),
     # The objective as the paper writes it.
-    Row("gdpo_no_anchor", "PhyGDPO, no anchor, lr 1e-4", "train.gdpo", GENTLE),
-    Row("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "train.gdpo", ("objective.anchor=0",)),
-    Row("plackett_luce", "PhyGDPO, exact eq. 6", "train.gdpo", ("objective.loss=plackett_luce",)),
-    Row(
-        "full_copy",
-        "PhyGDPO, full copy",
-        "train.gdpo",
-        ("train.parameters=full", f"optim.lr={FULL_COPY_RATE}", f"optim.lr_end={FULL_COPY_RATE / 10}"),
-        (("2d", "w/o LoRA-SR"),),
-    ),
+    gdpo("gdpo_no_anchor", "PhyGDPO, no anchor, lr 1e-4", *GENTLE),
+    gdpo("gdpo_no_anchor_fast", "PhyGDPO, no anchor", "objective.anchor=0"),
+    gdpo("plackett_luce", "PhyGDPO, exact eq. 6", "objective.loss=plackett_luce"),
+    gdpo("full_copy", "PhyGDPO, full copy", "train.parameters=full", *SMALL_STEPS, paper=(("2d", "w/o LoRA-SR"),)),
 )
 BETA_FACTORS = (1 / 10, 1 / 3, 3, 10)  # of the recipe's beta
 SWEEPS = {
@@ -163,7 +148,7 @@ def preference(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     defaults = {key: recipe["objective"].get(key, value) for key, value in DEFAULTS.items()}
 
     def swept(name: str, key: str, value: float) -> Row:
-        return Row(name, f"{key} = {value:g}", "train.gdpo", (f"objective.{key}={value:g}",), sweep=(key, value))
+        return gdpo(name, f"{key} = {value:g}", f"objective.{key}={value:g}", sweep=(key, value))
 
     rows = list(METHODS)
     rows += [swept(f"beta_x{factor:.2g}", "beta", defaults["beta"] * factor) for factor in BETA_FACTORS]
@@ -232,9 +217,9 @@ def precision(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     """The recipe's PhyGDPO in float32, in bfloat16 with fused blocks, and with 8-bit products besides."""
     rows = [
         Row("base", "base model", "", against="gdpo"),
-        Row("gdpo", "float32", "train.gdpo", against="base"),
-        Row("gdpo_bf16", "bfloat16, fused blocks", "train.gdpo", FUSED, against="gdpo"),
-        Row("gdpo_float8", "+ float8", "train.gdpo", (*FUSED, "train.float8=true"), against="gdpo_bf16"),
+        gdpo("gdpo", "float32", against="base"),
+        gdpo("gdpo_bf16", "bfloat16, fused blocks", *FUSED, against="gdpo"),
+        gdpo("gdpo_float8", "+ float8", *FUSED, "train.float8=true", against="gdpo_bf16"),
     ]
     return Suite({row.name: row for row in rows}, {}, "gdpo")
 
@@ -246,7 +231,7 @@ def timesteps(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     for kind, shift in (("uniform", 1), ("uniform", 3), ("uniform", 5), ("logit_normal", 1), ("logit_normal", 3)):
         overrides = (f"objective.timesteps={kind}", f"objective.timestep_shift={shift}")
         label = f"{kind.replace('_', '-')}, shift {shift}"
-        rows.append(Row(f"{kind}_{shift}", label, "train.gdpo", overrides, against="logit_normal_3"))
+        rows.append(gdpo(f"{kind}_{shift}", label, *overrides, against="logit_normal_3"))
     return Suite({row.name: row for row in rows}, {}, "logit_normal_3")
 
 
@@ -259,7 +244,7 @@ def loser_rows(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
 
     def row(name: str, label: str, groups: str, passes: float, overrides: tuple[str, ...] = (), **more) -> Row:
         groups = groups if groups == "groups" else f"losers_{groups}"
-        return Row(name, label, "train.gdpo", overrides, groups=groups, passes=passes, **{"against": "gdpo"} | more)
+        return gdpo(name, label, *overrides, groups=groups, passes=passes, **{"against": "gdpo"} | more)
 
     def asked(strength: float) -> tuple[str, ...]:
         return (*ASKED_SELDOM, f"self_score.strength={strength:g}")
@@ -308,9 +293,7 @@ def transfer(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
         for anchor in ANCHORS:
             own = (f"objective.anchor={anchor}", *overrides)
             against = f"{name}_1" if anchor != 1 else "recipe_1"
-            rows.append(
-                Row(f"{name}_{anchor}", f"{label}, anchor {anchor}", "train.gdpo", own, groups=groups, against=against)
-            )
+            rows.append(gdpo(f"{name}_{anchor}", f"{label}, anchor {anchor}", *own, groups=groups, against=against))
     return Suite({row.name: row for row in rows}, {}, "recipe_1")
 
 
@@ -324,10 +307,10 @@ def starts(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     rows = [
         Row("base", "base model", "", against="gdpo"),
         Row("sft", "LoRA-SFT", "train.sft", against="gdpo"),
-        Row("gdpo", "PhyGDPO (recipe)", "train.gdpo", against="sft"),
+        gdpo("gdpo", "PhyGDPO (recipe)", against="sft"),
         Row("sft_half", "LoRA-SFT, half the steps", "train.sft", HALF, against="gdpo"),
-        Row("sft_start", "then PhyGDPO from its LoRA", "train.gdpo", (*HALF, "lora.start={start}"), **after),
-        Row("sft_merged", "then PhyGDPO on it, merged", "train.gdpo", HALF, **after, base=merged),
+        gdpo("sft_start", "then PhyGDPO from its LoRA", *HALF, "lora.start={start}", **after),
+        gdpo("sft_merged", "then PhyGDPO on it, merged", *HALF, **after, base=merged),
     ]
     return Suite({row.name: row for row in rows}, {}, "gdpo")
 

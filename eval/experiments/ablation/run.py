@@ -30,7 +30,6 @@ import platform
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +130,6 @@ def make_plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def choose_rows(rows: dict[str, Row], names: Sequence[str]) -> list[Row]:
-    """The named rows, all where no name is given. ValueError for a name that is none."""
-    if unknown := [name for name in names if name not in rows]:
-        raise ValueError(f"--rows {','.join(unknown)}: not known; known: {', '.join(rows)}")
-    return [row for name, row in rows.items() if not names or name in names]
-
-
 def main(argv: list[str] | None = None, run: Run | None = None) -> int:
     """The command line; returns the exit status. `run` stands in for the subprocesses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,7 +149,10 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
     elif options.folder:
         plan = make_plan(options)
         processes = Processes(options.jobs)
-        chosen = choose_rows(plan.make_suite().rows, options.rows)
+        rows = plan.make_suite().rows
+        if unknown := [name for name in options.rows if name not in rows]:
+            raise ValueError(f"--rows {','.join(unknown)}: not known; known: {', '.join(rows)}")
+        chosen = [row for name, row in rows.items() if not options.rows or name in options.rows]
         try:
             failed = run_all(plan, chosen, run or processes.run, processes.stop, options.jobs)
         except KeyboardInterrupt:

@@ -45,16 +45,12 @@ def share_of(jobs: Sequence[Job], share: str) -> list[Job]:
 
 def list_jobs(config: Config) -> list[Job]:
     listed = list_clips("mixed", "heldout", config.search_experiment.seed, config.search_experiment.clips, config.video)
-    count, first = config.search.num_candidates, config.seed * 10**9
-    return [
-        Job(
-            number,
-            make_key(number, clip.prompt),
-            clip.prompt,
-            [first + number * SEEDS_A_PROMPT + i for i in range(count)],
-        )
-        for number, clip in enumerate(listed)
-    ]
+    jobs = []
+    for number, clip in enumerate(listed):
+        first = config.seed * 10**9 + number * SEEDS_A_PROMPT
+        seeds = list(range(first, first + config.search.num_candidates))
+        jobs.append(Job(number, make_key(number, clip.prompt), clip.prompt, seeds))
+    return jobs
 
 
 def check(config: Config) -> None:

@@ -47,11 +47,9 @@ def results(records: Sequence[dict[str, Any]], scorers: Sequence[str], chosen_by
 
     rows: dict[str, dict[str, Any]] = {}
     for name in ["oracle", "random", *[name for name in scorers if name != "random"]]:
-        if name == "random":
-            best = {aspect: found.mean(axis=1) for aspect, found in truth.items()}
-        else:
-            index = physical.argmax(axis=1) if name == "oracle" else picked[name]
-            best = {aspect: _take(found, index) for aspect, found in truth.items()}
+        index = physical.argmax(axis=1) if name == "oracle" else picked.get(name)
+        by_lot = name == "random"
+        best = {aspect: found.mean(axis=1) if by_lot else _take(found, index) for aspect, found in truth.items()}
         rows[name] = row = {aspect: estimate(found) for aspect, found in best.items()}
         if name != "random":
             row["over_random"] = estimate(best["physical"] - random)

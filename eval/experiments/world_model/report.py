@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eval.sandbox.clips import SCENES, simulate
 from eval.sandbox.world import VIOLATIONS
-from eval.search.world_model import WorldModel
+from eval.search.world_model import SurpriseConfig, WorldModel
 from losses.surprise import AXES
 from train import entry
 from train.files import seed_of
@@ -59,16 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     model = WorldModel(options.model, options.device)
-    shape = {name: getattr(options, name) for name in ("window", "context", "stride")}
     titles = [f"{title}, {axis}" for axis in AXES for title in ("AUC", "paired")]
     print(f"| violation | pairs | {' | '.join(titles)} |\n|{' --- |' * (len(titles) + 2)}")
     for kind in VIOLATIONS:
         scenes = make_pairs(kind, options.pairs, options.severity, options.seed, options.device)
         figures = []
         for axis in AXES:
-            scores = [
-                tuple(model.surprise(clips, **shape, axis=axis, batch=128).cpu() for clips in both) for both in scenes
-            ]
+            config = SurpriseConfig("", options.window, options.context, options.stride, axis)
+            scores = [tuple(model.surprise(clips, config, batch=128).cpu() for clips in both) for both in scenes]
             figures += [sum(rate(*both) for both in scores) / len(scores) for rate in (auc, paired)]
         count = sum(len(true) for true, _ in scenes)
         print(f"| {kind} | {count} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |", flush=True)

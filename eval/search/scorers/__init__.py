@@ -11,7 +11,7 @@ from functools import partial
 from eval.judges import build_judge
 from eval.search.scorers import proprio
 from eval.search.scorers.baselines import most_motion, random_choice
-from eval.search.scorers.judge import JudgeScore
+from eval.search.scorers.judge import judge_score
 from eval.search.scorers.per_motion import PerMotion
 from eval.search.scorers.surprise import Surprise
 
@@ -31,7 +31,7 @@ SCORERS = {
     "residual_per_motion": partial(PROPRIO["proprio_global-uniform"], kind=PerMotion),
     "masked_residual_per_motion": partial(PROPRIO["proprio_motion-uniform"], kind=PerMotion),
     "surprise": lambda config, backbone, *_: Surprise(config.surprise, backbone.device, batch=config.batch_size),
-    "judge": lambda config, backbone, fps, judging: JudgeScore(build_judge(judging, fps, backbone.device)),
+    "judge": lambda config, backbone, fps, judging: partial(judge_score, build_judge(judging, fps, backbone.device)),
 }
 SETTINGS = {
     **{name: ("residuals", "mixing") for name in PROPRIO},

@@ -28,9 +28,7 @@ class Surprise:
 
     def of(self, clips: Tensor) -> Tensor:
         """(N,) of clips (N,T,H,W,3), `batch` at a time, see `WorldModel.surprise`."""
-        config = self.config
-        windows = {"window": config.window, "context": config.context, "stride": config.stride, "axis": config.axis}
-        return self.model.surprise(clips, **windows, batch=self.batch)
+        return self.model.surprise(clips, self.config, batch=self.batch)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         return self.of(candidates.clips).float().cpu()

@@ -1,28 +1,17 @@
 """Trained weights of a clip's model: what the recipe names, checked before any weights are loaded, and put on."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from train.attached_loras import AttachedLoras
 from train.backbones import lora_formats
 from train.backbones.architecture import parameter_shapes
 from train.backbones.base import Backbone
 from train.backbones.lora_formats import FOLDER_FILES, NetworkLora
-from train.checkpoint import attach_trained, lora_config, read_ours, weights_path
+from train.checkpoint import Trainable, attach_trained, lora_config, read_ours, weights_path
 from train.files import sha256
-from train.lora_switch import SwitchState
-
-
-class Attached(Protocol):
-    """What `attach` returns."""
-
-    state: SwitchState  # of LoRAs; full weights have none
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside, the networks are the base's."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +65,9 @@ def read_lora(value: Any, shell: Backbone, *, key: str, check: bool = True) -> L
     return Lora(str(file), sha256(file), ours["expert"], shape, trained=ours["fingerprint"])
 
 
-def attach(lora: Lora, backbone: Backbone) -> Attached:
-    """Put weights on the networks that they are for. ValueError as `read_lora`, and for a network that is not there."""
+def attach(lora: Lora, backbone: Backbone) -> Trainable | AttachedLoras:
+    """Put weights on the networks that they are for; inside the result's `reference()` these are the base's. ValueError
+    as `read_lora`, and for a network that is not there."""
     if lora.trained:
         return attach_trained(lora.path, backbone.experts, fingerprint=lora.trained)
     return AttachedLoras(backbone.experts, lora.files, source=f"LoRA {lora.path}")

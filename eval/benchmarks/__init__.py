@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from eval.benchmarks.base import Benchmark
+from eval.benchmarks.base import Benchmark, DataConfig
 from eval.benchmarks.likephys import LikePhys, LikePhysConfig
-from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
+from eval.benchmarks.phygenbench import PhyGenBench
 from eval.benchmarks.physics_iq import PhysicsIQ, PhysicsIQConfig
 from eval.benchmarks.planner import Planner, PlannerConfig
 from eval.benchmarks.r_bench import RBench, RBenchConfig
 from eval.benchmarks.robots import Robots, RobotsConfig
 from eval.benchmarks.sandbox import Sandbox, SandboxConfig
 from eval.benchmarks.vbench import VBench, VBenchConfig
-from eval.benchmarks.videophy import RatedConfig, VideoPhy
+from eval.benchmarks.videophy import VideoPhy
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
-from eval.benchmarks.vqa import EzsBench, PaiBench, VqaConfig
+from eval.benchmarks.vqa import EzsBench, PaiBench
 
 
 @dataclass
@@ -24,11 +24,11 @@ class BenchmarkSettings:
     robots: RobotsConfig = field(default_factory=RobotsConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     physics_iq: PhysicsIQConfig = field(default_factory=PhysicsIQConfig)
-    videophy: RatedConfig = field(default_factory=RatedConfig)
+    videophy: DataConfig = field(default_factory=DataConfig)
     videophy2: VideoPhy2Config = field(default_factory=VideoPhy2Config)
-    phygenbench: PhyGenBenchConfig = field(default_factory=PhyGenBenchConfig)
-    pai_bench: VqaConfig = field(default_factory=VqaConfig)
-    ezs_bench: VqaConfig = field(default_factory=VqaConfig)
+    phygenbench: DataConfig = field(default_factory=DataConfig)
+    pai_bench: DataConfig = field(default_factory=DataConfig)
+    ezs_bench: DataConfig = field(default_factory=DataConfig)
     r_bench: RBenchConfig = field(default_factory=RBenchConfig)
     vbench: VBenchConfig = field(default_factory=VBenchConfig)
     likephys: LikePhysConfig = field(default_factory=LikePhysConfig)

@@ -27,6 +27,13 @@ from train.clips import VideoConfig
 from train.sampling import SamplerConfig
 
 
+@dataclass
+class DataConfig:
+    """Settings of a benchmark that needs files of others and nothing else; its module says which."""
+
+    folder: str = ""  # with the benchmark's data
+
+
 @dataclass(frozen=True)
 class Task:
     """One prompt of a benchmark."""

@@ -1,6 +1,6 @@
 """PhyGenBench (Meng et al., 2024, arXiv 2410.05363): 160 prompts on 27 physical laws, in three stages (PhyGenEval).
 
-    recipe key              run.phygenbench.<field>, see PhyGenBenchConfig
+    recipe key              run.phygenbench.<field>, see DataConfig
     data                    a clone of OpenGVLab/PhyGenBench: prompts and questions (PhyGenBench/*.json) and the wording
                             of stages 2 and 3 (PhyGenEval/multi/GPT4o.py, PhyGenEval/video/GPT4o.py), read from there
 
@@ -75,11 +75,6 @@ CHOICE_SCHEMA = YES_NO_SCHEMA | {
 
 _SCORED = ("mechanics", "optics", "thermal", "material")
 STAGES = ("detection", "order", "naturalness")
-
-
-@dataclass
-class PhyGenBenchConfig:
-    folder: str = ""  # a clone of OpenGVLab/PhyGenBench
 
 
 @dataclass(frozen=True)

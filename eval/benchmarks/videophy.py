@@ -1,6 +1,6 @@
 """VideoPhy (Bansal et al., 2024, arXiv 2406.03520): interactions of solids and fluids, rated by VideoCon-Physics.
 
-    recipe key              run.videophy.<field>, see RatedConfig; the rater's is raters.videocon_physics
+    recipe key              run.videophy.<field>, see DataConfig; the rater's is raters.videocon_physics
     data                    videophy_test_public.csv of the data set videophysics/videophy_test_public
 
 A prompt is a caption of that table, which has a row for each of the authors' clips: captions are taken once each, 344.
@@ -14,12 +14,11 @@ How it is run, and what it cannot take, stands in `eval.judges.videocon_physics`
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from eval.benchmarks.base import Benchmark, Requirement, Row, Sample, Task, read_published
+from eval.benchmarks.base import Benchmark, DataConfig, Requirement, Row, Sample, Task, read_published
 from eval.benchmarks.official_files import place, read_table
 from eval.judges import videocon_physics
 from eval.judges.external_tool import InstallationConfig, Tool, find_tool, tool_settings, write_table
@@ -29,11 +28,6 @@ from train.clips import ClipError, read_clip
 THRESHOLD = 0.5
 MAX_NAME = 200  # characters of a caption in a file name
 ENVIRONMENT = "the environment of its README (conda, Python 3.10, transformers 4.28)"
-
-
-@dataclass
-class RatedConfig:
-    folder: str = ""  # of the benchmark's table
 
 
 class Rated(Benchmark):
@@ -46,7 +40,7 @@ class Rated(Benchmark):
     dropped: ClassVar[str] = ""  # letters that a caption loses at its end to become a file's name
     rater: ClassVar[ModuleType]  # of eval.judges
     clips_a_call: ClassVar[int] = 128  # rated together, and lost together if the run is stopped
-    settings: RatedConfig
+    settings: DataConfig
 
     @property
     def installation(self) -> InstallationConfig:

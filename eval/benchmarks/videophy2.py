@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Task, read_published
-from eval.benchmarks.videophy import Rated, RatedConfig, once_each
+from eval.benchmarks.base import DataConfig, Task, read_published
+from eval.benchmarks.videophy import Rated, once_each
 from eval.judges import videophy2
 from eval.prompts import make_key
 
@@ -38,7 +38,7 @@ COUNTED = ("semantic", "physical", "joint")
 
 
 @dataclass
-class VideoPhy2Config(RatedConfig):
+class VideoPhy2Config(DataConfig):
     upsampled: bool = False  # generate from the table's long captions; the judge sees the short ones
     rules: bool = False  # ask about the table's physical rules too: one question per rule, weights loaded once more
 

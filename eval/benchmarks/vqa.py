@@ -2,7 +2,7 @@
 
 PAI-Bench-G (Zhou et al., 2025), its robot domain: image to video.
 
-    recipe key              run.pai_bench.<field>, see VqaConfig
+    recipe key              run.pai_bench.<field>, see DataConfig
     data                    the data set shi-labs/physical-ai-bench-predict (now also -generation):
                             cosmos_predict2_bench_full_info.json, condition_image/, vqa/<video_id>.json
 
@@ -12,7 +12,7 @@ robot, 5 or 6 questions each.
 
 EZS-Bench (ABot-PhysWorld, Chen et al., 2026, arXiv 2603.23376): robots that no training set shows, image to video.
 
-    recipe key              run.ezs_bench.<field>, see VqaConfig
+    recipe key              run.ezs_bench.<field>, see DataConfig
     data                    the ModelScope data set amap_cvlab/EZS-Bench_data: data.jsonl and the first frames
 
 A line of data.jsonl holds `video` (the first frame; its stem is the video_id), `prompt` and `question`, a list
@@ -42,7 +42,6 @@ neither is the average of the two: the laid-out clips are what the official eval
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,11 +62,6 @@ TEXT = (
     " about the video.\nQuestion: {question}\nAnswer with YES or NO."
 )
 DOMAIN = "robot"  # of PAI-Bench
-
-
-@dataclass
-class VqaConfig:
-    folder: str = ""  # of the benchmark's data
 
 
 class Vqa(AskedBenchmark):

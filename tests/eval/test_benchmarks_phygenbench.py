@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageStat
 
 from eval.benchmarks import phygenbench
-from eval.benchmarks.base import Sample
+from eval.benchmarks.base import DataConfig, Sample
 from eval.benchmarks.official_prompts import prompts
-from eval.benchmarks.phygenbench import PhyGenBench, PhyGenBenchConfig
+from eval.benchmarks.phygenbench import PhyGenBench
 from eval.vlm.backend import VlmConfig
 from tests.eval.vlm_stub import Response, StubServer, media_of, question_of
 from train.clips import VideoConfig, write_clip
@@ -127,7 +127,7 @@ def test_worked_examples(clone, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.vlm.client.RETRIES", 0)
     with StubServer(answer) as server:
         config = VlmConfig(base_url=server.url, model="stub", concurrency=2)
-        benchmark = PhyGenBench(PhyGenBenchConfig(folder=str(clone)), VIDEO, config)
+        benchmark = PhyGenBench(DataConfig(folder=str(clone)), VIDEO, config)
         tasks = benchmark.prompts()
         assert [task.category for task in tasks] == ["mechanics", "material", "optics"]
         rows = list(benchmark.score(make_samples(tasks, tmp_path / "clips"), tmp_path / "scores"))
@@ -163,13 +163,13 @@ def test_levels_are_cut_where_the_official_code_cuts():
 
 
 def test_layout_and_what_is_missing(clone, tmp_path):
-    benchmark = PhyGenBench(PhyGenBenchConfig(folder=str(clone)), VIDEO)
+    benchmark = PhyGenBench(DataConfig(folder=str(clone)), VIDEO)
     samples = make_samples(benchmark.prompts(), tmp_path / "clips")
     samples[1].path.unlink()
     laid = benchmark.layout(samples, tmp_path / "laid")
     assert sorted(path.name for path in (laid / "seed-3").iterdir()) == ["output_video_1.mp4", "output_video_3.mp4"]
     assert [one.found for one in benchmark.requirements()] == [True, False]
-    bare = PhyGenBench(PhyGenBenchConfig(), VIDEO)
+    bare = PhyGenBench(DataConfig(), VIDEO)
     assert [one.found for one in bare.requirements()] == [False, False]
     with pytest.raises(ValueError, match="run.phygenbench.folder is empty: clone https://github.com/OpenGVLab/Phy"):
         bare.prompts()

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from eval.benchmarks.base import Sample
-from eval.benchmarks.videophy import RatedConfig, VideoPhy
+from eval.benchmarks.base import DataConfig, Sample
+from eval.benchmarks.videophy import VideoPhy
 from eval.benchmarks.videophy2 import VideoPhy2, VideoPhy2Config
 from eval.judges import videocon_physics, videophy2
 from eval.judges.external_tool import InstallationConfig, RatersConfig, ToolError
@@ -80,7 +80,7 @@ def installed(tmp_path):
 
 
 def build(kind, installed, **settings):
-    config = (VideoPhy2Config if kind is VideoPhy2 else RatedConfig)(folder=installed.folder, **settings)
+    config = (VideoPhy2Config if kind is VideoPhy2 else DataConfig)(folder=installed.folder, **settings)
     return kind(config, VIDEO, None, installed.raters)
 
 

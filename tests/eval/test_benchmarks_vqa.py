@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageStat
 
-from eval.benchmarks.base import Sample
-from eval.benchmarks.vqa import EzsBench, PaiBench, VqaConfig, frame_count
+from eval.benchmarks.base import DataConfig, Sample
+from eval.benchmarks.vqa import EzsBench, PaiBench, frame_count
 from eval.vlm.backend import VlmConfig
 from eval.vlm.client import VlmUnavailable
 from tests.eval.vlm_stub import StubServer, media_of, question_of
@@ -73,7 +73,7 @@ def pai(tmp_path):
 
 def test_the_domain_score_is_the_share_of_right_answers(pai, tmp_path):
     with StubServer(answer) as server:
-        benchmark = PaiBench(VqaConfig(folder=str(pai)), VIDEO, judge(server))
+        benchmark = PaiBench(DataConfig(folder=str(pai)), VIDEO, judge(server))
         tasks = benchmark.prompts()
         assert [task.key for task in tasks] == ["robot-a", "robot-b"] and tasks[0].category == "robot"
         assert tasks[0].text == "The clip robot_a." and tasks[1].image == pai / "condition_image" / "robot_b.jpg"
@@ -94,7 +94,7 @@ def test_a_question_without_an_answer_is_an_error_that_names_it(pai, tmp_path):
     records = [ask(5, "no"), {**ask(6, "yes"), "uid": "bright", "question": BRIGHT}]
     (pai / "vqa" / "robot_b.json").write_text(json.dumps(records), encoding="utf-8")
     with StubServer(answer) as server:
-        benchmark = PaiBench(VqaConfig(folder=str(pai)), VIDEO, judge(server))
+        benchmark = PaiBench(DataConfig(folder=str(pai)), VIDEO, judge(server))
         samples = make_samples(benchmark.prompts(), tmp_path / "clips", [40, 100, 150, 250])
         samples[0].path.unlink()
         rows = list(benchmark.score(samples, tmp_path / "scores"))
@@ -118,7 +118,7 @@ def test_ezs_bench_reads_its_lines_and_finds_its_pictures(tmp_path):
     text = "\n".join(json.dumps(line) for line in lines) + "\n\n"
     (folder / "data.jsonl").write_text(text, encoding="utf-8")
     with StubServer(answer) as server:
-        benchmark = EzsBench(VqaConfig(folder=str(folder)), VIDEO, judge(server))
+        benchmark = EzsBench(DataConfig(folder=str(folder)), VIDEO, judge(server))
         tasks = benchmark.prompts()
         assert [task.image for task in tasks] == [folder / "images" / "scene_001.jpg", folder / "scene_002.png"]
         samples = make_samples(tasks, tmp_path / "clips", [40, 100, 100, 200])
@@ -135,7 +135,7 @@ def test_ezs_bench_reads_its_lines_and_finds_its_pictures(tmp_path):
 
 
 def test_pai_bench_layout_numbers_the_seeds(pai, tmp_path):
-    benchmark = PaiBench(VqaConfig(folder=str(pai)), VIDEO)
+    benchmark = PaiBench(DataConfig(folder=str(pai)), VIDEO)
     tasks = benchmark.prompts()
     assert [task.category for task in tasks] == ["robot", "robot"]
     laid = benchmark.layout(make_samples(tasks, tmp_path / "clips", [1, 2, 3, 4]), tmp_path / "laid")
@@ -148,7 +148,7 @@ def test_frames_are_as_many_as_the_official_sampling_takes():
 
 
 def test_what_is_missing_or_wrong_is_said(pai, tmp_path):
-    for benchmark in (PaiBench(VqaConfig(), VIDEO), EzsBench(VqaConfig(), VIDEO)):
+    for benchmark in (PaiBench(DataConfig(), VIDEO), EzsBench(DataConfig(), VIDEO)):
         assert [one.found for one in benchmark.requirements()] == [False, False]
         assert all(
             one.licence and one.remedy and ("run." in one.where or "vlm." in one.where)
@@ -156,7 +156,7 @@ def test_what_is_missing_or_wrong_is_said(pai, tmp_path):
         )
         with pytest.raises(ValueError, match=f"run.{benchmark.name}.folder is empty: get it with"):
             benchmark.prompts()
-    benchmark = PaiBench(VqaConfig(folder=str(pai)), VIDEO)
+    benchmark = PaiBench(DataConfig(folder=str(pai)), VIDEO)
     assert benchmark.requirements()[0].found
     questions = pai / "vqa" / "robot_a.json"
     for record, message in [

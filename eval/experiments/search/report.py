@@ -145,7 +145,9 @@ def table(found: dict[str, Any]) -> str:
         line("chosen by", width, names, sizes),
     ]
     for name, row in found["scorers"].items():
-        cells = [show(row["physical"]), show(row["semantic"]), *signed(row)]
+        values = row | {"strata": row.get("strata", {}).get("all")}
+        cells = [show(row["physical"]), show(row["semantic"])]
+        cells += [show(values.get(key), sign=True) for key in SIGNED.values()]
         cells += [f"{row['passes']:.0f}", f"{row['seconds']:.3f}"] if "passes" in row else []
         lines.append(line(("* " if name == found["chosen_by"] else "  ") + name, width, cells, sizes))
     lines += ["", "gain within a third of equal motion", line("", width, STRATA, sizes[2:])]
@@ -161,12 +163,6 @@ def table(found: dict[str, Any]) -> str:
         text += f" {show(look['same_winner'])}, {show(look['passes_share'])} of all passes, physical"
         lines.append(f"{text} {show(look['physical'])} ({show(look['loss'], sign=True)})")
     return "\n".join(lines)
-
-
-def signed(row: dict[str, Any]) -> list[str]:
-    """The row's cells of the columns SIGNED."""
-    found = row | {"strata": row.get("strata", {}).get("all")}
-    return [show(found.get(key), sign=True) for key in SIGNED.values()]
 
 
 def line(name: str, width: int, cells: Sequence[str], sizes: Sequence[int]) -> str:

@@ -72,13 +72,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
         error = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
         label = None if what in seen else what
         axes.errorbar(row["cost"], gain["mean"], yerr=error, fmt="o", color=COLOURS[what], label=label, capsize=2)
-        axes.annotate(name, (row["cost"], gain["mean"]), (5, 4), textcoords="offset points", fontsize=7)
+        early, short = (
+            "before the end" in name,
+            name.replace(" before the end", " early").replace("by one pass", "1 pass"),
+        )
+        offset, side = ((-5, 4), "right") if early else ((5, 4), "left")  # else over the next row's
+        axes.annotate(short, (row["cost"], gain["mean"]), offset, textcoords="offset points", fontsize=7, ha=side)
         seen.add(what)
     costs = [row["cost"] for row in results["rows"].values()]
     axes.set_xscale("log")
     axes.set_xticks(ticks := [10 * 2**power for power in range(10)], list(map(str, ticks)))
     axes.minorticks_off()
-    axes.set_xlim(0.9 * min(costs, default=10), 1.6 * max(costs, default=10))
+    axes.set_xlim(0.75 * min(costs, default=10), 1.6 * max(costs, default=10))
     axes.axhline(0, color="black", linestyle="--", linewidth=1)
     clips = results["rows"].get(PLAIN, {}).get("clips", 0)
     axes.set_xlabel("network passes of one clip, backward ones as two")

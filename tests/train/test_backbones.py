@@ -167,7 +167,8 @@ def test_gradients_reach_latents_through_the_decoder(backbone_of):
 
 def test_first_frame_latents(backbone_of):
     picture = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert backbone_of("wan21").encode_first_frame(picture, 9) is None
+    with pytest.raises(ValueError, match="generates from text alone"):
+        backbone_of("wan21").encode_first_frame(picture, 9)
     ti2v, i2v = backbone_of("wan22_ti2v"), backbone_of("wan22_i2v")
     torch.testing.assert_close(ti2v.encode_first_frame(picture, 9), ti2v.encode_video(picture[:, :, None]))
     padded = torch.cat([picture[:, :, None], torch.zeros(2, 3, 8, 64, 96)], dim=2)

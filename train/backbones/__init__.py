@@ -89,7 +89,6 @@ def load_backbone(
     wanted = list(family.expert_folders) if "transformer" in parts else [expert] if "expert" in parts else []
 
     ring = _ring(device, len(wanted), sharding, together) if config.stream and wanted else None
-    loaded: dict[str, Any] = {}
     host = host and not config.stream
     if config.random_weights:
         if config.path:
@@ -99,32 +98,25 @@ def load_backbone(
         architecture, boundary = find_architecture(config), family.default_boundary
         encoders = f"{config.family}-random-{config.architecture}"
         fingerprints = (encoders,)
-        loaded |= _random_encoders(family, architecture, parts, device, dtype)
-        made = (
-            (
-                name,
-                loading.random_transformer(
-                    architecture, device=device, dtype=dtype, seed=seed, sharding=sharding, ring=ring
-                ),
-            )
-            for seed, name in enumerate(family.expert_folders)
-            if name in wanted
-        )
+        folder = None
+
+        def make(name: str) -> nn.Module:
+            options = {"device": device, "dtype": dtype, "sharding": sharding, "ring": ring}
+            seed = list(family.expert_folders).index(name)
+            return loading.random_transformer(architecture, seed=seed, **options)
+
     else:
         folder, model_index, architecture = _open(config)
         fingerprint, boundary = loading.fingerprint(config.family, folder), model_index.get("boundary_ratio")
         encoders = loading.fingerprint(config.family, folder, loading.ENCODERS)
         fingerprints, loras = base_loras.read(config.loras, family.expert_folders, fingerprint, architecture)
-        loaded |= _load_encoders(family, folder, architecture, parts, device, dtype)
-        made = (
-            (
-                name,
-                loading.load_transformer(
-                    family.kind, folder, family.expert_folders[name], device, dtype, sharding, ring, loras.get(name, ())
-                ),
-            )
-            for name in wanted
-        )
+
+        def make(name: str) -> nn.Module:
+            place, added = family.expert_folders[name], loras.get(name, ())
+            return loading.load_transformer(family.kind, folder, place, device, dtype, sharding, ring, added)
+
+    loaded = _encoders(family, folder, architecture, parts, device, dtype)
+    made = ((name, make(name)) for name in wanted)
     if host:  # a network leaves the device before the next is made there
         loaded["host"] = HostWeights(made, device, count=len(wanted))
     experts = loaded["host"].networks if host else dict(made)
@@ -133,38 +125,38 @@ def load_backbone(
     return family(config, architecture, device, fingerprints, encoders, experts, boundary, **loaded)
 
 
-def _random_encoders(
+def _encoders(
     family: type[Backbone],
+    folder: Path | None,
     architecture: dict[str, Any],
     parts: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Text encoders, tokenizers and VAE by the backbone's fields, as far as `parts` name them."""
+    """Text encoders, tokenizers and VAE by the backbone's fields, as far as `parts` name them: of a pipeline's folder,
+    or with seeded random weights where there is none."""
     loaded: dict[str, Any] = {}
     if "text" in parts or "tokenizer" in parts:
-        loaded |= family.random_text(architecture, device, dtype, encoders="text" in parts)
-    if "vae" in parts:
+        for name, make_small in family.tokenizers.items():
+            loaded[name] = loading.load_tokenizer(folder, name) if folder else make_small()
+    if "text" in parts and folder:
+        family.check_text(folder, architecture)
+        for name, model in family.encoder_classes.items():
+            loaded[name] = loading.load_component(model, folder, name, device, dtype=dtype)
+        for name, processor in family.processor_classes.items():
+            loaded[name] = loading.load_processor(processor, folder, name)
+    elif "text" in parts:
         with torch.device("meta"):
-            vae = family.vae_class(**family.vae_config(architecture))
-        loaded["vae"] = fill(vae, device, torch.float32)
-    return loaded
-
-
-def _load_encoders(
-    family: type[Backbone],
-    folder: Path,
-    architecture: dict[str, Any],
-    parts: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """The same of a pipeline's folder."""
-    loaded: dict[str, Any] = {}
-    if "text" in parts or "tokenizer" in parts:
-        loaded |= family.load_text(folder, architecture, device, dtype, encoders="text" in parts)
-    if "vae" in parts:
+            loaded |= family.random_encoders(architecture, len(loaded["tokenizer"]))
+        for name in family.encoder_classes:
+            fill(loaded[name], device, dtype)
+        family.fill_buffers(loaded, device)
+    if "vae" in parts and folder:
         loaded["vae"] = loading.load_component(family.vae_class, folder, "vae", device, torch_dtype=torch.float32)
+    elif "vae" in parts:
+        with torch.device("meta"):
+            loaded["vae"] = family.vae_class(**family.vae_config(architecture))
+        fill(loaded["vae"], device, torch.float32)
     return loaded
 
 
@@ -178,7 +170,10 @@ def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     readers = {name: backbone for backbone in BACKBONES.values() for name in backbone.pipelines}
     if (name := model_index.get("_class_name")) not in readers:
         raise ValueError(f"backbone.path={folder} holds a {name}: give a {' or a '.join(readers)}")
-    return model_index, readers[name].read_architecture(folder)
+    family = readers[name]
+    transformer, vae = loading.read_config(folder, "transformer"), loading.read_config(folder, "vae")
+    facts = {fact: vae.get(key, default) for fact, (key, default) in family.vae_facts.items()}
+    return model_index, {"kind": family.kind, "transformer": family.whole_config(transformer), **facts}
 
 
 def _open(config: BackboneConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ after the first).
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -54,6 +55,12 @@ class NetworkKind:
         """Of a parameter by name: float32 for what diffusers' class keeps so (norms, time embedder), else `dtype`."""
         kept = set(self.model._keep_in_fp32_modules or ())
         return torch.float32 if kept & set(key.split(".")) else dtype
+
+
+def defaults_of(model: type[nn.Module]) -> dict[str, Any]:
+    """What diffusers' class takes for the keys of its config that are absent."""
+    arguments = inspect.signature(model.__init__).parameters.items()
+    return {name: one.default for name, one in arguments if one.default is not inspect.Parameter.empty}
 
 
 def shape_of(architecture: Mapping[str, Any]) -> Shape:

@@ -12,7 +12,7 @@ Time t is in [0, 1] and 1 is noise; the network is fed `timescale` t. It predict
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from train.backbones.conditioning import Conditioning as Conditioning
 from train.backbones.config import BackboneConfig as BackboneConfig
 from train.backbones.config import BaseLora as BaseLora
 from train.backbones.host_weights import HostWeights
+from train.backbones.tokenizer import build_tokenizer
 from train.experts import BOTH as BOTH
 
 TRAIN_TIMESTEPS = 1000.0  # the clock of diffusers' schedulers, and of most networks
@@ -48,6 +49,11 @@ class Backbone:
 
     kind: ClassVar[NetworkKind]
     vae_class: ClassVar[type]
+    vae_facts: ClassVar[dict[str, tuple[str, int]]]  # what an architecture says of the VAE: its config's key, default
+    network_defaults: ClassVar[dict[str, Any]]  # of keys that a transformer's config may lack: those of its class
+    encoder_classes: ClassVar[dict[str, type[nn.Module]]]  # of texts and images, by the backbone's fields
+    processor_classes: ClassVar[dict[str, type]] = {}  # what prepares pictures for them
+    tokenizers: ClassVar[dict[str, Callable[[], Any]]] = {"tokenizer": build_tokenizer}  # each makes a small one
     pipelines: ClassVar[tuple[str, ...]]  # diffusers' classes, as model_index.json names them
     timescale: ClassVar[float] = TRAIN_TIMESTEPS  # what the network is told of t is t times that
     more_texts: ClassVar[dict[str, int]] = {}  # beside the text: name -> tokens, see `Conditioning.more`
@@ -122,23 +128,23 @@ class Backbone:
         return "; ".join(problem for problem, found in problems.items() if found)
 
     @classmethod
-    def read_architecture(cls, folder: Path) -> dict[str, Any]:
-        """As in `architectures`, of a pipeline folder of one of `pipelines`; reads no weights."""
+    def whole_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """A transformer's config with the keys that it lacks."""
+        return cls.network_defaults | config
+
+    @classmethod
+    def check_text(cls, folder: Path, architecture: dict[str, Any]) -> None:
+        """ValueError where a pipeline's text encoder is not one that its transformer reads."""
+
+    @classmethod
+    def random_encoders(cls, architecture: dict[str, Any], words: int) -> dict[str, Any]:
+        """Encoders with the random weights of their classes, and what prepares pictures for them, by the backbone's
+        fields; of widths that no checkpoint has, small ones, whose tokenizer has `words` tokens."""
         raise NotImplementedError
 
     @classmethod
-    def load_text(
-        cls, folder: Path, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        """Tokenizers and, with `encoders`, text encoders by the backbone's fields; ValueError where one is unfit."""
-        raise NotImplementedError
-
-    @classmethod
-    def random_text(
-        cls, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        """The same with seeded random weights."""
-        raise NotImplementedError
+    def fill_buffers(cls, encoders: dict[str, Any], device: torch.device) -> None:
+        """Give `random_encoders` that were made without storage the buffers that no checkpoint holds."""
 
     @classmethod
     def vae_config(cls, architecture: dict[str, Any]) -> dict[str, Any]:
@@ -234,9 +240,9 @@ class Backbone:
         `Conditioning.named`, without a batch axis."""
         return {}
 
-    def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor | None:
-        """First frame (B, 3, H, W) or prefix (B, 3, n, H, W), in [-1, 1] -> `Conditioning.image`; None: text alone."""
-        return None
+    def encode_first_frame(self, first_frame: Tensor, num_frames: int) -> Tensor:
+        """First frame (B, 3, H, W) or prefix (B, 3, n, H, W), in [-1, 1] -> `Conditioning.image`; else ValueError."""
+        raise ValueError(f"{type(self).__name__} generates from text alone: leave out first_frame")
 
     def condition(
         self, prompts: list[str], first_frame: Tensor | None = None, *, num_frames: int | None = None
@@ -260,10 +266,7 @@ class Backbone:
 
     def begin(self, told: Conditioning, first_frame: Tensor, num_frames: int) -> Conditioning:
         """`told` with what the network is told of the first frame, or of a prefix, besides."""
-        image = self.encode_first_frame(first_frame, num_frames)
-        if image is None:
-            raise ValueError(f"{type(self).__name__} generates from text alone: leave out first_frame")
-        return replace(told, image=image)
+        return replace(told, image=self.encode_first_frame(first_frame, num_frames))
 
     # Latents. Neither call disables gradients (guidance needs them); frozen weights build no graph by themselves.
 
@@ -313,11 +316,8 @@ class Backbone:
             raise ValueError(f"features_at={features_at} is no block: use 0 to {len(self.blocks) - 1}")
         captured: list[Tensor] = []
         # Only for this call: with activation checkpointing the block runs again during backward, unobserved.
-        handle = self.blocks[features_at].register_forward_hook(lambda block, inputs, output: captured.append(output))
-        try:
+        with self.blocks[features_at].register_forward_hook(lambda block, inputs, output: captured.append(output)):
             velocity = self._network(self.transformer, latents, t, conditioning)
-        finally:
-            handle.remove()
         (output,) = captured
         tokens = output[0] if isinstance(output, tuple) else output  # (B, N, D), of the video alone
         grid = [n // p for n, p in zip(latents.shape[2:], shape_of(self.architecture).patch, strict=True)]

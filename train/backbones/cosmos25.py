@@ -18,8 +18,8 @@ Facts from diffusers' conversion of nvidia/Cosmos-Predict2.5-{2B,14B}. Deviation
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,13 +32,12 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from train.backbones import loading
-from train.backbones.architecture import NetworkKind, Shape
+from train.backbones.architecture import NetworkKind, Shape, defaults_of
 from train.backbones.base import Conditioning
 from train.backbones.held_frame import HeldFrame
 from train.backbones.qwen25 import LAYERS, SMALL_LAYERS, WIDTH, make_positions, text_sizes
-from train.backbones.random_parts import fill
 from train.backbones.tokenizer import build_tokenizer
-from train.backbones.wan import WanBackbone, transformer_flops, vae_sizes
+from train.backbones.wan import VAE_FACTS, WanBackbone, transformer_flops, vae_sizes
 
 # diffusers' network uses torchvision for one thing: to bring the padding mask to the latents' size, by nearest cells.
 if not is_torchvision_available():
@@ -52,11 +51,7 @@ INSTRUCTION = "You are a helpful assistant who will provide prompts to an image 
 HELD_TIME = 1e-4  # t of a given frame; diffusers before 0.39 has 0.1
 # How a small model's tokenizer writes a conversation: the prompt alone, for its own tokens are letters.
 TEMPLATE = "{{ ' ' + messages[-1]['content'][0]['text'] }}"
-DEFAULTS = {
-    name: one.default
-    for name, one in inspect.signature(CosmosTransformer3DModel.__init__).parameters.items()
-    if one.default is not inspect.Parameter.empty
-}
+DEFAULTS = defaults_of(CosmosTransformer3DModel)
 TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3, "adaln_lora_dim": 16}
 TINY |= {"crossattn_proj_in_channels": SMALL_LAYERS * 64, "encoder_hidden_states_channels": 48, "text_embed_dim": 48}
 
@@ -86,7 +81,10 @@ def cosmos25_architecture(z_dim: int, **network: Any) -> dict[str, Any]:
 
 class Cosmos25(HeldFrame):
     kind = KIND
-    vae_class = AutoencoderKLWan
+    vae_class, vae_facts = AutoencoderKLWan, VAE_FACTS
+    network_defaults = DEFAULTS
+    encoder_classes = {"text_encoder": Qwen2_5_VLForConditionalGeneration}
+    tokenizers = {"tokenizer": partial(build_tokenizer, chat_template=TEMPLATE)}
     pipelines = ("Cosmos2_5_PredictBasePipeline",)
     timescale = 1.0
     architectures = {
@@ -99,17 +97,6 @@ class Cosmos25(HeldFrame):
     def input_channels(cls, architecture: dict[str, Any]) -> int:
         return architecture["z_dim"] + 1
 
-    @classmethod
-    def read_architecture(cls, folder: Path) -> dict[str, Any]:
-        transformer, vae = loading.read_config(folder, "transformer"), loading.read_config(folder, "vae")
-        return {
-            "kind": KIND,
-            "transformer": DEFAULTS | transformer,
-            "z_dim": vae.get("z_dim", 16),
-            "vae_scale": vae.get("scale_factor_spatial", 8),
-            "vae_scale_temporal": vae.get("scale_factor_temporal", 4),
-        }
-
     # Conditioning
 
     @staticmethod
@@ -121,13 +108,8 @@ class Cosmos25(HeldFrame):
         return {"text": (self.text_length, self.text_width(self.architecture))}
 
     @classmethod
-    def load_text(
-        cls, folder: Path, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
+    def check_text(cls, folder: Path, architecture: dict[str, Any]) -> None:
         """ValueError when the encoder's layers together are not as wide as what the transformer reads."""
-        tokenizer = loading.load_tokenizer(folder)
-        if not encoders:
-            return {"tokenizer": tokenizer}
         text = Qwen2_5_VLConfig.from_dict(loading.read_config(folder, "text_encoder")).text_config
         layers, width, wanted = text.num_hidden_layers, text.hidden_size, cls.text_width(architecture)
         if layers * width != wanted:
@@ -135,25 +117,21 @@ class Cosmos25(HeldFrame):
                 f"backbone.path={folder}: the text encoder has {layers} layers of width {width}, but the transformer"
                 f" reads {wanted} numbers a token: the two belong to different pipelines"
             )
-        model = Qwen2_5_VLForConditionalGeneration
-        return {
-            "tokenizer": tokenizer,
-            "text_encoder": loading.load_component(model, folder, "text_encoder", device, dtype=dtype),
-        }
 
     @classmethod
-    def random_text(
-        cls, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        tokenizer = build_tokenizer()
-        tokenizer.chat_template = TEMPLATE
-        if not encoders:
-            return {"tokenizer": tokenizer}
-        with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(encoder_config(architecture, len(tokenizer)))
-        encoder = fill(model, device, dtype)
-        make_positions(encoder.model.language_model, device)
-        return {"tokenizer": tokenizer, "text_encoder": encoder}
+    def random_encoders(cls, architecture: dict[str, Any], words: int) -> dict[str, Any]:
+        """Qwen2.5-VL, whose eyes are not used."""
+        total = cls.text_width(architecture)
+        real = total == LAYERS * WIDTH
+        text = text_sizes(WIDTH if real else total // SMALL_LAYERS, words)
+        small = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "fullatt_block_indexes": [0]}
+        vision = {**({"hidden_size": 1280} if real else small), "out_hidden_size": text["hidden_size"]}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        return {"text_encoder": Qwen2_5_VLForConditionalGeneration(config)}
+
+    @classmethod
+    def fill_buffers(cls, encoders: dict[str, Any], device: torch.device) -> None:
+        make_positions(encoders["text_encoder"].model.language_model, device)
 
     @classmethod
     def vae_config(cls, architecture: dict[str, Any]) -> dict[str, Any]:
@@ -197,13 +175,3 @@ class Cosmos25(HeldFrame):
             "timestep": timestep,
             "encoder_hidden_states": conditioning.text.to(latents.device, dtype),
         }
-
-
-def encoder_config(architecture: dict[str, Any], words: int) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL for an architecture; of widths that no checkpoint has, a small one. Its eyes are not used."""
-    total = Cosmos25.text_width(architecture)
-    real = total == LAYERS * WIDTH
-    text = text_sizes(WIDTH if real else total // SMALL_LAYERS, words)
-    small = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "fullatt_block_indexes": [0]}
-    vision = {**({"hidden_size": 1280} if real else small), "out_hidden_size": text["hidden_size"]}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +33,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from train.backbones import loading
-from train.backbones.architecture import NetworkKind, Shape
+from train.backbones.architecture import NetworkKind, Shape, defaults_of
 from train.backbones.base import Backbone, Conditioning
 from train.backbones.qwen25 import WIDTH, make_positions, text_sizes
-from train.backbones.random_parts import fill
 from train.backbones.tokenizer import build_tokenizer
 
 encode_prompts = HunyuanVideo15Pipeline._get_mllm_prompt_embeds
@@ -49,11 +47,7 @@ CUT = inspect.signature(encode_prompts).parameters["crop_start"].default  # toke
 TEMPLATE = (
     f"{{{{ '.' * {CUT - 1} }}}}{{% for one in messages %}}{{{{ ' ' + one['content'] if loop.last }}}}{{% endfor %}}"
 )
-DEFAULTS = {
-    name: one.default
-    for name, one in inspect.signature(HunyuanVideo15Transformer3DModel.__init__).parameters.items()
-    if one.default is not inspect.Parameter.empty
-}
+DEFAULTS = defaults_of(HunyuanVideo15Transformer3DModel)
 TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3, "rope_axes_dim": (8, 12, 12)}
 TINY |= {"image_embed_dim": 32, "text_embed_dim": 64, "text_embed_2_dim": 48}
 
@@ -88,6 +82,14 @@ def hunyuan15_architecture(z_dim: int, scale: int, **network: Any) -> dict[str, 
 class Hunyuan15(Backbone):
     kind = KIND
     vae_class = AutoencoderKLHunyuanVideo15
+    vae_facts = {
+        "z_dim": ("latent_channels", 32),
+        "vae_scale": ("spatial_compression_ratio", 16),
+        "vae_scale_temporal": ("temporal_compression_ratio", 4),
+    }
+    network_defaults = DEFAULTS
+    encoder_classes = {"text_encoder": Qwen2_5_VLTextModel, "text_encoder_2": T5EncoderModel}
+    tokenizers = {"tokenizer": partial(build_tokenizer, chat_template=TEMPLATE), "tokenizer_2": ByT5Tokenizer}
     pipelines = ("HunyuanVideo15Pipeline",)
     more_texts = {"text_2": 256}
     architectures = {
@@ -103,17 +105,6 @@ class Hunyuan15(Backbone):
         return 2 * architecture["z_dim"] + 1
 
     @classmethod
-    def read_architecture(cls, folder: Path) -> dict[str, Any]:
-        transformer, vae = loading.read_config(folder, "transformer"), loading.read_config(folder, "vae")
-        return {
-            "kind": KIND,
-            "transformer": DEFAULTS | transformer,
-            "z_dim": vae.get("latent_channels", 32),
-            "vae_scale": vae.get("spatial_compression_ratio", 16),
-            "vae_scale_temporal": vae.get("temporal_compression_ratio", 4),
-        }
-
-    @classmethod
     def mismatch(cls, model_index: dict[str, Any], architecture: dict[str, Any]) -> str:
         meanflow = "the transformer reads a second time (use_meanflow), as the upsampling one does"
         found = super().mismatch(model_index, architecture)
@@ -127,27 +118,20 @@ class Hunyuan15(Backbone):
         return {name: (lengths[name], width) for name, width in widths.items()}
 
     @classmethod
-    def load_text(
-        cls, folder: Path, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {name: loading.load_tokenizer(folder, name) for name in ("tokenizer", "tokenizer_2")}
-        classes = {"text_encoder": Qwen2_5_VLTextModel, "text_encoder_2": T5EncoderModel}
-        for name, model in classes.items() if encoders else ():
-            found[name] = loading.load_component(model, folder, name, device, dtype=dtype)
-        return found
+    def random_encoders(cls, architecture: dict[str, Any], words: int) -> dict[str, Any]:
+        """Qwen2.5-VL's text model and ByT5's encoder."""
+        network = architecture["transformer"]
+        width, letters = network["text_embed_dim"], network["text_embed_2_dim"]
+        text = Qwen2_5_VLTextConfig(**text_sizes(width, words))
+        real = {"d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
+        small = {"d_kv": 16, "d_ff": 2 * letters, "num_layers": 2, "num_heads": 3}
+        sizes = {"d_model": letters, "vocab_size": 384, **(real if width == WIDTH else small)}
+        letters_config = T5Config(feed_forward_proj="gated-gelu", **sizes)
+        return {"text_encoder": Qwen2_5_VLTextModel(text), "text_encoder_2": T5EncoderModel(letters_config)}
 
     @classmethod
-    def random_text(
-        cls, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {"tokenizer": build_tokenizer(), "tokenizer_2": ByT5Tokenizer()}
-        found["tokenizer"].chat_template = TEMPLATE
-        if encoders:
-            with torch.device("meta"):
-                models = random_encoders(architecture, len(found["tokenizer"]))
-            found |= {name: fill(model, device, dtype) for name, model in models.items()}
-            make_positions(found["text_encoder"], device)
-        return found
+    def fill_buffers(cls, encoders: dict[str, Any], device: torch.device) -> None:
+        make_positions(encoders["text_encoder"], device)
 
     @classmethod
     def vae_config(cls, architecture: dict[str, Any]) -> dict[str, Any]:
@@ -207,16 +191,3 @@ class Hunyuan15(Backbone):
         batch, channels, *size = latents.shape
         width = self.architecture["transformer"]["image_embed_dim"]
         return latents.new_zeros(batch, channels + 1, *size), latents.new_zeros(batch, 0, width)
-
-
-def random_encoders(architecture: dict[str, Any], words: int) -> dict[str, nn.Module]:
-    """Qwen2.5-VL's text model and ByT5's encoder for an architecture; of widths that no checkpoint has, small ones."""
-    network = architecture["transformer"]
-    width, letters = network["text_embed_dim"], network["text_embed_2_dim"]
-    text = Qwen2_5_VLTextConfig(**text_sizes(width, words))
-    sizes = {"d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
-    few = {"d_kv": 16, "d_ff": 2 * letters, "num_layers": 2, "num_heads": 3}
-    letters_config = T5Config(
-        d_model=letters, vocab_size=384, feed_forward_proj="gated-gelu", **(sizes if width == WIDTH else few)
-    )
-    return {"text_encoder": Qwen2_5_VLTextModel(text), "text_encoder_2": T5EncoderModel(letters_config)}

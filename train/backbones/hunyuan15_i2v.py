@@ -12,17 +12,14 @@ frame is cut and scaled to the clip's size by `train.clips`, where diffusers cho
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from train.backbones import loading
 from train.backbones.base import Conditioning
 from train.backbones.hunyuan15 import TINY, Hunyuan15, hunyuan15_architecture
-from train.backbones.random_parts import fill
 from train.clips import to_pixels
 from train.group_sample import MORE
 
@@ -51,6 +48,8 @@ def image_processor(config: SiglipVisionConfig) -> SiglipImageProcessorPil:
 
 @dataclass(eq=False, repr=False)
 class Hunyuan15I2V(Hunyuan15):
+    encoder_classes = {**Hunyuan15.encoder_classes, "image_encoder": SiglipVisionModel}
+    processor_classes = {"feature_extractor": SiglipImageProcessorPil}
     pipelines = ("HunyuanVideo15ImageToVideoPipeline",)
     first_frame = (True,)
     image_tokens = 729
@@ -63,30 +62,17 @@ class Hunyuan15I2V(Hunyuan15):
     feature_extractor: SiglipImageProcessorPil | None = None
 
     @classmethod
-    def load_text(
-        cls, folder: Path, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        found = super().load_text(folder, architecture, device, dtype, encoders=encoders)
-        if encoders:
-            name = "image_encoder"
-            found[name] = loading.load_component(SiglipVisionModel, folder, name, device, dtype=dtype)
-            found["feature_extractor"] = loading.load_processor(SiglipImageProcessorPil, folder, "feature_extractor")
-        return found
+    def random_encoders(cls, architecture: dict[str, Any], words: int) -> dict[str, Any]:
+        """SigLIP, too, drawn after the others."""
+        found = super().random_encoders(architecture, words)
+        config = vision_config(architecture["transformer"]["image_embed_dim"])
+        return found | {"image_encoder": SiglipVisionModel(config), "feature_extractor": image_processor(config)}
 
     @classmethod
-    def random_text(
-        cls, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        found = super().random_text(architecture, device, dtype, encoders=encoders)
-        if encoders:
-            config = vision_config(architecture["transformer"]["image_embed_dim"])
-            with torch.device("meta"):
-                model = SiglipVisionModel(config)
-            found["image_encoder"] = encoder = fill(model, device, dtype)
-            (table,) = encoder.buffers()  # of positions, which no storage came with
-            table.copy_(torch.arange(table.shape[1], device=device))
-            found["feature_extractor"] = image_processor(config)
-        return found
+    def fill_buffers(cls, encoders: dict[str, Any], device: torch.device) -> None:
+        super().fill_buffers(encoders, device)
+        (table,) = encoders["image_encoder"].buffers()  # of positions
+        table.copy_(torch.arange(table.shape[1], device=device))
 
     @classmethod
     def first_frame_shapes(

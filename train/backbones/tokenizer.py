@@ -18,9 +18,9 @@ WORDS = (
 )
 
 
-def build_tokenizer(words: str = "") -> PreTrainedTokenizerFast:
+def build_tokenizer(words: str = "", chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer for any text: <pad> is 0, </s> is 1 and appended, and each of WORDS, and of `words`,
-    is one token.
+    is one token. chat_template: how it writes a conversation.
 
     The merges spell the words letter by letter from the left, so every prefix of a word is a token too.
     """
@@ -39,6 +39,8 @@ def build_tokenizer(words: str = "") -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
+    built = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="right", model_max_length=512
     )
+    built.chat_template = chat_template
+    return built

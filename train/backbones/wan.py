@@ -19,8 +19,6 @@ from transformers import UMT5Config, UMT5EncoderModel
 from train.backbones import loading
 from train.backbones.architecture import NetworkKind, Shape
 from train.backbones.base import Backbone, Conditioning
-from train.backbones.random_parts import fill
-from train.backbones.tokenizer import build_tokenizer
 from train.backbones.wan_attention import observed
 from train.backbones.wan_layers import ORIGINAL_NAMES
 
@@ -31,6 +29,12 @@ TEXT = {4096: {"vocab_size": 256_384, "d_kv": 64, "d_ff": 10_240, "num_layers": 
 VAE = {
     16: {"base_dim": 96},
     48: {"base_dim": 160, "decoder_base_dim": 256},
+}
+# `Backbone.vae_facts` of AutoencoderKLWan.
+VAE_FACTS = {
+    "z_dim": ("z_dim", 16),
+    "vae_scale": ("scale_factor_spatial", 8),
+    "vae_scale_temporal": ("scale_factor_temporal", 4),
 }
 
 
@@ -102,22 +106,17 @@ def wan_architecture(
 
 class WanBackbone(Backbone):
     kind = WAN
-    vae_class = AutoencoderKLWan
+    vae_class, vae_facts = AutoencoderKLWan, VAE_FACTS
+    # Absent keys mean the defaults of diffusers' classes: the first Wan2.1 configs are older than some keys.
+    network_defaults = {"patch_size": (1, 2, 2), "in_channels": 16, "text_dim": 512}
+    encoder_classes = {"text_encoder": UMT5EncoderModel}
     pipelines = ("WanPipeline", "WanImageToVideoPipeline")
     expand_timesteps: ClassVar[bool] = False  # the pipeline's own flag: timesteps per token
 
     @classmethod
-    def read_architecture(cls, folder: Path) -> dict[str, Any]:
-        transformer, vae = loading.read_config(folder, "transformer"), loading.read_config(folder, "vae")
-        # Absent keys mean the defaults of diffusers' classes: the first Wan2.1 configs are older than some keys.
-        transformer = {"patch_size": (1, 2, 2), "in_channels": 16, "text_dim": 512, **transformer}
-        return {
-            "kind": WAN,
-            "transformer": {"out_channels": transformer["in_channels"], **transformer},
-            "z_dim": vae.get("z_dim", 16),
-            "vae_scale": vae.get("scale_factor_spatial", 8),
-            "vae_scale_temporal": vae.get("scale_factor_temporal", 4),
-        }
+    def whole_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        config = super().whole_config(config)
+        return {"out_channels": config["in_channels"], **config}
 
     @classmethod
     def mismatch(cls, model_index: dict[str, Any], architecture: dict[str, Any]) -> str:
@@ -143,35 +142,18 @@ class WanBackbone(Backbone):
         return {"text": (self.text_length, self.architecture["transformer"]["text_dim"])}
 
     @classmethod
-    def load_text(
-        cls, folder: Path, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
+    def check_text(cls, folder: Path, architecture: dict[str, Any]) -> None:
         """ValueError when the encoder's width is not the one the transformer reads."""
-        tokenizer = loading.load_tokenizer(folder)
-        if not encoders:
-            return {"tokenizer": tokenizer}
-        width, text_dim = (
-            loading.read_config(folder, "text_encoder").get("d_model"),
-            architecture["transformer"]["text_dim"],
-        )
-        if width != text_dim:
+        width = loading.read_config(folder, "text_encoder").get("d_model")
+        if width != (text_dim := architecture["transformer"]["text_dim"]):
             raise ValueError(
                 f"backbone.path={folder}: the text encoder has width {width}, but the transformer reads {text_dim}: "
                 "the two belong to different pipelines"
             )
-        encoder = loading.load_component(UMT5EncoderModel, folder, "text_encoder", device, dtype=dtype)
-        return {"tokenizer": tokenizer, "text_encoder": encoder}
 
     @classmethod
-    def random_text(
-        cls, architecture: dict[str, Any], device: torch.device, dtype: torch.dtype, *, encoders: bool
-    ) -> dict[str, Any]:
-        tokenizer = build_tokenizer()
-        if not encoders:
-            return {"tokenizer": tokenizer}
-        with torch.device("meta"):
-            model = UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], len(tokenizer)))
-        return {"tokenizer": tokenizer, "text_encoder": fill(model, device, dtype)}
+    def random_encoders(cls, architecture: dict[str, Any], words: int) -> dict[str, Any]:
+        return {"text_encoder": UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], words))}
 
     @classmethod
     def vae_config(cls, architecture: dict[str, Any]) -> dict[str, Any]:

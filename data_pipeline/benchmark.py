@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
 import recipes
 from data_pipeline.config import Config, Setup
@@ -36,8 +35,7 @@ from train.files import write_text
 from train.parallel import build_accelerator
 from train.sampling import sampling_passes
 from train.tools.baselines import forward_limit, measure_ceilings
-from train.tools.breakdown import seconds
-from train.tracking import peak_memory_gib
+from train.tools.breakdown import time_step
 
 REPEATS = 2  # rows after the first
 
@@ -74,19 +72,6 @@ class Measured:
                 yield "targets", lambda: maker.make(self.frames)
 
 
-@torch.no_grad()
-def measure(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """First-row seconds, median seconds of the next ones, their peak memory, and graphs that only they compiled."""
-    first = seconds(run, device, 1, warmup=0)
-    graphs = counters["stats"]["unique_graphs"]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    later = seconds(run, device, REPEATS, warmup=0)
-    compiled = counters["stats"]["unique_graphs"] - graphs
-    memory = peak_memory_gib(device)
-    return {"seconds": later, "first_seconds": first, "memory_gib": memory, "compiled_later": compiled}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = recipes.load(Config, argv)
     if config.dry_run:
@@ -102,7 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     measured = Measured(config, device)
     backbone = measured.maker.backbone
     for part, run in measured.parts():
-        results[part] = measure(run, device)
+        with torch.no_grad():
+            results[part] = time_step(run, device, REPEATS, where=False)
         if part == "loser":
             passes = losers.count * sampling_passes(backbone, measured.maker.sampler)
             limit = forward_limit(config, measure_ceilings(config, backbone), kind="_sustained")

@@ -80,16 +80,8 @@ def open_sources(manifest: Any, *, num_losers: int, video: VideoConfig, seed: in
 
 
 def _open(name: str, num_losers: int, video: VideoConfig, seed: int) -> list[Source]:
-    if name.startswith("sandbox:"):
-        scene, count, split = _parse_sandbox(name)
-        size = [video.height, video.width, video.num_frames, video.fps]
-        return [Source(lambda: [name, size, seed], lambda: _simulated(scene, count, split, seed, video))]
-    if name.startswith("robots:"):
-        tasks, count, split = _parse_robots(name)
-        check_video(video)
-        world.load()
-        size = [video.height, video.width, video.num_frames, video.fps]
-        return [Source(lambda: [name, size, seed], lambda: _demonstrated(tasks, count, split, seed))]
+    if name.startswith(("sandbox:", "robots:")):
+        return [_open_simulator(name, video, seed)]
     if why := not_local(name):
         raise ValueError(redacted(f"pipeline.manifest={name} {why}"))
     sources = []
@@ -133,14 +125,27 @@ def _located(path: Path, identity: Callable[[Path], Any]) -> Any:
 # ---- kinds of sources ------------------------------------------------------------------------------------------------
 
 
-def _parse_sandbox(name: str) -> tuple[str, int, str]:
-    _, scene, count, split = (*name.split(":"), "train")[:4] if name.count(":") >= 2 else ("",) * 4
-    if scene not in ("mixed", *SCENES) or not count.isdecimal() or int(count) < 1 or name.count(":") > 3:
-        raise ValueError(
-            f"pipeline.manifest={name}: use sandbox:<scene>:<count>[:<split>] with a scene out of mixed, "
-            f"{', '.join(SCENES)} and a split out of {', '.join(SPLITS)}"
-        )
-    return scene, int(count), split
+def _open_simulator(name: str, video: VideoConfig, seed: int) -> Source:
+    """ValueError for clips that the simulator does not make."""
+    kind, _, wanted = name.partition(":")
+    asked, count, split = (*wanted.split(":"), "train")[:3] if ":" in wanted else ("", "", "")
+    if kind == "sandbox":
+        known, rows = asked in ("mixed", *SCENES), lambda: _simulated(asked, int(count), split, seed, video)
+        form = "sandbox:<scene>:<count>[:<split>] with a scene out of mixed, "
+        form += f"{', '.join(SCENES)} and a split out of {', '.join(SPLITS)}"
+    else:
+        tasks = list(TASKS) if asked == "mixed" else list(dict.fromkeys(asked.split(",")))
+        known, rows = set(tasks) <= TASKS.keys(), lambda: _demonstrated(tasks, int(count), split, seed)
+        known &= split in STREAMS
+        form = "robots:<task>[,<task>...]:<count>[:<split>] with tasks out of "
+        form += f"{', '.join(TASKS)}, or mixed for all, and a split out of {', '.join(STREAMS)}"
+    if not known or not count.isdecimal() or int(count) < 1 or name.count(":") > 3:
+        raise ValueError(f"pipeline.manifest={name}: use {form}")
+    if kind == "robots":
+        check_video(video)
+        world.load()
+    size = [video.height, video.width, video.num_frames, video.fps]
+    return Source(lambda: [name, size, seed], rows)
 
 
 def _simulated(scene: str, count: int, split: str, seed: int, video: VideoConfig) -> Iterator[Row]:
@@ -165,18 +170,6 @@ def _made(key: str, name: str, prompt: str, action: str, place: dict[str, Any]) 
         source=name.partition(":")[0],
         place=json.dumps(place),
     )
-
-
-def _parse_robots(name: str) -> tuple[list[str], int, str]:
-    _, asked, count, split = (*name.split(":"), "train")[:4] if name.count(":") >= 2 else ("",) * 4
-    tasks = list(TASKS) if asked == "mixed" else list(dict.fromkeys(asked.split(",")))
-    known = set(tasks) <= TASKS.keys() and split in STREAMS
-    if not known or not count.isdecimal() or int(count) < 1 or name.count(":") > 3:
-        raise ValueError(
-            f"pipeline.manifest={name}: use robots:<task>[,<task>...]:<count>[:<split>] with tasks out of "
-            f"{', '.join(TASKS)}, or mixed for all, and a split out of {', '.join(STREAMS)}"
-        )
-    return tasks, int(count), split
 
 
 def _demonstrated(tasks: list[str], count: int, split: str, seed: int) -> Iterator[Row]:

@@ -34,6 +34,7 @@ from train.clips import VideoConfig
 from train.files import read_json, write_text
 from train.optimizer import OptimConfig, learning_rate
 from train.sampling import LosersConfig, SamplerConfig, sampling_passes
+from train.teachers.targets import TargetsConfig
 from train.terms import self_score
 from train.terms.self_score import SelfScoreConfig
 
@@ -100,11 +101,6 @@ class Judge:
 
 
 @dataclass
-class Targets:
-    tracks: str = ""
-
-
-@dataclass
 class Train:
     parameters: str = "lora"
 
@@ -116,7 +112,7 @@ class Job:
     video: VideoConfig = field(default_factory=VideoConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     judge: Judge = field(default_factory=Judge)
-    targets: Targets = field(default_factory=Targets)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
     pipeline: Pipeline = field(default_factory=Pipeline)
     objective: Objective = field(default_factory=Objective)
     self_score: SelfScoreConfig = field(default_factory=SelfScoreConfig)

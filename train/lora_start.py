@@ -7,7 +7,7 @@ from train.backbones.base import Backbone
 from train.backbones.lora_formats import LoraFile
 from train.experts import BOTH
 from train.lora_switch import LoraSwitch
-from train.policy import Reference
+from train.weight_files import Trainable
 
 
 def read_start(config: Any) -> LoraFile:
@@ -34,7 +34,7 @@ def read_start(config: Any) -> LoraFile:
     return file
 
 
-def start_from(config: Any, backbone: Backbone, switch: Reference) -> str:
+def start_from(config: Any, backbone: Backbone, switch: Trainable) -> str:
     """Copy the LoRA that `lora.start` names into the adapters of `switch`; returns a line on what the policy is then.
 
     The recipe's alpha / rank stays, and B bears what the file's is more than that, so that the policy is the LoRA as

@@ -6,10 +6,10 @@ is weighted by the loss's gradient with respect to that error once all errors ar
 the terms can read its pass. Several groups go through the network together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +22,7 @@ from train.fused.memory import waiting
 from train.lora_switch import LoraSwitch
 from train.reference_cache import ReferenceCache
 from train.timesteps import Turns
-
-
-class Reference(Protocol):
-    """What holds the reference beside the weights that train: the LoRA switch, or a copy of all weights."""
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The weights that train."""
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside, the network is the reference, and gradients pass through it to its inputs."""
-
-    def frozen_reference(self) -> AbstractContextManager[None]:
-        """The same for passes whose gradients are not needed; detach what they give."""
-
-    def share_graph(self) -> None:
-        """Policy and reference run the same compiled graph. Call before the network is compiled."""
-
-    def checkpoint(self, function: Callable, *args: Any) -> Any:
-        """`torch.utils.checkpoint`, whose recompute runs policy or reference as the forward pass did."""
+from train.weight_files import Trainable
 
 
 @dataclass
@@ -49,7 +31,7 @@ class Policy:
     train, a step's are those of the one that serves."""
 
     backbone: Backbone
-    switch: Reference
+    switch: Trainable
     heads: nn.Module | None = None  # of the physics terms, where the recipe has any
     cache: ReferenceCache | None = None  # of the reference's errors
     turns: Turns | None = None  # of the experts, where both train
@@ -95,7 +77,7 @@ class Prediction:
         return Prediction(self.error[::members], self.x_t[::members], self.velocity[::members], features)
 
 
-def attach_parameters(config: Any, backbone: Backbone, *, keep_reference: bool) -> LoraSwitch | FullParameters:
+def attach_parameters(config: Any, backbone: Backbone, *, keep_reference: bool) -> Trainable:
     """What trains: the recipe's adapters, or with train.parameters=full every weight, beside a copy of them for
     `keep_reference`. Adapters always have the network itself as their reference."""
     if config.train.parameters not in ("lora", "full"):

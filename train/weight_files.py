@@ -19,7 +19,8 @@ from train.experts import BOTH, EXPERT_FOLDERS
 from train.full_parameters import FullParameters
 from train.lora_switch import LoraConfig, LoraSwitch
 
-Trainable = LoraSwitch | FullParameters  # what such a file holds
+# What such a file holds, and what a run trains: the LoRA switch, or all weights beside a copy that is the reference.
+Trainable = LoraSwitch | FullParameters
 
 
 class Adapters(TypedDict):

@@ -17,7 +17,7 @@ from train.backbones.base import BackboneConfig
 from train.backbones.loading import random_transformer
 from train.backbones.tiny import write_tiny_pipeline
 from train.backbones.tokenizer import WORDS
-from train.backbones.wan import WAN, text_config, vae_config
+from train.backbones.wan import WAN, WanBackbone, text_config
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def test_random_parts_have_the_real_sizes():
     for family, (name, millions) in sizes.items():
         architecture = ARCHITECTURES[family][name]
         with torch.device("meta"):
-            vae = AutoencoderKLWan(**vae_config(architecture))
+            vae = AutoencoderKLWan(**WanBackbone.vae_config(architecture))
             text = UMT5EncoderModel(text_config(architecture["transformer"]["text_dim"], 1))
         assert round(sum(value.numel() for value in vae.parameters()) / 1e6, 1) == millions
         assert round(sum(value.numel() for value in text.parameters()) / 1e6, 1) == 5680.9

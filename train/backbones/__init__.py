@@ -88,7 +88,12 @@ def load_backbone(
     expert = family.training_expert(config)
     wanted = list(family.expert_folders) if "transformer" in parts else [expert] if "expert" in parts else []
 
-    ring = _ring(device, len(wanted), sharding, together) if config.stream and wanted else None
+    if config.stream and wanted and sharding is not None:
+        raise ValueError(
+            "backbone.stream=true keeps the frozen network in host memory, and ZeRO-3 shards it over the GPUs: launch"
+            " with launch/ddp.yaml, or set it to false"
+        )
+    ring = Ring(device, count=len(wanted), together=together) if config.stream and wanted else None
     host = host and not config.stream
     if config.random_weights:
         if config.path:
@@ -166,7 +171,7 @@ def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Two experts are of one architecture, so the first one's config is read. Raises ValueError when the pipeline is of no
     family or lacks a component.
     """
-    model_index = loading.read_model_index(folder)
+    model_index = loading.read_json(folder / "model_index.json")
     readers = {name: backbone for backbone in BACKBONES.values() for name in backbone.pipelines}
     if (name := model_index.get("_class_name")) not in readers:
         raise ValueError(f"backbone.path={folder} holds a {name}: give a {' or a '.join(readers)}")
@@ -187,16 +192,6 @@ def _open(config: BackboneConfig) -> tuple[Path, dict[str, Any], dict[str, Any]]
             f"backbone.family={config.family} does not fit backbone.path={config.path}: {problem}; {remedy}"
         )
     return folder, model_index, architecture
-
-
-def _ring(device: torch.device, count: int, sharding: Sharding | None, together: bool) -> Ring:
-    """For `count` networks. ValueError with `sharding`."""
-    if sharding is not None:
-        raise ValueError(
-            "backbone.stream=true keeps the frozen network in host memory, and ZeRO-3 shards it over the GPUs: launch"
-            " with launch/ddp.yaml, or set it to false"
-        )
-    return Ring(device, count=count, together=together)
 
 
 def _check(key: str, value: str, known: Iterable[str]) -> None:

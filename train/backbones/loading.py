@@ -87,10 +87,6 @@ def _quantised(folder: Path, name: str, reason: str) -> str:
     )
 
 
-def read_model_index(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "model_index.json")
-
-
 def load_transformer(
     kind: NetworkKind,
     folder: Path,
@@ -261,10 +257,11 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         raise ValueError(
             f"backbone.path={folder} lacks the component {name} (no {name}/config.json): complete the folder"
         )
-    return {key: value for key, value in _read_json(file).items() if not key.startswith("_")}
+    return {key: value for key, value in read_json(file).items() if not key.startswith("_")}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A file of a pipeline; ValueError when it is damaged or holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -296,7 +293,7 @@ def _stored(folder: Path, name: str) -> dict[str, _Stored]:
     stem = "model" if name.startswith(("text_encoder", "image_encoder")) else "diffusion_pytorch_model"
     files, index = {f"{stem}.safetensors"}, folder / name / f"{stem}.safetensors.index.json"
     if index.is_file():
-        files = {Path(file).name for file in _read_json(index)["weight_map"].values()}
+        files = {Path(file).name for file in read_json(index)["weight_map"].values()}
     stored: dict[str, _Stored] = {}
     for file in (folder / name / file for file in sorted(files)):
         with _named(folder, name), safe_open(file, "pt") as opened:

@@ -157,7 +157,9 @@ class WanBackbone(Backbone):
 
     @classmethod
     def vae_config(cls, architecture: dict[str, Any]) -> dict[str, Any]:
-        return vae_config(architecture)
+        """A small VAE beside a small text encoder."""
+        real = architecture["transformer"]["text_dim"] in TEXT
+        return vae_sizes(architecture["z_dim"], architecture["vae_scale"], real=real)
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
@@ -216,12 +218,6 @@ def text_config(width: int, vocabulary: int) -> UMT5Config:
     """The encoder's config; of a width that no checkpoint has, two layers and `vocabulary` entries."""
     small = {"vocab_size": vocabulary, "d_kv": 16, "d_ff": 2 * width, "num_layers": 2, "num_heads": width // 16}
     return UMT5Config(d_model=width, feed_forward_proj="gated-gelu", **TEXT.get(width, small))
-
-
-def vae_config(architecture: dict[str, Any]) -> dict[str, Any]:
-    """AutoencoderKLWan's arguments for one of Wan's architectures; a small VAE beside a small text encoder."""
-    real = architecture["transformer"]["text_dim"] in TEXT
-    return vae_sizes(architecture["z_dim"], architecture["vae_scale"], real=real)
 
 
 def vae_sizes(z_dim: int, scale: int, *, real: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import io
 import math
 import re
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NotRequired
 
@@ -179,12 +180,12 @@ def parse_sample(data: bytes, *, name: str, remedy: str) -> Group:
         network=description.get("network", ""),
         **{tensor: tensors[tensor] for tensor in ("winner", "losers", "text")},
         condition=tensors.get("condition"),
-        extra=_beginning(EXTRA, tensors),
-        conditioning=_beginning(MORE, tensors),
+        extra=beginning(EXTRA, tensors),
+        conditioning=beginning(MORE, tensors),
     )
 
 
-def _beginning(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def beginning(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 

@@ -34,7 +34,7 @@ from train.groups import GroupSet
 from train.host_memory import GIB
 from train.optimizer import build_optimizer, learning_rate
 from train.policy import Policy, attach_parameters
-from train.reference_cache import open_cache
+from train.reference_cache import ReferenceCache
 from train.terms.live_targets import LiveTargets
 from train.terms.physics import build_heads, lacks_targets
 from train.timesteps import turns_of
@@ -97,9 +97,8 @@ def fit(
         backbone = load(config, accelerator, clips=validation.enabled, vae=validation.enabled or live is not None)
         groups = open_groups(config, backbone)
         check_groups(config, groups)
-        policy, engines = attach(config, accelerator, backbone, keep_reference=keep_reference)
+        policy, engines = attach(config, accelerator, backbone, groups, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
-        policy.cache = open_cache(config, groups, backbone.fingerprint, clips, accelerator, policy.turns)
         prepare_networks(config, policy, gradients=gradient_sets(config, clips, passes))
         rates = {"heads": policy.all_heads(), "head_lr": config.physics.head_lr}
         optimizer = build_optimizer(config.optim, policy.switch.parameters(), **rates)
@@ -186,9 +185,10 @@ def load(config: Any, accelerator: Accelerator, *, clips: bool, vae: bool) -> Ba
 
 
 def attach(
-    config: Any, accelerator: Accelerator, backbone: Backbone, *, keep_reference: bool
+    config: Any, accelerator: Accelerator, backbone: Backbone, groups: GroupSet, *, keep_reference: bool
 ) -> tuple[Policy, list[nn.Module | None]]:
-    """The policy, and the DeepSpeed engines of the backbone's networks, which must outlive training."""
+    """The policy, with the reference's errors that are known, and the DeepSpeed engines of the backbone's networks,
+    which must outlive training."""
     switch = attach_parameters(config, backbone, keep_reference=keep_reference)
     policy = Policy(backbone, switch, build_heads(config, backbone), turns=turns_of(config, backbone))
     blocks_of = backbone.kind.blocks_of
@@ -199,6 +199,8 @@ def attach(
     accelerator.print(
         f"{accelerator.distributed_type.value}: {accelerator.num_processes} ranks, frozen network {whole}"
     )
+    if config.train.reference_cache:
+        policy.cache = ReferenceCache(config, groups, backbone.fingerprint, accelerator, policy.turns)
     return policy, engines
 
 

@@ -23,7 +23,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -137,11 +137,9 @@ class LoraSwitch:
         """Make policy and reference run the same compiled graph. Call before the network is compiled."""
         self.state.one_graph = True
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> AbstractContextManager[None]:
         """Every pass inside runs the frozen network alone. Nests, and lets gradients flow to the pass's inputs."""
-        with self._as(active=False):
-            yield
+        return self._as(active=False)
 
     @contextmanager
     def frozen_reference(self) -> Iterator[None]:

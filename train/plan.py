@@ -61,7 +61,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
     parameters = parameter_count(architecture)
     adapters = lora_parameters(architecture, config.lora)
     both = config.backbone.expert == BOTH
-    memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=world if sharded else 1)
+    memory = memory_estimate(config, world=world if sharded else 1)
     largest = own.width * own.ffn * (bytes_a_number(config) + 4)  # one tensor, as it is and as it is stored
     samples = config.optim.steps * config.optim.batch_size
     place = "shared out over them (ZeRO-3)" if sharded else "whole on each"
@@ -150,8 +150,7 @@ def plan_blocks(config: Any, *, world: int = 1, sharded: bool = False, passes: i
     architecture, video, train = find_architecture(config.backbone), config.video, config.train
     own, tokens = shape_of(architecture), num_tokens(architecture, video.height, video.width, video.num_frames)
     adapters = lora_parameters(architecture, config.lora)
-    parameters, shards = parameter_count(architecture), world if sharded else 1
-    memory = memory_estimate(config, architecture, tokens, parameters, adapters, world=shards)
+    memory = memory_estimate(config, world=world if sharded else 1)
     clips, accumulation = config.objective.clips_per_group(LOSERS), accumulation_steps(config, world)
     gradients = gradient_sets(config, clips, accumulation)
     both = config.backbone.expert == BOTH
@@ -244,9 +243,7 @@ def lora_parameters(architecture: dict[str, Any], lora: Any) -> int:
     return sum(rows * columns for rows, columns in adapter_shapes(without_storage(architecture), lora).values())
 
 
-def memory_estimate(
-    config: Any, architecture: dict[str, Any], tokens: int, parameters: int, adapters: int, *, world: int
-) -> dict[str, float]:
+def memory_estimate(config: Any, *, world: int) -> dict[str, float]:
     """Bytes per device by part: weights, gathered, adapters, activations.
 
     Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips;
@@ -256,8 +253,10 @@ def memory_estimate(
     Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
     while one block is recomputed; without checkpointing the latter for every block.
     """
+    architecture, video, size = find_architecture(config.backbone), config.video, bytes_a_number(config)
     layers, _, width, ffn, _ = shape_of(architecture)
-    size = bytes_a_number(config)
+    tokens = num_tokens(architecture, video.height, video.width, video.num_frames)
+    parameters, adapters = parameter_count(architecture), lora_parameters(architecture, config.lora)
     block = tokens * (34 * width + 4 * ffn) * size
     kept = layers * tokens * width * size + block if config.train.activation_checkpointing else layers * block
     both, experts = config.backbone.expert == BOTH, experts_loaded(config)

@@ -58,32 +58,18 @@ def dependencies(
     return found | made | {"device": name, "torch": torch.__version__}
 
 
-def open_cache(
-    config: Any, groups: GroupSet, backbone: str, clips: int, accelerator: Accelerator, turns: Turns | None = None
-) -> "ReferenceCache | None":
-    """The recipe's, of 1 + M' = `clips` errors per sample under the reference of this fingerprint; None where it has
-    none."""
-    if not config.train.reference_cache:
-        return None
-    return ReferenceCache(config, groups, backbone, clips, accelerator, turns)
-
-
 class ReferenceCache:
-    """Errors (B, 1 + M') float32 by position. `clips` is 1 + M', the same in every group; `turns` those of two experts.
+    """Errors (B, 1 + M') float32 by position, of the reference with the fingerprint `backbone`; 1 + M' is the same in
+    every group. `turns`: those of two experts.
 
     ValueError where the folder holds errors that depend on other settings, naming them. Call on every rank.
     """
 
     def __init__(
-        self,
-        config: Any,
-        groups: GroupSet,
-        backbone: str,
-        clips: int,
-        accelerator: Accelerator,
-        turns: Turns | None = None,
+        self, config: Any, groups: GroupSet, backbone: str, accelerator: Accelerator, turns: Turns | None = None
     ):
         self.folder, device = Path(config.train.reference_cache), accelerator.device
+        clips = config.objective.clips_per_group(groups.num_losers(0))
         self.record = np.dtype([("position", "<i8"), ("errors", "<f4", (clips,))])
         path, ranks = self.folder / "settings.json", accelerator.num_processes
         own = dependencies(config, groups, backbone, device, ranks, turns)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from train import files, parallel
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Conditioning
 from train.clips import contact_sheet, from_pixels, read_clip, side_by_side, to_pixels, write_clip
+from train.group_sample import beginning
 from train.sampling import sample_clips
 
 
@@ -150,8 +150,5 @@ class Validation:
                 f"{path}, which the main process has written, is not there: output={self.config.output} must lie on one"
                 " file system that all nodes share"
             )
-        read: dict[str, dict[str, Tensor]] = {"prompts": {}, "negative": {}}
-        for key, value in load_file(path).items():
-            which, _, name = key.partition("/")
-            read[which][name] = value
-        return Conditioning.of(read["prompts"]), Conditioning.of(read["negative"])
+        found = load_file(path)
+        return tuple(Conditioning.of(beginning(f"{which}/", found)) for which in ("prompts", "negative"))

@@ -6,7 +6,7 @@ import recipes
 from tests.synthetic_groups import write_synthetic_groups
 from train import gdpo, sft
 from train.backbones import find_architecture
-from train.backbones.architecture import num_tokens, parameter_count
+from train.backbones.architecture import parameter_count
 from train.loop import accumulation_steps
 from train.lora_switch import LoraConfig
 from train.plan import GIB, lora_parameters, memory_estimate, plan
@@ -32,11 +32,7 @@ def lines_of(config, **options):
 
 def gib_of(config, *, world=1):
     """Parts of the memory estimate, GiB."""
-    architecture, video = find_architecture(config.backbone), config.video
-    tokens = num_tokens(architecture, video.height, video.width, video.num_frames)
-    sizes = parameter_count(architecture), lora_parameters(architecture, config.lora)
-    parts = memory_estimate(config, architecture, tokens, *sizes, world=world)
-    return {name: size / GIB for name, size in parts.items()}
+    return {name: size / GIB for name, size in memory_estimate(config, world=world).items()}
 
 
 @pytest.mark.parametrize("name", recipes.available())

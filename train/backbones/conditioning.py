@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from train.group_sample import MORE
+from train.group_sample import MORE, beginning
 
 CONDITION = "condition"  # what groups and batches call the image latents
 
@@ -70,8 +70,7 @@ class Conditioning:
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Conditioning:
         """The one that `named` describes; other names, as of a batch, do not count."""
-        more = {name.removeprefix(MORE): tensor for name, tensor in tensors.items() if name.startswith(MORE)}
-        return Conditioning(tensors["text"], tensors.get(CONDITION), more)
+        return Conditioning(tensors["text"], tensors.get(CONDITION), beginning(MORE, tensors))
 
     def held_frames(self, num_frames: int) -> int:
         """Leading ones of `num_frames` latent frames that are the given ones themselves and are not generated: one

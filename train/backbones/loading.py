@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,15 +163,7 @@ def random_transformer(
     with torch.device("meta"):
         model = architecture["kind"].model(**architecture["transformer"])
     generator = torch.Generator(device=device).manual_seed(seed)
-    return _fill(
-        architecture["kind"],
-        model,
-        device,
-        dtype,
-        lambda name, parameter: draw(name, parameter, generator),
-        sharding,
-        ring,
-    )
+    return _fill(architecture["kind"], model, device, dtype, partial(draw, generator=generator), sharding, ring)
 
 
 @torch.no_grad()

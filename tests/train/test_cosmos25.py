@@ -2,41 +2,35 @@
 
 import inspect
 import json
-import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
+from diffusers import Cosmos2_5_PredictBasePipeline
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATIVE_PROMPT
 from torch import nn
 
 import recipes
-from data_pipeline import build
-from eval import generate
 from eval.search.masks import attention_masks
+from tests import tiny_families
+from tests.tiny_families import LENGTH, VIDEO, noise
 from train import export, gdpo
 from train.backbones import find_architecture, load_backbone
 from train.backbones.architecture import forward_flops, parameter_count
-from train.backbones.base import BackboneConfig, BaseLora
-from train.backbones.conditioning import Conditioning, pad_texts, unpad_texts
+from train.backbones.base import BackboneConfig
+from train.backbones.conditioning import Conditioning, pad_texts
 from train.backbones.cosmos25 import HELD_TIME, INSTRUCTION, Cosmos25, shape
 from train.backbones.tiny import write_tiny_pipeline
-from train.clips import VideoConfig
-from train.data import Sample
 from train.fused.fused_block import unfit
-from train.groups import Group, GroupSet, Loser, ShardWriter, told, write_index
-from train.lora_switch import LoraConfig, LoraSwitch
+from train.groups import GroupSet, told
+from train.lora_switch import LoraConfig
 from train.plan import plan
-from train.policy import Policy
 from train.sampling import SamplerConfig, grid, initial_noise, sample
-from train.weight_files import write_tensors
 
 PROMPTS = ["a red ball falls", "a box on the ramp slides"]
-VIDEO = VideoConfig(32, 48, 9, 8.0)
-LENGTH = 24
+LORA = LoraConfig(rank=4, alpha=4)
 SIGMA_MAX = 200.0
 # Of latents up to 9: guidance multiplies float32's rounding, which differs as much between one clip and two at once.
 CLOSE = {1.0: {"rtol": 0, "atol": 1e-5}, 3.0: {"rtol": 1e-5, "atol": 1e-5}}
@@ -50,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return BackboneConfig(family="cosmos25", path=str(folder), dtype="float32", text_length=LENGTH, architecture="tiny")
+    return tiny_families.config_of("cosmos25", folder)
 
 
 @pytest.fixture
@@ -73,10 +67,6 @@ def pipeline(folder):
     pipeline = Cosmos2_5_PredictBasePipeline.from_pretrained(folder, safety_checker=NoGuardrail())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def noise(*size, seed=0):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def images(count=2):
@@ -212,94 +202,41 @@ def test_the_first_frame_is_held(backbone):
     assert arguments["condition_mask"][:, :, 0].all() and not arguments["condition_mask"][:, :, 1:].any()
 
 
-def group_of(backbone, number=0, *, image=False):
-    shape_, prompt = backbone.latent_shape(VIDEO.height, VIDEO.width, VIDEO.num_frames), PROMPTS[number % 2]
-    first = {"first_frame": images(1), "num_frames": VIDEO.num_frames} if image else {}
-    named = {name: tensor[0].bfloat16() for name, tensor in backbone.condition([prompt], **first).named().items()}
-    found = Conditioning.of(unpad_texts(named, ("text",)))
-    return Group(
-        key=f"g{number}",
-        prompt=prompt,
-        action="fall",
-        physics_richness=0.5,
-        source="made up",
-        losers_info=[Loser(seed, 0.4, 0.6) for seed in range(2)],
-        fingerprint=backbone.encoders,
-        winner=noise(*shape_, seed=number).bfloat16(),
-        losers=noise(2, *shape_, seed=9 + number).bfloat16(),
-        text=found.text,
-        condition=found.image,
-    )
+def group(backbone, number=0, *, image=False):
+    prompt, first = PROMPTS[number % 2], {"first_frame": images(1), "num_frames": VIDEO.num_frames} if image else {}
+    return tiny_families.group_of(backbone, number, prompt, backbone.condition([prompt], **first))
 
 
 @pytest.mark.parametrize("image", [False, True])
 def test_groups_hold_the_text_with_its_padding(backbone, tmp_path, image):
-    groups = [group_of(backbone, number, image=image) for number in range(2)]
-    with ShardWriter(tmp_path, "shard") as writer:
-        for group in groups:
-            writer.write(group)
-    write_index(tmp_path, fingerprint=backbone.encoders, video=VIDEO)
+    groups = [group(backbone, number, image=image) for number in range(2)]
+    tiny_families.write_shard(tmp_path, backbone, groups)
     read = GroupSet(tmp_path, fingerprint=backbone.group_fingerprints)
-    for number, group in enumerate(groups):
+    for number, one in enumerate(groups):
         found = told(read[number])
         assert found.keys() == ({"text", "condition"} if image else {"text"})
-        assert all(torch.equal(found[name], tensor) for name, tensor in told(group).items())
+        assert all(torch.equal(found[name], tensor) for name, tensor in told(one).items())
         assert len(found["text"]) == LENGTH
     padded = Conditioning.of(pad_texts(told(read[1]), backbone.text_lengths(LENGTH)))
     assert torch.equal(padded.text, backbone.encode_texts([PROMPTS[1]]).text[0].bfloat16())
 
 
-def settings(config, **sections):
-    return replace(
-        recipes.load(gdpo.Config, ["recipe=tiny", f"backbone.path={config.path}"]), backbone=config, **sections
-    )
-
-
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("loss", ["bound", "plackett_luce"])
-def test_a_step_with_every_term_and_its_checkpointed_twin(config, loss, image):
-    chosen = settings(config)
-    chosen.objective.loss, chosen.objective.w_fm, chosen.self_score.strength = loss, 0.5, 1.0
-    chosen.self_score.every = 1
-    found = []
-    for checkpointed in (False, True):
-        backbone = load_backbone(config, "cpu")
-        switch = LoraSwitch(backbone.transformer, LoraConfig(rank=4, alpha=4), seed=1)
-        for name, weight in switch.weights.items():
-            if "lora_B" in name:
-                nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
-        if checkpointed:
-            backbone.transformer.enable_gradient_checkpointing(gradient_checkpointing_func=switch.checkpoint)
-        tensors = gdpo.prepare(chosen, Sample(0, group_of(backbone, 1, image=image), 0))
-        batch = {name: tensor[None] for name, tensor in tensors.items()}
-        gradients, metrics = gdpo.step(chosen, Policy(backbone, switch), batch)
-        found.append(gradients)
-        assert metrics["self_score"] > 0 and all(gradient.isfinite().all() for gradient in gradients)
-        assert sum(gradient.abs().sum() for gradient in gradients) > 0
-    for plain, again in zip(*found, strict=True):
-        torch.testing.assert_close(plain, again)
+def test_a_step_with_every_term_and_its_checkpointed_twin(config, backbone, loss, image):
+    one = group(backbone, 1, image=image)
+    plain, again = (tiny_families.step_of(config, one, LORA, loss=loss, checkpointed=twin) for twin in (False, True))
+    torch.testing.assert_close(plain, again)
 
 
 def test_the_reference_is_the_network_alone(backbone):
-    before = backbone.velocity(*given(backbone))
-    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=4, alpha=4))
-    assert torch.equal(backbone.velocity(*given(backbone)), before)
-    for weight in switch.weights.values():
-        nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
-    assert not torch.allclose(backbone.velocity(*given(backbone)), before)
-    with switch.reference():
-        assert torch.equal(backbone.velocity(*given(backbone)), before)
+    tiny_families.check_reference(backbone, given(backbone), LORA)
 
 
 @pytest.fixture
 def trained(backbone, tmp_path):
     """A LoRA of ours as a file, and its policy's velocity."""
-    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=4, alpha=8))
-    for name, weight in switch.weights.items():
-        nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    metadata = switch.describe() | {"fingerprint": backbone.fingerprint, "expert": "transformer"}
-    write_tensors(switch.state_dict(), tmp_path / "lora.safetensors", metadata)
-    return tmp_path / "lora.safetensors", backbone.velocity(*given(backbone))
+    return tiny_families.write_lora(tmp_path / "lora.safetensors", backbone, LORA), backbone.velocity(*given(backbone))
 
 
 def given(backbone):
@@ -320,16 +257,8 @@ def test_diffusers_pipeline_loads_the_export(config, trained, folder, tmp_path):
     assert (plain - expected).abs().max() > 1e-3
 
 
-def test_it_becomes_part_of_the_base_and_is_merged(config, trained, folder, tmp_path):
-    file, expected = trained
-    export.to_diffusers(file, tmp_path / "out" / "lora.safetensors")
-    base = replace(config, loras=[BaseLora(str(tmp_path / "out" / "lora.safetensors"))])
-    merged = load_backbone(base, "cpu")
-    torch.testing.assert_close(merged.velocity(*given(merged)), expected, rtol=0, atol=1e-5)
-    export.to_merged(file, tmp_path / "merged", base=str(folder), dtype=torch.float32)
-    whole = load_backbone(config, "cpu")
-    whole.experts = {"transformer": CosmosTransformer3DModel.from_pretrained(tmp_path / "merged")}
-    torch.testing.assert_close(whole.velocity(*given(whole)), expected, rtol=0, atol=1e-5)
+def test_it_becomes_part_of_the_base_and_is_merged(config, trained, tmp_path):
+    tiny_families.check_merged(config, trained[0], given, trained[1], tmp_path)
 
 
 def test_what_there_is_not_is_refused_by_name(config, backbone, trained, tmp_path, folder):
@@ -360,12 +289,7 @@ def test_what_there_is_not_is_refused_by_name(config, backbone, trained, tmp_pat
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_random_weights_stream_and_give_features(stream):
-    config = BackboneConfig("cosmos25", architecture="tiny", random_weights=True, dtype="float32", text_length=LENGTH)
-    backbone = load_backbone(replace(config, stream=stream), "cpu")
-    velocity, features = backbone.velocity(*given(backbone), features_at=2)
-    assert velocity.isfinite().all() and 0.1 < velocity.std() < 10 and features.shape == (1, 64, 3, 2, 3)
-    whole = load_backbone(config, "cpu")
-    assert torch.equal(velocity, whole.velocity(*given(whole)))
+    tiny_families.check_random("cosmos25", given, (1, 64, 3, 2, 3), stream=stream)
 
 
 @pytest.mark.parametrize(("name", "billions", "layers", "width"), [("2B", 2.06, 28, 2048), ("14B", 14.4, 36, 5120)])
@@ -397,15 +321,6 @@ def test_the_recipe_plans_and_samples_as_the_checkpoint():
 @pytest.mark.parametrize("image", [False, True])
 def test_from_clips_to_videos(folder, tmp_path, image):
     """Build, train, generate, with the tiny recipe's settings."""
-    arguments = ["recipe=tiny", f"output={tmp_path}", "backbone.family=cosmos25", f"backbone.path={folder}"]
-    arguments += ["backbone.text_length=32", "video.height=32", "video.width=32"]  # 17 frames
-    arguments += ["sampler.solver=unipc_karras", "sampler.steps=2", "sampler.sigma_max=200"]
-    arguments += ["optim.steps=2", "train.checkpoint_every=2", "validation.every=2", "self_score.strength=1"]
-    arguments += ["train.num_workers=0", f"pipeline.first_frame={image}".lower()]
-    build.main([*arguments, "pipeline.manifest=sandbox:ramp:4"])
-    gdpo.main(arguments)
-    generate.main([*arguments, f"generate.lora={tmp_path / 'train'}"])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 2 and all(map(math.isfinite, losses))
-    assert len(list((tmp_path / "clips" / "tuned").glob("*.mp4"))) == 4
-    assert sorted(path.name for path in (tmp_path / "train" / "lora").iterdir())
+    arguments = tiny_families.chain_of("cosmos25", folder, tmp_path)
+    arguments += ["sampler.solver=unipc_karras", "sampler.sigma_max=200", f"pipeline.first_frame={image}".lower()]
+    tiny_families.check_chain(arguments, tmp_path)

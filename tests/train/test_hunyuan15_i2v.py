@@ -1,39 +1,34 @@
 """HunyuanVideo 1.5 from a first frame: against diffusers' own pipeline, and through training and the commands."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline
 from PIL import Image
-from torch import nn
 
 import recipes
 from data_pipeline import build
 from eval import generate, run
 from eval.benchmarks.physics_iq import PhysicsIQ
+from tests import tiny_families
 from tests.eval.test_physics_iq import write_data
+from tests.tiny_families import LENGTH, VIDEO, noise
 from train import gdpo
 from train.backbones import BACKBONES, load_backbone, loading, text_tokens
 from train.backbones.base import BackboneConfig
-from train.backbones.conditioning import Conditioning
 from train.backbones.hunyuan15_i2v import vision_config
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig, from_pixels
 from train.cost import Bill, Job, read_rates
-from train.data import Sample
-from train.groups import Group, GroupSet, Loser, ShardWriter, told, write_index
-from train.lora_switch import LoraConfig, LoraSwitch
+from train.groups import GroupSet, told
+from train.lora_switch import LoraConfig
 from train.plan import plan
-from train.policy import Policy
 from train.sampling import SamplerConfig, initial_noise, sample
 
 PROMPT = 'a box with "Hello" on it'
-VIDEO = VideoConfig(32, 48, 9, 8.0)
-LENGTH = 24
-TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+LORA = LoraConfig(rank=4, alpha=4, targets=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"])
 NAMES = {"text", "conditioning.text_2", "conditioning.image_latents", "conditioning.image"}
 
 
@@ -44,9 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return BackboneConfig(
-        family="hunyuan15_i2v", path=str(folder), dtype="float32", text_length=LENGTH, architecture="tiny"
-    )
+    return tiny_families.config_of("hunyuan15_i2v", folder)
 
 
 @pytest.fixture
@@ -61,10 +54,6 @@ def pipeline(folder):
     pipeline.target_size = 40  # of whose sizes 32 x 48 is one
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def noise(*size, seed=0):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def picture(seed=0):
@@ -123,43 +112,13 @@ def test_a_negative_prompt_stands_beside_the_same_picture(backbone):
     assert torch.equal(without.more["image"], told_.more["image"]) and not torch.equal(without.text, told_.text)
 
 
-def group_of(backbone, number=0):
-    named = {name: tensor[0].bfloat16() for name, tensor in condition(backbone, number).named().items()}
-    found, shape = Conditioning.of(named), backbone.latent_shape(VIDEO.height, VIDEO.width, VIDEO.num_frames)
-    return Group(
-        key=f"g{number}",
-        prompt=PROMPT,
-        action="fall",
-        physics_richness=0.5,
-        source="made up",
-        losers_info=[Loser(1, 0.4, 0.6)],
-        fingerprint=backbone.encoders,
-        winner=noise(*shape, seed=number).bfloat16(),
-        losers=noise(1, *shape, seed=9 + number).bfloat16(),
-        text=found.text,
-        conditioning=found.more,
-    )
-
-
 def test_a_preference_step_from_a_shard(config, backbone, tmp_path):
-    group = group_of(backbone)
-    with ShardWriter(tmp_path, "shard") as writer:
-        writer.write(group)
-    write_index(tmp_path, fingerprint=backbone.encoders, video=VIDEO)
+    group = tiny_families.group_of(backbone, 0, PROMPT, condition(backbone, 0), texts=(), losers=1)
+    tiny_families.write_shard(tmp_path, backbone, [group])
     read = GroupSet(tmp_path, fingerprint=backbone.group_fingerprints)[0]
     assert told(read).keys() == NAMES
     assert all(torch.equal(told(read)[name], tensor) for name, tensor in told(group).items())
-    arguments = ["recipe=tiny", f"backbone.path={config.path}", "lora.targets=[" + ",".join(TARGETS) + "]"]
-    chosen = replace(recipes.load(gdpo.Config, arguments), backbone=config)
-    chosen.objective.anchor, chosen.self_score.strength = 0.5, 1.0
-    switch = LoraSwitch(backbone.transformer, LoraConfig(rank=4, alpha=4, targets=TARGETS), seed=1)
-    for name, weight in switch.weights.items():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
-    batch = {name: tensor[None] for name, tensor in gdpo.prepare(chosen, Sample(0, read, 0)).items()}
-    gradients, metrics = gdpo.step(chosen, Policy(backbone, switch), batch)
-    assert metrics["self_score"] > 0 and all(gradient.isfinite().all() for gradient in gradients)
-    assert sum(gradient.abs().sum() for gradient in gradients) > 0
+    tiny_families.step_of(config, read, LORA)
 
 
 def test_random_weights_have_an_image_encoder(config):
@@ -218,11 +177,11 @@ def test_from_clips_to_scores(folder, tmp_path, monkeypatch):
     for number in range(2):
         Image.fromarray(picture(number).numpy()).save(tmp_path / f"{number}.png")
     images = [str(tmp_path / f"{number}.png") for number in range(2)]
-    arguments = ["recipe=tiny", f"output={tmp_path}", "backbone.family=hunyuan15_i2v", f"backbone.path={folder}"]
-    arguments += ["backbone.text_length=32", "video.height=32", "video.width=32"]  # 17 frames
-    arguments += ["lora.targets=[" + ",".join(TARGETS) + "]", "sampler.steps=2", "sampler.shift=5"]
-    arguments += ["optim.steps=2", "train.checkpoint_every=2", "validation.every=2", "self_score.strength=1"]
-    arguments += ["train.num_workers=0"]
+    arguments = [
+        *tiny_families.chain_of("hunyuan15_i2v", folder, tmp_path),
+        tiny_families.targeted(LORA),
+        "sampler.shift=5",
+    ]
     with pytest.raises(ValueError, match="pipeline.first_frame=false: this backbone.family begins every clip"):
         build.main([*arguments, "pipeline.manifest=sandbox:ramp:4", "pipeline.first_frame=false"])
     build.main([*arguments, "pipeline.manifest=sandbox:ramp:4"])
@@ -241,6 +200,5 @@ def test_from_clips_to_scores(folder, tmp_path, monkeypatch):
     run.main([*arguments, *more, f"run.lora={tmp_path / 'train'}"])
     rows = (tmp_path / "eval" / "physics_iq" / "rows-tuned.jsonl").read_text().splitlines()
     assert len(rows) == 6 and not any(json.loads(row).get("error") for row in rows)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    tiny_families.check_losses(tmp_path)
     assert len(list((tmp_path / "clips" / "tuned").glob("*.mp4"))) == 2

@@ -6,10 +6,10 @@ is weighted by the loss's gradient with respect to that error once all errors ar
 the terms can read its pass. Several groups go through the network together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,32 @@ from train.timesteps import Turns
 from train.weight_files import Trainable
 
 
+class Reference(Protocol):
+    """What holds the reference beside the weights that train: the LoRA switch, or a copy of all weights."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that train."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the network is the reference, and gradients pass through it to its inputs."""
+
+    def frozen_reference(self) -> AbstractContextManager[None]:
+        """The same for passes whose gradients are not needed; detach what they give."""
+
+    def share_graph(self) -> None:
+        """Policy and reference run the same compiled graph. Call before the network is compiled."""
+
+    def checkpoint(self, function: Callable, *args: Any) -> Any:
+        """`torch.utils.checkpoint`, whose recompute runs policy or reference as the forward pass did."""
+
+
 @dataclass
 class Policy:
     """The backbone's transformer is the policy, and inside `switch.reference()` the reference. Where both experts
     train, a step's are those of the one that serves."""
 
     backbone: Backbone
-    switch: Trainable
+    switch: Reference
     heads: nn.Module | None = None  # of the physics terms, where the recipe has any
     cache: ReferenceCache | None = None  # of the reference's errors
     turns: Turns | None = None  # of the experts, where both train

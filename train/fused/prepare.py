@@ -18,7 +18,7 @@ def prepare_network(
     network: nn.Module, switch: Any, config: Any, *, gradients: int = 2, others: Sequence[nn.Module] = ()
 ) -> None:
     """Switch on activation checkpointing and compilation, as a recipe's train section and backbone.compile say.
-    `switch` holds what trains (train.weight_files), `gradients` counts the sets of the adapters' gradients that a
+    `switch` holds what trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a
     step holds at once, for the memory plan. `others` are networks of the same architecture that train in other steps.
 
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.

@@ -27,7 +27,7 @@ ALLOWED = {
     "train/fused/fused_block.py": "Wan's own kernels, which NetworkKind.fused says there are",
     "train/fused/stages.py": "parts of them",
     "train/lora_switch.py": "the default of lora.targets is PhyGDPO's, in diffusers' names for Wan",
-    "eval/experiments/world_model/training.py": "the config of a V-JEPA 2",
+    "eval/experiments/world_model/sources.py": "the config of a V-JEPA 2",
 }
 
 

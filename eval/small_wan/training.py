@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -65,18 +66,31 @@ class Checkpoint:
         """Whether to save after `step` steps of `last`."""
         return step < last and (self.stopping or step % CHECKPOINT_EVERY == 0)
 
-    def save(self, step: int, network: nn.Module, optimizer: Optimizer, draws: Generator) -> None:
+    def save(
+        self,
+        step: int,
+        network: nn.Module,
+        optimizer: Optimizer,
+        draws: Generator,
+        choices: random.Random | None = None,
+    ) -> None:
         moments = optimizer.state_dict()["state"]
         tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
         tensors |= {f"moments.{place}.{name}": tensor for place, own in moments.items() for name, tensor in own.items()}
         with atomic(self.path) as aside:
             made_by = {"settings": json.dumps(self.settings), "step": str(step)}
+            made_by |= {"choices": json.dumps(choices.getstate())} if choices else {}
             save_file(tensors | {"draws": draws.get_state()}, aside, metadata=made_by)
         if self.stopping:
             print(f"stopped after step {step}; run the same command to continue", flush=True)
 
-    def load(self, network: nn.Module, optimizer: Optimizer, draws: Generator) -> int:
-        """Steps that were made; 0 without a file. ValueError for one of other settings."""
+    def load(
+        self, network: nn.Module, optimizer: Optimizer, draws: Generator, choices: random.Random | None = None
+    ) -> int:
+        """Steps that were made; 0 without a file. ValueError for one of other settings.
+
+        Moments that are there keep their places, for a captured graph may write to them.
+        """
         if not self.path.exists():
             return 0
         with safe_open(self.path, "pt") as file:
@@ -93,7 +107,18 @@ class Checkpoint:
                 place, _, of = rest.partition(".")
                 moments.setdefault(int(place), {})[of] = tensor
         network.load_state_dict(weights)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        if there := optimizer.state_dict()["state"]:
+            for place, own in there.items():
+                for name, tensor in own.items():
+                    tensor.copy_(moments[place][name])
+        else:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate  # a tensor that the training fills would have been copied
+        if choices:
+            version, inner, last = json.loads(made_by["choices"])
+            choices.setstate((version, tuple(inner), last))
         draws.set_state(tensors["draws"])
         return int(made_by["step"])
 

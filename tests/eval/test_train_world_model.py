@@ -1,5 +1,8 @@
 import json
+import os
 import random
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,9 @@ from transformers import VJEPA2Model
 
 from eval.experiments.world_model import report as world_model_report
 from eval.experiments.world_model import training
+from eval.experiments.world_model.sources import ROBOTS, SANDBOX, robots_pool
 from eval.experiments.world_model.training import (
-    KINDS,
-    VIDEO,
+    CHECKPOINT,
     block_mask,
     draw_step,
     encode,
@@ -18,6 +21,9 @@ from eval.experiments.world_model.training import (
     patchify,
     predict,
 )
+from eval.robots import recordings
+from eval.robots.demonstrations import list_demonstrations
+from eval.robots.tasks import TASKS
 from eval.sandbox.clips import simulate
 from eval.sandbox.splits import is_held_out, simulate_block
 from eval.search.world_model import SurpriseConfig, WorldModel
@@ -29,7 +35,7 @@ SHIPPED = Path(training.__file__).parents[2] / "sandbox" / "world_model"
 
 @torch.no_grad()
 def test_tokens_equal_those_of_the_model_s_own_forward():
-    model = new_model(0).eval()
+    model = new_model(0, SANDBOX).eval()
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 8, 3, 64, 64, generator=generator)
     patches, ids = patchify(pixels, 2, 8), torch.arange(256)
@@ -47,12 +53,12 @@ def test_tokens_equal_those_of_the_model_s_own_forward():
     assert torch.allclose(predict(model.predictor, whole[:, seen], seen, hidden), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SANDBOX.kinds)
 def test_a_step_s_inputs(kind):
     pool = torch.randint(256, (3, 17, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def draw():
-        return draw_step(pool, 4, kind, random.Random(1), torch.Generator().manual_seed(2))
+        return draw_step(pool, 4, kind, random.Random(1), torch.Generator().manual_seed(2), SANDBOX)
 
     pixels, seen, hidden = draw()
     tokens = kind[0] // 2 * 64
@@ -64,6 +70,60 @@ def test_a_step_s_inputs(kind):
     assert all(torch.equal(a, b) for a, b in zip((pixels, seen, hidden), draw(), strict=True))
 
 
+def test_a_robot_is_neither_mirrored_nor_dyed():
+    pool = torch.randint(256, (2, 33, 96, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for number in range(4):
+        drawn = draw_step(pool, 1, (32, 8), random.Random(number), torch.Generator().manual_seed(number), ROBOTS)
+        pixels, seen, hidden = drawn
+        assert pixels.shape == (1, 32, 3, 96, 96) and len(seen) == 4 * 144 and len(hidden) == 12 * 144
+        mean, std = (torch.tensor(part)[:, None, None] for part in (training.MEAN, training.STD))
+        frames = ((pixels[0] * std + mean) * 255).round().byte().permute(0, 2, 3, 1)
+        assert any(torch.equal(frames, clip[start : start + 32]) for clip in pool for start in (0, 1))
+    mask = block_mask((16, 12, 12), random.Random(0), "cpu")
+    assert 4 <= mask.any(dim=0).any(dim=0).sum() <= 12 and not mask.all()
+
+
+def test_the_robots_pool_is_read_where_it_was_recorded(tmp_path, monkeypatch):
+    clips = torch.randint(256, (3, 33, 96, 96, 3), dtype=torch.uint8)
+    for one, frames in zip(list_demonstrations(list(TASKS), "anytime", 5, range(3)), clips, strict=True):
+        made = {"frames": frames.numpy(), "actions": frames.numpy()[:1]}
+        recordings._write(recordings.path_of(tmp_path, one, ROBOTS.video), made)
+    assert torch.equal(robots_pool(3, 5, "cpu", tmp_path), clips)
+
+
+def test_a_training_that_was_stopped_continues(tmp_path, monkeypatch, capsys):
+    clips = torch.randint(256, (3, 17, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    small = {**SANDBOX.architecture, "crop_size": 32, "num_hidden_layers": 1, "pred_num_hidden_layers": 1}
+    source = replace(SANDBOX, architecture=small, kinds=((8, 0), (8, 4)), make_pool=lambda *_: clips)
+    monkeypatch.setitem(training.SOURCES, "robots", source)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def train(name, stop=False):
+        settings = ["--steps", "4", "--batch", "2", "--pool", "3", "--device", "cpu"]
+        draw, asked = training.draw_step, []
+
+        def draw_and_stop(*given):
+            asked.append(given)
+            if stop and len(asked) == len(source.kinds) + 2:  # in the second step
+                os.kill(os.getpid(), signal.SIGTERM)
+            return draw(*given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "draw_step", draw_and_stop)
+            training.main(["--world", "robots", "--output", str(tmp_path / name), *settings])
+        return tmp_path / name
+
+    try:
+        whole, stopped = train("whole") / "model.safetensors", train("stopped", stop=True)
+        assert "stopped after step 2;" in capsys.readouterr().out
+        assert [path.name for path in stopped.iterdir()] == [CHECKPOINT]
+        train("stopped")
+        assert (stopped / "model.safetensors").read_bytes() == whole.read_bytes()
+        assert not (stopped / CHECKPOINT).exists()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_blocks_span_time():
     mask = block_mask((8, 8, 8), random.Random(0), "cpu")
     assert mask.any() and not mask.all()
@@ -72,16 +132,16 @@ def test_blocks_span_time():
 
 
 def test_the_pool_holds_no_held_out_prompt():
-    clips = simulate_block("mixed", "train", 0, 0, VIDEO)
+    clips = simulate_block("mixed", "train", 0, 0, SANDBOX.video)
     kept = [index for index, prompt in enumerate(clips.prompts) if not is_held_out(prompt)]
     assert len(kept) < len(clips)
-    assert torch.equal(training.make_pool(9, 0, "cpu"), clips.frames[kept[:9]])
+    assert torch.equal(SANDBOX.make_pool(9, 0, "cpu", Path()), clips.frames[kept[:9]])
 
 
 def test_train_write_load_and_report(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "KINDS", ((8, 0), (8, 4)))
     pool = simulate("mixed", 4, torch.Generator().manual_seed(0)).frames
-    monkeypatch.setattr(training, "make_pool", lambda count, seed, device: pool[:count])
+    short = replace(SANDBOX, kinds=((8, 0), (8, 4)), make_pool=lambda count, seed, device, folder: pool[:count])
+    monkeypatch.setitem(training.SOURCES, "sandbox", short)
     monkeypatch.setattr(world_model_report, "VIOLATIONS", ("gravity", "momentum"))
     arguments = ["--steps", "3", "--batch", "2", "--pool", "4", "--device", "cpu"]
     for name in ("first", "second"):

@@ -1,6 +1,11 @@
-"""Trains the sandbox's world model: a small V-JEPA 2 (Assran et al., 2025) on simulated clips that obey physics.
+"""Trains a world model: a small V-JEPA 2 (Assran et al., 2025) on simulated clips that obey physics.
 
     python -m eval.experiments.world_model.training --output runs/world_model --seed 0
+    python -m eval.experiments.world_model.training --world robots --output runs/robots_world_model \
+        --recordings runs/robots_base/demonstrations
+
+--world (`SOURCES`): scenes of the sandbox, or the robots' demonstrations, which are read where --recordings has them,
+by default <output>/demonstrations, and recorded there where it has not.
 
     loss = smooth_l1(p, norm(teacher(x))[hidden]) + PIXELS (|decode(p) - x[hidden]|^2 + |decode(norm(z)) - x[seen]|^2)
     z = encoder(x[seen]),  p = predictor(z, seen, hidden)
@@ -12,12 +17,13 @@ a mask: mostly the future, which is what `eval.search.world_model` asks at test 
 Deviations from the paper: causal masks beside the blocks; one mask for all windows of a step; the average's momentum
 rises; smooth L1; and the linear map `decode` to a token's pixels, thrown away afterwards, which is there to put what
 moves into the features within minutes, since a still background fills most tokens.
-Clips are mirrored and their colour channels permuted, under which this world is symmetric.
+Clips of the sandbox are mirrored and their colour channels permuted, under which that world is symmetric.
 
 Writes <output>/config.json and model.safetensors (float16), which `VJEPA2Model.from_pretrained` loads, with the
-teacher as the encoder, and training.json (settings and figures).
+teacher as the encoder, and training.json (settings and figures). A training that was stopped (SIGTERM) continues.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -35,76 +41,62 @@ from transformers import VJEPA2Config, VJEPA2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN as MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as STD
 
-from eval.sandbox.splits import is_held_out, simulate_block
-from eval.small_wan.training import GRADIENT_NORM, Settings, command_line, seeded
+from eval.experiments.world_model.sources import SOURCES, Kind, Source
+from eval.robots.recordings import FOLDER
+from eval.small_wan.training import GRADIENT_NORM, Checkpoint, Settings, command_line, seeded
 from train import entry
-from train.clips import VideoConfig
 from train.files import temporary
 
-VIDEO = VideoConfig(height=64, width=64, num_frames=17, fps=8.0)
-ARCHITECTURE: dict[str, Any] = {
-    "crop_size": VIDEO.height,
-    "patch_size": 8,
-    "frames_per_clip": 16,
-    "tubelet_size": 2,
-    "hidden_size": 96,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 5,
-    "pred_hidden_size": 96,
-    "pred_num_attention_heads": 4,
-    "pred_num_hidden_layers": 5,
-    "pred_num_mask_tokens": 2,
-    "initializer_range": 0.05,
-}
-# What a step shows: (frames of the window, frames of its context; 0 hides blocks instead of the future).
-KINDS = ((16, 0), (12, 0), (16, 2), (16, 4), (16, 8), (12, 4), (12, 6), (8, 2), (8, 4), (8, 6))
 BLOCKS = 4
 PIXELS = 1.0  # weight of the errors in normalised pixels
 MOMENTUM = (0.99, 0.999)  # of the teacher, at the first and the last step
 WARMUP = 200  # steps
-DEFAULTS = Settings(steps=12_000, batch=64, pool=10_000, learning_rate=1.5e-3)
-
+CHECKPOINT = "training.safetensors"  # in the output folder
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-def make_pool(count: int, seed: int, device: torch.device | str) -> Tensor:
-    """The first `count` clips of the stream `train`: (count,T,H,W,3) uint8 on `device`, none with a held-out prompt."""
-    blocks: list[Tensor] = []
-    while sum(map(len, blocks)) < count:
-        clips = simulate_block("mixed", "train", seed, len(blocks), VIDEO, device=device)
-        blocks.append(clips.frames[[index for index, prompt in enumerate(clips.prompts) if not is_held_out(prompt)]])
-    return torch.cat(blocks)[:count]
-
-
-def train_world_model(settings: Settings, device: torch.device | str) -> tuple[VJEPA2Model, dict[str, float]]:
-    """A model trained by `settings` in eval mode, its encoder the teacher, and the last figures printed.
+def train_world_model(
+    settings: Settings, device: torch.device | str, source: Source, *, output: Path, recordings: Path
+) -> tuple[VJEPA2Model, dict[str, float]] | None:
+    """A model trained by `settings` in eval mode, its encoder the teacher, and the last figures printed; None where it
+    was asked to stop before its last step. output: of its checkpoint, from which it continues.
 
     The same seed, steps and device give the same weights, up to the order in which a GPU adds.
     """
     device, started = torch.device(device), time.monotonic()
-    pool = make_pool(settings.pool, settings.seed, device)
-    print(f"{settings.pool} clips simulated in {time.monotonic() - started:.1f} s", flush=True)
+    pool = source.make_pool(settings.pool, settings.seed, device, recordings)
+    print(f"{len(pool)} clips simulated or read in {time.monotonic() - started:.1f} s", flush=True)
+    checkpoint = Checkpoint(output / CHECKPOINT, settings)
     started = time.monotonic()
-    trainer = Trainer(settings, device)
+    trainer = Trainer(settings, device, source)
     choices, draws = random.Random(settings.seed), torch.Generator(device).manual_seed(settings.seed)
-    steps = {kind: trainer.prepare(draw_step(pool, settings.batch, kind, choices, draws)) for kind in KINDS}
+
+    def draw(kind: Kind) -> Inputs:
+        return draw_step(pool, settings.batch, kind, choices, draws, source)
+
+    steps = {kind: trainer.prepare(draw(kind)) for kind in source.kinds}
     print(f"prepared in {time.monotonic() - started:.1f} s", flush=True)
     figures: dict[str, float] = {}
 
     started, count = time.monotonic(), settings.steps
-    for step in range(count):
+    first = checkpoint.load(trainer.networks, trainer.optimizer, draws, choices)
+    for step in range(first, count):
         trainer.rate.fill_(settings.rate(step, warmup=WARMUP))
         trainer.forgetting.fill_(1 - (MOMENTUM[0] + (MOMENTUM[1] - MOMENTUM[0]) * step / count))
-        kind = choices.choice(KINDS)
-        latent, pixel, target = steps[kind](draw_step(pool, settings.batch, kind, choices, draws))
+        kind = choices.choice(source.kinds)
+        latent, pixel, target = steps[kind](draw(kind))
         if (step + 1) % 250 == 0 or step + 1 == count:
             # The features' spread over clips at the same token: 0 is a collapse, 1 the most.
             spread = target.std(dim=0).mean().item()
             figures = {"loss": latent.item(), "pixel_loss": pixel.item(), "feature_std": spread}
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            settings.show(step, f" {kind}: {shown}", started)
+            settings.show(step, f" {kind}: {shown}", started, first=first)
+        if checkpoint.due(step + 1, count):
+            checkpoint.save(step + 1, trainer.networks, trainer.optimizer, draws, choices)
+            if checkpoint.stopping:
+                return None
     trainer.model.encoder.load_state_dict(trainer.teacher.state_dict())
     return trainer.model.eval().requires_grad_(False), figures
 
@@ -113,8 +105,8 @@ class Trainer:
     """Model, teacher and optimizer. On a GPU a step is captured as a graph for each kind, since launching its
     thousand small kernels takes several times longer than running them."""
 
-    def __init__(self, settings: Settings, device: torch.device):
-        self.model = new_model(settings.seed).to(device).train()
+    def __init__(self, settings: Settings, device: torch.device, source: Source):
+        self.model = new_model(settings.seed, source).to(device).train()
         config = self.model.config
         self.teacher = copy.deepcopy(self.model.encoder).requires_grad_(False)
         self.decode = nn.Linear(config.hidden_size, 3 * config.tubelet_size * config.patch_size**2, device=device)
@@ -125,6 +117,7 @@ class Trainer:
             for layer in (*self.model.encoder.layer, *self.model.predictor.layer, *self.teacher.layer):
                 layer.compile(dynamic=True)
         self.trained = [*self.model.parameters(), *self.decode.parameters()]
+        self.networks = nn.ModuleDict({"model": self.model, "teacher": self.teacher, "decode": self.decode})
         self.rate = torch.zeros((), device=device)  # of learning
         self.forgetting = torch.zeros((), device=device)  # 1 - the teacher's momentum
         self.optimizer = torch.optim.AdamW(
@@ -176,14 +169,14 @@ class Trainer:
         return latent.detach(), pixel.detach(), target
 
 
-def new_model(seed: int) -> VJEPA2Model:
+def new_model(seed: int, source: Source) -> VJEPA2Model:
     """An untrained model."""
     with seeded(seed):
-        return VJEPA2Model(VJEPA2Config(**ARCHITECTURE))
+        return VJEPA2Model(VJEPA2Config(**source.architecture))
 
 
 def draw_step(
-    pool: Tensor, count: int, kind: tuple[int, int], choices: random.Random, draws: torch.Generator
+    pool: Tensor, count: int, kind: Kind, choices: random.Random, draws: torch.Generator, source: Source
 ) -> Inputs:
     """Normalised windows (count,L,3,H,W) of random clips, and the ids of the tokens seen (N,) and hidden (K,).
 
@@ -192,17 +185,20 @@ def draw_step(
     length, context = kind
     start = choices.randrange(pool.shape[1] - length + 1)
     chosen = torch.randint(len(pool), (count,), generator=draws, device=pool.device)
-    channels = torch.randperm(3, generator=draws, device=pool.device)
-    pixels = pool[chosen, start : start + length].permute(0, 1, 4, 2, 3)[:, :, channels] / 255
-    if choices.random() < 0.5:
+    pixels = pool[chosen, start : start + length].permute(0, 1, 4, 2, 3)
+    if source.symmetric:
+        pixels = pixels[:, :, torch.randperm(3, generator=draws, device=pool.device)]
+    pixels = pixels / 255
+    if source.symmetric and choices.random() < 0.5:
         pixels = pixels.flip(4)
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         pixels[:, :, channel].sub_(mean).div_(std)
-    side = ARCHITECTURE["crop_size"] // ARCHITECTURE["patch_size"]
-    grid = (length // ARCHITECTURE["tubelet_size"], side, side)
+    tubelet = source.architecture["tubelet_size"]
+    side = source.architecture["crop_size"] // source.architecture["patch_size"]
+    grid = (length // tubelet, side, side)
     if context:
         tokens = torch.arange(math.prod(grid), device=pool.device)
-        first = context // ARCHITECTURE["tubelet_size"] * side**2
+        first = context // tubelet * side**2
         return pixels, tokens[:first], tokens[first:]
     mask = block_mask(grid, choices, pool.device).flatten()
     order = (mask + torch.rand(mask.shape, generator=draws, device=pool.device)).argsort()  # what is in no block first
@@ -210,10 +206,11 @@ def draw_step(
 
 
 def block_mask(grid: tuple[int, int, int], choices: random.Random, device: torch.device | str) -> Tensor:
-    """(F,H,W) bool, true in the union of BLOCKS boxes, half the window or more long and 3 to 6 tokens high and wide."""
+    """(F,H,W) bool, true in the union of BLOCKS boxes: half the window or more long, 3/8 to 6/8 of it high and wide."""
     mask = torch.zeros(grid, dtype=torch.bool, device=device)
+    shortest, longest = 3 * grid[1] // 8, 6 * grid[1] // 8
     for _ in range(BLOCKS):
-        sizes = (choices.randint(-(-grid[0] // 2), grid[0]), choices.randint(3, 6), choices.randint(3, 6))
+        sizes = (choices.randint(-(-grid[0] // 2), grid[0]), *(choices.randint(shortest, longest) for _ in range(2)))
         first = [choices.randint(0, length - size) for length, size in zip(grid, sizes, strict=True)]
         mask[tuple(slice(start, start + size) for start, size in zip(first, sizes, strict=True))] = True
     return mask
@@ -258,10 +255,15 @@ def predict(predictor: nn.Module, context: Tensor, seen: Tensor, hidden: Tensor)
     return predictor.proj(predictor.layernorm(tokens[:, len(seen) :]))
 
 
-def write_world_model(output: Path, settings: Settings, device: torch.device | str) -> dict[str, Any]:
-    """Train and write the folder, the weights last; returns the figures."""
+def write_world_model(
+    output: Path, settings: Settings, device: torch.device | str, source: Source, recordings: Path
+) -> dict[str, Any] | None:
+    """Train and write the folder, the weights last; returns the figures, or None as `train_world_model`."""
     started = time.monotonic()
-    model, figures = train_world_model(settings, device)
+    trained = train_world_model(settings, device, source, output=output, recordings=recordings)
+    if trained is None:
+        return None
+    model, figures = trained
     report = figures | {
         "seconds": time.monotonic() - started,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -273,12 +275,20 @@ def write_world_model(output: Path, settings: Settings, device: torch.device | s
     for name in ("training.json", "config.json", "model.safetensors"):
         os.replace(aside / name, output / name)
     aside.rmdir()
+    (output / CHECKPOINT).unlink(missing_ok=True)
     return report
 
 
 def main(argv: list[str] | None = None) -> None:
-    output, settings, device = command_line(__doc__, "output", DEFAULTS, argv)
-    figures = write_world_model(output, settings, device)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--world", choices=SOURCES, default="sandbox")
+    parser.add_argument("--recordings", type=Path)
+    given, rest = parser.parse_known_args(argv)
+    source = SOURCES[given.world]
+    output, settings, device = command_line(__doc__, "output", source.defaults, rest)
+    figures = write_world_model(output, settings, device, source, given.recordings or output / FOLDER)
+    if figures is None:
+        return
     print(
         f"{output}: {figures['parameters'] / 1e6:.2f}M parameters, latent loss {figures['loss']:.4f}, "
         f"pixel loss {figures['pixel_loss']:.4f}, std of features {figures['feature_std']:.2f}, "

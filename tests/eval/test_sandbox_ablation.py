@@ -18,6 +18,7 @@ from eval.experiments.ablation import run as ablation
 from eval.experiments.ablation.plan import READS, Plan, read_recipe
 from eval.experiments.ablation.rows import CORRUPTED, DEFAULTS, GROUPS, METHODS, PAPER, SUITES, TABLE_3
 from eval.experiments.ablation.runner import Processes, StepFailed, read_scores
+from eval.experiments.ablation.suite import SANDBOX
 from tests.synthetic_groups import write_synthetic_groups
 from train import gdpo, sft
 from train.backbones import load_backbone
@@ -30,10 +31,9 @@ CONFIGS = {
     "train.sft": sft.Config,
     "eval.run": eval_run.Config,
 }
-RECIPE = {"objective": {"beta": 50.0}}
-ROWS = SUITES["preference"](RECIPE).rows
-PHYSICS = SUITES["physics"](RECIPE).rows
-LOSERS, TRANSFER = ablation_rows.loser_rows({}).rows, ablation_rows.transfer({}).rows
+ROWS = SUITES["preference"](lambda world: {"objective": {"beta": 50.0}}).rows
+PHYSICS = SUITES["physics"](None).rows
+LOSERS, TRANSFER = ablation_rows.loser_rows(None).rows, ablation_rows.transfer(None).rows
 # Physical scores of two clips by model and seed.
 PHYSICAL = {
     "base": {0: [0.0, 0.5], 1: [0.5, 0.5]},
@@ -155,12 +155,12 @@ def test_scores_of_another_number_of_clips_are_refused(tmp_path):
     path = tmp_path / "scores.jsonl"
     row = {"model": "base", "clip": 0, "values": {"physical": 1.0, "semantic": 1.0}, "error": ""}
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert read_scores(path, 1) == {"base": {"physical": [1.0], "semantic": [1.0]}}
+    assert read_scores(path, SANDBOX, 1, ["sandbox"]) == {"base": {"physical": [1.0], "semantic": [1.0]}}
     with pytest.raises(ValueError, match="does not hold 2 clips"):
-        read_scores(path, 2)
+        read_scores(path, SANDBOX, 2, ["sandbox"])
     path.write_text(json.dumps({**row, "clip": 1}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="out of order"):
-        read_scores(path, 1)
+        read_scores(path, SANDBOX, 1, ["sandbox"])
 
 
 # ---- running, continuing, failing ------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_rows_that_start_from_another_wait_for_it(tmp_path):
     assert start(tmp_path, run, "--suite", "starts", rows="base,sft_start,sft_merged,sft_half", seeds="0") == 0
     order = [name for module, name in run.calls if module.startswith("train")]
     assert order[0] == "sft_half-0" and set(order[1:]) == {"sft_start-0", "sft_merged-0"}
-    plan, rows = Plan(tmp_path, (0,), suite="starts"), ablation_rows.starts({}).rows
+    plan, rows = Plan(tmp_path, (0,), suite="starts"), ablation_rows.starts(None).rows
     folder = tmp_path / "sft_half-0" / "train"
     assert f"lora.start={folder}" in plan.train_arguments(rows["sft_start"], 0)
     merged = f"backbone.loras=[{{path: '{folder}'}}]"
@@ -401,7 +401,7 @@ def test_the_papers_figures():
 
 
 def test_the_precision_rows_differ_in_precision_alone():
-    rows = ablation_rows.precision({}).rows
+    rows = ablation_rows.precision(None).rows
     plain, fused, eight = (set(rows[name].overrides) for name in ("gdpo", "gdpo_bf16", "gdpo_float8"))
     assert plain == set() and eight - fused == {"train.float8=true"} and fused < eight
     assert {row.against for row in rows.values()} <= set(rows)
@@ -409,8 +409,8 @@ def test_the_precision_rows_differ_in_precision_alone():
 
 def test_the_timestep_rows_differ_in_where_t_is_drawn_and_one_is_the_recipe():
     suite, objective = (
-        ablation_rows.timesteps({}),
-        dataclasses.asdict(gdpo.ObjectiveConfig()) | read_recipe(())["objective"],
+        ablation_rows.timesteps(None),
+        dataclasses.asdict(gdpo.ObjectiveConfig()) | read_recipe((), SANDBOX)["objective"],
     )
     drawn = {name: dict(pair.split("=") for pair in row.overrides) for name, row in suite.rows.items() if row.trainer}
     assert {tuple(pairs) for pairs in drawn.values()} == {("objective.timesteps", "objective.timestep_shift")}
@@ -478,7 +478,7 @@ def test_a_folder_or_a_file_is_needed():
 def test_passes_are_those_of_the_losers():
     """Count times steps, twice where guidance is applied: at t = 1, .857 and .6, of which two are above 0.8. What a
     cache leaves of them depends on the weights."""
-    base = read_recipe(())["sampler"]
+    base = read_recipe((), SANDBOX)["sampler"]
     for row in (row for row in LOSERS.values() if row.groups != CORRUPTED and row.passes):
         arguments = Plan(Path("a"), (0,)).build_command(row.groups, 0)[1]
         config = recipes.load(build.Config, arguments)

@@ -4,35 +4,73 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
+from eval.experiments.ablation.suite import WORLDS, World
 from eval.experiments.search.report import show
 from train.files import atomic
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as text: means with 95% intervals, paired differences of the physical score, the paper's figures."""
+    """The results as text: means with 95% intervals, paired differences, the paper's figures. Where several columns are
+    compared, the differences stand in a table of their own."""
+    world = WORLDS[results["recipe"]]
+    lines = []
+    for cells in _differences(results) if len(world.compared) > 1 else [_scores(results)]:
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+        part = [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        part.insert(1, "  ".join("-" * width for width in widths))
+        lines += ["", *part] if lines else part
+    episodes = f"; {results['episodes']} episodes of each task, the same for all" if "episodes" in results else ""
+    lines.append(f"seeds {results['seeds']}, {results['clips']} held-out prompts each{episodes}")
+    for name, counts in results.get("missing", {}).items():
+        lines.append(f"{name} lacks {', '.join(f'{count} of {column}' for column, count in counts.items())}")
+    lines.append(f"device {', '.join(results['device'])}, torch {', '.join(results['torch'])}")
+    lines.append("The papers' figures are of other benchmarks and scales: compare orders, not values.")
+    return "\n".join(lines)
+
+
+def _label(row: dict[str, Any], results: dict[str, Any]) -> str:
+    return row["label"] + (f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else "")
+
+
+def _paper(row: dict[str, Any]) -> str:
+    figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:g}" for f in row["paper"])
+    return ", ".join(figures) or "-"
+
+
+def _scores(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of one table: both scores, and differences of the physical one."""
     paired = any((row.get("against_sft") or {}).get("physical") for row in results["rows"])
     heads = ("", "physical", "semantic", "gain over base", "against", "paper (table, model, figure)")
-    heads += ("against SFT",) * paired
-    cells = [heads]
+    cells = [heads + ("against SFT",) * paired]
     for row in results["rows"]:
-        missing = f" (seeds {','.join(row['seeds'])})" if len(row["seeds"]) < len(results["seeds"]) else ""
-        figures = (f"{f['table']} {f['model'].removeprefix('Wan2.1-')} {f['overall']:g}" for f in row["paper"])
         own = (show(row["physical"]), f"{row['semantic']['mean']:.3f}")
         other = row["against"]
         against = f"{other['row']} {show(other['physical'], sign=True)}" if other["physical"] else "-"
         differences = (show(row["gain"]["physical"], sign=True) or "-", against)
         sft = (show((row["against_sft"] or {}).get("physical"), sign=True) or "-",) if paired else ()
-        cells.append((row["label"] + missing, *own, *differences, ", ".join(figures) or "-", *sft))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append(f"seeds {results['seeds']}, {results['clips']} held-out prompts each")
-    lines.append(f"device {', '.join(results['device'])}, torch {', '.join(results['torch'])}")
-    lines.append("The papers' figures are of other benchmarks and scales: compare orders, not values.")
-    return "\n".join(lines)
+        cells.append((_label(row, results), *own, *differences, _paper(row), *sft))
+    return cells
+
+
+def _differences(results: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+    """Cells of two tables: every score, and the differences to another row."""
+    world = WORLDS[results["recipe"]]
+    scores = [("", *(_head(name, world) for name in world.columns))]
+    less = [("", "against", *(_head(name, world) for name in world.compared), "paper (table, model, figure)")]
+    for row in results["rows"]:
+        label, other = _label(row, results), row["against"]
+        scores.append((label, *(show(row[name]) or "-" for name in world.columns)))
+        differences = [show(other[name], sign=True) or "-" for name in world.compared]
+        less.append((label, other["row"] if any(map(other.get, world.compared)) else "-", *differences, _paper(row)))
+    return [scores, less]
+
+
+def _head(name: str, world: World) -> str:
+    return name + " (less is better)" * world.columns[name].lower_is_better
 
 
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's, told apart by colour-blind readers
@@ -40,37 +78,63 @@ COLOURS = (BLACK, BLUE, ORANGE)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """PNG of the paired gains in the physical score: methods above, sweeps below. Readable at a width of 900 pixels."""
-    gains = {row["name"]: row["gain"]["physical"] for row in results["rows"] if row["trainer"]}
-    methods = [row for row in results["rows"] if row["trainer"] and not row["sweep"]]
-    swept = {key: {} for key in results["defaults"]}
-    for row in results["rows"]:
-        if row["sweep"]:
-            swept[row["sweep"]["key"]][row["sweep"]["value"]] = gains[row["name"]]
-    swept = {key: points for key, points in swept.items() if points}
-    lines = -(-len(swept) // 4)
+    """PNG of the paired gains in what is compared: methods above, sweeps below. Readable at a width of 900 pixels."""
+    world = WORLDS[results["recipe"]]
+    gained = [row for row in results["rows"] if any(row["gain"].values())]
+    methods = [row for row in gained if not row["sweep"]]
+    swept = [key for key in results["defaults"] if any(row["sweep"] and row["sweep"]["key"] == key for row in gained)]
+    lines = -(-len(swept) * len(world.compared) // 4)
     heights = [1.2 + 0.34 * max(1, len(methods))] + [1.9 * lines] * bool(swept)
     figure = Figure(figsize=(9, sum(heights)), dpi=200, layout="constrained")
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = upper.subplots()
-    points = [(gains[row["name"]], place, row["name"] == results["middle"]) for place, row in enumerate(methods)]
+    for number, axes in enumerate(upper.subplots(1, len(world.compared), sharey=True, squeeze=False)[0]):
+        _draw_methods(axes, methods, results, world.compared[number])
+    if swept:
+        columns = min(4, len(swept) * len(world.compared))
+        panels = lower[0].subplots(lines, columns, sharey=len(world.compared) == 1, squeeze=False)
+        _draw_sweeps(panels, swept, gained, results)
+    with atomic(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+def _draw_methods(axes: Any, methods: Sequence[dict[str, Any]], results: dict[str, Any], name: str) -> None:
+    """Gains of the rows in one column of the scores."""
+    alone = len(WORLDS[results["recipe"]].compared) == 1
+    gains = {row["name"]: row["gain"][name] for row in methods}
+    places = {row["name"]: place for place, row in enumerate(methods)}
+    points = [(gain, places[row], row == results["middle"]) for row, gain in gains.items() if gain]
     _points(axes, points, horizontal=True)
     axes.set_yticks(range(len(methods)), [row["label"] for row in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)
     base = next((row for row in results["rows"] if row["name"] == "base"), None)
-    absolute = f" ({base['physical']['mean']:.3f})" if base else ""
+    absolute = f" ({base[name]['mean']:.3f})" if base else ""
     axes.axvline(0, color=BLACK, linestyle="--", linewidth=1, label=f"base model{absolute}")
-    if "sft" in gains:
+    if gains.get("sft"):
         axes.axvline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8, label="LoRA-SFT")
-    seeds = len(results["seeds"])
-    axes.set_xlabel(f"gain in the physical score, 95% interval over {seeds} x {results['clips']} paired clips")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    panels = np.empty((0, 1))  # rows of axes
-    if swept:
-        panels = lower[0].subplots(lines, min(4, len(swept)), sharey=True, squeeze=False)
+    if alone:
+        seeds = len(results["seeds"])
+        axes.set_xlabel(f"gain in the {name} score, 95% interval over {seeds} x {results['clips']} paired clips")
+    else:
+        axes.set_xlabel(f"gain in {_head(name, WORLDS[results['recipe']])}", fontsize=8)
+        axes.tick_params(labelsize=8)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if alone else 1, frameon=False, **_size(alone))
+
+
+def _size(alone: bool) -> dict[str, int]:
+    return {} if alone else {"fontsize": 8}
+
+
+def _draw_sweeps(panels: Any, swept: Sequence[str], rows: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
+    """Gains by the value of each key that is swept, of each compared column."""
+    compared = WORLDS[results["recipe"]].compared
+    wanted = [(name, key) for name in compared for key in swept]
     for panel in panels[:, 0]:
         panel.set_ylabel("gain")
-    for panel, (key, points) in zip(panels.flat, swept.items(), strict=False):
+    for panel, (name, key) in zip(panels.flat, wanted, strict=False):
+        gains = {row["name"]: row["gain"][name] for row in rows}
+        points = {
+            row["sweep"]["value"]: gains[row["name"]] for row in rows if row["sweep"] and row["sweep"]["key"] == key
+        }
         middle = {results["defaults"][key]: gains[results["middle"]]} if results["middle"] in gains else {}
         shown = sorted({**points, **middle}.items())
         if key in ("beta", "trajectory", "relational"):
@@ -82,11 +146,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.axhline(0, color=BLACK, linestyle="--", linewidth=1)
         if "sft" in gains:
             panel.axhline(gains["sft"]["mean"], color=ORANGE, linestyle=":", linewidth=1.8)
-        panel.set_title(key, fontsize=10)
-    for panel in panels.flat[len(swept) :]:
+        panel.set_title(key if len(compared) == 1 else f"{key}: {name}", fontsize=10)
+    for panel in panels.flat[len(wanted) :]:
         panel.set_axis_off()
-    with atomic(path) as aside:
-        figure.savefig(aside, format="png")
 
 
 def draw_passes(results: dict[str, Any], path: Path) -> None:

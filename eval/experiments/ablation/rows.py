@@ -6,11 +6,14 @@ precision    the recipe in float32, bfloat16 and with 8-bit products
 timesteps    where t is drawn: uniform, of the released code, and of this one
 losers       how losers are made, and what they cost in network passes
 transfer     whether the anchor's best weight stays where it is when beta, the number of losers or the loss change
+robots       the physics terms on the robots of eval/robots, with a planner's success, and two searches
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
+
+from eval.experiments.ablation.physics import ASKED, physics, robots
+from eval.experiments.ablation.suite import SANDBOX, START, WORLD_MODEL, Row, Sections, Suite, World
 
 # ---- the paper's figures (arXiv 2512.24551): "Overall" on VideoPhy2, the share of clips that an automatic rater gives
 # ---- 4 or 5 of 5 for both semantics and physics. Another scale and another test than the sandbox's.
@@ -49,17 +52,16 @@ DEFAULTS = {
 }
 
 # The group sets: arguments of the build.
-TARGETS = (
-    "targets.tracks=simulator",
-    "targets.depth=simulator",
-    "targets.relation=vjepa2",
-    "targets.vjepa2.path=eval/sandbox/world_model",
-)
+TEACHERS = ("targets.tracks=simulator", "targets.depth=simulator", "targets.relation=vjepa2")
+TARGETS = (*TEACHERS, "targets.vjepa2.path=eval/sandbox/world_model")
+ROBOTS_TARGETS = (*TEACHERS, f"targets.vjepa2.path={WORLD_MODEL}")
 GROUPS = {
     "groups": ("pipeline.losers.count=4",),
     "pairs": ("pipeline.losers.count=1",),
     "targets": ("pipeline.losers.count=4", *TARGETS),
     "everywhere": ("pipeline.losers.count=4", *TARGETS, "targets.rule=all"),
+    "robots_targets": ("pipeline.losers.count=4", *ROBOTS_TARGETS),
+    "robots_everywhere": ("pipeline.losers.count=4", *ROBOTS_TARGETS, "targets.rule=all"),
 }
 
 
@@ -87,31 +89,9 @@ GROUPS |= {
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str  # of its folders
-    label: str  # in the table
-    trainer: str  # module; empty: nothing is trained
-    overrides: tuple[str, ...] = ()
-    paper: tuple[tuple[str, str], ...] = ()  # (table, its row) in PAPER
-    groups: str = "groups"  # a key of GROUPS
-    sweep: tuple[str, float] | None = None  # (key, value)
-    against: str = "sft"  # the row that it is compared with
-    passes: float | None = None  # network passes per prompt, for its losers
-    start: str = ""  # the row whose training folder stands for {start} in the overrides
-    base: tuple[str, ...] = ()  # overrides of the evaluation too: of the frozen network
-
-
 def gdpo(name: str, label: str, *overrides: str, **more: Any) -> Row:
     """A row of train.gdpo."""
     return Row(name, label, "train.gdpo", overrides, **more)
-
-
-@dataclass(frozen=True)
-class Suite:
-    rows: dict[str, Row]  # by name, in the table's order
-    defaults: dict[str, float]  # of the keys that are swept: where the row `middle` stands
-    middle: str
 
 
 # Without the anchor the recipe's learning rate ruins the model; these rows get one that does not.
@@ -143,9 +123,10 @@ SWEEPS = {
 }
 
 
-def preference(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+def preference(read: Callable[[World], Sections]) -> Suite:
     """The preference rows around the values of the recipe."""
-    defaults = {key: recipe["objective"].get(key, value) for key, value in DEFAULTS.items()}
+    objective = read(SANDBOX)["objective"]
+    defaults = {key: objective.get(key, value) for key, value in DEFAULTS.items()}
 
     def swept(name: str, key: str, value: float) -> Row:
         return gdpo(name, f"{key} = {value:g}", f"objective.{key}={value:g}", sweep=(key, value))
@@ -156,64 +137,10 @@ def preference(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, defaults, "gdpo")
 
 
-W_PIX, W_SEM, W_SELF = 10.0, 1.0, 10.0  # beside SFT's flow error, whose weight is 1
-# On PhyGDPO, in units of its slope: a quarter was better than the whole, of the self-score three times as much.
-ON_GDPO = {"physics.trajectory": 0.25, "physics.relational": 0.25, "self_score.strength": 3.0}
-# Asked every step, for the networks are small; at higher levels than Proprio scores at, where it has something to say.
-ASKED = ("self_score.every=1", "self_score.t_min=0.6", "self_score.t_max=0.9", "self_score.motion_mask=false")
-MIDDLE, BLOCKS = 3, (0, 1, 2, 4, 5)  # of the sandbox's six blocks
-FACTORS = (1 / 10, 10)
-
-
-def physics(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
-    """The physics rows; all train on the same clips."""
-
-    def row(name: str, label: str, *, pix: float = 0, sem: float = 0, own: float = 0, more=(), **options) -> Row:
-        trainer = "train.sft" if name.startswith("sft") else "train.gdpo"
-        weights = {"physics.trajectory": pix, "physics.relational": sem, "self_score.strength": own}
-        if trainer == "train.gdpo":
-            weights = {key: value * ON_GDPO[key] for key, value in weights.items()}
-        overrides = [f"{key}={value:g}" for key, value in weights.items() if value]
-        overrides += ASKED if own else ()
-        against = "sft" if trainer == "train.sft" else "gdpo"
-        return Row(name, label, trainer, (*overrides, *more), **{"groups": "targets", "against": against} | options)
-
-    def swept(name: str, key: str, value: float, **options) -> Row:
-        return row(name, f"{key} = {value:g}", sweep=(key, value), **options)
-
-    both = {"pix": W_PIX, "sem": W_SEM}
-    everywhere = {"groups": "everywhere", "more": ("physics.region_focus=false",)}
-    rows = [
-        Row("base", "base model", ""),
-        row("sft", "LoRA-SFT", paper=(("PF4", "fine-tuned"),)),
-        row("sft_pix", "SFT + trajectories", pix=W_PIX, paper=(("PF4", "+ pix"),)),
-        row("sft_sem", "SFT + relations", sem=W_SEM, paper=(("PF4", "+ sem"),)),
-        row("sft_both", "SFT + both", **both, paper=(("PF4", "+ both"), ("PF5", "focused"), ("PF6", "layer 15 of 30"))),
-        row("sft_pix_everywhere", "SFT + trajectories of all points", pix=W_PIX, **everywhere),
-        row("sft_sem_everywhere", "SFT + relations of all tokens", sem=W_SEM, **everywhere),
-        row("sft_both_everywhere", "SFT + both, everywhere", **both, **everywhere, paper=(("PF5", "everywhere"),)),
-        row("sft_self", "SFT + self-score", own=W_SELF),
-        row("sft_all", "SFT + all three", **both, own=W_SELF),
-        row("gdpo", "PhyGDPO (recipe)"),
-        row("gdpo_both", "PhyGDPO + both", **both),
-        row("gdpo_self", "PhyGDPO + self-score", own=W_SELF),
-        row("gdpo_all", "PhyGDPO + all three", **both, own=W_SELF),
-    ]
-    for block in BLOCKS:
-        rows.append(swept(f"sft_block_{block}", "block", block, **both, more=(f"physics.block={block}",)))
-    for factor in FACTORS:
-        rows.append(swept(f"sft_pix_x{factor:.2g}", "trajectory", W_PIX * factor, pix=W_PIX * factor, sem=W_SEM))
-    for factor in FACTORS:
-        rows.append(swept(f"sft_sem_x{factor:.2g}", "relational", W_SEM * factor, pix=W_PIX, sem=W_SEM * factor))
-    return Suite(
-        {row.name: row for row in rows}, {"block": MIDDLE, "trajectory": W_PIX, "relational": W_SEM}, "sft_both"
-    )
-
-
 FUSED = ("backbone.dtype=bfloat16", "backbone.compile=true")  # as the large recipes; float8 needs a GPU
 
 
-def precision(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+def precision(read: Callable[[World], Sections]) -> Suite:
     """The recipe's PhyGDPO in float32, in bfloat16 with fused blocks, and with 8-bit products besides."""
     rows = [
         Row("base", "base model", "", against="gdpo"),
@@ -224,7 +151,7 @@ def precision(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
     return Suite({row.name: row for row in rows}, {}, "gdpo")
 
 
-def timesteps(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+def timesteps(read: Callable[[World], Sections]) -> Suite:
     """The recipe's PhyGDPO with t drawn elsewhere: uniform at shifts 1 (the large recipes), 3 (this recipe's sampling
     grid, eqs. 5 and 6) and 5 (the released code), logit-normal at shifts 1 and 3 (this recipe)."""
     rows = [Row("base", "base model", "", against="logit_normal_3")]
@@ -239,7 +166,7 @@ LONG, LONGER = ("optim.steps=450",), ("optim.steps=600",)
 ASKED_SELDOM = ("self_score.every=4", *ASKED[1:])
 
 
-def loser_rows(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+def loser_rows(read: Callable[[World], Sections]) -> Suite:
     """The recipe's PhyGDPO with losers that cost less, or none, and with the time that this saves spent on training."""
 
     def row(name: str, label: str, groups: str, passes: float, overrides: tuple[str, ...] = (), **more) -> Row:
@@ -286,7 +213,7 @@ SETTINGS = {
 }
 
 
-def transfer(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+def transfer(read: Callable[[World], Sections]) -> Suite:
     """The anchor's weight, in units of the slope, where beta, the losers or the loss are others than the recipe's."""
     rows = [Row("base", "base model", "", against="recipe_1")]
     for name, (label, groups, overrides) in SETTINGS.items():
@@ -300,22 +227,23 @@ def transfer(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
 HALF = ("optim.steps=150",)
 
 
-def starts(recipe: Mapping[str, Mapping[str, Any]]) -> Suite:
+def starts(read: Callable[[World], Sections]) -> Suite:
     """Supervised training first, then preferences, at the recipe's number of steps in all: from the LoRA as policy with
     the base model as reference, and with it merged into both."""
-    merged, after = ("backbone.loras=[{path: '{start}'}]",), {"against": "gdpo", "start": "sft_half"}
+    merged, after = (f"backbone.loras=[{{path: '{START}'}}]",), {"against": "gdpo", "start": "sft_half"}
     rows = [
         Row("base", "base model", "", against="gdpo"),
         Row("sft", "LoRA-SFT", "train.sft", against="gdpo"),
         gdpo("gdpo", "PhyGDPO (recipe)", against="sft"),
         Row("sft_half", "LoRA-SFT, half the steps", "train.sft", HALF, against="gdpo"),
-        gdpo("sft_start", "then PhyGDPO from its LoRA", *HALF, "lora.start={start}", **after),
+        gdpo("sft_start", "then PhyGDPO from its LoRA", *HALF, f"lora.start={START}", **after),
         gdpo("sft_merged", "then PhyGDPO on it, merged", *HALF, **after, base=merged),
     ]
     return Suite({row.name: row for row in rows}, {}, "gdpo")
 
 
-SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {
+# By name. Each is given what reads a world's recipe with the command line's overrides.
+SUITES: dict[str, Callable[[Callable[[World], Sections]], Suite]] = {
     "preference": preference,
     "physics": physics,
     "precision": precision,
@@ -323,6 +251,7 @@ SUITES: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Suite]] = {
     "losers": loser_rows,
     "transfer": transfer,
     "starts": starts,
+    "robots": robots,
 }
 
 

@@ -23,11 +23,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.experiments.processes import GRACE, end
 from eval.report.intervals import wilson
 from eval.robots.model import Size, choose
 from train import entry
@@ -35,7 +35,6 @@ from train.files import digest, lock, write_text
 
 SHOWN = 15.0  # seconds between two lines about how far it is
 TF32 = (("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1"),)  # float32 products with 10 bits of mantissa, several times as fast
-GRACE = 30.0  # seconds of the minutes that are kept for stopping; what is not over then is killed
 
 Variables = tuple[tuple[str, str], ...]  # of a process's environment
 
@@ -147,19 +146,6 @@ class Runner:
     def _last_line(self, step: Step) -> str:
         lines = self._log(step).read_bytes()[-2000:].decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip()[:160] for line in reversed(lines) if line.strip()), "")
-
-
-def end(processes: Sequence[subprocess.Popen]) -> None:
-    """SIGTERM, and SIGKILL for those that are not over after GRACE."""
-    for process in processes:
-        process.terminate()
-    until = time.monotonic() + GRACE
-    for process in processes:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def collect(folder: Path) -> dict[str, Any]:

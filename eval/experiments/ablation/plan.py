@@ -86,6 +86,7 @@ class Plan:
         recordings = str(beside if beside.is_dir() else self.folder / FOLDER)
         return module, self._found([argument.replace("{recordings}", recordings) for argument in arguments])
 
+    @cached_property
     def given(self) -> dict[tuple[str, str], str]:
         """The digest of each file of the model's folder that a benchmark scores with, where it is there."""
         paths = {one: self.model_folder / one[1] for one in self.world.given}
@@ -160,7 +161,7 @@ class Plan:
         training = digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
         measured = [training, settings("eval.run"), seed, self.clips, self.model]
         if self.world.given:
-            measured += [self.episodes, list(self.given().values())]
+            measured += [self.episodes, list(self.given.values())]
         index = self.place(row.groups, seed) / "index.json"
         return {
             "training": training,

@@ -185,7 +185,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _give(plan: Plan, place: Path) -> None:
     """Lay what benchmarks score with where they look for it; what was scored with another file is scored again."""
-    for (benchmark, name), known in plan.given().items():
+    for (benchmark, name), known in plan.given.items():
         target = place / "eval" / benchmark / "scoring" / name
         if target.exists() and sha256(target) != known:
             shutil.rmtree(place / "eval" / benchmark)
@@ -196,10 +196,9 @@ def _give(plan: Plan, place: Path) -> None:
 def _share(plan: Plan, other: Path, place: Path, model: str) -> None:
     """Give the run what another row of its seed has of a model: its clips, the true ones, and their scores. So
     eval.run, which checks what they were made with, samples and scores them once per seed."""
-    given = plan.given()
     for benchmark in plan.world.benchmarks:
         source, target = (folder / "eval" / benchmark for folder in (other, place))
-        files = [(source / "scoring" / name, known) for (one, name), known in given.items() if one == benchmark]
+        files = [(source / "scoring" / name, known) for (one, name), known in plan.given.items() if one == benchmark]
         if source == target or not source.exists():
             continue
         if any(not file.exists() or sha256(file) != known for file, known in files):  # other scores than this row's

@@ -115,8 +115,9 @@ def _draw_methods(axes: Any, methods: Sequence[dict[str, Any]], results: dict[st
         seeds = len(results["seeds"])
         axes.set_xlabel(f"gain in the {name} score, 95% interval over {seeds} x {results['clips']} paired clips")
     else:
-        axes.set_xlabel(f"gain in {_head(name, WORLDS[results['recipe']])}", fontsize=8)
+        axes.set_xlabel(f"change of {_head(name, WORLDS[results['recipe']])}", fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=4)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if alone else 1, frameon=False, **_size(alone))
 
 

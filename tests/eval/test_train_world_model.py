@@ -27,6 +27,7 @@ from eval.robots.tasks import TASKS
 from eval.sandbox.clips import simulate
 from eval.sandbox.splits import is_held_out, simulate_block
 from eval.search.world_model import SurpriseConfig, WorldModel
+from eval.small_wan.training import Checkpoint
 from train.teachers import ENCODERS
 from train.teachers.vjepa2 import VJepa2Config
 
@@ -120,6 +121,30 @@ def test_a_training_that_was_stopped_continues(tmp_path, monkeypatch, capsys):
         train("stopped")
         assert (stopped / "model.safetensors").read_bytes() == whole.read_bytes()
         assert not (stopped / CHECKPOINT).exists()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_checkpoint_fills_moments_where_they_are(tmp_path):
+    """A captured graph goes on writing to them."""
+    layer, handler = torch.nn.Linear(2, 2), signal.getsignal(signal.SIGTERM)
+    optimizer, draws, choices = torch.optim.AdamW(layer.parameters()), torch.Generator(), random.Random(0)
+
+    def step():
+        layer(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+
+    try:
+        checkpoint = Checkpoint(tmp_path / "state.safetensors", SANDBOX.defaults)
+        step()
+        checkpoint.save(1, layer, optimizer, draws, choices)
+        moments, drawn = optimizer.state[layer.weight]["exp_avg"], choices.random()
+        before, weight = moments.clone(), layer.weight.detach().clone()
+        step()
+        assert not torch.equal(moments, before)
+        assert checkpoint.load(layer, optimizer, draws, choices) == 1 and choices.random() == drawn
+        assert optimizer.state[layer.weight]["exp_avg"] is moments and torch.equal(moments, before)
+        assert torch.equal(layer.weight, weight) and optimizer.state[layer.weight]["step"] == 1
     finally:
         signal.signal(signal.SIGTERM, handler)
 

@@ -84,7 +84,7 @@ class Plan:
         module, *arguments = self.world.world_model
         beside = self.model_folder.parent / FOLDER
         recordings = str(beside if beside.is_dir() else self.folder / FOLDER)
-        return module, self._found([argument.replace("{recordings}", recordings) for argument in arguments])
+        return module, self._with_world_model([argument.replace("{recordings}", recordings) for argument in arguments])
 
     @cached_property
     def given(self) -> dict[tuple[str, str], str]:
@@ -103,7 +103,7 @@ class Plan:
         place = self.place(name, seed)
         if name == CORRUPTED:
             return "eval.experiments.ablation.corrupted", [str(self.place("groups", seed)), str(place), str(seed)]
-        own = (f"output={place}", f"pipeline.groups={place}", *self._found(GROUPS[name]))
+        own = (f"output={place}", f"pipeline.groups={place}", *self._with_world_model(GROUPS[name]))
         return "data_pipeline.build", self.arguments("data_pipeline.build", *own, f"seed={seed}")
 
     def train_arguments(self, row: Row, seed: int) -> list[str]:
@@ -114,7 +114,7 @@ class Plan:
         """Overrides with the training folder of the row that this one starts from."""
         return [pair.replace(START, str(self.place(row.start, seed) / "train")) for pair in overrides]
 
-    def _found(self, arguments: Sequence[str]) -> list[str]:
+    def _with_world_model(self, arguments: Sequence[str]) -> list[str]:
         return [argument.replace(WORLD_MODEL, str(self.world_model)) for argument in arguments]
 
     def eval_arguments(self, row: Row, seed: int) -> list[str]:
@@ -124,7 +124,7 @@ class Plan:
         own += [f"benchmarks=[{','.join(self.benchmarks(row))}]"]
         lora = [f"run.lora={weights}"] if row.model != "base" else []
         return self.arguments(
-            "eval.run", *self.filled(row, seed, *row.base), *own, *lora, *self._found(self._search(row))
+            "eval.run", *self.filled(row, seed, *row.base), *own, *lora, *self._with_world_model(self._search(row))
         )
 
     def trained(self, row: Row) -> Row:

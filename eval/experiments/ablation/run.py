@@ -235,7 +235,8 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
         write_text(place, json.dumps(results, indent=1) + "\n")
     else:
         raise ValueError("give --folder to run the ablation, or --show with an ablation.json")
-    show(results, place)
+    if results["rows"] or not stopped:
+        show(results, place)
     for name, why in failed.items():
         print(f"FAILED   {name}: {why.splitlines()[0]}", file=sys.stderr)
     if stopped:

@@ -7,6 +7,7 @@
     <folder>/<benchmark>/clips/<model>/<key>-<seed>.mp4   a clip, its sidecar (.json) says what it was made from
     <folder>/<benchmark>/rows-<model>.jsonl               one row per clip (or episode), written as it is scored
     <folder>/<benchmark>/comparison.mp4, sheet.png        true | base | tuned, for the first prompts
+    <folder>/planner/episodes.html                        imagined | executed | true, for the first episodes
     <folder>/<benchmark>/official/<model>                 with run.layout: clips as the official code reads them
     <folder>/scores.jsonl                                 every clip of every model: what the results were made from
     <folder>/results.json, report.html, report.md         figures with intervals; the reports show those numbers
@@ -341,13 +342,16 @@ def conclude(
     for plan in plans:
         if plan.benchmark.name in comparisons:
             print(f"comparison  {plan.folder / 'comparison.mp4'}")
+        if path := found["benchmarks"][plan.benchmark.name].get("page"):
+            print(f"page        {folder / path}")
     return found
 
 
 def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One benchmark's part of the results."""
+    """One benchmark's part of the results; writes its page, where it has one."""
     benchmark = plan.benchmark
     own = [line for line in scores if line["benchmark"] == benchmark.name]
+    page = plan.page(own) if own else None
     return {
         "problem": plan.problem,
         "requirements": [asdict(needed) for needed in benchmark.requirements()],
@@ -359,6 +363,7 @@ def of_benchmark(config: Config, plan: Plan, scores: Sequence[dict[str, Any]]) -
         "lower_is_better": list(benchmark.lower_is_better),
         "published": [asdict(one) for one in benchmark.published],
         "compute": {name: plan.cost(name) for name in plan.seconds},
+        **({"page": page.relative_to(config.run.folder).as_posix()} if page else {}),
         **summarise(benchmark, own, BASE),
     }
 

@@ -3,6 +3,7 @@
 One failing clip is a row with an error; a benchmark that fails as a whole keeps the rows that it has.
 """
 
+import json
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from eval.report.results import TRUE
 from eval.report.rows import RowFile, identity
 from train.backbones.base import Backbone
 from train.clips import ClipError, VideoConfig, contact_sheet, read_clip, side_by_side, write_clip
+from train.files import write_text
 
 COMPLETE = ""  # key of the row that ends those of a benchmark without clips
 
@@ -62,6 +64,11 @@ class Plan:
         seconds, passes = (sum(record[name] for record in records) for name in ("seconds", "passes"))
         return {"clips_made": len(records), "seconds": round(seconds, 1), "passes": round(passes)} | scoring
 
+    def page(self, scores: Sequence[dict[str, Any]]) -> Path | None:
+        """The benchmark's own page of its lines of scores.jsonl, where it has one."""
+        clips = {model: rows_clips(self.folder, model, own) for model, own in self.identities.items()}
+        return self.benchmark.page(self.folder, scores, clips)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -93,11 +100,26 @@ def probe(benchmark: Benchmark, backbone: Backbone, probe: Probe, folder: Path) 
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 known = rows.find(probe.identity, row.key, row.seed)
                 if known is None or known["error"]:
+                    keep_clips(row, rows_clips(folder, probe.model.name, probe.identity), benchmark.model_video.fps)
                     facts = {"motion": None, "seconds": round(seconds, 4), "cluster": row.cluster or row.key}
                     rows.append(probe.identity, row, facts)
             rows.append(probe.identity, Row(COMPLETE, 0), {"motion": None, "seconds": 0})
         except Exception:  # whatever it is, the other benchmarks run, and the report says that rows are missing
             traceback.print_exc()
+
+
+def rows_clips(folder: Path, model: str, identity: str) -> Path:
+    """Where a benchmark's rows without a clip keep what is to be watched, apart from those of other settings."""
+    return folder / "clips" / f"{model}-{identity[:12]}"
+
+
+def keep_clips(row: Row, folder: Path, fps: float) -> None:
+    """Write a row's clips, and then how many frames they have."""
+    for name, frames in row.clips.items():
+        write_clip(folder / f"{row.key}-{name}.mp4", torch.from_numpy(frames), fps)
+    if row.clips:
+        lengths = {name: len(frames) for name, frames in row.clips.items()}
+        write_text(folder / f"{row.key}.json", json.dumps(lengths) + "\n")
 
 
 def score(plan: Plan) -> Iterator[dict[str, Any]]:

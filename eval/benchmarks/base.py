@@ -64,6 +64,8 @@ class Row:
     values: Mapping[str, float] = field(default_factory=dict)
     error: str = ""  # the file and what is wrong with it
     cluster: str = ""  # as a task's, of rows without a clip; empty: the key
+    # To be watched, of rows without a clip: (T, H, W, 3) uint8 by name, kept beside the row for `Benchmark.page`.
+    clips: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, sample: Sample, values: Mapping[str, float] | None = None, *, error: str = "") -> "Row":
@@ -190,6 +192,14 @@ class Benchmark(ABC):
         are kept, which need not come again.
         """
         raise NotImplementedError
+
+    def page(self, folder: Path, scores: Sequence[Mapping[str, Any]], clips: Mapping[str, Path]) -> Path | None:
+        """Write a page of its own into `folder`, beside the report's; None where it has none.
+
+        scores: the benchmark's lines of scores.jsonl. clips: of each model the folder below `folder` with its rows'
+        clips: `<key>-<name>.mp4`, and `<key>.json`, written after them, with the number of frames by name.
+        """
+        return None
 
     def derive(self, means: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`figures` from the columns' means, (R,) each: one per replicate. By default the columns themselves."""

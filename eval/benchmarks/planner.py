@@ -6,10 +6,14 @@ the shipped one or trained once on demonstrations, and shared by all models, dec
 solved by the environment's own flag. All models get the same initial states, instructions and noise at each look, so
 they are compared in pairs. What is reachable: `eval.experiments.planner.bounds`, from the same states.
 
+Of the first episodes of each task clips are kept (SHOWN): what was imagined, at each look the frames whose actions were
+executed; what the simulator showed at the same moments; and what the expert does from the same initial state. The page
+episodes.html plays them side by side.
+
 The inverse dynamics model sees true frames in training and decoded ones here, as any planner's does.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +22,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.benchmarks import planner_page
 from eval.benchmarks.base import Benchmark, Requirement, Row
 from eval.benchmarks.robots import simulator
 from eval.robots.demonstrations import Listed, check_video
-from eval.robots.episodes import processes
+from eval.robots.episodes import EpisodeProcess, processes
 from eval.robots.inverse_dynamics import MOMENTS, Settings
-from eval.robots.planning import DECODED, HORIZON, SHIPPED, Look, imagining, initial_states, inverse_dynamics, play
+from eval.robots.planning import (
+    DECODED,
+    EXPERT,
+    HORIZON,
+    SHIPPED,
+    Film,
+    Look,
+    horizon_of,
+    imagining,
+    initial_states,
+    inverse_dynamics,
+    play,
+)
 from eval.robots.tasks import TASKS
 from train.backbones.base import Backbone, Conditioning
-from train.clips import from_pixels, to_pixels
+from train.clips import VideoConfig, from_pixels, to_pixels
 from train.files import seed_of, sha256
 from train.sampling import sample_clips
 
 CLIPS, STEPS = 100, 500  # of each task: demonstrations and training steps of the inverse dynamics model
 SEED = 0  # of states, noise and training
+SHOWN = 2  # episodes of each task of which clips are kept
 
 
 @dataclass
@@ -87,9 +105,14 @@ class Planner(Benchmark):
         with processes(self.together) as simulators, tqdm(total=len(states), desc=self.name, unit="episode") as bar:
             for batch in batches:
                 if not done.issuperset(map(key_of, batch)):
-                    for one, outcome in zip(batch, play(batch, planner, video, simulators), strict=True):
+                    films = {one: Film() for one in batch if one.index < SHOWN and key_of(one) not in done}
+                    outcomes = play(batch, planner, video, simulators, films)
+                    ended = [one for one, outcome in zip(batch, outcomes, strict=True) if isinstance(outcome, bool)]
+                    clips = with_expert({one: films[one] for one in ended if one in films}, video, simulators)
+                    for one, outcome in zip(batch, outcomes, strict=True):
                         if isinstance(outcome, bool):
-                            yield Row(key_of(one), SEED, {"success": outcome, one.task: outcome})
+                            values = {"success": outcome, one.task: outcome}
+                            yield Row(key_of(one), SEED, values, clips=clips.get(one, {}))
                         else:
                             yield Row(key_of(one), SEED, error=f"{one.name}: the simulator failed: {outcome}")
                 bar.update(len(batch))
@@ -106,6 +129,27 @@ class Planner(Benchmark):
         seeds = [seed_of("planner", look.listed.name, look.step) for look in looks]
         latents = sample_clips(backbone, conditioning, seeds, video, self.sampler, **given)  # (B, C, F, H', W')
         return to_pixels(backbone.decode_latents(latents)).cpu().numpy()
+
+    def page(self, folder: Path, scores: Sequence[Mapping[str, Any]], clips: Mapping[str, Path]) -> Path:
+        shown = [one for one in initial_states(self.settings.tasks, self.settings.episodes, SEED) if one.index < SHOWN]
+        prompts = {key_of(one): one.prompt for one in shown}
+        path = folder / "episodes.html"
+        planner_page.write(path, prompts, scores, clips, self.model_video, horizon_of(self.model_video))
+        return path
+
+
+def with_expert(
+    films: Mapping[Listed, Film], video: VideoConfig, simulators: Sequence[EpisodeProcess]
+) -> dict[Listed, dict[str, np.ndarray]]:
+    """The clips of each film by name; `true` is what the expert does from the same state, until the task is solved."""
+    true = {one: Film() for one in films}
+    outcomes = play(list(true), EXPERT, video, simulators, true)
+    clips = {}
+    for (one, film), outcome in zip(films.items(), outcomes, strict=True):
+        clips[one] = {"imagined": np.stack(film.imagined), "executed": np.stack(film.executed)}
+        if isinstance(outcome, bool):
+            clips[one]["true"] = np.stack(true[one].executed)
+    return clips
 
 
 def key_of(one: Listed) -> str:

@@ -220,6 +220,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name, found in results["benchmarks"].items():
         lines += ["", f"## {name}", ""]
         lines += [f"**Left out or unfinished:** {found['problem']}", ""] if found["problem"] else []
+        lines += [f"Clips to watch: [{page}]({page})", ""] if (page := found.get("page")) else []
         for table in tables(results, name):
             lines += [f"### {table.title}", ""] + ([table.note, ""] if table.note else []) + [*rule(table), ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -9,7 +9,7 @@ All planners are compared from the same initial states; success is the environme
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,52 @@ class Look:
     actions: np.ndarray | None = None  # (n, 4) of that future: the expert's
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a look."""
+
+    actions: np.ndarray  # (n, 4) in [-1, 1]
+    imagined: np.ndarray | None = None  # (m + 1, H, W, 3) uint8, the current frame first, of planners that imagine
+
+
 Imagine = Callable[[Sequence[Look]], Iterable[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Planner:
-    """plan: of looks at several episodes the actions (n, 4) of each."""
+    """plan: of looks at several episodes the plan of each."""
 
-    plan: Callable[[Sequence[Look]], Sequence[np.ndarray]]
+    plan: Callable[[Sequence[Look]], Sequence[Plan]]
     future: bool = False  # whether looks hold the expert's true future
+
+
+EXPERT = Planner(lambda looks: [Plan(look.actions) for look in looks], future=True)
+
+
+@dataclass
+class Film:
+    """An episode to be watched: frames (H, W, 3) uint8 of what was imagined and of what its actions led to, of the same
+    moments. The first is the initial state; at success the last executed one is of that control step."""
+
+    imagined: list[np.ndarray] = field(default_factory=list)  # empty where the planner does not imagine
+    executed: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, look: Look, plan: Plan, frames: np.ndarray) -> None:
+        """frames (n, H, W, 3): what the simulator showed after this look."""
+        if plan.imagined is not None:
+            own = plan.imagined[1 if self.imagined else 0 : len(frames) + 1]
+            self.imagined.extend(own.copy())  # else all that was imagined at this look would stay in memory
+        self.executed.extend(frames if self.executed else [look.frames[0], *frames])
 
 
 def imagining(imagine: Imagine, model: InverseDynamics, skip: int, *, future: bool = False) -> Planner:
     """imagine: of looks the frames (n + 1, H, W, 3) uint8 of each, the current one first; DECODED of them are of use.
     skip: control steps between two frames."""
-    return Planner(lambda looks: [model.decode(frames).repeat(skip, axis=0) for frames in imagine(looks)], future)
+
+    def plan(looks: Sequence[Look]) -> list[Plan]:
+        return [Plan(model.decode(frames).repeat(skip, axis=0), frames) for frames in imagine(looks)]
+
+    return Planner(plan, future)
 
 
 def initial_states(tasks: Sequence[str], count: int, seed: int = 0) -> list[Listed]:
@@ -62,13 +93,18 @@ def initial_states(tasks: Sequence[str], count: int, seed: int = 0) -> list[List
 
 
 def play(
-    episodes: Sequence[Listed], planner: Planner, video: VideoConfig, simulators: Sequence[EpisodeProcess]
+    episodes: Sequence[Listed],
+    planner: Planner,
+    video: VideoConfig,
+    simulators: Sequence[EpisodeProcess],
+    films: Mapping[Listed, Film] | None = None,
 ) -> list[bool | SimulatorError]:
     """Whether each was solved at any moment, or how its simulator failed, which costs that episode alone.
 
-    They are played side by side, each in one of `simulators`; planned at once for all that are not over.
+    They are played side by side, each in one of `simulators`; planned at once for all that are not over. films: take in
+    the frames of some of the episodes; what happens in these is the same without.
     """
-    skip, horizon = check_video(video), min(HORIZON, video.num_frames - 1)  # of a shorter clip all frames
+    skip, horizon, films = check_video(video), horizon_of(video), films or {}
     outcomes: list[bool | SimulatorError] = [False] * len(episodes)
 
     def ask(command: str, given: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, np.ndarray]]:
@@ -94,14 +130,22 @@ def play(
         seen = ask(asked[0], dict.fromkeys(playing, asked[1]))
         looks = [Look(episodes[number], step, **arrays) for number, arrays in seen.items()]
         plans = planner.plan(looks) if looks else []
-        chosen = {
-            number: {"actions": actions[: min(horizon * skip, EPISODE - step)].tolist()}
-            for number, actions in zip(seen, plans, strict=True)
-        }
+        planned = {number: (look, plan) for number, look, plan in zip(seen, looks, plans, strict=True)}
+        chosen = {}
+        for number, (look, plan) in planned.items():
+            chosen[number] = {"actions": plan.actions[: min(horizon * skip, EPISODE - step)].tolist()}
+            chosen[number] |= {"every": skip} if look.listed in films else {}
         for number, answer in (done := ask("act", chosen)).items():
             outcomes[number] = bool(answer["success"])
+            if film := films.get(episodes[number]):
+                film.add(*planned[number], answer["frames"])
         playing = [number for number in done if not outcomes[number]]
     return outcomes
+
+
+def horizon_of(video: VideoConfig) -> int:
+    """Frames that are imagined and executed at a look; of a shorter clip all."""
+    return min(HORIZON, video.num_frames - 1)
 
 
 def inverse_dynamics(

@@ -52,10 +52,17 @@ class Episode:
                 frames.append(self._draw())
         return {"frames": np.stack(frames), "actions": np.stack(actions)}
 
-    def act(self, actions: list[list[float]]) -> dict[str, np.ndarray]:
+    def act(self, actions: list[list[float]], every: int = 0) -> dict[str, np.ndarray]:
         """success () bool: whether the task was solved at any moment of these control steps, (n, 4); the rest is not
-        executed then."""
-        return {"success": np.array(any(self.world.step(np.array(action))[1] for action in actions))}
+        executed then. every: also frames (m, H, W, 3) uint8, one after so many control steps and one of the last."""
+        frames, success = [], False
+        for number, action in enumerate(actions, start=1):
+            success = self.world.step(np.array(action))[1]
+            if every and (success or number % every == 0 or number == len(actions)):
+                frames.append(self._draw())
+            if success:
+                break
+        return {"success": np.array(success)} | ({"frames": np.stack(frames)} if frames else {})
 
     def _draw(self) -> np.ndarray:
         return self.camera.frame(*self.world.pose())

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from eval.robots import planning, recordings
 from eval.robots.demonstrations import Listed
 from eval.robots.episodes import EpisodeProcess
 from eval.robots.inverse_dynamics import InverseDynamics, Settings
-from eval.robots.planning import Look, Planner, imagining, initial_states, play
+from eval.robots.planning import EXPERT, Film, Look, Plan, Planner, imagining, initial_states, play
 from eval.robots.simulators import SimulatorError
 from eval.robots.world import World, load
 from train.clips import VideoConfig
@@ -30,16 +31,19 @@ for line in sys.stdin:
         task, place, acted = job["task"], 0.0, 0
         made = {"error": np.array("no such task")} if task == "refuse" else {}
     elif command == "act":
-        acted += 1
+        acted, frames = acted + 1, []
         if acted == 2 and task == "crash":
             os._exit(7)
         if acted == 2 and task == "hang":
             time.sleep(60)
-        success = False
-        for action in job["actions"]:
+        for number, action in enumerate(job["actions"], start=1):
             place += action[0]
-            success |= task.isdigit() and place >= int(task)
-        made = {"success": np.array(success)}
+            success = task.isdigit() and place >= int(task)
+            if "every" in job and (success or number % job["every"] == 0):
+                frames.append(np.full((8, 8, 3), place, dtype=np.uint8))
+            if success:
+                break
+        made = {"success": np.array(success)} | ({"frames": np.stack(frames)} if frames else {})
     else:
         future = int(place) + np.arange(job.get("count", 0) + 1)  # a brightness more a frame
         made = {"frames": np.broadcast_to(future[:, None, None, None], (len(future), 8, 8, 3)).astype(np.uint8)}
@@ -90,22 +94,42 @@ def test_right_actions_solve_the_task_within_the_episode(simulators):
     frozen = imagining(lambda looks: [look.frames.repeat(9, axis=0) for look in looks], StubInverseDynamics(), 4)
     assert play(episodes("20"), frozen, VIDEO, simulators) == [False]
     futures = imagining(lambda looks: [look.frames for look in looks], StubInverseDynamics(), 4, future=True)
-    expert = Planner(lambda looks: [look.actions for look in looks], future=True)
-    for planner in (futures, expert):
+    for planner in (futures, EXPERT):
         assert play(episodes("50", "51"), planner, VIDEO, simulators) == [True, False]
+
+
+def test_films_hold_the_same_moments_and_change_nothing(simulators):
+    """The model imagines 3 a frame, of which 1.5 happen; 13 are reached in 35 control steps: 8 frames and 3 steps."""
+
+    def imagine(looks):
+        return [look.frames + np.arange(0, 30, 3, dtype=np.uint8)[:, None, None, None] for look in looks]
+
+    class Half(StubInverseDynamics):
+        def decode(self, frames):
+            return super().decode(frames) / 2
+
+    played = shown, _, unsolved = episodes("13", "20", "255")
+    films, planner = {shown: Film(), unsolved: Film()}, imagining(imagine, Half(), 4)
+    assert play(played, planner, VIDEO, simulators, films) == [True, True, False]
+    assert play(played, planner, VIDEO, simulators) == [True, True, False]
+    imagined, executed = ([int(frame[0, 0, 0]) for frame in part] for part in vars(films[shown]).values())
+    assert imagined == [0, 3, 6, 9, 12, 15, 18, 21, 24, 12 + 3]
+    assert executed == [0, 1, 3, 4, 6, 7, 9, 10, 12, 13]
+    imagined, executed = vars(films[unsolved]).values()
+    assert len(imagined) == len(executed) == 1 + 200 // 4
+    assert imagined[-1].base.nbytes == 2 * 8 * 8 * 3  # of the last look's frames no more is kept than is shown
 
 
 @pytest.mark.slow
 def test_a_crash_a_hang_and_a_refusal_cost_one_episode_each(simulators):
-    expert = Planner(lambda looks: [look.actions for look in looks], future=True)
-    crash, hang, solved = play(episodes("crash", "hang", "20"), expert, VIDEO, simulators)
+    crash, hang, solved = play(episodes("crash", "hang", "20"), EXPERT, VIDEO, simulators)
     assert isinstance(crash, SimulatorError) and "status 7" in str(crash)
     assert isinstance(hang, SimulatorError) and "not done after 3 s" in str(hang)
     assert solved is True
-    refused, *others = play(episodes("refuse", "20", "51"), expert, VIDEO, simulators)
+    refused, *others = play(episodes("refuse", "20", "51"), EXPERT, VIDEO, simulators)
     assert str(refused) == "no such task" and others == [True, False]
-    assert play(episodes("20"), expert, VIDEO, simulators) == [True]
-    failed = play(episodes("refuse"), expert, VIDEO, simulators)  # nothing is left to plan for
+    assert play(episodes("20"), EXPERT, VIDEO, simulators) == [True]
+    failed = play(episodes("refuse"), EXPERT, VIDEO, simulators)  # nothing is left to plan for
     assert [str(error) for error in failed] == ["no such task"]
 
 
@@ -199,10 +223,12 @@ def test_the_expert_in_a_process_of_its_own():
     pytest.importorskip("metaworld")
     simulator, video = EpisodeProcess(), VideoConfig(height=32, width=32, num_frames=33, fps=20)
     try:
-        expert = Planner(lambda looks: [look.actions for look in looks], future=True)
-        still = Planner(lambda looks: [np.zeros((32, 4)) for _ in looks])
+        still = Planner(lambda looks: [Plan(np.zeros((32, 4))) for _ in looks])
         (state,) = initial_states(["reach"], 1)
-        assert play([state], expert, video, [simulator]) == [True]
+        film = Film()
+        assert play([state], EXPERT, video, [simulator], {state: film}) == [True]
         assert play([state], still, video, [simulator]) == [False]
+        changes = [np.abs(b.astype(int) - a).mean() for a, b in pairwise(film.executed)]
+        assert film.imagined == [] and len(film.executed) > 5 and min(changes[:5]) > 0
     finally:
         simulator.close()

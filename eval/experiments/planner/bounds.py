@@ -28,7 +28,17 @@ from eval.report.intervals import wilson
 from eval.robots.demonstrations import check_video
 from eval.robots.episodes import processes
 from eval.robots.inverse_dynamics import InverseDynamics, Settings
-from eval.robots.planning import DECODED, HORIZON, Planner, imagining, initial_states, inverse_dynamics, play
+from eval.robots.planning import (
+    DECODED,
+    EXPERT,
+    HORIZON,
+    Plan,
+    Planner,
+    imagining,
+    initial_states,
+    inverse_dynamics,
+    play,
+)
 from eval.robots.tasks import TASKS
 from train import entry
 from train.clips import VideoConfig
@@ -40,10 +50,10 @@ VIDEO = VideoConfig(height=96, width=96, num_frames=33, fps=20.0)
 def build_planners(model: InverseDynamics, skip: int) -> dict[str, Planner]:
     def random(looks):
         seeds = (seed_of("robots", "random", look.listed.name, look.step) for look in looks)
-        return [np.random.default_rng(seed).uniform(-1, 1, (HORIZON * skip, 4)) for seed in seeds]
+        return [Plan(np.random.default_rng(seed).uniform(-1, 1, (HORIZON * skip, 4))) for seed in seeds]
 
     return {
-        "expert": Planner(lambda looks: [look.actions for look in looks], future=True),
+        "expert": EXPERT,
         "futures": imagining(lambda looks: [look.frames for look in looks], model, skip, future=True),
         "frozen": imagining(lambda looks: [look.frames.repeat(DECODED, axis=0) for look in looks], model, skip),
         "random": Planner(random),

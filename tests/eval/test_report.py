@@ -42,6 +42,7 @@ def test_every_benchmark_has_a_report(name):
     }
     found |= {"lower_is_better": [*benchmark.lower_is_better], "compute": {}, "settings": {}}
     found |= {"published": [asdict(one) for one in benchmark.published], **summarise(benchmark, lines, "base")}
+    found |= {"page": "planner/episodes.html"} if name == "planner" else {}
     results = {"recipe": name, "date": "", "backbone": "", "lora": None, "seeds": [0], "benchmarks": {name: found}}
     results["compute"] = {"device": "CPU", "ranks": 1, "made_now": 0, "seconds": 1.0}
     results["settings"] = {"sampler": {"steps": 1, "guidance": 1.0, "shift": 3.0}}
@@ -51,6 +52,7 @@ def test_every_benchmark_has_a_report(name):
         and page.count("<svg") == 2
         and "http" not in page.partition("<svg")[2].partition("</svg>")[0]
     )
+    assert ('<a href="planner/episodes.html">' in page) == ("(planner/episodes.html)" in text) == (name == "planner")
     assert all(found["models"][model]["figures"][benchmark.figures[0]] for model in ("base", "tuned"))
     shown = [one for one in benchmark.published if set(one.values) & set(benchmark.figures)]
     assert page.count('<tr class="published">') == len(shown)

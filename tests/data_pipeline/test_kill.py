@@ -96,41 +96,43 @@ def results(output: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory) -> tuple[dict[str, bytes], float]:
-    """The results of a build that nothing disturbs, and its seconds."""
-    for output in (
-        tmp_path_factory.mktemp("first"),
-        tmp_path_factory.mktemp("whole"),
-    ):  # the first one waits for imports
-        started = time.monotonic()
-        process = start(arguments(inputs, output))
-        process.join(600)
-        assert process.exitcode == 0
-    return results(output), time.monotonic() - started
+def whole(inputs, tmp_path_factory) -> dict[str, bytes]:
+    """The results of a build that nothing disturbs."""
+    output = tmp_path_factory.mktemp("whole")
+    process = start(arguments(inputs, output))
+    process.join(600)
+    assert process.exitcode == 0
+    return results(output)
+
+
+def count_files(folder):
+    return sum(len(files) for *_, files in os.walk(folder))
 
 
 @pytest.mark.slow
 def test_a_build_killed_at_twenty_random_moments_gives_the_same_bytes(inputs, whole, tmp_path):
-    expected, seconds = whole
     chance = random.Random(0)
     kills = finished = 0
     progress = set()
     while kills < KILLS:
+        wanted = count_files(tmp_path) + chance.randint(0, 8)
         process = start(arguments(inputs, tmp_path / "out"))
-        process.join(chance.uniform(0.05, 0.5) * seconds)
+        while process.is_alive() and count_files(tmp_path) < wanted:
+            time.sleep(0.01)
+        process.join(chance.uniform(0, 0.3))  # some way into what comes next
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
-            progress.add(len([path for path in tmp_path.rglob("*") if path.is_file()]))
+            progress.add(count_files(tmp_path))
         else:  # done before its time: once more from the start
-            assert process.exitcode == 0 and results(tmp_path / "out") == expected
+            assert process.exitcode == 0 and results(tmp_path / "out") == whole
             finished += 1
             (tmp_path / "out").rename(tmp_path / f"finished-{finished}")
     process = start(arguments(inputs, tmp_path / "out"))
     process.join(600)
     assert process.exitcode == 0
-    assert results(tmp_path / "out") == expected
+    assert results(tmp_path / "out") == whole
     assert verify(tmp_path / "out" / "groups") == []
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert len(progress) > 5  # the kills fell into many different moments
@@ -142,7 +144,7 @@ def test_of_two_builds_at_once_one_is_refused_and_nothing_is_damaged(inputs, who
     for process in both:
         process.join(600)
     assert sorted(process.exitcode for process in both) in ([0, 1], [0, 0])  # or the second began afterwards
-    assert results(tmp_path / "out") == whole[0]
+    assert results(tmp_path / "out") == whole
 
 
 def launch(processes: int, argv: list[str]) -> subprocess.Popen:
@@ -173,7 +175,7 @@ def test_two_ranks_killed_and_three_that_continue(inputs, whole, tmp_path):
         if run.poll() is None:
             kill_all(run)
     assert run.returncode == 0, errors
-    assert results(tmp_path / "out") == whole[0]
+    assert results(tmp_path / "out") == whole
 
 
 def kill_all(launcher: subprocess.Popen) -> None:
@@ -201,7 +203,7 @@ def test_tasks_of_an_array_give_the_same_bytes(inputs, whole, tmp_path):
     last = start(arguments(inputs, tmp_path / "out"))  # finds everything done, and writes the index
     last.join(600)
     assert last.exitcode == 0
-    assert results(tmp_path / "out") == whole[0]
+    assert results(tmp_path / "out") == whole
 
 
 if __name__ == "__main__":

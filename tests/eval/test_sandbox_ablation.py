@@ -357,6 +357,7 @@ def test_builds_and_evaluations_accept_their_arguments(on_gpu, capsys):
     assert capsys.readouterr().err == ""  # no key that a command ignores
 
 
+@pytest.mark.slow
 def test_rows_differ_in_training_alone():
     """So that the builds and evaluations above stand for those of every row."""
     for row in (*ROWS.values(), *PHYSICS.values(), *LOSERS.values(), *TRANSFER.values()):
@@ -366,6 +367,7 @@ def test_rows_differ_in_training_alone():
         assert row.groups in GROUPS
 
 
+@pytest.mark.slow
 def test_every_trainer_accepts_its_arguments(capsys):
     for row in [row for suite in (ROWS, PHYSICS, LOSERS, TRANSFER) for row in suite.values() if row.trainer]:
         arguments = planned().train_arguments(row, 3)

@@ -163,6 +163,7 @@ def test_the_pool_holds_no_held_out_prompt():
     assert torch.equal(SANDBOX.make_pool(9, 0, "cpu", Path()), clips.frames[kept[:9]])
 
 
+@pytest.mark.slow
 def test_train_write_load_and_report(tmp_path, capsys, monkeypatch):
     pool = simulate("mixed", 4, torch.Generator().manual_seed(0)).frames
     short = replace(SANDBOX, kinds=((8, 0), (8, 4)), make_pool=lambda count, seed, device, folder: pool[:count])
@@ -214,6 +215,7 @@ def test_the_shipped_model_loads_whole_and_is_small():
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 2_500_000
 
 
+@pytest.mark.slow
 @needs_weights
 @pytest.mark.parametrize("kind", ["teleport", "momentum"])
 def test_the_shipped_model_knows_physics(kind):

@@ -244,6 +244,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_training_on_a_full_disk_stops_and_goes_on_where_there_is_space(tiny, tmp_path, small_disk):
     """Checkpoints of 0.3 MiB, three kept and one being written, on a disk of 1 MiB; ENOSPC is the kernel's."""
     run = ("optim.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=3")

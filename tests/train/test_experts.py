@@ -202,6 +202,7 @@ def test_fused_blocks_of_both_give_what_eager_ones_do(two, tmp_path, short_turns
     assert_close_metrics(two.metrics(tmp_path / "fused"), two.metrics(tmp_path / "eager"), 5e-4)
 
 
+@pytest.mark.slow
 def test_the_student_is_drawn_by_the_expert_that_serves_its_level(two, tmp_path, short_turns):
     two.train(tmp_path, *BOTH, *TERMS, "optim.steps=3")
     inspect_targets.main(two.arguments(tmp_path, *BOTH, *TERMS, f"inspect.checkpoint={tmp_path}/train"))
@@ -218,6 +219,7 @@ def test_a_reference_cache_is_read_by_the_next_run(two, tmp_path, short_turns, c
     assert settings["boundary"] == 0.875 and settings["expert_steps"] == 1
 
 
+@pytest.mark.slow
 def test_clips_are_made_by_both_while_both_train(two, tmp_path, short_turns):
     """Made between steps 2 and 3, each by both; step 3 goes on as if nothing had been."""
     clips = ("validation.prompts=[a ball]", "validation.every=2", "sampler.steps=2", "sampler.shift=7")

@@ -190,6 +190,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_dies(tiny, tmp_pa
     assert not list((tmp_path / "train").rglob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_clips_of_a_validation_that_was_killed_are_made_on_resume(tiny, tmp_path):
     clips = ("validation.prompts=[a ball]", "validation.every=2", "sampler.steps=1", "video.fps=8")
     run = ("optim.batch_size=1", "train.checkpoint_every=1", *clips)

@@ -68,9 +68,9 @@ def locked(size: int, device: torch.device, *, together: bool = False) -> Tensor
 
 def _private(size: int) -> Tensor:
     """Memory of this process alone."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
 
 
 def _shared(size: int) -> Tensor:

@@ -258,6 +258,11 @@ def check_clips(config: Any, groups: GroupSet, architecture: dict[str, Any]) -> 
     """ValueError for groups of clips of another size, or with other given frames, than the recipe says."""
     video, frames = config.video, config.backbone.prefix_frames
     expected = latent_shape(architecture, video.height, video.width, video.num_frames)
+    if groups.latent_shape[0] != expected[0]:
+        raise ValueError(
+            f"the groups in {config.train.groups} hold latents of {groups.latent_shape[0]} channels, those of"
+            f" backbone.family={config.backbone.family} have {expected[0]}: they are another VAE's, build them again"
+        )
     if groups.latent_shape != tuple(expected):
         raise ValueError(
             f"the groups in {config.train.groups} hold latents of shape {groups.latent_shape}, the recipe's video"

@@ -1,6 +1,7 @@
 """`--dry-run`: the numbers that follow from a recipe, printed without loading any weights."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from train.backbones import BACKBONES, DTYPES, base_loras, find_architecture
@@ -108,6 +109,8 @@ def find_groups(config: Any) -> tuple[str, int]:
     try:
         groups = GroupSet(config.train.groups)
     except ValueError as error:
+        if (Path(config.train.groups) / "index.json").is_file():  # damaged
+            raise
         return f"none yet: {error}", 0
     check_clips(config, groups, find_architecture(config.backbone))
     epochs = config.optim.steps * config.optim.batch_size / len(groups)

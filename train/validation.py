@@ -36,7 +36,7 @@ def check(config: Any) -> None:
     """ValueError, before weights are read, where pictures and prompts do not go together."""
     family, frames, video = BACKBONES.get(config.backbone.family), config.backbone.prefix_frames, config.video
     config = config.validation
-    if config.images and family is not None:
+    if family is not None and (config.images or config.prompts and frames > 1):
         family.check_prefix(frames, "backbone.prefix_frames", video.num_frames)
     if config.prompts and not config.images and frames > 1:
         raise ValueError(

@@ -55,8 +55,9 @@ class Settings:
 class Checkpoint:
     """Where a training stands, in one file, which is gone once the training is done. SIGTERM asks to save and stop."""
 
-    def __init__(self, path: Path, settings: Settings):
-        self.path, self.settings, self.stopping = path, vars(settings), False
+    def __init__(self, path: Path, settings: Settings, **more: str):
+        """more: what the training depends on besides."""
+        self.path, self.settings, self.stopping = path, vars(settings) | more, False
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_) -> None:

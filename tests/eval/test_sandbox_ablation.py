@@ -504,3 +504,9 @@ def test_corrupted_losers_are_the_winners_frames_in_another_order(tmp_path):
             assert torch.equal(loser[:, 0], one.winner[:, 0]) and not torch.equal(loser, one.winner)
             order = [int((one.winner == loser[:, [f]]).all(dim=(0, 2, 3)).nonzero()) for f in range(5)]
             assert sorted(order) == [0, 1, 2, 3, 4]
+
+
+def test_a_row_without_the_one_that_it_starts_from_is_refused(tmp_path):
+    own = ["--folder", str(tmp_path), "--suite", "starts", "--seeds", "0"]
+    with pytest.raises(ValueError, match="--rows sft_start needs sft_half, unfinished for seed 0: name it as well"):
+        ablation.main([*own, "--rows", "base,sft_start"])

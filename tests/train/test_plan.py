@@ -234,6 +234,12 @@ def test_built_groups_are_counted(tmp_path):
     config.video.height = 128
     with pytest.raises(ValueError, match="hold latents of shape .16, 5, 8, 8., the recipe's video section gives"):
         lines_of(config)
+    config.backbone.family = "wan22_ti2v"
+    with pytest.raises(ValueError, match="hold latents of 16 channels, those of backbone.family=wan22_ti2v have 12"):
+        lines_of(config)
+    (folder / "index.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="index.json"):
+        lines_of(config)
 
 
 @pytest.mark.parametrize("entry", [gdpo, sft])

@@ -196,6 +196,8 @@ def test_a_prefix_that_is_the_whole_clip_or_of_no_group_is_refused(backbone, fra
         gdpo.check(recipes.load(gdpo.Config, [*whole[:3], "validation.images=[a.mp4]"]))
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: no clip of validation.prompts begins with one"):
         gdpo.check(recipes.load(gdpo.Config, arguments))
+    with pytest.raises(ValueError, match="backbone.prefix_frames=5: Wan21 takes one frame at most"):
+        gdpo.check(recipes.load(gdpo.Config, ["recipe=tiny", "backbone.prefix_frames=5"]))
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: no prompt has a clip to continue"):
         generate.main([*arguments, "dry_run=true"])
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: Wan21 takes one frame at most"):

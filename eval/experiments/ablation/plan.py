@@ -138,12 +138,17 @@ class Plan:
     def _search(self, row: Row) -> tuple[str, ...]:
         return (*self.world.search, f"search.chosen_by={row.search}") if row.search else ()
 
+    def _world_model_digest(self) -> str:
+        """Of its weights, which may have been laid there; "" before they are."""
+        weights = self.world_model / "model.safetensors"
+        return sha256(weights) if weights.exists() else ""
+
     def digests(self, row: Row, seed: int) -> dict[str, str]:
         """Of everything that determines the run, but not of how fast it goes on a device: `training` of what comes
         before the evaluation, `settings` of all, and `groups` of the group set's index, "" where there is none."""
         if row.search:
             source = self.digests(self.trained(row), seed)
-            return source | {"settings": digest([source["settings"], self._search(row)])}
+            return source | {"settings": digest([source["settings"], self._search(row), self._world_model_digest()])}
         sections = read_recipe([*self.overrides, *row.overrides, *row.base], self.world)
         # Results of earlier versions have these sections below `pipeline`, and so have all digests.
         moved = ("vlm", "judge", "raters", "targets")
@@ -157,7 +162,7 @@ class Plan:
         if row.start:
             kind.append(self.digests(self.content.rows[row.start], seed)["training"])
         if self.world.world_model:
-            kind.append(self.world.world_model)
+            kind.append([*self.world.world_model, self._world_model_digest()])
         training = digest([kind, settings("data_pipeline.build", row.trainer)]) if row.trainer else ""
         measured = [training, settings("eval.run"), seed, self.clips, self.model]
         if self.world.given:

@@ -45,7 +45,7 @@ import numpy as np
 from eval.experiments.ablation.plan import Plan, check_overrides, make_suite, read_recipe
 from eval.experiments.ablation.report import draw, draw_passes, table
 from eval.experiments.ablation.rows import SUITES, paper_figures
-from eval.experiments.ablation.runner import Processes, Run, run_all
+from eval.experiments.ablation.runner import OutOfTime, Processes, Run, run_all
 from eval.experiments.ablation.suite import Column, Row, World
 from eval.experiments.processes import GRACE
 from eval.experiments.search.report import estimate
@@ -221,14 +221,19 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
         if unknown := [name for name in options.rows if name not in rows]:
             raise ValueError(f"--rows {','.join(unknown)}: not known; known: {', '.join(rows)}")
         chosen = [row for name, row in rows.items() if not options.rows or name in options.rows]
+        for row in (row for row in chosen if row.start and rows[row.start] not in chosen):
+            if missing := [seed for seed in plan.seeds if plan.result(rows[row.start], seed) is None]:
+                raise ValueError(
+                    f"--rows {row.name} needs {row.start}, unfinished for seed {missing[0]}: name it as well"
+                )
         seconds = options.minutes and began + 60 * options.minutes - GRACE - time.monotonic()
         try:
             failed = run_all(plan, chosen, run or processes.run, processes.stop, options.jobs, seconds)
         except KeyboardInterrupt:
             print("stopped; run the same command to continue", file=sys.stderr)
             return 130
-        except TimeoutError:
-            failed, minutes = {}, (time.monotonic() - began) / 60
+        except OutOfTime as over:
+            failed, minutes = over.failed, (time.monotonic() - began) / 60
             stopped = f"stopped after {minutes:.1f} min; run the same command to continue"
         results = collect(plan, f"python -m eval.experiments.ablation.run {shlex.join(arguments)}")
         place = plan.folder / "ablation.json"

@@ -27,6 +27,14 @@ class StepFailed(RuntimeError):
     """A command failed; the message ends with the tail of its log."""
 
 
+class OutOfTime(TimeoutError):
+    """The time was over before all was done; `failed` as `run_all` returns it."""
+
+    def __init__(self, failed: dict[str, str]):
+        super().__init__("the time is over")
+        self.failed = failed
+
+
 Run = Callable[[str, list[str], Path], None]  # module, arguments, log file; raises StepFailed
 
 
@@ -67,7 +75,7 @@ class Processes:
 def run_all(
     plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None], jobs: int, seconds: float | None = None
 ) -> dict[str, str]:
-    """Run what is not finished, `jobs` at a time; returns what failed, by name, and why. TimeoutError where `seconds`
+    """Run what is not finished, `jobs` at a time; returns what failed, by name, and why. OutOfTime where `seconds`
     are over before; what runs then is asked to stop."""
     runs = [(row, seed) for seed in plan.seeds for row in rows]
     todo = [pair for pair in runs if plan.result(*pair) is None]
@@ -109,9 +117,11 @@ def run_all(
                     progress.write(f"{names[future]} failed: {failed[names[future]]}")
                 if future not in (*builds.values(), *needed):
                     progress.update()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             stop()
+            if isinstance(error, TimeoutError):
+                raise OutOfTime(failed) from error
             raise
     return failed
 

@@ -68,7 +68,7 @@ def train_world_model(
     device, started = torch.device(device), time.monotonic()
     pool = source.make_pool(settings.pool, settings.seed, device, recordings)
     print(f"{len(pool)} clips simulated or read in {time.monotonic() - started:.1f} s", flush=True)
-    checkpoint = Checkpoint(output / CHECKPOINT, settings)
+    checkpoint = Checkpoint(output / CHECKPOINT, settings, clips=str(source.video))
     started = time.monotonic()
     trainer = Trainer(settings, device, source)
     choices, draws = random.Random(settings.seed), torch.Generator(device).manual_seed(settings.seed)

@@ -481,9 +481,13 @@ def test_an_interrupt_stops_the_tool_and_leaves_nothing_behind(installation, tmp
         wait_for((installation.weights / "said-0").exists)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        installation.build(videophy2)(make_clips(1), prompts_for(1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            installation.build(videophy2)(make_clips(1), prompts_for(1))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list((tmp_path / "work").iterdir())
     wait_for(lambda: not running_below(installation.checkout))
 

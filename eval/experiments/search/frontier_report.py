@@ -72,11 +72,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         error = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
         label = None if what in seen else what
         axes.errorbar(row["cost"], gain["mean"], yerr=error, fmt="o", color=COLOURS[what], label=label, capsize=2)
-        early, short = (
-            "before the end" in name,
-            name.replace(" before the end", " early").replace("by one pass", "1 pass"),
-        )
-        offset, side = ((-5, 4), "right") if early else ((5, 4), "left")  # else over the next row's
+        short = name.replace(" before the end", " early").replace("by one pass", "1 pass")
+        offset, side = ((-5, 4), "right") if short.endswith(" early") else ((5, 4), "left")  # else over the next row's
         axes.annotate(short, (row["cost"], gain["mean"]), offset, textcoords="offset points", fontsize=7, ha=side)
         seen.add(what)
     costs = [row["cost"] for row in results["rows"].values()]

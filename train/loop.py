@@ -99,7 +99,8 @@ def fit(
         check_groups(config, groups)
         policy, engines = attach(config, accelerator, backbone, groups, keep_reference=keep_reference)
         clips, passes = config.objective.clips_per_group(groups.num_losers(0)), accumulation_steps(config, world)
-        prepare_networks(config, policy, gradients=gradient_sets(config, clips, passes))
+        if reason := prepare_networks(config, policy, gradients=gradient_sets(config, clips, passes)):
+            accelerator.print(f"blocks are not fused, and keep to no memory budget: {reason}")
         rates = {"heads": policy.all_heads(), "head_lr": config.physics.head_lr}
         optimizer = build_optimizer(config.optim, policy.switch.parameters(), **rates)
         run = resume.Checkpoint(config, policy, optimizer, groups, accelerator)
@@ -204,10 +205,10 @@ def attach(
     return policy, engines
 
 
-def prepare_networks(config: Any, policy: Policy, *, gradients: int) -> None:
+def prepare_networks(config: Any, policy: Policy, *, gradients: int) -> str:
     """`prepare_network` for all that train."""
     first, *others = policy.networks()
-    prepare_network(first, policy.switch, config, gradients=gradients, others=others)
+    return prepare_network(first, policy.switch, config, gradients=gradients, others=others)
 
 
 def check_intervals(config: Any) -> None:

@@ -16,10 +16,11 @@ first iterate, stay as they are. `gradient` says how:
     spsa            no backward pass: simultaneous perturbation (Spall 1992), a score on either side of the parameters,
                     g = (L(p + c d) - L(p - c d)) / 2c d, with d = +1 or -1 in each of the 2 C places, drawn anew
 
-Every sampling step and every pass of the score is checkpointed: the backward pass holds the activations of one network
-pass, whatever the number of steps, levels and draws. (To hold those of one block only, turn on the transformer's own
-gradient checkpointing as well.) All weights are taken as they stand, an attached LoRA included, and must not be
-switched in between. Clips of a batch do not influence each other: clipping is by each clip's own gradient norm.
+Every sampling step and every pass of the score but the last one, whose backward pass comes first, is checkpointed: the
+activations of one network pass are held, whatever the number of steps, levels and draws. (To hold those of one block
+only, turn on the transformer's own gradient checkpointing as well.) All weights are taken as they stand, an attached
+LoRA included, and must not be switched in between. Clips of a batch do not influence each other: clipping is by each
+clip's own gradient norm.
 
 Levels count alike, without weights of their variance: the paper refines distilled generators, for which it leaves them
 out (appendix A.4).
@@ -31,6 +32,7 @@ step to the next.
 Shapes: B clips, C latent channels, F latent frames, H W latent rows and columns.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,11 +122,10 @@ class SelfScore:
 
     def __call__(self, latents: Tensor, update: int = 0) -> Tensor:
         config = self.config
-        errors = [
-            [checkpoint(self.errors, latents, level, draw, update, **ANEW) for draw in range(config.draws)]
-            for level in range(config.levels)
-        ]
-        stacked = torch.stack([torch.stack(draws, dim=-1) for draws in errors], dim=-2)  # (2,B,levels,draws)
+        *others, last = itertools.product(range(config.levels), range(config.draws))
+        errors = [checkpoint(self.errors, latents, *one, update, **ANEW) for one in others]
+        errors = torch.stack([*errors, self.errors(latents, *last, update)], dim=-1)  # (2,B,levels*draws)
+        stacked = errors.unflatten(-1, (config.levels, config.draws))
         return hybrid(*(aggregate(part, weighting=WEIGHTING) for part in stacked), mixing=MIXING)
 
     def errors(self, latents: Tensor, level: int, draw: int, update: int = 0) -> Tensor:

@@ -45,11 +45,11 @@ def test_every_family_is_measured_beside_plain_code(tmp_path, family):
 
 @pytest.mark.slow
 def test_what_fits_is_measured_card_by_card(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "CARDS", (0, 1))
+    monkeypatch.setattr(benchmark, "CARDS", (0, 3))
     own = ("backbone.compile=true", "benchmark.parts=[ours,fits]", "benchmark.repeats=1", "self_score.strength=1")
     none, some = benchmark.main(["recipe=tiny", f"output={tmp_path}", *own])["fits"].values()
-    assert none == {} and some["seconds"] > 0 and some["budget_gib"] == 15 / 16 > some["planned_gib"]
-    assert some["arguments"] == "backbone.stream=false train.memory_budget_gib=0.9375"
+    assert none == {} and some["seconds"] > 0 and some["cap_gib"] == 45 / 16 > some["planned_gib"]
+    assert some["arguments"] == "backbone.stream=false train.memory_budget_gib=1.3125"
 
 
 def test_unknown_part_is_refused():

@@ -134,6 +134,7 @@ def test_networks_take_turns_on_the_device(two):
     config = BackboneConfig(family="wan22_t2v", path=str(two.model), dtype="float32", text_length=64, expert="both")
     whole = load_backbone(config, "cpu", parts=("transformer",))
     parked = load_backbone(config, "cpu", parts=("transformer",), host=True)
+    assert parked.host.here == "high_noise"  # what fuses blocks sees the kernels of the device
     latents, text = torch.randn(1, *LATENT_SHAPE), torch.randn(1, 64, TEXT_SHAPE[1])
     for t in (0.9, 0.5, 0.1, 1.0):
         args = latents, t, Conditioning(text)

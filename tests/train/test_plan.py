@@ -151,12 +151,14 @@ def test_what_fits_where(monkeypatch, capsys):
     what_fits.main(["recipe=wan14b", "train.offload_gib=13"])
     _, small, large = capsys.readouterr().out.splitlines()
     assert small.startswith(" 24 GB  does not fit, with train.offload_gib=13: 2")  # two passes wait for the self-score
-    assert large.startswith(" 80 GB  backbone.stream=false train.memory_budget_gib=75: 7")
+    assert large.startswith(" 80 GB  backbone.stream=false train.memory_budget_gib=73.5: 7")
     monkeypatch.setattr(what_fits, "CARDS", (24,))
     what_fits.main(["recipe=wan14b", "train.offload_gib=13", "self_score.strength=0"])
-    assert "24 GB  backbone.stream=true train.memory_budget_gib=22.5: 22." in capsys.readouterr().out
-    with pytest.raises(ValueError, match="only compiled blocks with LoRA keep to a memory budget"):
-        what_fits.main(["recipe=wan14b", "backbone.compile=false"])
+    assert "24 GB  backbone.stream=true train.memory_budget_gib=21: 2" in capsys.readouterr().out
+    for recipe in (["recipe=wan14b", "backbone.compile=false"], ["recipe=hunyuan15", "backbone.compile=true"]):
+        with pytest.raises(ValueError, match="only compiled blocks with LoRA, of a family that has fused ones"):
+            what_fits.main(recipe)
+    assert "blocks" not in lines_of(config_of("hunyuan15", "backbone.compile=true", "train.memory_budget_gib=75"))
 
 
 def test_every_wan_recipe_divides_over_two_and_four_nodes_of_eight_with_one_group_a_rank():

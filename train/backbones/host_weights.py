@@ -27,7 +27,9 @@ class HostWeights:
             size = count * sum(weight.nbytes for weight in network.parameters())
             network.locked_bytes = reserve("backbone.expert=both", size, local_processes())
             self.networks[name], self.host[name] = network, self._move(network, device)
-        self.device = [torch.empty_like(weight, device=device) for weight in next(iter(self.host.values()))]
+        first = next(iter(self.networks))
+        self.device = [torch.empty_like(weight, device=device) for weight in self.host[first]]
+        self.bring(first)
 
     def _move(self, network: nn.Module, device: torch.device) -> list[Tensor]:
         """Put the network's weights into one piece of memory, and its buffers on the device."""

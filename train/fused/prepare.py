@@ -16,10 +16,11 @@ from train.fused.offload import HostStore, affordable
 
 def prepare_network(
     network: nn.Module, switch: Any, config: Any, *, gradients: int = 2, others: Sequence[nn.Module] = ()
-) -> None:
+) -> str:
     """Switch on activation checkpointing and compilation, as a recipe's train section and backbone.compile say.
     `switch` holds what trains (`train.policy.Reference`), `gradients` counts the sets of the adapters' gradients that a
     step holds at once, for the memory plan. `others` are networks of the same architecture that train in other steps.
+    Returns why blocks are not fused where backbone.compile asks for it, else "".
 
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """
@@ -38,7 +39,7 @@ def prepare_network(
             float8.check(device)
         store = HostStore(int(config.offload_gib * memory.GIB), device) if config.offload_gib else None
         fuse_blocks(network, switch, plan, store=store, float8=config.float8, others=others)
-        return
+        return ""
     if config.float8:
         raise ValueError(f"train.float8 needs compiled blocks with LoRA, but {reason}: set it to false")
     if compiled:
@@ -53,3 +54,4 @@ def prepare_network(
         # per mode.
         for block in kind_of(one).blocks_of(one) if compiled else ():
             block.forward = torch.compile(block.forward, dynamic=False)
+    return reason if compiled else ""

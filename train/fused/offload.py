@@ -33,22 +33,23 @@ def affordable(gib: float, taken: int = 0) -> float:
 
 
 class HostStore:
-    """Page-locked host memory of at most `capacity` bytes, for tensors of one GPU; regions are used again."""
+    """Page-locked host memory of at most `capacity` bytes, for tensors of one GPU; what was given back is used again,
+    for tensors of any size: passes of one step keep different things."""
 
     def __init__(self, capacity: int, device: torch.device):
         self.copier = Copier(device)
         self.memory = locked(capacity, device)
-        self.free: dict[int, list[int]] = {}  # offsets by size
-        self.used = 0
+        self.free = [(0, self.memory.numel())]  # (start, end) of what is free, in order, with something between any two
         self.last: weakref.ref[Parcel] | None = None
 
     def send(self, tensors: list[Tensor]) -> "Parcel | None":
-        """Start the copy to the host; None where the memory is used up."""
+        """Start the copy to the host; None, with a warning, where the memory is used up."""
         regions = []
         for tensor in tensors:
             region = self._take(tensor.nbytes)
             if region is None:
                 self._give_back(regions)
+                warnings.warn("train.offload_gib is used up: blocks keep the rest on the device", stacklevel=2)
                 return None
             regions.append(region)
         if (newest := self.newest()) is not None:
@@ -62,18 +63,21 @@ class HostStore:
         return self.last() if self.last is not None else None
 
     def _take(self, size: int) -> tuple[int, int] | None:
-        """(offset, rounded size) of a free region."""
+        """(start, end) of the first free region of at least `size` bytes, cut to it."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        if self.free.get(size):
-            return self.free[size].pop(), size
-        if self.used + size > self.memory.numel():
-            return None
-        self.used += size
-        return self.used - size, size
+        for index, (start, end) in enumerate(self.free):
+            if start + size <= end:
+                self.free[index : index + 1] = [(start + size, end)] if start + size < end else []
+                return start, start + size
+        return None
 
     def _give_back(self, regions: list[tuple[int, int]]) -> None:
-        for offset, size in regions:
-            self.free.setdefault(size, []).append(offset)
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted([*self.free, *regions]):
+            if merged and merged[-1][1] == start:
+                start = merged.pop()[0]
+            merged.append((start, end))
+        self.free = merged
 
 
 class Parcel:
@@ -89,8 +93,8 @@ class Parcel:
     def _regions(self, tensors: list[Tensor]) -> list[Tensor]:
         """The regions as tensors laid out as `tensors` are, so that each copy is one piece."""
         flat = [
-            self.store.memory[offset : offset + tensor.nbytes].view(tensor.dtype)
-            for tensor, (offset, _) in zip(tensors, self.regions, strict=True)
+            self.store.memory[start : start + tensor.nbytes].view(tensor.dtype)
+            for tensor, (start, _) in zip(tensors, self.regions, strict=True)
         ]
         return [part.as_strided(like.shape, like.stride()) for part, like in zip(flat, tensors, strict=True)]
 

@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
     parser.add_argument("--suite", choices=SUITES, default="preference", help="which rows")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="a,b,...; default: all")
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--seeds", type=lambda text: [*map(int, text.split(","))], default=[0, 1, 2], help="a,b,...")
     parser.add_argument("--clips", type=int, help="held-out prompts per seed; default: 512 scenes, or 128 of robots")
     parser.add_argument("--episodes", type=int, default=20, help="of each task, where there is a planner")
     parser.add_argument("--minutes", type=float, help="stop after so many, to continue later")

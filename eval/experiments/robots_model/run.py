@@ -173,7 +173,7 @@ def collect(folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="of all steps; one that was begun is continued")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to continue later")
     parser.add_argument("--small", action="store_true", help="hardly anything, to see that all parts fit")
     parser.add_argument("--clips", type=int, default=0, help="demonstrations that the DiT learns from; 0: as usual")

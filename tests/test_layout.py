@@ -175,9 +175,7 @@ def test_every_option_of_a_command_is_described():
     calls = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
     options = [(name, call) for name, call in calls if ast.unparse(call.func).endswith(".add_argument")]
     assert len(options) > 60  # else they are made in another way
-    bare = [
-        f"{name}: {ast.unparse(call.args)}" for name, call in options if "help" not in {k.arg for k in call.keywords}
-    ]
+    bare = [f"{name}: {ast.unparse(call)}" for name, call in options if "help" not in {k.arg for k in call.keywords}]
     assert not bare
 
 

@@ -1,5 +1,6 @@
 """The robots benchmark with stand-ins for the simulator: tasks, true clips, distances from them, what is missing."""
 
+import os
 import sys
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from eval.benchmarks.base import Sample
 from eval.benchmarks.robots import Robots, RobotsConfig
-from eval.robots import simulators
+from eval.robots import simulators, world
 from eval.sandbox.world import COLOURS
 from train.clips import VideoConfig, read_clip, write_clip
 
@@ -62,6 +63,18 @@ def test_a_model_is_shown_the_first_frame_and_measured_against_the_future(benchm
     assert torch.equal(read_clip(truths[0].path, VIDEO), torch.from_numpy(picture(colour)))
     (row,) = benchmark.score([Sample(tasks[0], 1, tmp_path / "none.mp4")], tmp_path / "scoring")
     assert "missing" in row.error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MuJoCo draws with what the system has")
+@pytest.mark.parametrize(("given", "used"), [(None, "egl"), ("", "egl"), (" ", "egl"), ("osmesa", "osmesa")])
+def test_an_empty_mujoco_gl_counts_as_unset(given, used, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", given or "")
+    if given is None:
+        monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setitem(sys.modules, "metaworld", None)  # nothing is loaded
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        world.load()
+    assert os.environ["MUJOCO_GL"] == used
 
 
 def test_it_says_what_to_install_and_refuses_bad_settings(benchmark, monkeypatch):

@@ -196,11 +196,6 @@ def _check_images(config: Config, prompts: Sequence[Prompt]) -> None:
     if problem := image_problem(config.backbone, prompts):
         remedy = "; images are named in generate.images, or in the column image of generate.prompts_file"
         raise ValueError(problem + remedy)
-    if (frames := config.backbone.prefix_frames) > 1 and not any(prompt.image for prompt in prompts):
-        raise ValueError(
-            f"backbone.prefix_frames={frames}: no prompt has a clip to continue; name clips in generate.images or in"
-            " the column image of generate.prompts_file, or set it to 1"
-        )
     for prompt in prompts:
         if prompt.image:
             BACKBONES[config.backbone.family].check_prefix(

@@ -36,7 +36,8 @@ def read_prompts(settings: PromptsConfig, section: str, frames: int = 1) -> list
     with `frames`.
 
     Raises ValueError where there are none, for an unreadable file, a missing column, a prompt that is empty or no text,
-    doubled keys, and images for some prompts only. Images in a file are relative to its folder; ~ is expanded.
+    doubled keys, images for some prompts only, and for `frames` above 1 without images. Images in a file are relative
+    to its folder; ~ is expanded.
     """
     source, folder, images = f"{section}.prompts", Path(), settings.images
     found: list[Record] = [{"prompt": text} for text in settings.prompts]
@@ -76,6 +77,11 @@ def read_prompts(settings: PromptsConfig, section: str, frames: int = 1) -> list
     without = [prompt.key for prompt in keyed.values() if prompt.image is None]
     if 0 < len(without) < len(keyed):
         raise ValueError(f"{source}: {len(without)} prompts have no image, the first is {without[0]}: give all or none")
+    if without and frames > 1:
+        raise ValueError(
+            f"backbone.prefix_frames={frames}: no prompt has a clip to continue; name clips in {section}.images or in"
+            f" the column image of {section}.prompts_file, or set it to 1"
+        )
     return list(keyed.values())
 
 

@@ -121,7 +121,8 @@ def check(config: Config) -> None:
 
 def build(config: Config, name: str) -> Benchmark:
     own, run = getattr(config.run, name), config.run
-    return BENCHMARKS[name](own, config.video, config.vlm, config.raters, config.sampler, run.batch_size)
+    more = (config.vlm, config.raters, config.sampler, run.batch_size, Path(run.folder) / name)
+    return BENCHMARKS[name](own, config.video, *more)
 
 
 def listing(config: Config) -> str:
@@ -194,7 +195,8 @@ def prepare(config: Config) -> tuple[Lora | None, list[Plan]]:
     lora = read_lora(config.run.lora, shell, key="run.lora", check=config.is_here)
     plans = []
     for name in dict.fromkeys(config.benchmarks):
-        plan = Plan(build(config, name), Path(config.run.folder) / name)
+        benchmark = build(config, name)
+        plan = Plan(benchmark, benchmark.folder)
         plans.append(plan)
         try:
             with TemporaryDirectory() if config.dry_run else nullcontext("") as scratch:

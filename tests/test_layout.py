@@ -171,6 +171,14 @@ def test_modules_and_functions_fit_on_few_pages():
     assert functions["train.loop.fit"] < 70  # which every reader of the project reads
 
 
+def test_every_option_of_a_command_is_described():
+    calls = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    options = [(name, call) for name, call in calls if ast.unparse(call.func).endswith(".add_argument")]
+    assert len(options) > 60  # else they are made in another way
+    bare = [f"{name}: {ast.unparse(call)}" for name, call in options if "help" not in {k.arg for k in call.keywords}]
+    assert not bare
+
+
 def test_no_module_is_a_drawer():
     drawers = {"utils", "util", "common", "helpers", "helper", "misc"}
     assert not {module for module in FILES if drawers & set(module.split("."))}

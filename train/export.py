@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="checkpoint folder, training folder, or LoRA file of any tool")
     parser.add_argument("target", type=Path, help="file (diffusers, comfyui) or folder (diffusers, merged) to write")
-    parser.add_argument("--to", choices=("diffusers", "comfyui", "merged"), default="diffusers")
+    forms = ("diffusers", "comfyui", "merged")
+    parser.add_argument("--to", choices=forms, default="diffusers", help="who loads it (default: diffusers)")
     parser.add_argument("--base", help="pipeline to merge into: hub id or folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of merged weights (default: bfloat16)")
     parser.add_argument(

@@ -99,21 +99,20 @@ class LoraSwitch:
     `network` may hold several (`train.experts.as_one`): one switch turns all, and names begin with
     theirs. `device`: where the adapters are, if not beside their layers.
 
-    Raises ValueError when a target suffix matches no linear layer, or the rank is not positive.
+    Raises ValueError as `targeted_layers`.
     """
 
     file = "lora.safetensors"  # in a checkpoint
     format = "physalign-lora-1"  # in its metadata
 
     def __init__(self, network: nn.Module, config: LoraConfig, *, seed: int = 0, device: torch.device | None = None):
-        if config.rank < 1:
-            raise ValueError(f"lora.rank is {config.rank}: it must be at least 1")
+        layers = targeted_layers(network, config)
         self.config = config
         self.state = SwitchState(config.alpha / config.rank, device or next(network.parameters()).device)
         self.weights: dict[str, nn.Parameter] = {}
         network.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
-        for name, layer in targeted_layers(network, config.targets):
+        for name, layer in layers:
             bound = 1 / math.sqrt(layer.in_features)  # Kaiming-uniform with a = sqrt(5)
             down = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
             up = torch.zeros(layer.out_features, config.rank)
@@ -190,7 +189,7 @@ class LoraSwitch:
 def adapter_shapes(network: nn.Module, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """Shape of every adapter weight that `LoraSwitch(network, config)` makes, by its name; ValueError as there."""
     shapes = {}
-    for name, layer in targeted_layers(network, config.targets):
+    for name, layer in targeted_layers(network, config):
         shapes[f"{name}.lora_A.weight"] = (config.rank, layer.in_features)
         shapes[f"{name}.lora_B.weight"] = (layer.out_features, config.rank)
     return shapes
@@ -213,9 +212,14 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
             )
 
 
-def targeted_layers(network: nn.Module, targets: list[str]) -> list[tuple[str, nn.Linear]]:
-    """Names and layers that `targets` (suffixes) choose; ValueError for a suffix that matches no linear layer."""
-    linears = {name: module for name, module in network.named_modules() if type(module) is nn.Linear}
+def targeted_layers(network: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Linear]]:
+    """Names and layers that `config.targets` (suffixes) choose; ValueError where there are none, for a suffix that
+    matches no linear layer, and for a rank that is not positive."""
+    if config.rank < 1:
+        raise ValueError(f"lora.rank is {config.rank}: it must be at least 1")
+    if not config.targets:
+        raise ValueError("lora.targets is empty: name suffixes of linear layers, such as attn1.to_q")
+    linears, targets = {name: one for name, one in network.named_modules() if type(one) is nn.Linear}, config.targets
     for target in targets:
         if not any(_matches(name, target) for name in linears):
             suffixes = sorted({found[1] for name in linears if (found := re.search(r"blocks\.\d+\.(.+)", name))})

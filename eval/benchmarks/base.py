@@ -126,11 +126,13 @@ class Benchmark(ABC):
         raters: RatersConfig | None = None,
         sampler: SamplerConfig | None = None,
         batch_size: int = 1,
+        folder: Path = Path(),
     ):
         self.prefix_frames = 0  # of the clip that a model continues; 0: it is shown a picture, or nothing
         self.settings, self.model_video, self.sampler = settings, video, sampler or SamplerConfig()
         self.vlm, self.raters = vlm or VlmConfig(), raters or RatersConfig()
         self.batch_size = batch_size  # clips in a network pass, of a benchmark that asks the backbone itself
+        self.folder = folder  # with all its files of a run
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from eval.robots.inverse_dynamics import MOMENTS, Settings
 from eval.robots.planning import (
     DECODED,
     EXPERT,
+    GIVEN,
     HORIZON,
     SHIPPED,
     Film,
@@ -74,8 +75,8 @@ class Planner(Benchmark):
     @property
     def recorded(self) -> dict[str, Any]:
         inverse = {"clips": CLIPS, "steps": STEPS, "horizon": HORIZON, "moments": MOMENTS}
-        if SHIPPED.exists():
-            inverse["shipped"] = sha256(SHIPPED)[:16]
+        files = {"given": self.folder / "scoring" / GIVEN, "shipped": SHIPPED}
+        inverse |= {name: sha256(path)[:16] for name, path in files.items() if path.exists()}
         return asdict(self.settings) | {"seed": SEED, "sampler": self.sampler.settings(), "inverse_dynamics": inverse}
 
     def requirements(self) -> list[Requirement]:

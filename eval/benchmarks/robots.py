@@ -7,7 +7,8 @@ them; a clip that does not show them there is off by half of it. The demonstrati
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from eval.prompts import make_key
 from eval.robots import simulators, world
 from eval.robots.demonstrations import Listed, check_video, list_demonstrations
 from eval.robots.tasks import TASKS, parse_prompt
-from train.clips import read_clip, write_clip
+from train.clips import ClipError, read_clip, write_clip
 
 AHEAD = 4  # demonstrations that may be made while one is asked for
 
@@ -65,7 +66,10 @@ class Robots(Benchmark):
         ]
 
     def shown(self, task: Task) -> np.ndarray:
-        """The demonstration's first frame: (1, H, W, 3) uint8."""
+        """The demonstration's first frame: (1, H, W, 3) uint8; that of its true clip where an earlier run kept it."""
+        path = self._true_path(self.folder / "references", task)
+        with suppress(ClipError):
+            return read_clip(path, replace(self.model_video, num_frames=1)).numpy()
         return self._simulate(task, drawn="first")
 
     def references(self, folder: Path) -> list[Sample]:

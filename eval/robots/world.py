@@ -49,12 +49,12 @@ class Rollout:
 def load() -> tuple[ModuleType, ModuleType, ModuleType]:
     """mujoco, metaworld, metaworld.policies. ValueError says what to install."""
     if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is first imported
+        os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "").strip() or "egl"  # read at mujoco's first import
     try:
         import metaworld
         import mujoco
         from metaworld import policies
-    except (ImportError, AttributeError) as error:  # AttributeError: MUJOCO_GL names a library that is not there
+    except (ImportError, AttributeError, RuntimeError) as error:  # the last two: of MUJOCO_GL
         raise ValueError(f"robots need Meta-World, which cannot be loaded ({error}): {INSTALL}") from error
     return mujoco, metaworld, policies
 

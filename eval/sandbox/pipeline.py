@@ -18,7 +18,7 @@ NETWORK = Wan21.architectures["sandbox"]["transformer"]
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", required=True, help="folder that eval.sandbox.vae wrote")
-    parser.add_argument("--folder", required=True)
+    parser.add_argument("--folder", required=True, help="of the pipeline that is written")
     parser.add_argument("--transformer", default=None, help="folder of a trained transformer (default: a fresh one)")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh transformer and of the text encoder")
     given = parser.parse_args(argv)

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -27,11 +27,11 @@ GRADIENT_NORM = 1.0  # gradients are clipped to it
 class Settings:
     """Raises ValueError for numbers below 1."""
 
-    steps: int
-    batch: int  # clips a step
-    pool: int  # simulated clips to draw from, made before the first step
-    learning_rate: float  # peak; linear warm-up, then cosine to 0
-    seed: int = 0
+    steps: int = field(metadata={"help": "of the training"})
+    batch: int = field(metadata={"help": "clips a step"})
+    pool: int = field(metadata={"help": "clips to draw from, there before the first step"})
+    learning_rate: float = field(metadata={"help": "peak; linear warm-up, then cosine to 0"})
+    seed: int = field(default=0, metadata={"help": "of clips, first weights and draws"})
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "pool"):
@@ -132,14 +132,18 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def command_line(doc: str, folder: str, defaults: Settings, argv: list[str] | None) -> tuple[Path, Settings, str]:
-    """The option --<folder>, settings and device of a training's command."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(f"--{folder}", type=Path, required=True)
-    for field in fields(Settings):
-        default = getattr(defaults, field.name)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=default)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = vars(parser.parse_args(argv))
-    place, device = given.pop(folder), given.pop("device")
-    return place, Settings(**given), device
+def command_line(
+    doc: str, folder: str, defaults: Settings, argv: list[str] | None, *more: argparse.ArgumentParser
+) -> tuple[Path, Settings, str]:
+    """The option --<folder>, settings and device of a training's command. more: parsers of its other options."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, parents=more)
+    parser.add_argument(f"--{folder}", type=Path, required=True, help="folder that is written")
+    for one in fields(Settings):
+        default, told = getattr(defaults, one.name), f"{one.metadata['help']} (default: %(default)s)"
+        parser.add_argument(f"--{one.name.replace('_', '-')}", type=one.type, default=default, help=told)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cuda or cpu (default: %(default)s)")
+    given = parser.parse_args(argv)
+    settings = Settings(**{one.name: getattr(given, one.name) for one in fields(Settings)})
+    return getattr(given, folder), settings, given.device

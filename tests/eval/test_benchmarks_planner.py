@@ -15,7 +15,7 @@ from eval import run
 from eval.benchmarks import planner
 from eval.benchmarks.planner import Planner, PlannerConfig
 from eval.report.results import summarise
-from eval.robots.planning import EXPERT, Look, initial_states
+from eval.robots.planning import EXPERT, GIVEN, Look, initial_states
 from eval.robots.simulators import SimulatorError
 from eval.scoring import Plan, Probe, probe, rows_clips, score, unprobed
 from tests.chromium import Chromium, is_installed
@@ -115,6 +115,32 @@ def test_a_run_that_was_stopped_continues(played, tmp_path, monkeypatch):
     monkeypatch.setattr(planner, "play", play)
     probe(plan.benchmark, Flat(), asked, tmp_path)
     assert [len(batch) for batch in batches] == [4, 2] and not list(unprobed(plan, [asked.model]))
+
+
+def test_another_inverse_dynamics_model_means_other_rows(played, tmp_path, monkeypatch):
+    monkeypatch.setattr(Planner, "requirements", lambda self: [])
+    backbone = ["backbone.family=wan22_ti2v", "backbone.random_weights=true", "backbone.architecture=tiny"]
+    video = ["video.height=32", "video.width=32", "video.num_frames=9", "video.fps=20"]
+    own = [f"run.folder={tmp_path}", "run.planner.tasks=[push]", "run.planner.episodes=1"]
+    config = recipes.load(run.Config, [*backbone, *video, *own])
+    shell = load_backbone(config.backbone, "cpu", parts=())
+
+    def asked():
+        """The models that were asked anew."""
+        plan = Plan(run.build(config, "planner"), tmp_path / "planner")
+        run.fill(config, plan, None, shell, "")
+        todo = list(unprobed(plan, [run.Model("base")]))
+        for one in todo:
+            probe(plan.benchmark, Flat(), one, plan.folder)
+        return [one.model.name for one in todo]
+
+    assert asked() == ["base"] and asked() == []
+    path = tmp_path / "planner" / "scoring" / GIVEN
+    for content in (b"laid there later", b"and changed"):
+        path.write_bytes(content)
+        assert asked() == ["base"] and asked() == []
+    path.unlink()
+    assert asked() == []  # the first rows are there still
 
 
 def sources(page):

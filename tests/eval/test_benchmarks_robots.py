@@ -1,5 +1,6 @@
 """The robots benchmark with stand-ins for the simulator: tasks, true clips, distances from them, what is missing."""
 
+import os
 import sys
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from eval.benchmarks.base import Sample
 from eval.benchmarks.robots import Robots, RobotsConfig
-from eval.robots import simulators
+from eval.robots import simulators, world
 from eval.sandbox.world import COLOURS
 from train.clips import VideoConfig, read_clip, write_clip
 
@@ -25,7 +26,7 @@ def picture(colour, shift=0):
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def benchmark(monkeypatch, tmp_path):
     class Made:
         def __init__(self, frames):
             self.frames = frames
@@ -37,10 +38,10 @@ def benchmark(monkeypatch):
             return Made(picture(listed.colour)[: 1 if drawn == "first" else None])
 
     monkeypatch.setattr(simulators, "shared", StandIn)
-    return Robots(RobotsConfig(clips=4, tasks=["drawer-open", "reach"]), VIDEO)
+    return Robots(RobotsConfig(clips=4, tasks=["drawer-open", "reach"]), VIDEO, folder=tmp_path)
 
 
-def test_a_model_is_shown_the_first_frame_and_measured_against_the_future(benchmark, tmp_path, capsys):
+def test_a_model_is_shown_the_first_frame_and_measured_against_the_future(benchmark, tmp_path, capsys, monkeypatch):
     tasks = benchmark.prompts()
     assert [task.category for task in tasks] == ["drawer-open", "reach"] * 2 and len({task.key for task in tasks}) == 4
     assert benchmark.shown(tasks[0]).shape == (1, 64, 64, 3)
@@ -60,8 +61,22 @@ def test_a_model_is_shown_the_first_frame_and_measured_against_the_future(benchm
     (row,) = benchmark.score([made], tmp_path / "scoring")
     assert row.values["object_error"] == pytest.approx(8 / 64) and row.values["gripper_error"] == 0
     assert torch.equal(read_clip(truths[0].path, VIDEO), torch.from_numpy(picture(colour)))
+    monkeypatch.setattr(simulators, "shared", lambda: pytest.fail("simulated again"))
+    assert (benchmark.shown(tasks[0]) == picture(colour)[:1]).all()  # of the true clip
     (row,) = benchmark.score([Sample(tasks[0], 1, tmp_path / "none.mp4")], tmp_path / "scoring")
     assert "missing" in row.error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MuJoCo draws with what the system has")
+@pytest.mark.parametrize(("given", "used"), [(None, "egl"), ("", "egl"), (" ", "egl"), ("osmesa", "osmesa")])
+def test_an_empty_mujoco_gl_counts_as_unset(given, used, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", given or "")
+    if given is None:
+        monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setitem(sys.modules, "metaworld", None)  # nothing is loaded
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        world.load()
+    assert os.environ["MUJOCO_GL"] == used
 
 
 def test_it_says_what_to_install_and_refuses_bad_settings(benchmark, monkeypatch):

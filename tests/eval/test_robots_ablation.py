@@ -11,6 +11,7 @@ from PIL import Image
 import recipes
 from data_pipeline import build
 from eval import run as eval_run
+from eval.experiments import processes
 from eval.experiments.ablation import run as ablation
 from eval.experiments.ablation.plan import Plan
 from eval.experiments.ablation.rows import GROUPS, SUITES
@@ -227,15 +228,15 @@ def test_when_the_minutes_are_over_the_rest_waits_for_the_next_command(tmp_path,
             super().__call__(module, arguments, log)
 
     monkeypatch.setattr(Processes, "stop", lambda self: stopped.append(True))
-    monkeypatch.setattr(ablation, "GRACE", 64.5)  # of 65 seconds
+    monkeypatch.setattr(processes, "GRACE", 64.5)  # of 65 seconds
     run = Slow()
-    assert start(tmp_path, model, run, "--minutes", str(65 / 60), seeds="0", rows="base,sft") == 0
-    assert stopped and "run the same command to continue" in capsys.readouterr().out
+    assert start(tmp_path, model, run, "--minutes", str(65 / 60), seeds="0", rows="base,sft") == 75
+    assert stopped and "not finished: run the same command again" in capsys.readouterr().out
     assert list(read(tmp_path)[1]) == ["base"]
     again = Fake()
     assert start(tmp_path, model, again, seeds="0", rows="base,sft") == 0
     assert [module for module, _ in again.calls] == ["data_pipeline.build", "train.sft", "eval.run"]
-    with pytest.raises(ValueError, match="--minutes 1: give more than 1"):
+    with pytest.raises(ValueError, match="--minutes=1: give more than 1"):
         start(tmp_path, model, again, "--minutes", "1")
 
 

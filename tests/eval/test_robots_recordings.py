@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import torch
 
 from data_pipeline.frames import FrameReader
 from data_pipeline.sources import _demonstrated
+from eval.experiments import processes
 from eval.experiments.robots_model import run
 from eval.robots import recordings
 from eval.robots.demonstrations import demonstrate, list_demonstrations
@@ -81,16 +84,35 @@ def test_a_step_that_dies_by_a_signal_ends_the_run_and_one_that_is_stopped_does_
     assert not run.Runner(tmp_path, time.monotonic() + 0.5).run([other])
 
 
-def test_an_evaluation_in_which_a_benchmark_failed_is_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "build_steps", lambda *_, **__: [])
-    (tmp_path / "eval").mkdir()
-    found = {"benchmarks": {"robots": {"problem": ""}, "planner": {"problem": "no display"}}}
-    (tmp_path / "eval" / "results.json").write_text(json.dumps(found), encoding="utf-8")
-    (tmp_path / "steps.json").write_text('{"evaluate": {"seconds": 1.0, "digest": "x"}}', encoding="utf-8")
+def test_an_evaluation_in_which_a_benchmark_failed_is_not_done(tmp_path, monkeypatch, capsys):
+    found = {"robots": {"problem": ""}, "planner": {"problem": "no display"}}
+    started, log = [], tmp_path / "log"
+    log.mkdir()
+
+    def start(self, step):
+        started.append(step.name)
+        (log / f"{step.name}.txt").touch()
+        (tmp_path / step.product).write_text(json.dumps({"benchmarks": found}), encoding="utf-8")
+        seconds = 60 if step.name == "bounds" else 0
+        return subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"])
+
+    monkeypatch.setattr(run.Runner, "_start", start)
+    steps = [run.Step("evaluate", ("eval.run",), "results.json"), run.Step("bounds", ("bounds",), "episodes.jsonl")]
     with pytest.raises(ValueError, match="benchmark planner: no display; mend it and run the same command again"):
-        run.main(["--folder", str(tmp_path)])
-    assert json.loads((tmp_path / "steps.json").read_text("utf-8")) == {"evaluate": {"seconds": 1.0}}
-    assert not (tmp_path / "results.json").exists()
+        run.Runner(tmp_path, time.monotonic() + 0.5).run(steps)  # the other one is stopped
+    assert "done" not in capsys.readouterr().out and not run.Runner(tmp_path, 0).is_done(steps[0])
+    found["planner"]["problem"] = ""
+    assert run.Runner(tmp_path, time.monotonic() + 60).run(steps[:1]) and started == ["evaluate", "bounds", "evaluate"]
+    assert "evaluate done" in capsys.readouterr().out
+
+
+def test_the_status_says_whether_to_run_the_same_command_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "GRACE", 60.2)  # of 60.6 seconds
+    (tmp_path / "stays.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(run, "build_steps", lambda *_, **__: [[run.Step("stays", ("stays",), "nothing")]])
+    assert run.main(["--folder", str(tmp_path), "--minutes", "1.01"]) == 75
+    assert "not finished: run the same command again" in capsys.readouterr().out
 
 
 def test_a_simulator_that_makes_nothing_is_found_out_early(tmp_path, monkeypatch):
@@ -129,14 +151,14 @@ def test_the_base_model_in_miniature(tmp_path, capsys):
         load()
     except ValueError:
         pytest.skip("the extra `robots` is not installed")
-    run.main(["--folder", str(tmp_path), "--small"])
+    assert run.main(["--folder", str(tmp_path), "--small"]) == 0
     figures = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert 1.5 < figures["flow"]["mean"] < 2.5  # a fresh network predicts 0, and noise minus clips has the square 2
     assert figures["vae"]["settings"]["steps"] == SMALL.vae.steps and set(figures["inverse_dynamics"]) > {"grip"}
     assert figures["benchmarks"]["benchmarks"].keys() == {"robots", "planner"}
     assert len(list((tmp_path / "demonstrations").rglob("*.npz"))) == 4 + 2 + 2
     capsys.readouterr()
-    run.main(["--folder", str(tmp_path), "--small", "--minutes", "1.1"])  # nothing is left to do
+    assert run.main(["--folder", str(tmp_path), "--small", "--minutes", "1.1"]) == 0  # nothing is left to do
     assert " done, " not in capsys.readouterr().out
     with pytest.raises(ValueError, match="--minutes=1: give more than 1"):
         run.main(["--folder", str(tmp_path), "--minutes", "1"])

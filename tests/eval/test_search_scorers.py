@@ -332,10 +332,11 @@ def test_surprise_hands_clips_and_windows_on(monkeypatch):
 
 def test_every_scorer_is_built_and_says_what_it_depends_on(backbone):
     config = recipes.load(generate.Config, []).search
-    config.surprise.path, judge = "somewhere", Judging(JudgeConfig("sandbox"))
+    config.surprise.path, config.batch_size, judge = "somewhere", 2, Judging(JudgeConfig("sandbox"))
     assert set(SETTINGS) <= set(SCORERS) and len(PROPRIO) == 14
     assert {name for name in SCORERS if not scorer_settings(name, config, judge)} == {"random", "most_motion"}
     built = {name: build(config, backbone, 8.0, judge) for name, build in SCORERS.items()}
+    assert built["surprise"].batch == 2
     found = candidates()
     values = {name: found.measure(built[name])[0] for name in built if name not in ("surprise", "judge")}
     assert all(torch.isfinite(value).all() for value in values.values())

@@ -191,9 +191,19 @@ def test_train_write_load_and_report(tmp_path, capsys, monkeypatch):
     assert len(lines) == 2 + 2 and lines[2].startswith("| gravity | 3 |")
 
 
-def test_numbers_below_one_are_refused(tmp_path):
+def test_numbers_below_one_and_one_clip_a_step_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--steps is 0"):
         training.main(["--output", str(tmp_path), "--steps", "0", "--device", "cpu"])
+    with pytest.raises(ValueError, match="--batch is 1: the features' spread .* use 2 or more"):
+        training.main(["--output", str(tmp_path), "--batch", "1", "--device", "cpu"])
+
+
+def test_the_help_has_every_option_with_the_world_s_own_defaults(capsys):
+    for arguments, steps in ((["--help"], 12_000), (["--world", "robots", "--help"], 5000)):
+        with pytest.raises(SystemExit):
+            training.main(arguments)
+        text = capsys.readouterr().out
+        assert f"of the training (default: {steps})" in text and "folder of recorded clips" in text
 
 
 def test_auc_and_pairs_by_hand():

@@ -57,6 +57,13 @@ def test_unknown_part_is_refused():
         benchmark.main(["recipe=tiny", "benchmark.parts=[theirs]"])
 
 
+@pytest.mark.parametrize("part", ["plain", "ours"])
+def test_layers_that_are_not_there_are_refused_by_plain_and_ours_alike(part, tmp_path):
+    own = [f"output={tmp_path}", f"benchmark.parts=[{part}]", "lora.targets=[attn9.to_q]"]
+    with pytest.raises(ValueError, match=r"lora.targets: 'attn9.to_q' matches no linear layer; did you mean"):
+        benchmark.main(["recipe=tiny", *own])
+
+
 def test_sharding_needs_a_launch_that_shards():
     with pytest.raises(ValueError, match="zero3 shards over the ranks of a DeepSpeed launch"):
         benchmark.main(["recipe=tiny", "benchmark.parts=[zero3]"])

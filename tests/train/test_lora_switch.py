@@ -289,6 +289,11 @@ def test_rank_must_be_positive(rank):
         make_switch(make_network(layers=1), rank=rank)
 
 
+def test_an_adapter_needs_layers():
+    with pytest.raises(ValueError, match="lora.targets is empty: name suffixes of linear layers"):
+        make_switch(make_network(layers=1), targets=[])
+
+
 def test_the_seed_alone_decides_the_first_weights():
     def weights(seed):
         torch.rand(3)  # the global generator plays no part

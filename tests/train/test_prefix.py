@@ -16,6 +16,7 @@ from data_pipeline import build
 from data_pipeline.config import Config, Setup
 from eval import generate, run
 from eval.maker import BASE, Model, build_request, image_problem
+from eval.prompt_refinement import run as refinement
 from eval.prompts import Prompt
 from eval.search.config import SearchConfig
 from eval.search.guidance import GuideConfig, sample_guided
@@ -200,6 +201,8 @@ def test_a_prefix_that_is_the_whole_clip_or_of_no_group_is_refused(backbone, fra
         gdpo.check(recipes.load(gdpo.Config, ["recipe=tiny", "backbone.prefix_frames=5"]))
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: no prompt has a clip to continue"):
         generate.main([*arguments, "dry_run=true"])
+    with pytest.raises(ValueError, match="no prompt has a clip to continue; name clips in refine_prompts.images"):
+        refinement.main([*arguments, "refine_prompts.prompts=[a]", "dry_run=true"])
     with pytest.raises(ValueError, match="backbone.prefix_frames=5: Wan21 takes one frame at most"):
         build.check(recipes.load(Config, ["recipe=tiny", "backbone.prefix_frames=5"]))
     several = [Prompt("key", "a ball", folder, 5)]

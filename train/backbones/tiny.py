@@ -87,9 +87,9 @@ def _tiny_vae(vae: nn.Module) -> nn.Module:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a tiny random pipeline, a diffusers folder.")
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--family", default="wan21", choices=sorted(BACKBONES))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", required=True, help="of the pipeline that is written")
+    parser.add_argument("--family", default="wan21", choices=sorted(BACKBONES), help="of the network")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
     arguments = parser.parse_args(argv)
     print(f"wrote {write_tiny_pipeline(arguments.family, arguments.folder, seed=arguments.seed)}")
 

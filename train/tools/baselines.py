@@ -17,6 +17,7 @@ from train.backbones.attention_kernels import kernels_on
 from train.backbones.base import Backbone, Conditioning
 from train.entry import first_line
 from train.full_parameters import FullParameters
+from train.lora_switch import targeted_layers
 from train.tools.breakdown import seconds, sustained, time_step
 
 
@@ -89,7 +90,8 @@ def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], rep
     pass. batch: of one loser; its terms are not read."""
     network = backbone.transformer
     network.reset_attention_backend()
-    rank, alpha, targets = config.lora.rank, config.lora.alpha, config.lora.targets
+    rank, alpha = config.lora.rank, config.lora.alpha
+    targets = [name for name, _ in targeted_layers(network, config.lora)]
     network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))
     cast_training_params(network)
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -25,9 +25,8 @@ at which the chip's power limit lowers its clock; the limit is counted at either
 
 Clips that may begin with given frames have none, or, where that is more than 1, `backbone.prefix_frames` of them.
 
-`fits` is the step that train.tools.what_fits plans, for each of its cards: the recipe's terms of the self-score
-included; a card that runs out of memory is a row with the error. In `fits` and `streamed` the allocator is capped at
-`train.memory_budget_gib` and `train.plan.SLACK`.
+`fits` is the step that train.tools.what_fits plans, for each of its cards, with the recipe's self-score; a card that
+runs out of memory is a row with the error. `fits` and `streamed` cap the allocator at budget and `train.plan.SLACK`.
 
 `streamed` also says whether its gradients are, to the bit, those of the network that stays on the device
 (`same_gradients`), in two steps that both keep only block inputs, on a GPU with PyTorch's flash attention, whose

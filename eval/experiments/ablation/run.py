@@ -20,7 +20,8 @@ Every step is one of the project's own commands with the suite's recipe, sandbox
 A run with a result of the same settings, model and groups is not repeated, one that was stopped continues from its
 checkpoint, and one whose training would differ is moved to <folder>/replaced and starts anew. A failed run is reported
 and does not stop the others. --jobs runs several side by side: the model is small, so one GPU serves several. When
---minutes are over, or by SIGTERM, what runs is asked to stop, and the same command continues.
+--minutes are over, or by SIGTERM, what runs is asked to stop, and the same command continues. Exit status: 0 all is
+done, 1 a run failed, 75 none failed but the minutes were over before.
 
 Intervals are 95% bootstrap intervals over the clips of all seeds; each seed has prompts of its own, so every clip is
 one observation. A planner's episodes are the same for every seed: there a mean over the seeds is one. Gains over the
@@ -35,6 +36,7 @@ import platform
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +49,7 @@ from eval.experiments.ablation.report import draw, draw_passes, table
 from eval.experiments.ablation.rows import SUITES, paper_figures
 from eval.experiments.ablation.runner import OutOfTime, Processes, Run, run_all
 from eval.experiments.ablation.suite import Column, Row, World
-from eval.experiments.processes import GRACE
+from eval.experiments.processes import add_minutes, deadline, unfinished
 from eval.experiments.search.report import estimate
 from train import entry
 from train.files import write_text
@@ -200,17 +202,15 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
     parser.add_argument("--suite", choices=SUITES, default="preference", help="which rows")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="a,b,...; default: all")
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--seeds", type=lambda text: [*map(int, text.split(","))], default=[0, 1, 2], help="a,b,...")
     parser.add_argument("--clips", type=int, help="held-out prompts per seed; default: 512 scenes, or 128 of robots")
     parser.add_argument("--episodes", type=int, default=20, help="of each task, where there is a planner")
-    parser.add_argument("--minutes", type=float, help="stop after so many, to continue later")
+    add_minutes(parser)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="in every run")
     parser.add_argument("--show", type=Path, help="only print and draw this ablation.json")
     arguments = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(arguments)
-    if options.minutes is not None and options.minutes <= 1:
-        raise ValueError(f"--minutes {options.minutes:g}: give more than 1, for half a minute is kept for stopping")
-    stopped = ""
+    until, stopped = deadline(began, options.minutes), False
     if options.show:
         results, failed = json.loads(options.show.read_text(encoding="utf-8")), {}
         place = options.show
@@ -226,15 +226,14 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
                 raise ValueError(
                     f"--rows {row.name} needs {row.start}, unfinished for seed {missing[0]}: name it as well"
                 )
-        seconds = options.minutes and began + 60 * options.minutes - GRACE - time.monotonic()
+        seconds = min(until - time.monotonic(), threading.TIMEOUT_MAX)
         try:
             failed = run_all(plan, chosen, run or processes.run, processes.stop, options.jobs, seconds)
         except KeyboardInterrupt:
             print("stopped; run the same command to continue", file=sys.stderr)
             return 130
         except OutOfTime as over:
-            failed, minutes = over.failed, (time.monotonic() - began) / 60
-            stopped = f"stopped after {minutes:.1f} min; run the same command to continue"
+            failed, stopped = over.failed, True
         results = collect(plan, f"python -m eval.experiments.ablation.run {shlex.join(arguments)}")
         place = plan.folder / "ablation.json"
         write_text(place, json.dumps(results, indent=1) + "\n")
@@ -244,9 +243,8 @@ def main(argv: list[str] | None = None, run: Run | None = None) -> int:
         show(results, place)
     for name, why in failed.items():
         print(f"FAILED   {name}: {why.splitlines()[0]}", file=sys.stderr)
-    if stopped:
-        print(stopped)
-    return 1 if failed else 0
+    status = unfinished(began) if stopped else 0
+    return 1 if failed else status
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Processes:
 
 
 def run_all(
-    plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None], jobs: int, seconds: float | None = None
+    plan: Plan, rows: Sequence[Row], run: Run, stop: Callable[[], None], jobs: int, seconds: float
 ) -> dict[str, str]:
     """Run what is not finished, `jobs` at a time; returns what failed, by name, and why. OutOfTime where `seconds`
     are over before; what runs then is asked to stop."""

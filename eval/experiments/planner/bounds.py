@@ -77,12 +77,12 @@ def table(rows: list[dict[str, Any]], tasks: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--folder", type=Path, required=True, help="of all episodes; one that was begun is continued")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="a,b,...; default: all")
     parser.add_argument("--episodes", type=int, default=20, help="of each task and planner")
     parser.add_argument("--clips", type=int, default=1000, help="demonstrations that the inverse dynamics model sees")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of its training")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of initial states and training")
     given = parser.parse_args(argv)
     tasks, size, settings = given.tasks.split(","), os.cpu_count() or 1, Settings(steps=given.steps)
     if unknown := set(tasks) - TASKS.keys():

@@ -13,7 +13,8 @@
     <folder>/results.json        all figures, written last
 
 Each step is a command of its own and is not repeated once it is done. When the minutes are over, the one under way is
-asked to stop (SIGTERM): trainings save a checkpoint, recordings, builds and evaluations keep what they have.
+asked to stop (SIGTERM): trainings save a checkpoint, recordings, builds and evaluations keep what they have. Exit
+status: 0 all is done, 1 a step failed, 75 the minutes were over before.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.experiments.processes import GRACE, end
+from eval.experiments.processes import add_minutes, deadline, end, unfinished
 from eval.report.intervals import wilson
 from eval.robots.model import Size, choose
 from train import entry
@@ -86,13 +87,15 @@ class Runner:
         self.done: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
 
     def is_done(self, step: Step) -> bool:
-        known = self.done.get(step.name, {})
-        return known.get("digest") == digest(step.command) and (self.folder / step.product).exists()
+        known, product = self.done.get(step.name, {}), self.folder / step.product
+        return known.get("digest") == digest(step.command) and product.exists() and not self.problem(step)
 
-    def forget(self, name: str) -> None:
-        """Let the next run repeat the step."""
-        self.done[name].pop("digest", None)
-        write_text(self.path, json.dumps(self.done, indent=2) + "\n")
+    def problem(self, step: Step) -> str:
+        """Of an evaluation in which a benchmark failed: others may have run, so that its command ended well."""
+        if step.command[0] != "eval.run":
+            return ""
+        found = json.loads((self.folder / step.product).read_text("utf-8"))["benchmarks"]
+        return "; ".join(f"benchmark {name}: {one['problem']}" for name, one in found.items() if one["problem"])
 
     def run(self, steps: list[Step]) -> bool:
         """Run those that are not done; False where the time was over before. ValueError where one failed."""
@@ -122,6 +125,8 @@ class Runner:
                 tail = "\n  ".join(self._log(step).read_text("utf-8", errors="replace").splitlines()[-12:])
                 status = process.returncode
                 raise ValueError(f"{step.name} ended with status {status}, see {self._log(step)}:\n  {tail}")
+            if process.returncode == 0 and (problem := self.problem(step)):
+                raise ValueError(f"{problem}; mend it and run the same command again")
         return all(map(self.is_done, todo))
 
     def _start(self, step: Step) -> subprocess.Popen:
@@ -137,6 +142,7 @@ class Runner:
         known["seconds"] = round(known["seconds"] + seconds, 1)  # of the slowest of those side by side
         if process.returncode == 0 and (self.folder / step.product).exists():
             known["digest"] = digest(step.command)
+        if process.returncode == 0 and self.is_done(step):
             print(f"{step.name} done, {known['seconds']:.0f} s: {self._last_line(step)}", flush=True)
         write_text(self.path, json.dumps(self.done, indent=2) + "\n")
 
@@ -170,34 +176,30 @@ def collect(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to continue later")
+    parser.add_argument("--folder", type=Path, required=True, help="of all steps; one that was begun is continued")
+    add_minutes(parser)
     parser.add_argument("--small", action="store_true", help="hardly anything, to see that all parts fit")
     parser.add_argument("--clips", type=int, default=0, help="demonstrations that the DiT learns from; 0: as usual")
     given = parser.parse_args(argv)
-    if given.minutes <= 1:
-        raise ValueError(f"--minutes={given.minutes:g}: give more than 1, for half a minute is kept for stopping")
+    until = deadline(started, given.minutes)
     size = choose(small=given.small, clips=given.clips)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the steps under way
     with lock(given.folder):
-        runner = Runner(given.folder, started + 60 * given.minutes - GRACE)
+        runner = Runner(given.folder, until)
         for steps in build_steps(given.folder, size, small=given.small):
             if not runner.run(steps):
-                print(f"stopped after {(time.monotonic() - started) / 60:.1f} min; run the same command to continue")
-                return
+                return unfinished(started)
         figures = collect(given.folder)
-        for name, found in figures["benchmarks"]["benchmarks"].items():
-            if found["problem"]:  # others may have run, so the command ended well
-                runner.forget("evaluate")
-                raise ValueError(f"benchmark {name}: {found['problem']}; mend it and run the same command again")
         write_text(given.folder / "results.json", json.dumps(figures, indent=2) + "\n")
         shown = {name: part for name, part in figures.items() if name not in ("vae", "benchmarks")}
         print(json.dumps(shown, indent=2))
         print((given.folder / "eval" / "report.md").read_text("utf-8"))
+    return 0
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(lambda: sys.exit(main()))

@@ -137,11 +137,11 @@ STEPS: dict[str, Callable[[Path, Size, str], None]] = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("step", choices=STEPS, help="as above")
+    parser.add_argument("--folder", type=Path, required=True, help="of all steps")
     parser.add_argument("--small", action="store_true", help="hardly anything, to see that all parts fit")
     parser.add_argument("--clips", type=int, default=0, help="demonstrations that the DiT learns from, 0: as usual")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     given = parser.parse_args(argv)
     STEPS[given.step](given.folder, choose(small=given.small, clips=given.clips), given.device)
 

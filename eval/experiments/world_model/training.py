@@ -280,12 +280,14 @@ def write_world_model(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--world", choices=SOURCES, default="sandbox")
-    parser.add_argument("--recordings", type=Path)
-    given, rest = parser.parse_known_args(argv)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--world", choices=SOURCES, default="sandbox", help="of the clips; it says the other defaults")
+    parser.add_argument("--recordings", type=Path, help=f"folder of recorded clips (default: <output>/{FOLDER})")
+    given, _ = parser.parse_known_args(argv)
     source = SOURCES[given.world]
-    output, settings, device = command_line(__doc__, "output", source.defaults, rest)
+    output, settings, device = command_line(__doc__, "output", source.defaults, argv, parser)
+    if settings.batch < 2:
+        raise ValueError("--batch is 1: the features' spread over a step's clips is measured: use 2 or more")
     figures = write_world_model(output, settings, device, source, given.recordings or output / FOLDER)
     if figures is None:
         return

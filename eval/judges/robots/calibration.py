@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=100, help="of each kind; with --fit of each task")
     parser.add_argument("--severity", type=float, default=1.0, help="of the violations")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="a,b,...; default: all")
+    parser.add_argument("--fit", action="store_true", help=f"write tolerances into {judge.TOLERANCES.name} instead")
     given = parser.parse_args(argv)
     tasks = given.tasks.split(",")
     if unknown := set(tasks) - TASKS.keys():

@@ -13,8 +13,8 @@ there with the same settings is not made again; table and picture are of what is
 that is stopped loses the prompts in hand alone. The paper's settings, the dearest, come last.
 
 A cost is that of one clip, in forward passes of the generator's network: a pass that is followed by a backward one
-counts three, for activations are computed again (`eval.search.noise_refinement`). A scorer's passes count, the VAE's
-and the world model's do not.
+counts three, for activations are computed again (`eval.search.noise_refinement`; but an update's last pass counts so,
+too). A scorer's passes count, the VAE's and the world model's do not.
 """
 
 import json
@@ -59,6 +59,9 @@ REFINEMENTS: dict[str, dict[str, Any]] = {  # over the recipe's search.refine
     "1 update": {"updates": 1},
     "2 updates": {"updates": 2},
     "2 updates, last 2 steps": {"updates": 2, "gradient": "last_2"},
+    "1 update of 2 steps": {"updates": 1, "steps": 2},
+    "2 updates of 2 steps": {"updates": 2, "steps": 2},
+    "4 updates of 2 steps": {"updates": 4, "steps": 2},
     "4 updates at 0.02": {"updates": 4, "learning_rate": 0.02},
     "4 updates, fixed draw": {"updates": 4, "gradient": "proprio"},
     "4 updates, 4 draws": {"updates": 4, "draws": 4},

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from eval.experiments.search.report import estimate, line, show
 from train.files import atomic
@@ -14,6 +15,8 @@ PLAIN = "one clip"  # the row that the others' gains are over
 FIELDS = ("physical", "semantic", "motion")  # of each clip
 BACKWARD = 2  # passes that a backward one counts beside its forward one: once more forward, and back
 COLOURS = {"search": "#0072B2", "guidance": "#009E73", "refinement": "#D55E00"}  # Okabe and Ito's
+# Where a row's label may stand, from its point: offset in points, and the side that is there.
+PLACES = [((side * 5, up), "left" if side > 0 else "right") for up in (4, -10, 12, -18) for side in (1, -1)]
 
 Units = Mapping[int, Sequence[Mapping[str, Any]]]  # by seed: units in order, their FIELDS (prompts,) and cost
 
@@ -72,9 +75,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
         error = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
         label = None if what in seen else what
         axes.errorbar(row["cost"], gain["mean"], yerr=error, fmt="o", color=COLOURS[what], label=label, capsize=2)
-        short = name.replace(" before the end", " early").replace("by one pass", "1 pass")
-        offset, side = ((-5, 4), "right") if short.endswith(" early") else ((5, 4), "left")  # else over the next row's
-        axes.annotate(short, (row["cost"], gain["mean"]), offset, textcoords="offset points", fontsize=7, ha=side)
         seen.add(what)
     costs = [row["cost"] for row in results["rows"].values()]
     axes.set_xscale("log")
@@ -87,5 +87,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(f"gain in the physical score, 95% interval over {clips} paired clips")
     if seen:
         axes.legend(frameon=False)
+    figure.draw_without_rendering()  # where everything is
+    taken: list[Bbox] = []
+    for name, row in results["rows"].items():
+        short = name.replace(" before the end", " early").replace("by one pass", "1 pass")
+        for offset, side in PLACES if name != PLAIN else ():
+            place = {"textcoords": "offset points", "fontsize": 7, "ha": side}
+            label = axes.annotate(short, (row["cost"], row["gain"]["mean"]), offset, **place)
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or offset == PLACES[-1][0]:
+                taken.append(box)
+                break
+            label.remove()
     with atomic(path) as aside:
         figure.savefig(aside, format="png")

@@ -6,7 +6,8 @@
     diffusers                        transformer.blocks.0.attn1.to_q.lora_A.weight; alpha in lora_adapter_metadata
     peft                             base_model.model.blocks.0.attn1.to_q.lora_A.weight; alpha in adapter_config.json
     ComfyUI, our export for it       diffusion_model.blocks.0.self_attn.q.lora_down.weight, .alpha
-    LightX2V                         likewise, and .diff, .diff_b: full differences of a weight and of a bias
+    LightX2V                         likewise, and .diff, .diff_b, .diff_m: full differences of a weight, of a bias and
+                                     of a modulation table, blocks.0.diff_m
     DiffSynth-Studio                 blocks.0.self_attn.q.lora_A.default.weight
     musubi-tuner, kohya              lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
 
@@ -45,7 +46,7 @@ _PREFIX = re.compile(
     r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|pipe\.|dit\.|(?P<network>transformer(?:_2)?)\.)*"
 )
 _KEY = re.compile(
-    r"(?P<layer>.+?)\.(?:lora[_.](?P<side>A|B|down|up)(?:\.\w+)?\.(?P<kind>weight|bias)|(?P<plain>alpha|diff|diff_b))"
+    r"(?P<layer>.+?)\.(?:lora[_.](?P<side>A|B|down|up)(?:\.\w+)?\.(?P<kind>weight|bias)|(?P<plain>alpha|diff|diff_b|diff_m))"
 )
 _SLOTS = {"A": "down", "down": "down", "B": "up", "up": "up"}
 
@@ -228,14 +229,17 @@ def _slots(path: Path, keys: Iterable[str]) -> dict[str, dict[str, dict[str, str
         if slot in ("down", "up") and match["kind"] == "bias":
             slot = "bias" if slot == "up" else None
         layer = None if slot is None else unflattened(match["layer"])
+        if layer and slot == "diff_m":
+            layer, slot = f"{layer}.modulation", "diff"
         here = found.setdefault(prefix["network"] or "", {}).setdefault(layer, {}) if layer else {}
         if layer is None or slot in here:
             unknown.append(key)
         here[slot] = key
     if unknown:
         raise ValueError(
-            f"LoRA {path} has keys that nothing here reads ({_first(unknown)}): LoRAs, weight differences (diff) and"
-            " bias differences (diff_b) of Wan's network are read, DoRA, LoKr, LoHa and text encoders are not"
+            f"LoRA {path} has keys that nothing here reads ({_first(unknown)}): LoRAs and differences of weights,"
+            " biases and modulation (diff, diff_b, diff_m) of Wan's network are read, DoRA, LoKr, LoHa and text"
+            " encoders are not"
         )
     if not found:
         raise ValueError(f"LoRA {path} holds no tensors")

@@ -47,6 +47,7 @@ from train.clips import VideoConfig
 from train.cost import Job, clips_per_group
 from train.data import Sample
 from train.files import seed_of
+from train.fused import memory
 from train.groups import GroupSet, told
 from train.loop import TrainConfig, fit
 from train.lora_switch import LoraConfig
@@ -274,6 +275,7 @@ def describe(config: Config, loss: Tensor, policy: Tensor, reference: Tensor) ->
 def check(config: Config) -> None:
     """Refuse settings that cannot work, naming key, value and remedy."""
     learning_rate(config.optim, 0)
+    memory.check(config.train)
     config.sampler.check()
     if config.train.reference_cache and not config.objective.reference_passes:
         raise ValueError(

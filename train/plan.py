@@ -90,7 +90,7 @@ def plan(config: Any, *, world: int, sharded: bool) -> list[str]:
         f"loading         at most {(memory['weights'] + largest) / GIB:.1f} GiB a device: its weights and one tensor",
     ]
     if both:
-        lines += experts_lines(config, parameters, sharded=sharded)
+        lines += experts_lines(config, sharded=sharded)
     if fuses(config) and config.train.memory_budget_gib:
         lines.append(f"blocks          {kept_by_blocks(config, world=world, sharded=sharded)}")
     if config.backbone.stream:
@@ -121,12 +121,12 @@ def find_groups(config: Any) -> tuple[str, int]:
     return f"{len(groups)} in {groups.folder} ({size}), backbone {groups.fingerprint}: {epochs:.2f} epochs", len(groups)
 
 
-def experts_lines(config: Any, parameters: int, *, sharded: bool) -> list[str]:
+def experts_lines(config: Any, *, sharded: bool) -> list[str]:
     """Whose steps the steps are, and where the expert whose turn it is not lies."""
     boundary = BACKBONES[config.backbone.family].default_boundary
     turns, steps = Turns(config, boundary), config.optim.steps
     high = sum(turns.of_step(step).expert == "high_noise" for step in range(steps))
-    host = 2 * parameters * bytes_a_number(config) / GIB
+    host = weights_on_host(config) / GIB
     place = "both sharded" if sharded else f"one at a time on the device, {host:.1f} GiB of host memory a device"
     place = "both streamed" if config.backbone.stream else place
     said = f"high_noise (t >= {boundary:g}) in {high} steps, low_noise in {steps - high}, {EXPERT_STEPS} in a row"
@@ -226,6 +226,14 @@ def on_the_host(config: Any) -> str:
     if config.backbone.compile:
         line += f"; up to {config.train.offload_gib:g} GiB of activations for each (train.offload_gib)"
     return f"{line}. A job may lock {HOST_SHARE * host_memory() / GIB:.1f} GiB on this one"
+
+
+def weights_on_host(config: Any) -> int:
+    """Of what one process on one GPU keeps there: streamed blocks, or both experts where both train."""
+    if config.backbone.stream:
+        return streamed_bytes(config)
+    both = config.backbone.expert == BOTH
+    return both * 2 * parameter_count(find_architecture(config.backbone)) * bytes_a_number(config)
 
 
 def streamed_bytes(config: Any) -> int:

@@ -1,5 +1,6 @@
 """The memory plan: its bytes by hand, and that more memory never keeps less."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -149,6 +150,8 @@ def test_a_negative_budget_is_refused():
     for key in ("memory_budget_gib", "offload_gib"):
         with pytest.raises(ValueError, match=f"train.{key}=-1: give GiB per GPU"):
             prepare_network(network(), None, settings(**{key: -1}))
+        with pytest.raises(ValueError, match=f"train.{key}=nan: give GiB per GPU"):
+            gdpo.check(settings(**{key: math.nan}))
 
 
 def config(float8):

@@ -161,6 +161,20 @@ def test_what_fits_where(monkeypatch, capsys):
     assert "blocks" not in lines_of(config_of("hunyuan15", "backbone.compile=true", "train.memory_budget_gib=75"))
 
 
+def test_no_budget_is_planned_for_blocks_that_are_not_fused():
+    with pytest.raises(ValueError, match="backbone.family=hunyuan15: only compiled blocks with LoRA, of a family"):
+        what_fits.main(["recipe=hunyuan15", "backbone.compile=true"])
+    compiled = config_of("hunyuan15", "backbone.compile=true", "train.memory_budget_gib=40")
+    assert "blocks" not in lines_of(compiled)
+
+
+def test_two_experts_that_take_turns_count_in_host_memory(monkeypatch, capsys):
+    """By hand: 2 x 14.288e9 parameters x 2 bytes are 53.2 GiB."""
+    monkeypatch.setattr(what_fits, "CARDS", (80,))
+    what_fits.main(["recipe=wan22_a14b_t2v"])
+    assert "GiB, 53.2 of host memory; " in capsys.readouterr().out
+
+
 def test_every_wan_recipe_divides_over_two_and_four_nodes_of_eight_with_one_group_a_rank():
     for name in recipes.available():
         if not name.startswith(("wan", "physisforcing")):

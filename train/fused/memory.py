@@ -19,6 +19,7 @@ where the backward pass starts, and a block that kept more needs less workspace.
 backbone.stream, and only where they do not fit: those of the first blocks, which come back when the others' are gone.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -86,6 +87,13 @@ class Sizes:
     def workspace(self, level: int) -> float:
         """Bytes that a block's backward pass holds beside what was kept."""
         return WORKSPACE[level] * self.hidden + WIDE_WORKSPACE * self.wide
+
+
+def check(config: Any) -> None:
+    """ValueError for memory, in the train section `config`, that is negative or no number."""
+    for key in ("memory_budget_gib", "offload_gib"):
+        if not 0 <= (value := getattr(config, key)) < math.inf:
+            raise ValueError(f"train.{key}={value}: give GiB per GPU, or 0 for the default")
 
 
 def predict(sizes: Sizes, levels: list[int], passes: int = 1) -> float:

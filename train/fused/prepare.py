@@ -25,9 +25,7 @@ def prepare_network(
     Raises ValueError for negative memory, and for float8 where blocks cannot be fused.
     """
     compiled, config = config.backbone.compile, config.train
-    for key in ("memory_budget_gib", "offload_gib"):
-        if getattr(config, key) < 0:
-            raise ValueError(f"train.{key}={getattr(config, key)}: give GiB per GPU, or 0 for the default")
+    memory.check(config)
     reason = unfit(network, switch) if compiled else "backbone.compile is false"
     if not reason:
         adapters = switch.parameters()

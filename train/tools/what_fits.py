@@ -11,7 +11,7 @@ passes wait at once, must fit too. A line's first words are what to add to the c
 import recipes
 from train import entry, gdpo
 from train.host_memory import GIB
-from train.plan import CARDS, card_arguments, dearest_blocks, on_card, streamed_bytes
+from train.plan import CARDS, card_arguments, dearest_blocks, on_card, weights_on_host
 
 
 def row(config: gdpo.Config, size: int) -> str:
@@ -21,7 +21,7 @@ def row(config: gdpo.Config, size: int) -> str:
     peak = found.peak / GIB
     if peak > budget:
         return f"does not fit, with train.offload_gib={config.train.offload_gib:g}: {peak:.1f} GiB of {budget:g}"
-    host = (found.host + chosen.backbone.stream * streamed_bytes(config)) / GIB
+    host = (found.host + weights_on_host(chosen)) / GIB
     return f"{card_arguments(chosen)}: {peak:.1f} GiB, {host:.1f} of host memory; blocks keep {found}"
 
 

@@ -522,6 +522,15 @@ def test_exports_say_the_expert_that_is_given_and_refuse_whole_differences(tmp_p
         export.main([str(source), str(tmp_path / "other.safetensors")])
 
 
+def test_keys_of_the_second_network_say_the_expert_of_an_export(tmp_path, capsys):
+    made = Made(["blocks.0.attn1.to_q"], alpha=MISSING)
+    names = {"blocks.0.attn1.to_q": "transformer_2.blocks.0.attn1.to_q"}
+    save_file(made.tensors(names, "{}.{}.weight", down="lora_A", up="lora_B"), tmp_path / "l.safetensors")
+    export.main([str(tmp_path / "l.safetensors"), str(tmp_path / "out.safetensors")])
+    assert capsys.readouterr().out.endswith("out.safetensors, for the low_noise expert\n")
+    assert_gives(tmp_path / "out.safetensors", made.delta, experts=EXPERTS, expert="low_noise")
+
+
 def test_an_export_of_ours_says_for_itself_which_expert_it_is_for(tmp_path, ours):
     with pytest.raises(ValueError, match="--expert=low_noise: LoRA .* says that it is for transformer; leave it out"):
         export.main([str(ours[0]), str(tmp_path / "out.safetensors"), "--expert", "low_noise"])

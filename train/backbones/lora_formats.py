@@ -146,7 +146,7 @@ class LoraFile:
     sha256: str  # of the file; where alpha stands beside it, of both files
     networks: dict[str, NetworkLora]
     fingerprint: str  # of the backbone that it was trained on; empty: the file does not say
-    expert: str  # likewise, the network; of both experts: "both"
+    expert: str  # the network that it is for, where metadata or keys say so
 
     def by_expert(
         self, experts: Sequence[str], *, expert: str = "", source: str, remedy: str = ""
@@ -165,11 +165,12 @@ class LoraFile:
                     f"{source} is for both experts, high_noise and low_noise: give it alone, to a backbone with both"
                 )
             return found
-        ((prefix, lora),) = self.networks.items()
-        says = self.expert or ("low_noise" if prefix == "transformer_2" else "")
-        if expert and says and says != expert:
-            raise ValueError(f"{source} is given for the expert {expert}, but the file says that it is for {says}")
-        name = expert or says or (experts[0] if len(experts) == 1 else "")
+        (lora,) = self.networks.values()
+        if expert and self.expert and self.expert != expert:
+            raise ValueError(
+                f"{source} is given for the expert {expert}, but the file says that it is for {self.expert}"
+            )
+        name = expert or self.expert or (experts[0] if len(experts) == 1 else "")
         if not name:
             remedy = remedy or f"name it, as in '{source.partition('=')[0]}={{{experts[0]}: {self.path}}}'"
             raise ValueError(f"{source} does not say which of {', '.join(experts)} it is for: {remedy}")
@@ -211,7 +212,7 @@ def read(path: Path | str) -> LoraFile:
             " and ".join(f"{name}." if name else "no network" for name in names) for names in (EXPERTS, networks)
         )
         raise ValueError(f"LoRA {path} has keys of {found}: a file of one network has one of these, of two {known}")
-    expert = metadata.get("expert", "")
+    expert = metadata.get("expert") or ("low_noise" if networks.keys() == {EXPERT_FOLDERS["low_noise"]} else "")
     return LoraFile(path, sha256, networks, metadata.get("fingerprint", ""), "" if expert == BOTH else expert)
 
 

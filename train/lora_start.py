@@ -49,7 +49,7 @@ def start_from(config: Any, backbone: Backbone, switch: Trainable) -> str:
         )
     assert isinstance(switch, LoraSwitch)
     trained, both = backbone.trained, backbone.trained == BOTH
-    says = both or file.expert
+    says = both or file.expert or len(file.networks) > 1
     remedy = "a run of both starts from one of both: set backbone.expert to the one that it is for"
     found = file.by_expert(list(backbone.expert_folders), expert="" if says else trained, source=source, remedy=remedy)
     needed = tuple(backbone.expert_folders) if both else (trained,)

@@ -172,7 +172,7 @@ def check_batch_size(config: Any, samples_seen: int) -> None:
         remedy = "" if counted[0].startswith("backbone") else ", or self_score.strength=0"
         raise ValueError(
             f"optim.batch_size={size} does not divide the {samples_seen} groups seen so far, by which {counted[0]}"
-            f" counts: use the batch size that the run began with{remedy}"
+            f" counts: use one that does, as the run had before{remedy}"
         )
 
 

@@ -332,6 +332,11 @@ def test_both_start_from_a_lora_of_both(two, tmp_path, trained, short_turns):
         weight.data.zero_()
     start_from(config, fresh.backbone, fresh.switch)
     assert all(torch.equal(weight, policy.switch.weights[name]) for name, weight in fresh.switch.weights.items())
+    low = two.config(tmp_path, *BOTH, *alpha, f"lora.start={diffusers}")
+    half = policy_of(low, expert="low_noise")
+    start_from(low, half.backbone, half.switch)
+    for name, weight in half.switch.weights.items():
+        assert torch.equal(weight, policy.switch.weights[f"transformer_2.{name}"])
     export.to_comfyui(path, tmp_path / "one.safetensors")
     one, _ = export.comfyui_files(tmp_path / "one.safetensors", "both")
     with pytest.raises(ValueError, match="is for high_noise, this run trains both: set backbone.expert=high_noise"):

@@ -128,12 +128,14 @@ class LikePhys(Benchmark):
         licence = "none stated; see the dataset's page"
         return [Requirement("the LikePhys clips", licence, where, self._root() is not None, remedy)]
 
+    def check(self, shell: Backbone) -> None:
+        if False not in shell.first_frame:
+            name = type(shell).__name__
+            raise ValueError(f"{name} needs an image with each prompt: use a text-to-video backbone")
+
     def probe(self, backbone: Backbone, folder: Path, done: Set[str] = frozenset()) -> Iterator[Row]:
         """A row for every scene and kind: the share of its pairs that are ranked wrongly. A scene's rows share its true
         clips, so they are one cluster."""
-        if False not in backbone.first_frame:
-            name = type(backbone).__name__
-            raise ValueError(f"likephys: {name} needs an image with each prompt: use a text-to-video backbone")
         residuals = Residuals(backbone, LEVELS, self.batch_size)
         kept = _Kept(folder / "losses.jsonl", [self.recorded, asdict(self.model_video), backbone.fingerprint])
         for group in self.groups():

@@ -247,5 +247,5 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         LikePhys(LikePhysConfig(pairs=0), VIDEO)
     image = Flat()
     image.first_frame = (True,)
-    with pytest.raises(ValueError, match="image"):
-        list(sandbox(tmp_path).probe(image, tmp_path))
+    with pytest.raises(ValueError, match="Flat needs an image with each prompt: use a text-to-video backbone"):
+        sandbox(tmp_path).check(image)

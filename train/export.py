@@ -3,6 +3,7 @@
     python -m train.export runs/wan14b/train out/                               # for pipe.load_lora_weights("out/")
     python -m train.export runs/wan14b/train out/lora.safetensors --to comfyui  # ComfyUI's key names
     python -m train.export runs/wan14b/train out/ --to merged --base Wan-AI/Wan2.1-T2V-14B-Diffusers   # full weights
+    python -m train.export high.safetensors out/ --low-noise low.safetensors    # two LoRAs, one for each expert of A14B
 
 The first argument is a checkpoint folder, a training folder (its newest checkpoint), or a LoRA file of any tool
 (train.backbones.lora_formats). Merged weights are rounded to bfloat16 unless `--dtype float32` is given: on a small
@@ -162,13 +163,14 @@ def to_merged(source: Path, target: Path, *, base: str, dtype: torch.dtype = tor
 
 
 @contextmanager
-def in_our_format(source: Path, expert: str = "") -> Iterator[Path]:
+def in_our_format(source: Path, expert: str = "", low_noise: Path | None = None) -> Iterator[Path]:
     """`source` itself where our training wrote it, else the LoRA of another tool, or an export of ours, as a file of
     ours that is gone afterwards: of the largest rank, other layers' filled up with zeros, and with alpha = rank.
 
-    `expert`: the network that it is for where it does not say. ValueError for LoRAs with full differences.
+    `expert`: the network that it is for where it does not say. `low_noise`: a LoRA that goes with it into one of both
+    experts; `source` is the high-noise one's. ValueError for LoRAs with full differences, and of two backbones.
     """
-    if not any((source / name).is_file() for name in FOLDER_FILES):
+    if low_noise is None and not any((source / name).is_file() for name in FOLDER_FILES):
         path = weights_path(source)
         if is_ours(path):
             if expert and expert != (says := read_ours(path)["expert"]):
@@ -176,18 +178,24 @@ def in_our_format(source: Path, expert: str = "") -> Iterator[Path]:
             yield source
             return
     found = read(source)
-    given = [expert or found.expert or "transformer"] if len(found.networks) == 1 else list(EXPERT_FOLDERS)
-    parts = found.by_expert(given, expert=expert, source=f"LoRA {found.path}")
+    if low_noise is None:
+        given = [expert or found.expert or "transformer"] if len(found.networks) == 1 else list(EXPERT_FOLDERS)
+        parts = found.by_expert(given, expert=expert, source=f"LoRA {found.path}")
+    else:
+        given, parts = list(EXPERT_FOLDERS), {}
+        for name, file in zip(given, (found, read(low_noise)), strict=True):
+            parts |= file.by_expert([name], expert=name, source=f"LoRA {file.path}")
+            if file.fingerprint != found.fingerprint:
+                raise ValueError(
+                    f"LoRA {found.path} was trained on backbone {found.fingerprint or '(unknown)'}, {file.path} on"
+                    f" {file.fingerprint or '(unknown)'}: export each alone"
+                )
     ranks = [lora.rank(layer) for lora in parts.values() for layer in lora.pairs]
-    if any(lora.differences for lora in parts.values()):
-        raise ValueError(f"LoRA {found.path} holds full differences, which no export has: use it as backbone.loras")
-    shapes = [lora.shapes[pair.down] for lora in parts.values() for pair in lora.pairs.values()]
-    if any(math.prod(shape[2:]) > 1 for shape in shapes):
-        raise ValueError(
-            f"LoRA {found.path} holds a convolution's adapter, which no export has: use it as backbone.loras"
-        )
     tensors = {}
     for name, lora in parts.items():
+        convolution = any(math.prod(lora.shapes[pair.down][2:]) > 1 for pair in lora.pairs.values())
+        if what := "full differences" if lora.differences else "a convolution's adapter" if convolution else "":
+            raise ValueError(f"LoRA {lora.path} holds {what}, which no export has: use it as backbone.loras")
         prefix = f"{FOLDERS[name]}." if len(parts) > 1 else ""
         for layer in lora.pairs:
             down, up = lora.matrices(layer)
@@ -233,10 +241,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--expert", choices=EXPERT_FOLDERS, default="", help="of A14B, where another tool's LoRA is for one"
     )
+    parser.add_argument("--low-noise", type=Path, help="the low-noise expert's LoRA; source is the high-noise one's")
     arguments = parser.parse_args(argv)
     if arguments.to == "merged" and not arguments.base:
         parser.error("--to merged needs --base, the pipeline that the LoRA was trained on")
-    with in_our_format(arguments.source, arguments.expert) as source:
+    if arguments.expert and arguments.low_noise:
+        parser.error("--expert is for one LoRA, --low-noise for a pair")
+    with in_our_format(arguments.source, arguments.expert, arguments.low_noise) as source:
         expert = find_lora(source)[1]["expert"]
         if arguments.to == "merged":
             dtype = DTYPES[arguments.dtype]

@@ -69,6 +69,9 @@ def test_a_prompt_is_counted_without_its_instruction(backbone):
     long = " ".join(["ball"] * (LENGTH + 1))
     assert f"longer than the {LENGTH} tokens" in backbone.cut_prompts({"first": "ball", "second": long})
     assert not backbone.cut_prompts({"first": "ball"}) and CUT == 108
+    fits, cut = (f'a ball with "{"x" * count}" on it' for count in (246, 247))  # 10 more: Text "". , spaces, the end
+    told = backbone.cut_prompts({"first": fits, "second": cut})
+    assert "1 prompts have more letters between quotation marks than the 256" in told and told.endswith("is second")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])

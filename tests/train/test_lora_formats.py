@@ -450,6 +450,9 @@ def test_a_lora_of_another_base_is_refused_and_one_of_no_base_is_not(tmp_path, o
         load(BaseLora(str(ours[0]), weight=math.nan))
     with pytest.raises(ValueError, match="stands there twice: give it once, with the sum of its weights"):
         load(BaseLora(str(ours[0])), BaseLora(str(ours[0]), weight=0.5))
+    export.main([str(ours[0]), str(tmp_path / "exported")])
+    with pytest.raises(ValueError, match="exported stands there twice"):
+        load(BaseLora(str(ours[0])), BaseLora(str(tmp_path / "exported")))
     save_file(tensors, tmp_path / "any.safetensors")
     first, second = BaseLora(str(ours[0])), BaseLora(str(tmp_path / "any.safetensors"), weight=0.5)
     both, one = load(first, second), load(first)
@@ -520,6 +523,28 @@ def test_exports_say_the_expert_that_is_given_and_refuse_whole_differences(tmp_p
         ValueError, match="holds a convolution's adapter, which no export has: use it as backbone.loras"
     ):
         export.main([str(source), str(tmp_path / "other.safetensors")])
+
+
+def test_a_pair_is_exported_as_one_lora_of_both(tmp_path, capsys):
+    """Of other layers and ranks each; what a file says of its expert and its backbone is held against its place."""
+    layers, paths = ("blocks.0.attn1.to_q", "blocks.1.attn1.to_k"), []
+    for name, layer, rank in zip(EXPERTS, layers, (3, 5), strict=True):
+        tensors = {f"{layer}.lora_A.weight": draw(rank, 64), f"{layer}.lora_B.weight": draw(64, rank)}
+        save_file(tensors, path := tmp_path / f"{name}.safetensors", metadata={"expert": name})
+        paths.append(str(path))
+    export.main([paths[0], str(tmp_path / "both.safetensors"), "--low-noise", paths[1]])
+    assert capsys.readouterr().out.endswith("both.safetensors, for both experts\n")
+    found = lora_formats.read(tmp_path / "both.safetensors").by_expert(EXPERTS, source="k")
+    for name, layer, path in zip(EXPERTS, layers, paths, strict=True):
+        (lora,) = lora_formats.read(path).networks.values()
+        (down, up), (own_down, own_up) = found[name].matrices(layer), lora.matrices(layer)
+        torch.testing.assert_close(up @ down, own_up @ own_down, rtol=0, atol=1e-6)
+        assert [*found[name].pairs] == [layer]
+    with pytest.raises(ValueError, match="is given for the expert high_noise, but the file says that it is for low"):
+        export.main([paths[1], str(tmp_path / "x.safetensors"), "--low-noise", paths[0]])
+    save_file(tensors, paths[1], metadata={"fingerprint": "wan22_t2v-0123456789ab"})
+    with pytest.raises(ValueError, match=r"backbone \(unknown\), .* on wan22_t2v-0123456789ab: export each alone"):
+        export.main([paths[0], str(tmp_path / "x.safetensors"), "--low-noise", paths[1]])
 
 
 def test_keys_of_the_second_network_say_the_expert_of_an_export(tmp_path, capsys):

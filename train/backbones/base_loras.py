@@ -44,7 +44,8 @@ def read(
             )
         remedy = f"name it in its entry, as in '{{path: {entry.path}, expert: {next(iter(experts))}}}'"
         by_expert = lora.by_expert(list(experts), expert=entry.expert, source=source, remedy=remedy)
-        if any(lora.sha256 == sha and set(names) & set(by_expert) for sha, _, names in made):
+        twice = any(lora.sha256 == sha and set(names) & set(by_expert) for sha, _, names in made)
+        if twice or any(one.same_as(other) for name, one in by_expert.items() for other, _ in found.get(name, ())):
             raise ValueError(f"{source} stands there twice: give it once, with the sum of its weights")
         for name, network in by_expert.items():
             network.check(shapes, source=source)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
-from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts, format_text_input
 from torch import Tensor, nn
 from transformers import (
     ByT5Tokenizer,
@@ -157,6 +157,14 @@ class Hunyuan15(Backbone):
         told = format_text_input(prompts, INSTRUCTION)
         ids = self.tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=True, return_dict=True)
         return [len(one) - CUT for one in ids["input_ids"]]
+
+    def cut_prompts(self, prompts: Mapping[str, str]) -> str:
+        """Likewise of what stands between quotation marks, which another encoder reads."""
+        most, letters = self.more_texts["text_2"], {name: extract_glyph_texts(one) for name, one in prompts.items()}
+        long = [name for name, one in letters.items() if one and len(self.tokenizer_2(one).input_ids) > most]
+        reads = f"have more letters between quotation marks than the {most} that are read, and are cut there"
+        warning = f"warning: {len(long)} prompts {reads}; the first is {long[0]}" if long else ""
+        return "\n".join(filter(None, (super().cut_prompts(prompts), warning)))
 
     # Latents and the network. diffusers' VAE takes one clip at a time: its attention's mask has no batch axis.
 

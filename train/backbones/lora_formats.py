@@ -17,6 +17,7 @@ differences of norms, and fail on LoRAs of some layers, on alphas outside the bl
 LoHa are refused, as is whatever else is not named here. Only headers are read until a tensor is asked for.
 """
 
+import itertools
 import json
 import math
 import re
@@ -109,6 +110,14 @@ class NetworkLora:
                 f"{source} does not fit this network in {len(problems)} of {count} entries: {_first(problems)}. Use it"
                 " with the model that it was made for"
             )
+
+    def same_as(self, other: "NetworkLora") -> bool:
+        """Whether both are one training's, of whatever format: told by the names, and the first and last adapter."""
+        if self.differences or other.differences or self.pairs.keys() != other.pairs.keys():
+            return False
+        ends = sorted(self.pairs)[:: max(1, len(self.pairs) - 1)]
+        own, its = (list(itertools.chain(*map(lora.matrices, ends))) for lora in (self, other))
+        return all(map(torch.equal, own, its))
 
     def tensor(self, key: str) -> Tensor:
         """float32, on the CPU. ValueError where it is not finite, or of another kind than floats."""

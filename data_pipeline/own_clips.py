@@ -16,9 +16,9 @@ from data_pipeline.frames import FrameReader
 from data_pipeline.store import Store
 from data_pipeline.tables import Advance, Bad, TableRow
 from train.backbones.base import Backbone, Conditioning
+from train.backbones.fused.inference import fuse
 from train.clips import from_pixels
 from train.files import seed_of
-from train.fused.inference import fuse
 from train.sampling import SamplerConfig, sample_clips
 
 PARTS = ("text", "vae", "transformer")

@@ -24,9 +24,9 @@ from eval.loras import Lora, attach
 from eval.prompts import Prompt
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.base import Backbone, BackboneConfig, Conditioning
+from train.backbones.fused.inference import fuse
 from train.clips import VideoConfig, from_pixels, read_clip, to_pixels
 from train.files import sha256
-from train.fused.inference import fuse
 from train.sampling import SamplerConfig, sample_clips
 
 BASE, TUNED = "base", "tuned"

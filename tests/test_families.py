@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("losses", "recipes", "train", "eval", "data_pipeline")
 # Files of train/backbones that are a family's own, and what writes tiny pipelines of each.
-FAMILIES = re.compile(r"train/backbones/(wan|hunyuan15|cosmos25|qwen25|tiny)\w*\.py")
+# `fused` are kernels of Wan's blocks.
+FAMILIES = re.compile(r"train/backbones/((wan|hunyuan15|cosmos25|qwen25|tiny)\w*|fused/\w+)\.py")
 # Simulated scenes and robots train small Wan pipelines of their own, by the code of eval/small_wan.
 OUTSIDE = ("eval/sandbox", "eval/robots", "eval/small_wan")
 
@@ -24,8 +25,6 @@ NETWORKS = {"network", "transformer", "expert", "one", "model"}  # names whose `
 
 # Files that name some all the same, and why. A file that does so no longer leaves this list.
 ALLOWED = {
-    "train/fused/fused_block.py": "Wan's own kernels, which NetworkKind.fused says there are",
-    "train/fused/stages.py": "parts of them",
     "train/lora_switch.py": "the default of lora.targets is PhyGDPO's, in diffusers' names for Wan",
     "eval/experiments/world_model/sources.py": "the config of a V-JEPA 2",
 }

@@ -43,11 +43,11 @@ from train import entry, validation
 from train.backbones import BACKBONES
 from train.backbones.base import BackboneConfig
 from train.backbones.conditioning import pad_texts
+from train.backbones.fused import memory
 from train.clips import VideoConfig
 from train.cost import Job, clips_per_group
 from train.data import Sample
 from train.files import seed_of
-from train.fused import memory
 from train.groups import GroupSet, told
 from train.loop import TrainConfig, fit
 from train.lora_switch import LoraConfig

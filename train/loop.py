@@ -27,9 +27,9 @@ from train import checkpoint, export, parallel, resume
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.architecture import latent_shape
 from train.backbones.base import BOTH, Backbone
+from train.backbones.fused.prepare import prepare_network
 from train.data import Batches, GroupStream, Sample, Tensors, build_loader
 from train.full_parameters import FullParameters
-from train.fused.prepare import prepare_network
 from train.groups import GroupSet
 from train.host_memory import GIB
 from train.optimizer import build_optimizer, learning_rate
@@ -57,8 +57,9 @@ class TrainConfig:
     # With backbone.compile and LoRA on a GPU: host memory, page-locked, per GPU, for activations that go there and come
     # back while other blocks compute. Less is taken where less does, or where the host has less. 0: none.
     offload_gib: float = 0.0
-    # With backbone.compile, LoRA and bfloat16: products with the frozen weights in 8 bits (train.fused.float8). Faster;
-    # the adapters' gradients differ by about 5 %, the policy's distance to its reference by more.
+    # With backbone.compile, LoRA and bfloat16: products with the frozen weights in 8 bits
+    # (train.backbones.fused.float8). Faster; the adapters' gradients differ by about 5 %, the policy's distance to its
+    # reference by more.
     float8: bool = False
     # Folder of the reference's flow errors: read where a run with the same groups and seed has left them, else written.
     # Then beta, learning rate, anchor or rank may change without their passes. Empty: none.

@@ -12,8 +12,8 @@ Four properties are designed in, and tested:
   through a pass of the reference.
 - Switching turns one shared state: no `requires_grad` is touched, no weight is copied or merged.
 - A compiled network runs one graph for both, so that their difference is the adapters' and not the compiler's rounding.
-  Fused blocks (`train.fused.fused_block`) take the gate as an argument and need no `share_graph`: their reference
-  runs without grad mode.
+  Fused blocks (`train.backbones.fused`) take the gate as an argument and need no `share_graph`: their reference runs
+  without grad mode.
 
 Deviation from eq. 14: none. A starts Kaiming-uniform and B zero, so that an untrained policy equals its reference bit
 for bit.

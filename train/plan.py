@@ -14,9 +14,9 @@ from train.backbones.architecture import (
     without_storage,
 )
 from train.backbones.base import BOTH
+from train.backbones.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choose_levels, predict
 from train.backbones.streaming import SLOTS
 from train.cost import bill
-from train.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choose_levels, predict
 from train.groups import GroupSet
 from train.host_memory import GIB, HOST_SHARE, host_memory
 from train.loop import accumulation_steps, check_clips, check_frozen, gradient_sets
@@ -135,8 +135,8 @@ def experts_lines(config: Any, *, sharded: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What the blocks of a step keep for their backward pass, each by its level (`train.fused.memory`), and the bytes
-    that this takes: the peak on the device, and the activations that wait on the host."""
+    """What the blocks of a step keep for their backward pass, each by its level (`train.backbones.fused.memory`), and
+    the bytes that this takes: the peak on the device, and the activations that wait on the host."""
 
     levels: list[int]
     peak: float
@@ -198,7 +198,7 @@ def on_card(config: Any, size: int) -> Any:
 
 
 def fuses(config: Any) -> bool:
-    """Whether the recipe's blocks are fused, which alone keep to a memory budget (`train.fused`)."""
+    """Whether the recipe's blocks are fused, which alone keep to a memory budget (`train.backbones.fused`)."""
     kind = find_architecture(config.backbone)["kind"]
     return config.backbone.compile and config.train.parameters == "lora" and kind.fused
 

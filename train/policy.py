@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from losses.flow_matching import flow_error, interpolate
 from train.backbones.base import BOTH, Backbone, Conditioning
+from train.backbones.fused.memory import waiting
 from train.experts import as_one
 from train.full_parameters import FullParameters
-from train.fused.memory import waiting
 from train.lora_switch import LoraSwitch
 from train.reference_cache import ReferenceCache
 from train.timesteps import Turns

@@ -10,9 +10,9 @@ from eval.search.masks import mask_of
 from eval.search.residuals import ResidualConfig, Residuals
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.fused.inference import fuse
 from train.backbones.streaming import StreamedBlocks
 from train.clips import VideoConfig
-from train.fused.inference import fuse
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.sampling import SamplerConfig, sample_clips
 

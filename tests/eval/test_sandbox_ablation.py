@@ -288,6 +288,7 @@ def test_rows_that_start_from_another_wait_for_it(tmp_path):
     assert [name for module, name in failing.calls if module.startswith("train")] == ["sft_half-0"]
 
 
+@pytest.mark.slow
 def test_the_base_models_clips_are_sampled_once_a_seed(tmp_path):
     class Sampling(Fake):
         found: dict[str, bool] = {}

@@ -16,9 +16,9 @@ from diffusers import (
 from train.backbones import ARCHITECTURES, BACKBONES, load_backbone
 from train.backbones.architecture import latent_shape, num_tokens
 from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.fused.inference import fuse
 from train.backbones.tiny import write_tiny_pipeline
 from train.clips import VideoConfig
-from train.fused.inference import fuse
 from train.residual_cache import residual_cache
 from train.sampling import (
     SOLVERS,
@@ -87,10 +87,16 @@ def diffusers_pipeline(folder, pipeline_class=DiffusionPipeline, solver="euler")
     return pipeline
 
 
-@pytest.mark.parametrize("solver", SCHEDULERS)
+CLIPS = [("wan21", False), ("wan22_ti2v", False), ("wan22_ti2v", True), ("wan22_t2v", False), ("wan22_i2v", True)]
+OFTEN = [
+    *((*clip, "unipc") for clip in CLIPS),
+    *(("wan21", False, solver) for solver in SCHEDULERS if solver != "unipc"),
+]
+SELDOM = [(*clip, solver) for clip in CLIPS for solver in SCHEDULERS if (*clip, solver) not in OFTEN]
+
+
 @pytest.mark.parametrize(
-    ("family", "with_image"),
-    [("wan21", False), ("wan22_ti2v", False), ("wan22_ti2v", True), ("wan22_t2v", False), ("wan22_i2v", True)],
+    ("family", "with_image", "solver"), [*OFTEN, *(pytest.param(*one, marks=pytest.mark.slow) for one in SELDOM)]
 )
 def test_sample_and_decode_equal_diffusers(folder_of, backbone_of, family, with_image, solver):
     backbone = backbone_of(family)

@@ -22,8 +22,8 @@ from train.backbones.architecture import forward_flops, parameter_count
 from train.backbones.base import BackboneConfig
 from train.backbones.conditioning import Conditioning, pad_texts
 from train.backbones.cosmos25 import HELD_TIME, INSTRUCTION, Cosmos25, shape
+from train.backbones.fused.fused_block import unfit
 from train.backbones.tiny import write_tiny_pipeline
-from train.fused.fused_block import unfit
 from train.groups import GroupSet, told
 from train.lora_switch import LoraConfig
 from train.plan import plan

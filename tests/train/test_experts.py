@@ -18,11 +18,11 @@ from tests.train.test_two_processes import assert_close_metrics, distance, finis
 from train import checkpoint, export, gdpo, sft, timesteps
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.fused.inference import fuse
 from train.backbones.loading import fingerprint
 from train.backbones.tiny import write_tiny_pipeline
 from train.data import build_loader
 from train.experts import as_one
-from train.fused.inference import fuse
 from train.groups import GroupSet
 from train.lora_start import start_from
 from train.lora_switch import LoraSwitch
@@ -183,7 +183,9 @@ def test_what_did_not_serve_a_step_does_not_move(two, tmp_path, short_turns):
         pytest.param(sft, (), id="sft"),
     ],
 )
-@pytest.mark.parametrize("start", [1, 4])  # before the low-noise expert has served, and after
+@pytest.mark.parametrize(
+    "start", [1, pytest.param(4, marks=pytest.mark.slow)]
+)  # before the low-noise expert has served, and after
 def test_a_resumed_run_equals_the_whole_one(two, tmp_path, short_turns, entry, more, start):
     whole, parts, run = tmp_path / "whole", tmp_path / "parts", (*BOTH, *EVERY_STEP, "optim.steps=6", *more)
     two.train(whole, *run, entry=entry)

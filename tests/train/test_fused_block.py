@@ -5,11 +5,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch._dynamo.utils import counters
 
+from train.backbones.fused import float8
+from train.backbones.fused.fused_block import LEVELS, fuse_blocks, kernel_name, unfit
 from train.backbones.loading import random_transformer
 from train.backbones.wan import wan_architecture
 from train.full_parameters import FullParameters
-from train.fused import float8
-from train.fused.fused_block import LEVELS, fuse_blocks, kernel_name, unfit
 from train.lora_switch import LoraConfig, LoraSwitch
 
 SELF_ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]

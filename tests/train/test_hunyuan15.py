@@ -17,9 +17,9 @@ from train.backbones import find_architecture, load_backbone
 from train.backbones.architecture import forward_flops, parameter_count
 from train.backbones.base import BackboneConfig
 from train.backbones.conditioning import Conditioning, pad_texts
+from train.backbones.fused.fused_block import unfit
 from train.backbones.hunyuan15 import CUT, flops, shape
 from train.backbones.tiny import write_tiny_pipeline
-from train.fused.fused_block import unfit
 from train.groups import GroupSet, told
 from train.lora_switch import LoraConfig
 from train.plan import plan
@@ -74,7 +74,7 @@ def test_a_prompt_is_counted_without_its_instruction(backbone):
     assert "1 prompts have more letters between quotation marks than the 256" in told and told.endswith("is second")
 
 
-@pytest.mark.parametrize("guidance", [1.0, 6.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 6.0])
 def test_sampling_equals_diffusers(backbone, pipeline, guidance):
     """In 4 steps, whose times are the same to the bit: diffusers rounds its grid twice, and a last bit of 1000 t moves
     a random network's clip by 1e-4."""

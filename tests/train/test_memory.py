@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from train import gdpo, loop
+from train.backbones.fused import memory
+from train.backbones.fused.memory import GIB, Sizes, choose_levels, predict
+from train.backbones.fused.offload import affordable
+from train.backbones.fused.prepare import prepare_network
 from train.backbones.wan import WAN
-from train.fused import memory
-from train.fused.memory import GIB, Sizes, choose_levels, predict
-from train.fused.offload import affordable
-from train.fused.prepare import prepare_network
 
 WAN_14B = Sizes(tokens=32760, width=5120, ffn=13824, heads=40, blocks=40)
 

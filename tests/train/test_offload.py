@@ -9,10 +9,10 @@ import psutil
 import pytest
 import torch
 
+from train.backbones.fused.fused_block import fuse_blocks
+from train.backbones.fused.offload import HostStore, affordable
 from train.backbones.loading import random_transformer
 from train.backbones.wan import wan_architecture
-from train.fused.fused_block import fuse_blocks
-from train.fused.offload import HostStore, affordable
 from train.host_memory import GIB, host_memory, locked
 from train.lora_switch import LoraConfig, LoraSwitch
 

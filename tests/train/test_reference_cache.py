@@ -28,7 +28,7 @@ def passes(monkeypatch):
     [
         ("objective.loss=bound", "self_score.strength=3", "self_score.every=2"),
         pytest.param(("objective.loss=plackett_luce",), marks=pytest.mark.slow),
-        ("objective.loss=bound", "train.pairs_per_pass=2", "optim.batch_size=4"),
+        pytest.param(("objective.loss=bound", "train.pairs_per_pass=2", "optim.batch_size=4"), marks=pytest.mark.slow),
     ],
 )
 def test_a_later_run_is_the_same_to_the_bit_without_the_references_passes(tiny, tmp_path, passes, more):

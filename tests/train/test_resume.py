@@ -60,9 +60,14 @@ def test_two_runs_are_the_same(tiny, tmp_path):
     ("entry", "more"),
     [
         pytest.param(gdpo, (), id="bound"),
-        pytest.param(gdpo, ("objective.loss=plackett_luce", "objective.noise=independent"), id="plackett_luce"),
+        pytest.param(
+            gdpo,
+            ("objective.loss=plackett_luce", "objective.noise=independent"),
+            id="plackett_luce",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(gdpo, ("train.pairs_per_pass=2", "train.num_workers=2"), id="batched"),
-        pytest.param(gdpo, ("train.parameters=full", "objective.anchor=10"), id="full_copy"),
+        pytest.param(gdpo, ("train.parameters=full", "objective.anchor=10"), id="full_copy", marks=pytest.mark.slow),
         pytest.param(sft, (), id="sft"),
         pytest.param(sft, ("train.parameters=full",), id="full"),
     ],

@@ -14,16 +14,16 @@ from eval.search.noise_refinement import RefineConfig, refine
 from train import checkpoint, gdpo, loop, sft
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.fused.fused_block import fuse_blocks
+from train.backbones.fused.inference import fuse
+from train.backbones.fused.memory import INPUT_OFFLOADED, OFFLOADED, Sizes, resident
+from train.backbones.fused.offload import HostStore
+from train.backbones.fused.prepare import prepare_network
 from train.backbones.loading import random_transformer
 from train.backbones.streaming import Ring
 from train.backbones.wan import wan_architecture
 from train.data import GroupStream
 from train.full_parameters import FullParameters
-from train.fused.fused_block import fuse_blocks
-from train.fused.inference import fuse
-from train.fused.memory import INPUT_OFFLOADED, OFFLOADED, Sizes, resident
-from train.fused.offload import HostStore
-from train.fused.prepare import prepare_network
 from train.groups import GroupSet
 from train.lora_switch import LoraConfig, LoraSwitch
 from train.plan import on_card, plan_blocks
@@ -105,7 +105,7 @@ def test_a_streamed_network_compiles_no_graph_more(monkeypatch, fused):
             fuse_blocks(network, switch, lambda *_: [0, 1, 0, 1])
         else:
             config = gdpo.Config(backbone=BackboneConfig(compile=True))
-            monkeypatch.setattr("train.fused.prepare.unfit", lambda *_: "as a test says")
+            monkeypatch.setattr("train.backbones.fused.prepare.unfit", lambda *_: "as a test says")
             prepare_network(network, switch, config)
         for _ in range(2):
             with switch.frozen_reference():

@@ -15,12 +15,12 @@ from losses.self_score import motion_mask
 from train import checkpoint, gdpo, loop, sft
 from train.backbones import find_architecture, load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.fused.fused_block import fuse_blocks
+from train.backbones.fused.memory import passes_waiting
 from train.backbones.wan22_ti2v import Wan22TI2V
 from train.clips import to_pixels
 from train.data import GroupStream
 from train.full_parameters import FullParameters
-from train.fused.fused_block import fuse_blocks
-from train.fused.memory import passes_waiting
 from train.groups import GroupSet
 from train.lora_switch import LoraSwitch
 from train.policy import Policy
@@ -253,7 +253,7 @@ def test_weights_of_zero_train_bit_for_bit_as_without_targets(tiny, tiny_targets
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
 
 
-@pytest.mark.parametrize("entry", [gdpo, sft])
+@pytest.mark.parametrize("entry", [gdpo, pytest.param(sft, marks=pytest.mark.slow)])
 def test_three_steps_and_three_equal_six_with_all_terms(tiny_targets, tmp_path, entry):
     tiny, run = tiny_targets, (*PHYSICS, *SELF, "train.checkpoint_every=3")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

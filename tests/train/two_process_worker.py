@@ -19,8 +19,8 @@ from losses.flow_matching import flow_error, interpolate
 from train import gdpo, loop, parallel
 from train.backbones import load_backbone
 from train.backbones.base import Conditioning
+from train.backbones.fused.prepare import prepare_network
 from train.data import Sample, build_loader
-from train.fused.prepare import prepare_network
 from train.groups import GroupSet
 from train.lora_switch import LoraSwitch
 from train.policy import Policy

@@ -43,7 +43,7 @@ class NetworkKind:
     blocks: str = "blocks"  # the attribute that holds its blocks
     fill_buffers: Callable[[nn.Module, torch.device | str], None] | None = None  # what no checkpoint holds
     cached: bool = False  # whether diffusers' First Block Cache knows its blocks
-    fused: bool = False  # whether `train.fused.fused_block` computes these blocks; they attend without a mask
+    fused: bool = False  # whether `train.backbones.fused.fused_block` computes these blocks; they attend without a mask
     # Layers of a block: diffusers' name -> that of the model's own code, which ComfyUI's LoRA files have.
     original_names: Mapping[str, str] = field(default_factory=dict)
     observe: Observe | None = None  # attention of a pass, as `eval.search.masks` reads it

@@ -5,8 +5,8 @@
 
 So a block's parameters never move: compiled graphs, the LoRA switch and hooks meet ordinary parameters on the device,
 which hold the block's numbers from `StreamedBlocks.fetch` until its buffer is filled with another block's. Nothing is
-rounded. A block's forward pass fetches it (a hook, or `train.fused.fused_block` itself), and so does its backward pass,
-which computes it anew: a streamed network comes with activation checkpointing. Whoever meant to use weights that were
+rounded. A block's forward pass fetches it (a hook, or `fused.fused_block` itself), and so does its backward pass, which
+computes it anew: a streamed network comes with activation checkpointing. Whoever meant to use weights that were
 overwritten meanwhile meets autograd's own error, because all views of a buffer count its changes.
 
 With D bytes of a block's weights and copies of B bytes a second, copies hide where a block computes for D / B seconds:

@@ -59,10 +59,10 @@ from train import entry, gdpo
 from train.backbones import find_architecture, load_backbone, text_tokens
 from train.backbones.base import Backbone
 from train.backbones.conditioning import CONDITION
+from train.backbones.fused.prepare import prepare_network
 from train.cost import operations, save_rates
 from train.data import Sample
 from train.files import write_text
-from train.fused.prepare import prepare_network
 from train.group_sample import MORE
 from train.groups import Loser
 from train.host_memory import GIB

@@ -36,9 +36,9 @@ from eval.search.searcher import Searcher
 from train import entry
 from train.backbones import load_backbone
 from train.backbones.base import BackboneConfig, Conditioning
+from train.backbones.fused.inference import fuse
 from train.clips import VideoConfig
 from train.files import write_text
-from train.fused.inference import fuse
 from train.parallel import build_accelerator
 from train.sampling import SamplerConfig, Stepper, sampling_passes
 

@@ -8,11 +8,11 @@ Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden sta
 `resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; the adapters' bytes come again
 for AdamW's two moments and for each set of gradients that waits, a clip's or the sum over earlier passes. Passes are
 those whose activations wait for their backward at once, as `waiting` says: one, and two where the self-score's judge
-looks at what the policy predicts (`train.policy`). Kept: a block's input, and by `train.fused.fused_block.LEVELS`
-nothing, attention (u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host
-memory; or not even its input, which waits there. The workspace, fitted to measured peaks, is what one block's backward
-pass holds besides: it recomputes less the more was kept. Of two passes that wait, the first keeps `outside` bytes more
-outside of its blocks; this is fitted likewise.
+looks at what the policy predicts (`train.policy`). Kept: a block's input, and by `fused_block.LEVELS` nothing,
+attention (u and a logsumexp), three more hidden states (3 u), everything (3 u + w), or everything in host memory; or
+not even its input, which waits there. The workspace, fitted to measured peaks, is what one block's backward pass holds
+besides: it recomputes less the more was kept. Of two passes that wait, the first keeps `outside` bytes more outside of
+its blocks; this is fitted likewise.
 
 Attention comes first, because it saves most time per byte. Then the last blocks are raised first, because the peak is
 where the backward pass starts, and a block that kept more needs less workspace. Inputs go to host memory only with
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from train.backbones import kind_of
 from train.host_memory import GIB
 
-OFFLOADED = 4  # the level of `train.fused.fused_block` whose activations wait in host memory (`train.fused.offload`)
+OFFLOADED = 4  # the level of `fused_block` whose activations wait in host memory (`offload`)
 INPUT_OFFLOADED = 5  # the level whose input waits there
 WORKSPACE = (21.0, 18.0, 18.0, 14.0)  # hidden states u, by level; the last block, where the peak is, is not offloaded
 WIDE_WORKSPACE = 0.3  # feed-forward activations w

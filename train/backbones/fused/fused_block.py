@@ -30,11 +30,21 @@ from torch import Tensor, nn
 from train import compile_cache
 from train.backbones import kind_of
 from train.backbones.attention_kernels import KERNELS
+from train.backbones.fused import float8
+from train.backbones.fused.memory import INPUT_OFFLOADED, OFFLOADED, passes_waiting
+from train.backbones.fused.offload import HostStore
+from train.backbones.fused.stages import (
+    Frozen,
+    Settings,
+    cross_attend,
+    cross_norm,
+    gated,
+    gelu,
+    heads,
+    modulated_norm,
+    rotate,
+)
 from train.full_parameters import FullParameters
-from train.fused import float8
-from train.fused.memory import INPUT_OFFLOADED, OFFLOADED, passes_waiting
-from train.fused.offload import HostStore
-from train.fused.stages import Frozen, Settings, cross_attend, cross_norm, gated, gelu, heads, modulated_norm, rotate
 from train.lora_switch import LoraSwitch, SwitchedLinear
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # layer name -> (down (rank, in), up (out, rank))
@@ -344,9 +354,9 @@ def fuse_blocks(
     """Replace every block's forward. Hooks stay outside the graphs.
 
     `plan` gives each block's index of LEVELS, for hidden states of shape (B, N, D) and a number of passes that wait for
-    their backward at once (`train.fused.memory.waiting`); it is asked once. `store` is for blocks that are OFFLOADED;
-    without it, or where it is full, they keep everything on the device. `others`: networks of the same architecture,
-    which share the graphs. Weights in host memory (`network.streamed`) are fetched by the blocks themselves.
+    their backward at once (`memory.waiting`); it is asked once. `store` is for blocks that are OFFLOADED; without it,
+    or where it is full, they keep everything on the device. `others`: networks of the same architecture, which share
+    the graphs. Weights in host memory (`network.streamed`) are fetched by the blocks themselves.
     """
     if compiled:
         compile_cache.heal()

@@ -1,14 +1,14 @@
 """Training's fused, compiled blocks for sampling and scoring: the same clip in less time, after a minute's compilation.
 
-The blocks of `train.fused.fused_block` at their leanest level: without gradients they keep nothing, and a gradient
-to the latents (refinement, guidance) computes each block anew, as activation checkpointing would.
+The blocks of `fused_block` at their leanest level: without gradients they keep nothing, and a gradient to the latents
+(refinement, guidance) computes each block anew, as activation checkpointing would.
 """
 
 from types import SimpleNamespace
 from typing import Any
 
 from train.backbones.base import Backbone
-from train.fused.fused_block import fuse_blocks, unfit
+from train.backbones.fused.fused_block import fuse_blocks, unfit
 from train.lora_switch import SwitchedLinear, SwitchState
 
 

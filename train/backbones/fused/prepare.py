@@ -9,9 +9,9 @@ from torch import nn
 
 from train import compile_cache
 from train.backbones import kind_of
-from train.fused import float8, memory
-from train.fused.fused_block import fuse_blocks, unfit
-from train.fused.offload import HostStore, affordable
+from train.backbones.fused import float8, memory
+from train.backbones.fused.fused_block import fuse_blocks, unfit
+from train.backbones.fused.offload import HostStore, affordable
 
 
 def prepare_network(

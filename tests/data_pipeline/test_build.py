@@ -272,6 +272,7 @@ def test_a_build_of_an_earlier_version_goes_on_under_its_fingerprint(model, clip
     assert {groups.fingerprint, groups.network} == {earlier["fingerprint"]} and "network" not in groups.index
 
 
+@pytest.mark.slow
 def test_loras_under_the_base_make_other_losers_of_the_same_winners(built, copied, model, tmp_path):
     name = {f"blocks.0.self_attn.q.lora_{side}.weight": torch.ones(*shape) for side, shape in SHAPES.items()}
     save_file(name, tmp_path / "lora.safetensors")

@@ -225,6 +225,7 @@ def test_only_what_is_missing_or_not_whole_is_made_again(copied, model, lora):
     assert remade(before, after) == {f"{place}.mp4" for place in places}
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_clip_and_sidecar_leaves_no_lie(copied, model, monkeypatch):
     """New frames must not stand beside the sidecar of the old settings."""
 

@@ -299,6 +299,7 @@ def test_the_whole_benchmark_equals_the_official_code(data, tmp_path):
         assert np.mean([row.values[f"variance_{name}"] for row in rows]) == pytest.approx(value, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_identical_clips_and_the_other_take_score_100(data, tmp_path):
     benchmark = build(data)
     tasks = benchmark.prompts()

@@ -146,6 +146,7 @@ def test_the_table_worked_by_hand_and_drawn(tmp_path, model, capsys):
         assert image.width == 1800 and 600 < image.height < 2000
 
 
+@pytest.mark.slow
 def test_the_world_model_comes_once_and_before_all_builds(tmp_path, model):
     run = Fake()
     start(tmp_path, model, run, rows="base", seeds="0")

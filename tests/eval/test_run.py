@@ -541,6 +541,7 @@ def together(tuned, tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_a_clip_does_not_depend_on_which_ones_were_finished(together, tmp_path, monkeypatch):
     made = Made(tmp_path, {}, together.model)
     shutil.copytree(together.eval, made.eval)

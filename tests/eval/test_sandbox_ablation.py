@@ -139,6 +139,7 @@ def test_show_prints_and_draws_without_a_run(tmp_path, capsys):
         assert image.width == 1800 and 600 < image.height < 2000
 
 
+@pytest.mark.slow
 def test_what_losers_cost_is_drawn_and_paired_with_sft(tmp_path, capsys):
     """`gdpo` is paired with LoRA-SFT, and the cheaper row with both."""
     assert start(tmp_path, Fake(), "--suite", "losers", rows="base,sft,gdpo,1x3") == 0
@@ -199,6 +200,7 @@ def test_finished_runs_are_not_repeated_and_changed_ones_start_anew(tmp_path):
     assert list(read(tmp_path)[1]) == ["base", "gdpo"]  # sft's result is of other settings
 
 
+@pytest.mark.slow
 def test_other_groups_mean_another_run(tmp_path):
     start(tmp_path, Fake(), rows="gdpo", seeds="0")
     (tmp_path / "groups-0" / "index.json").write_text("{}", encoding="utf-8")

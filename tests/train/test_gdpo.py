@@ -453,6 +453,7 @@ def measure(policy, config, positions):
     return torch.stack(measured["policy"]), torch.stack(measured["reference"])
 
 
+@pytest.mark.slow
 def test_thirty_steps_raise_margin_and_accuracy(tiny, tmp_path, configure):
     run = ("optim.steps=30", "optim.lr=0.003", "train.checkpoint_every=30")
     checkpoints = tiny.train(tmp_path, *run)

@@ -287,6 +287,7 @@ def interrupt(patch, owner, name, call, error=None):
     patch.setattr(owner, name, interrupted)
 
 
+@pytest.mark.slow
 def test_preempted_while_saving(tiny, tmp_path, monkeypatch, twelve_steps):
     with monkeypatch.context() as patch:
         interrupt(patch, checkpoint, "save", 3)

@@ -18,7 +18,7 @@ from train.backbones.architecture import forward_flops, parameter_count
 from train.backbones.base import BackboneConfig
 from train.backbones.conditioning import Conditioning, pad_texts
 from train.backbones.fused.fused_block import unfit
-from train.backbones.hunyuan15 import CUT, flops, shape
+from train.backbones.hunyuan15 import CUT, JointAttention, flops, shape
 from train.backbones.tiny import write_tiny_pipeline
 from train.groups import GroupSet, told
 from train.lora_switch import LoraConfig
@@ -108,6 +108,20 @@ def test_features_are_the_videos_and_image_tokens_of_zeros_change_nothing(backbo
     arguments["image_embeds"] = torch.zeros(2, 7, 32)
     torch.testing.assert_close(velocity, backbone.transformer(**arguments, return_dict=False)[0])
     torch.testing.assert_close(velocity[:1], backbone.velocity(latents[:1], t[:1], told_[:1]))
+
+
+def test_attention_without_padding_is_diffusers_with_its_mask(backbone, config):
+    """Prompts of different lengths in one batch, to the latents' gradient."""
+    theirs = load_backbone(replace(config, attention="native"), "cpu")
+    assert not any(isinstance(block.attn.processor, JointAttention) for block in theirs.blocks)
+    assert all(isinstance(block.attn.processor, JointAttention) for block in backbone.blocks)
+    found = []
+    for one in (backbone, theirs):
+        latents = noise(2, 4, 3, 4, 6).requires_grad_()
+        velocity = one.velocity(latents, torch.tensor([0.3, 0.8]), one.encode_texts(PROMPTS))
+        velocity.square().sum().backward()
+        found.append((velocity, latents.grad))
+    torch.testing.assert_close(*found)
 
 
 def group(backbone, number=0):

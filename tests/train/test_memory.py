@@ -43,8 +43,8 @@ def test_attention_is_kept_everywhere_before_anything_else_and_the_last_blocks_f
 
 
 def test_two_passes_that_wait_together_keep_less_each():
-    """By hand: inputs 2 x 40 x 0.3124 GiB = 25.0, workspace 21 x 0.3124 + 0.3 x 0.8436 = 6.8, outside 2.2 x 0.3124."""
-    assert predict(WAN_14B, [0] * 40, 2) / GIB == pytest.approx(32.5, abs=0.05)
+    """By hand: inputs 2 x 40 x 0.3124 GiB, workspace 14.7 x 0.3124 + 2.4 x 0.8436, outside 1.1 x 0.3124."""
+    assert predict(WAN_14B, [0] * 40, 2) / GIB == pytest.approx(31.95, abs=0.05)
     one, two = choose_levels(WAN_14B, 47 * GIB), choose_levels(WAN_14B, 47 * GIB, passes=2)
     assert sum(two) < sum(one) and predict(WAN_14B, two, 2) <= 47 * GIB < predict(WAN_14B, one, 2)
     assert choose_levels(WAN_14B, 80 * GIB, 40 * GIB, passes=2).count(4) <= choose_levels(
@@ -83,9 +83,9 @@ def test_inputs_wait_on_the_host_only_where_they_do_not_fit_and_then_of_the_firs
 
 
 def test_the_least_that_a_step_can_take():
-    """By hand: one input and the workspace, 7.1 GiB, and an input on its way back; the others' 12.2 GiB on the host."""
+    """By hand: one input and the workspace, 6.9 GiB, and an input on its way back; the others' 12.2 GiB on the host."""
     levels = choose_levels(WAN_14B, 0, 12.3 * GIB, inputs=True)
-    assert levels == [5] * 39 + [0] and predict(WAN_14B, levels) / GIB == pytest.approx(7.44, abs=0.01)
+    assert levels == [5] * 39 + [0] and predict(WAN_14B, levels) / GIB == pytest.approx(7.24, abs=0.01)
     assert choose_levels(WAN_14B, 0, 12 * GIB, inputs=True).count(5) == 38
     two = choose_levels(WAN_14B, 0, 100 * GIB, passes=2, inputs=True)
     assert two.count(5) == 39 and choose_levels(WAN_14B, 0, 12.3 * GIB, passes=2, inputs=True).count(5) == 19
@@ -193,14 +193,51 @@ def test_float8_leaves_room_for_its_operands():
     assert sum(wide(shape, 1)) > sum(narrow(shape, 1))
 
 
-def test_the_prediction_is_near_and_above_what_an_h200_measured():
-    """Peaks that train.tools.benchmark measured, GiB: weights, adapters, two moments, two gradients, activations."""
-    wan_1_3b = Sizes(tokens=32760, width=1536, ffn=8960, heads=12, blocks=30)
-    wan_14b = 26.61 + 5 * 0.293
-    for sizes, levels, passes, resident, measured in (
-        (WAN_14B, [1] * 22 + [2] * 18, 1, wan_14b, 75.75),
-        (wan_1_3b, [2] * 30, 1, 2.64 + 5 * 0.066, 18.85),
-        (WAN_14B, [0] * 14 + [1] * 26, 2, wan_14b, 75.91),
-        (WAN_14B, [4] * 13 + [0] * 5 + [1] * 22, 2, wan_14b, 76.29),
-    ):
-        assert measured <= resident + predict(sizes, levels, passes) / GIB < 1.02 * measured
+WAN_1_3B = Sizes(tokens=32760, width=1536, ffn=8960, heads=12, blocks=30)
+WAN_5B = Sizes(tokens=27280, width=3072, ffn=14336, heads=24, blocks=30)  # 704x1280x121
+RESIDENT = {  # GiB: weights, whole and streamed, and adapters five times: themselves, two moments, two gradients
+    WAN_14B: (26.614 + 5 * 0.293, 1.794 + 5 * 0.293),
+    WAN_1_3B: (2.643 + 5 * 0.0659, 0.226 + 5 * 0.0659),
+    WAN_5B: (9.313 + 5 * 0.132, 0.797 + 5 * 0.132),
+}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "streamed", "steps", "measured"),
+    [
+        # Levels 0 to 5 of how many blocks, the last block's, and passes; of the two kinds of steps that a run had.
+        (WAN_14B, False, [((40, 0, 0, 0, 0, 0), 0, 1)], 47.19),
+        (WAN_5B, False, [((30, 0, 0, 0, 0, 0), 0, 1)], 18.70),
+        (WAN_1_3B, False, [((30, 0, 0, 0, 0, 0), 0, 1)], 8.47),
+        (WAN_14B, False, [((0, 22, 18, 0, 0, 0), 2, 1)], 75.75),
+        (WAN_1_3B, False, [((0, 0, 30, 0, 0, 0), 2, 1)], 18.85),
+        (WAN_14B, False, [((14, 26, 0, 0, 0, 0), 1, 2)], 75.91),
+        (WAN_14B, False, [((5, 22, 0, 0, 13, 0), 1, 2)], 76.29),
+        (WAN_14B, False, [((0, 0, 9, 5, 26, 0), 3, 1)], 74.37),
+        (WAN_14B, False, [((0, 0, 9, 5, 26, 0), 3, 1), ((8, 19, 0, 0, 13, 0), 1, 2)], 74.94),
+        (WAN_14B, True, [((19, 1, 0, 0, 8, 12), 1, 1)], 21.70),
+        (WAN_5B, True, [((0, 0, 5, 4, 21, 0), 3, 1)], 20.65),
+        (WAN_1_3B, True, [((8, 6, 0, 0, 16, 0), 1, 1)], 6.99),
+        # The cards of train/README.md.
+        (WAN_14B, True, [((0, 1, 0, 0, 2, 37), 1, 1), ((3, 1, 0, 0, 0, 36), 1, 2)], 13.9),
+        (WAN_14B, True, [((18, 1, 0, 0, 8, 13), 1, 1), ((9, 1, 0, 0, 2, 28), 1, 2)], 21.15),
+        (WAN_14B, True, [((19, 12, 0, 0, 9, 0), 1, 1), ((20, 1, 0, 0, 3, 16), 1, 2)], 27.93),
+        (WAN_14B, True, [((0, 22, 9, 0, 9, 0), 2, 1), ((28, 8, 0, 0, 4, 0), 1, 2)], 42.6),
+        (WAN_14B, False, [((0, 16, 15, 0, 9, 0), 2, 1), ((19, 17, 0, 0, 4, 0), 1, 2)], 72.8),
+        (WAN_1_3B, True, [((0, 7, 7, 0, 16, 0), 2, 1), ((21, 1, 0, 0, 8, 0), 1, 2)], 10.3),
+        (WAN_1_3B, False, [((0, 3, 11, 0, 16, 0), 2, 1), ((14, 8, 0, 0, 8, 0), 1, 2)], 13.8),
+        (WAN_1_3B, False, [((0, 0, 6, 8, 16, 0), 3, 1), ((0, 14, 8, 0, 8, 0), 2, 2)], 20.5),
+        (WAN_1_3B, False, [((0, 0, 0, 16, 14, 0), 3, 1), ((0, 0, 22, 0, 8, 0), 2, 2)], 28.4),
+        (WAN_1_3B, False, [((0, 0, 0, 30, 0, 0), 3, 1), ((0, 0, 13, 9, 8, 0), 3, 2)], 43.25),
+        (WAN_1_3B, False, [((0, 0, 0, 30, 0, 0), 3, 1), ((0, 0, 0, 25, 5, 0), 3, 2)], 71.68),
+    ],
+)
+def test_the_prediction_is_near_what_an_h200_measured(sizes, streamed, steps, measured):
+    """Peaks that train.tools.benchmark measured, GiB. The plan is to be right within 0.5."""
+    peaks = []
+    for counts, last, passes in steps:
+        counts = [count - (level == last) for level, count in enumerate(counts)]
+        levels = [level for level, count in enumerate(counts) for _ in range(count)] + [last]
+        assert len(levels) == sizes.blocks
+        peaks.append(RESIDENT[sizes][streamed] + predict(sizes, levels, passes) / GIB)
+    assert max(peaks) == pytest.approx(measured, abs=0.4)

@@ -122,10 +122,10 @@ def test_what_blocks_keep():
 
 def test_wan14b_streams_on_a_24_gb_card():
     """By hand, GiB: two blocks 2 x 0.655, the rest of the network 0.485, six sets of adapters 1.76; inputs 12.5 and a
-    block's work 6.8 make 22.9, of which as much goes to the host as a budget asks for."""
+    block's work 6.6 make 22.7, of which as much goes to the host as a budget asks for."""
     streamed = ("backbone.stream=true", "train.offload_gib=0", "train.memory_budget_gib")
     least = lines_of(config_of("wan14b", *streamed[:2], f"{streamed[2]}=0.001"))["blocks"]
-    assert "keep 40 their input: peak 22.9 GiB" in least
+    assert "keep 40 their input: peak 22.7 GiB" in least
     for budget, host in ((22.5, 80), (22.5, 13), (12, 13)):
         lines = lines_of(config_of("wan14b", streamed[0], f"train.offload_gib={host}", f"{streamed[2]}={budget}"))
         assert float(lines["blocks"].split("peak ")[1].split()[0]) <= budget and "input in host" in lines["blocks"]
@@ -134,7 +134,7 @@ def test_wan14b_streams_on_a_24_gb_card():
         )
         assert "weights 1.8 +" in lines["memory"] and "at most 2.2 GiB" in lines["loading"]
     whole = lines_of(config_of("wan14b", "train.memory_budget_gib=22.5"))
-    assert "backbone.stream=true: 22.5 GiB" in whole["blocks"] and "host" not in whole
+    assert "backbone.stream=true: 22.3 GiB" in whole["blocks"] and "host" not in whole
     assert "stream" not in lines_of(config_of("wan14b"))["blocks"]
 
 

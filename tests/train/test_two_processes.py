@@ -178,8 +178,12 @@ def test_zero3_gathers_fused_blocks_for_both_passes(tiny, tmp_path, one_process,
 
 
 @pytest.mark.slow
-def test_the_benchmark_measures_a_sharded_step_beside_a_whole_one(tmp_path):
-    arguments = ("recipe=tiny", f"output={tmp_path}", "benchmark.repeats=1", "benchmark.parts=[ours,zero3]")
+@pytest.mark.parametrize("recipe", ["tiny", "hunyuan15", "cosmos25"])  # the last two with compiled blocks
+def test_the_benchmark_measures_a_sharded_step_beside_a_whole_one(tmp_path, recipe):
+    arguments = (f"recipe={recipe}", f"output={tmp_path}", "benchmark.repeats=1", "benchmark.parts=[ours,zero3]")
+    if recipe != "tiny":
+        size = ("video.height=64", "video.width=64", "video.num_frames=9")
+        arguments += ("backbone.architecture=tiny", "backbone.dtype=float32", *size)
     finish(launch("zero3", ("train/tools/benchmark.py",), *arguments, tmp_path=tmp_path), tmp_path)
     results = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     whole, sharded = results["ours"], results["zero3"]

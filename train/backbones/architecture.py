@@ -42,6 +42,7 @@ class NetworkKind:
     flops: Callable[[Shape, int, int], tuple[float, float]]
     blocks: str = "blocks"  # the attribute that holds its blocks
     fill_buffers: Callable[[nn.Module, torch.device | str], None] | None = None  # what no checkpoint holds
+    attention: type | None = None  # in the place of its blocks' attention processor, without a mask
     cached: bool = False  # whether diffusers' First Block Cache knows its blocks
     fused: bool = False  # whether `train.backbones.fused.fused_block` computes these blocks; they attend without a mask
     # Layers of a block: diffusers' name -> that of the model's own code, which ComfyUI's LoRA files have.

@@ -2,9 +2,9 @@
 
 The prompt is read by Qwen2.5-VL inside a fixed instruction, whose first 108 tokens are cut off again, and what stands
 in it between quotation marks by ByT5, for letters in the picture; without quotation marks that text is empty. Both are
-encoded by diffusers' own code. The network joins their tokens with the video's in every attention and masks padding.
-Beside the noisy latents it reads the latents of given frames and their mask, here zeros. Latents are multiplied by the
-VAE's scaling_factor.
+encoded by diffusers' own code. The network joins their tokens with the video's in every attention, where padding is
+left out (`JointAttention`). Beside the noisy latents it reads those of given frames and their mask, here zeros. Latents
+are multiplied by the VAE's scaling_factor.
 
 Facts from diffusers' defaults for the classes, which are the public checkpoints' (hunyuanvideo-community/HunyuanVideo-
 1.5-Diffusers-*); sizes of ByT5 from google/byt5-small. Deviation from diffusers' pipeline: it passes 729 image tokens
@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts, format_text_input
 from torch import Tensor, nn
 from transformers import (
@@ -69,7 +72,48 @@ def flops(own: Shape, tokens: int, text_tokens: int) -> tuple[float, float]:
     return matrix, 4.0 * joined**2 * own.width * own.layers
 
 
-KIND = NetworkKind(model=HunyuanVideo15Transformer3DModel, shape=shape, flops=flops, blocks="transformer_blocks")
+class JointAttention(HunyuanVideo15AttnProcessor2_0):
+    """A block's attention over the video's and the text's tokens without padding, instead of with a mask of all pairs
+    of tokens: 2.5 GB for 121 frames of 480x848, with which no fast kernel runs. The same function for all tokens but
+    padding, whose outputs nothing reads: they are zeros here."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: Any,
+    ) -> tuple[Tensor, Tensor]:  # diffusers' names
+        """Video (B, N, D) and text (B, L, D), its padding last, and known (B, L) bool: where there is none."""
+        video = (attn.to_q, attn.to_k, attn.to_v)
+        text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        query, key, value = (layer(hidden_states).unflatten(2, (attn.heads, -1)) for layer in video)
+        query, key = (
+            apply_rotary_emb(norm(one), image_rotary_emb, sequence_dim=1)
+            for norm, one in ((attn.norm_q, query), (attn.norm_k, key))
+        )
+        query_2, key_2, value_2 = (layer(encoder_hidden_states).unflatten(2, (attn.heads, -1)) for layer in text)
+        pairs = (query, attn.norm_added_q(query_2)), (key, attn.norm_added_k(key_2)), (value, value_2)
+        joined = attend(*(torch.cat(pair, dim=1) for pair in pairs), attention_mask, self._attention_backend)
+        hidden_states, encoder_hidden_states = joined.flatten(2).split(
+            [hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1
+        )
+        return attn.to_out[1](attn.to_out[0](hidden_states)), attn.to_add_out(encoder_hidden_states)
+
+
+@torch.compiler.disable  # lengths decide shapes
+def attend(query: Tensor, key: Tensor, value: Tensor, known: Tensor, backend: Any) -> Tensor:
+    """Attention (B, N, heads, size) without the tokens, of the last L, where `known` (B, L) is False: zeros there."""
+    count, outputs = query.shape[1], []
+    for number, length in enumerate((count - known.shape[1] + known.sum(dim=1)).tolist()):
+        own = (one[number : number + 1, :length] for one in (query, key, value))
+        output = dispatch_attention_fn(*own, backend=backend)
+        outputs.append(nn.functional.pad(output, (0, 0, 0, 0, 0, count - length)))
+    return torch.cat(outputs)
+
+
+KIND = NetworkKind(HunyuanVideo15Transformer3DModel, shape, flops, "transformer_blocks", attention=JointAttention)
 
 
 def hunyuan15_architecture(z_dim: int, scale: int, **network: Any) -> dict[str, Any]:

@@ -198,15 +198,19 @@ def _fill(
 
 
 def choose_attention(kind: NetworkKind, network: nn.Module, name: str, device: torch.device) -> None:
-    """Set the attention kernel: a diffusers backend by name, or with "auto" the fastest here for bfloat16 on a GPU.
+    """Set the attention kernel: a diffusers backend by name, or with "auto" the fastest here for bfloat16 on a GPU;
+    and unless it is "native", all as diffusers has it, the kind's own attention.
 
     "auto" also measures kernels that diffusers does not have; `network.self_attention` is the key of
     `attention_kernels.KERNELS` that fused blocks use for self-attention. Raises ValueError for a name that diffusers
     does not know or cannot use here.
     """
+    if kind.attention is not None and name != "native":
+        for block in kind.blocks_of(network):
+            block.attn.set_processor(kind.attention())
     if name == "auto":
         half = network.dtype == torch.bfloat16  # cuDNN's kernel takes nothing wider
-        if device.type != "cuda" or not half or not kind.fused:  # what is measured takes no mask
+        if device.type != "cuda" or not half or not (kind.fused or kind.attention):  # what is measured takes no mask
             return
         shape = kind.shape(network.config)
         seconds = attention_seconds(shape.heads, shape.width // shape.heads, device)

@@ -87,9 +87,8 @@ def _flops(config: Any) -> tuple[float, float]:
 
 def plain(config: gdpo.Config, backbone: Backbone, batch: dict[str, Tensor], repeats: int) -> dict[str, Any]:
     """What diffusers and peft give without this project: add_adapter, gradient checkpointing, winner and loser in one
-    pass. batch: of one loser; its terms are not read."""
+    pass. backbone: with attention="native"; batch: of one loser, whose terms are not read."""
     network = backbone.transformer
-    network.reset_attention_backend()
     rank, alpha = config.lora.rank, config.lora.alpha
     targets = [name for name, _ in targeted_layers(network, config.lora)]
     network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))

@@ -103,6 +103,7 @@ NO_TERMS = {
     "train": {"reference_cache": ""},
 }
 CHANGES = {
+    "plain": {"backbone": {"attention": "native"}},
     "low_memory": {"train": {"memory_budget_gib": 1e-3, "offload_gib": 0.0}},
     "streamed": {"backbone": {"stream": True}},
     "cached": {"train": {"reference_cache": "known"}},
@@ -377,11 +378,13 @@ def changed(config: Config, part: str) -> Config:
 
 def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, Any]:
     """Figures of one of PARTS, from a network of its own."""
+    terms, config = config.self_score, changed(config, part)
     if part == "streamed":
-        return streamed(changed(config, part), accelerator)
+        return streamed(config, accelerator)
     if part == "fits":
-        return fits(replace(changed(config, part), self_score=config.self_score), accelerator.device)
-    spread = sharding(accelerator) if part == "zero3" else None
+        return fits(replace(config, self_score=terms), accelerator.device)
+    ranks = accelerator if part == "zero3" else None
+    spread = ranks and sharding(ranks)
     backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=spread)
     if part == "ceilings":
         rates = measure_ceilings(config, backbone)
@@ -389,11 +392,9 @@ def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, An
         return rates | both
     if part == "plain":
         return plain(config, backbone, random_batch(config, backbone, 1), config.benchmark.repeats)
-    config = changed(config, part)
     if part == "copy":
         return copied(config, backbone)
-    losers = LOSERS if part == "groupwise" else 1
-    return ours(config, backbone, losers=losers, ranks=accelerator if part == "zero3" else None)
+    return ours(config, backbone, losers=LOSERS if part == "groupwise" else 1, ranks=ranks)
 
 
 if __name__ == "__main__":

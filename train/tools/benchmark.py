@@ -384,8 +384,7 @@ def measure(config: Config, part: str, accelerator: Accelerator) -> dict[str, An
     if part == "fits":
         return fits(replace(config, self_score=terms), accelerator.device)
     ranks = accelerator if part == "zero3" else None
-    spread = ranks and sharding(ranks)
-    backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=spread)
+    backbone = load_backbone(config.backbone, accelerator.device, parts=("expert",), sharding=ranks and sharding(ranks))
     if part == "ceilings":
         rates = measure_ceilings(config, backbone)
         both = {f"pair_limit{kind}_seconds": limit(config, rates, clips=2, kind=kind) for kind in KINDS}

@@ -39,11 +39,7 @@ class AttachedLoras:
         for key in dict.fromkeys(whole):
             parameter = parameters[key]
             streamed = getattr(network, "streamed", None)
-            base = (
-                parameter.data
-                if streamed is None or not streamed.holds(key)
-                else streamed.stored(key).to(parameter.device)
-            )
+            base = streamed.stored(key) if streamed is not None and streamed.holds(key) else parameter.data
             self._changed.append((parameter, parameter.data))
             parameter.data = lora.add(key, base).to(parameter.dtype)
 

@@ -7,7 +7,7 @@ Where the device is a CPU the same calls make plain copies, at once.
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -102,16 +102,21 @@ class Copier:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> torch.cuda.Event | None:
-        """Start copies, (to, from) each, behind the work that is queued now. Returns what marks their end."""
+    def copy(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], then: Callable[[], None] = lambda: None
+    ) -> torch.cuda.Event | None:
+        """Start copies, (to, from) each, behind the work that is queued now, and `then` after them. Returns what marks
+        the end."""
         if self.stream is None:
             for target, source in pairs:
                 target.copy_(source)
+            then()
             return None
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
+            then()
             return self.stream.record_event()
 
     def wait(self, event: torch.cuda.Event | None) -> None:

@@ -4,18 +4,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.backbones import BACKBONES, DTYPES, base_loras, find_architecture
+from train.backbones import BACKBONES, DTYPES, FLOAT8, base_loras, find_architecture
 from train.backbones.architecture import (
+    bytes_outside_blocks,
     latent_shape,
     num_tokens,
-    parameter_bytes,
     parameter_count,
     shape_of,
     without_storage,
 )
 from train.backbones.base import BOTH
 from train.backbones.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choose_levels, predict
-from train.backbones.streaming import SLOTS
+from train.backbones.streaming import SLOTS, BlockLayout
 from train.cost import bill
 from train.groups import GroupSet
 from train.host_memory import GIB, HOST_SHARE, host_memory
@@ -239,8 +239,13 @@ def weights_on_host(config: Any) -> int:
 def streamed_bytes(config: Any) -> int:
     """Of the blocks of all experts that are loaded, whose copy on the host this is."""
     architecture = find_architecture(config.backbone)
-    block, _ = parameter_bytes(architecture, DTYPES[config.backbone.dtype])
-    return experts_loaded(config) * shape_of(architecture).layers * block
+    return experts_loaded(config) * shape_of(architecture).layers * block_layout(config).host.size
+
+
+def block_layout(config: Any) -> BlockLayout:
+    """Of a block that is streamed."""
+    architecture, dtype = find_architecture(config.backbone), config.backbone.dtype
+    return BlockLayout(architecture["kind"], without_storage(architecture), DTYPES[dtype], float8=dtype == FLOAT8)
 
 
 def experts_loaded(config: Any) -> int:
@@ -268,9 +273,9 @@ def memory_estimate(config: Any, *, world: int) -> dict[str, float]:
     """Bytes per device by part: weights, gathered, adapters, activations.
 
     Weights: frozen, over `world` shards; of the expert that trains, or of every expert where validation makes clips;
-    where both train and are not sharded, of one; with backbone.stream SLOTS blocks of one of them, and what is outside
-    of their blocks. Gathered: under ZeRO-3, blocks that are whole while they run. Adapters: weights, two moments and
-    gradients, in float32; the gradients of one expert.
+    where both train and are not sharded, of one; with backbone.stream SLOTS blocks of one of them, one more in 8 bits
+    where they are, and what is outside of their blocks. Gathered: under ZeRO-3, blocks that are whole while they run.
+    Adapters: weights, two moments and gradients, in float32; the gradients of one expert.
     Activations: each block's input for the clips of one pass, and about 34 widths and 4 feed-forward widths a token
     while one block is recomputed; without checkpointing the latter for every block.
     """
@@ -283,8 +288,9 @@ def memory_estimate(config: Any, *, world: int) -> dict[str, float]:
     both, experts = config.backbone.expert == BOTH, experts_loaded(config)
     weights = (1 if both and world == 1 else experts) * parameters * size / world
     if config.backbone.stream:
-        a_block, others = parameter_bytes(architecture, DTYPES[config.backbone.dtype])
-        weights = SLOTS * a_block + experts * others
+        layout, dtype = block_layout(config), DTYPES[config.backbone.dtype]
+        arrived = layout.host.size if layout.scales else 0
+        weights = SLOTS * layout.device.size + arrived + experts * bytes_outside_blocks(architecture, dtype)
     gathered = {"gathered": GATHERED * parameters / layers * size} if world > 1 else {}
     return {
         "weights": weights,

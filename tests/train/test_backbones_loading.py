@@ -142,7 +142,7 @@ def test_fingerprint_follows_the_weights(folders, copy):
         ({"path": ""}, "backbone.path is empty"),
         ({"path": "/nowhere/at all"}, "is no folder: give an existing one or a hub id"),
         ({"family": "wan3"}, "backbone.family='wan3' is unknown: use one of wan21"),
-        ({"dtype": "float8"}, "backbone.dtype='float8' is unknown: use one of bfloat16, float32"),
+        ({"dtype": "float16"}, "backbone.dtype='float16' is unknown: use one of bfloat16, float32, float8"),
         (
             {"random_weights": True, "architecture": "70B"},
             "backbone.architecture='70B' is unknown: use one of tiny, 1.3B",

@@ -133,6 +133,8 @@ def test_wan14b_streams_on_a_24_gb_card():
             f"26.2 GiB of weights, page-locked, one copy for the processes of a host; up to {host} GiB" in lines["host"]
         )
         assert "weights 1.8 +" in lines["memory"] and "at most 2.2 GiB" in lines["loading"]
+    eight = lines_of(config_of("wan14b", streamed[0], "backbone.dtype=float8", "train.memory_budget_gib=22.5"))
+    assert "13.1 GiB of weights" in eight["host"] and "weights 2.1 +" in eight["memory"]  # a block in 8 bits more
     whole = lines_of(config_of("wan14b", "train.memory_budget_gib=22.5"))
     assert "backbone.stream=true: 22.3 GiB" in whole["blocks"] and "host" not in whole
     assert "stream" not in lines_of(config_of("wan14b"))["blocks"]

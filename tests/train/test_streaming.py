@@ -20,6 +20,7 @@ from train.backbones.fused.memory import INPUT_OFFLOADED, OFFLOADED, Sizes, resi
 from train.backbones.fused.offload import HostStore
 from train.backbones.fused.prepare import prepare_network
 from train.backbones.loading import random_transformer
+from train.backbones.quantize import round_matrix
 from train.backbones.streaming import Ring
 from train.backbones.wan import wan_architecture
 from train.data import GroupStream
@@ -73,10 +74,39 @@ def test_every_gradient_is_the_same_to_the_bit(tiny_targets, tmp_path, monkeypat
     assert name != "all_terms" or after["self"] > 0
 
 
-def make(layers=4, *, streamed=True, dtype=torch.bfloat16):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_8_bits_on_the_host_are_the_numbers_of_a_network_in_8_bits(tiny_targets, tmp_path, monkeypatch, compiled):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    changes = ("objective.beta=10", f"backbone.compile={compiled}", "train.memory_budget_gib=1e-9")
+    (rounded, before), (found, after), (bfloat16, _) = (
+        gradients(tiny_targets.config(tmp_path, *changes, f"backbone.dtype={dtype}", *more), gdpo)
+        for dtype, more in (("float8", ()), ("float8", (STREAM,)), ("bfloat16", ()))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, rounded, strict=True)) and before == after
+    assert any(not torch.equal(one, other) for one, other in zip(bfloat16, rounded, strict=True))
+
+
+def test_a_parameter_in_8_bits_is_near_its_own_and_takes_half():
+    """By hand: a row of 1 and 0.3, in 448ths of its largest, is 448 and 134.4, which e4m3 rounds to 128: 0.286."""
+    (whole, _), (network, _) = make(), make(float8=True)
+    streamed = network.streamed
+    key = "blocks.2.ffn.net.0.proj.weight"
+    found, expected = streamed.stored(key), whole.streamed.stored(key)
+    torch.testing.assert_close(found, expected, rtol=1 / 16 + 1 / 256, atol=0)  # rounded to bfloat16 once more
+    assert not torch.equal(found, expected)
+    key = key.replace("weight", "bias")
+    assert torch.equal(streamed.stored(key), whole.streamed.stored(key))
+    sizes = [sum(host.nbytes for host in one.streamed.hosts) for one in (network, whole)]
+    assert 0.5 < sizes[0] / sizes[1] < 0.75  # small blocks have many scales
+    weight = torch.tensor([[1.0, 0.3]])
+    round_matrix(weight)
+    torch.testing.assert_close(weight, torch.tensor([[1.0, 128 / 448]]))
+
+
+def make(layers=4, *, streamed=True, dtype=torch.bfloat16, float8=False):
     architecture = wan_architecture(heads=2, head_dim=16, ffn=48, layers=layers, z_dim=4, text_dim=16)
     ring = Ring(CPU, count=1) if streamed else None
-    network = random_transformer(architecture, device="cpu", dtype=dtype, seed=0, ring=ring)
+    network = random_transformer(architecture, device="cpu", dtype=dtype, seed=0, ring=ring, float8=float8)
     switch = LoraSwitch(network, LoraConfig(4, 8.0))
     with torch.no_grad():
         for weight in switch.parameters():
@@ -153,9 +183,9 @@ def test_the_device_holds_two_blocks():
     whole, _ = make(layers=6, streamed=False)
     block = sum(weight.nbytes for weight in whole.blocks[0].parameters())
     streamed = network.streamed
-    assert streamed.layout.size == pytest.approx(block, rel=0.2) and streamed.layout.size >= block
-    assert resident(whole) - resident(network) == 6 * block - 2 * streamed.layout.size
-    assert streamed.ring.taken == 6 * streamed.layout.size
+    assert streamed.layout.device.size == pytest.approx(block, rel=0.2) and streamed.layout.device.size >= block
+    assert resident(whole) - resident(network) == 6 * block - 2 * streamed.layout.device.size
+    assert streamed.ring.taken == 6 * streamed.layout.host.size
     for name, weight in whole.blocks[4].named_parameters():
         network.streamed.fetch(4)
         assert torch.equal(weight, network.blocks[4].get_parameter(name))
@@ -276,7 +306,7 @@ def test_two_experts_share_the_ring_and_sample_the_same():
         for stream in (False, True)
     )
     high, low = (expert.streamed for expert in streamed.experts.values())
-    assert high.ring is low.ring and high.ring.taken == 4 * high.layout.size
+    assert high.ring is low.ring and high.ring.taken == 4 * high.layout.host.size
     for t in (0.95, 0.3, 0.9):
         with torch.no_grad():
             assert torch.equal(streamed.velocity_at(latents, t, text), plain.velocity_at(latents, t, text))
@@ -310,14 +340,15 @@ def test_a_host_without_the_memory_is_refused_before_anything_is_read(monkeypatc
     monkeypatch.setattr("train.host_memory.host_memory", lambda: 60 * 2**30)
     monkeypatch.setattr("train.backbones.loading._fill", lambda *_: pytest.fail("weights were made"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    ring = Ring(CPU, count=2)
+    size = SimpleNamespace(size=13 * 2**28)
+    ring, layout = Ring(CPU, count=2), SimpleNamespace(device=size, host=size, scales={})
     with pytest.raises(
         ValueError, match="keeps 104.0 GiB of weights, 52.0 GiB for each of 2 .* may lock 48.0 GiB here"
     ):
-        ring.reserve(13 * 2**28, 8)
+        ring.reserve(layout, 8)
     together = Ring(CPU, count=1, together=True)
     monkeypatch.setattr("train.backbones.streaming.Slot", lambda *_: None)
-    together.reserve(13 * 2**28, 8)
+    together.reserve(layout, 8)
     assert together.taken == 26 * 2**30  # one copy for both
 
 

@@ -35,7 +35,8 @@ BACKBONES: dict[str, type[Backbone]] = {
 }
 ARCHITECTURES = {family: backbone.architectures for family, backbone in BACKBONES.items()}
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FLOAT8 = "float8"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, FLOAT8: torch.bfloat16}
 PARTS = ("text", "tokenizer", "vae", "transformer", "expert")
 
 
@@ -83,6 +84,7 @@ def load_backbone(
     for part in parts:
         _check("parts", part, PARTS)
     family, dtype, device = BACKBONES[config.family], DTYPES[config.dtype], torch.device(device)
+    float8 = config.dtype == FLOAT8
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     expert = family.training_expert(config)
@@ -106,7 +108,7 @@ def load_backbone(
         folder = None
 
         def make(name: str) -> nn.Module:
-            options = {"device": device, "dtype": dtype, "sharding": sharding, "ring": ring}
+            options = {"device": device, "dtype": dtype, "sharding": sharding, "ring": ring, "float8": float8}
             seed = list(family.expert_folders).index(name)
             return loading.random_transformer(architecture, seed=seed, **options)
 
@@ -118,7 +120,9 @@ def load_backbone(
 
         def make(name: str) -> nn.Module:
             place, added = family.expert_folders[name], loras.get(name, ())
-            return loading.load_transformer(family.kind, folder, place, device, dtype, sharding, ring, added)
+            return loading.load_transformer(
+                family.kind, folder, place, device, dtype, sharding, ring, added, float8=float8
+            )
 
     loaded = _encoders(family, folder, architecture, parts, device, dtype)
     made = ((name, make(name)) for name in wanted)

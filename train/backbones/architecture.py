@@ -57,6 +57,10 @@ class NetworkKind:
         kept = set(self.model._keep_in_fp32_modules or ())
         return torch.float32 if kept & set(key.split(".")) else dtype
 
+    def in_8_bits(self, key: str, parameter: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a block's parameter is rounded where its matrices are: not what is kept in float32."""
+        return parameter.dim() == 2 and self.parameter_dtype(key, dtype) == dtype
+
 
 def defaults_of(model: type[nn.Module]) -> dict[str, Any]:
     """What diffusers' class takes for the keys of its config that are absent."""
@@ -102,12 +106,11 @@ def num_tokens(architecture: dict[str, Any], height: int, width: int, num_frames
     return (frames // patch_frames) * (rows // patch_rows) * (columns // patch_columns)
 
 
-def parameter_bytes(architecture: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of one transformer's parameters: of one of its blocks, and of all that is outside of them."""
+def bytes_outside_blocks(architecture: dict[str, Any], dtype: torch.dtype) -> int:
+    """Bytes of one transformer's parameters that are no block's."""
     network, kind = without_storage(architecture), architecture["kind"]
-    sizes = {key: p.numel() * kind.parameter_dtype(key, dtype).itemsize for key, p in network.named_parameters()}
-    block = sum(size for key, size in sizes.items() if key.startswith(f"{kind.blocks}.0."))
-    return block, sum(size for key, size in sizes.items() if not key.startswith(f"{kind.blocks}."))
+    outside = [(key, one) for key, one in network.named_parameters() if not key.startswith(f"{kind.blocks}.")]
+    return sum(one.numel() * kind.parameter_dtype(key, dtype).itemsize for key, one in outside)
 
 
 def parameter_count(architecture: dict[str, Any]) -> int:

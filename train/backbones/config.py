@@ -22,7 +22,9 @@ class BackboneConfig:
     revision: str = ""  # of a hub id: a commit or tag, so that later edits there change nothing here; empty: its newest
     architecture: str = "14B"  # key of the family's ARCHITECTURES; used for --dry-run and random weights
     random_weights: bool = False  # build the architecture with seeded random weights (no path): speed and memory runs
-    dtype: str = "bfloat16"  # of the frozen weights: bfloat16 | float32 (the VAE is always float32)
+    # Of the frozen weights: bfloat16 | float32 | float8, which is bfloat16 with the blocks' matrices rounded to 8 bits
+    # (train.backbones.quantize): half of the host's memory and of the copies with `stream`. The VAE is always float32.
+    dtype: str = "bfloat16"
     expert: str = "high_noise"  # two-expert families: which one trains: high_noise | low_noise | both
     attention: str = "auto"  # a diffusers attention backend; auto: the fastest here, measured
     compile: bool = False  # torch.compile, in training and wherever clips are made: fused blocks where they fit

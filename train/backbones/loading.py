@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from train.backbones.architecture import NetworkKind
 from train.backbones.attention_kernels import attention_seconds
 from train.backbones.lora_formats import NetworkLora
+from train.backbones.quantize import round_matrix
 from train.backbones.random_parts import draw
 from train.backbones.streaming import Ring, StreamedBlocks
 from train.entry import is_worded
@@ -97,13 +98,16 @@ def load_transformer(
     sharding: Sharding | None = None,
     ring: Ring | None = None,
     loras: Sequence[tuple[NetworkLora, float]] = (),
+    *,
+    float8: bool = False,
 ) -> nn.Module:
     """The transformer in the pipeline's subfolder `name`, read tensor by tensor onto the device; frozen, eval mode.
 
     Modules that must stay float32 (norms, time embedder, scale tables) do, whatever `dtype` is. With `sharding` one
     rank reads, and a module's parameters are shared out before the next module's are there. With `ring` blocks go on to
     host memory and visit the device (`train.backbones.streaming`). `loras`, with the weight of each, are added to each
-    tensor in float32, before it is rounded. ValueError where one does not fit.
+    tensor in float32, before it is rounded. With `float8` the blocks' matrices are rounded to 8 bits. ValueError where
+    a LoRA does not fit.
     """
     stored = _stored(folder, name)
     with _named(folder, name), torch.device("meta"):
@@ -131,7 +135,7 @@ def load_transformer(
             parameter.copy_(weight)
 
     with _named(folder, name):
-        return _fill(kind, model, device, dtype, read, sharding, ring)
+        return _fill(kind, model, device, dtype, read, sharding, ring, float8=float8)
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer") -> PreTrainedTokenizerBase:
@@ -154,16 +158,18 @@ def random_transformer(
     seed: int,
     sharding: Sharding | None = None,
     ring: Ring | None = None,
+    float8: bool = False,
 ) -> nn.Module:
     """A transformer of `architecture` with seeded random weights, made on the device, frozen and in eval mode.
 
-    They are drawn as `random_parts.draw` says. Dtypes, `sharding` and `ring` are as in `load_transformer`. The same
-    seed gives other weights on another kind of device.
+    They are drawn as `random_parts.draw` says. Dtypes, `sharding`, `ring` and `float8` are as in
+    `load_transformer`. The same seed gives other weights on another kind of device.
     """
     with torch.device("meta"):
         model = architecture["kind"].model(**architecture["transformer"])
     generator = torch.Generator(device=device).manual_seed(seed)
-    return _fill(architecture["kind"], model, device, dtype, partial(draw, generator=generator), sharding, ring)
+    write = partial(draw, generator=generator)
+    return _fill(architecture["kind"], model, device, dtype, write, sharding, ring, float8=float8)
 
 
 @torch.no_grad()
@@ -175,9 +181,11 @@ def _fill(
     write: Callable[[str, Tensor], None],
     sharding: Sharding | None,
     ring: Ring | None,
+    *,
+    float8: bool,
 ) -> nn.Module:
     """Give a model without storage parameters on the device, which `write` fills by name, module by module."""
-    streamed = None if ring is None else StreamedBlocks(ring, kind, model, dtype)
+    streamed = None if ring is None else StreamedBlocks(ring, kind, model, dtype, float8=float8)
     for prefix, module in model.named_modules():
         own = []
         for key, shape in list(module.named_parameters(prefix, recurse=False)):
@@ -187,6 +195,8 @@ def _fill(
                 memory = torch.empty_like(shape, dtype=kind.parameter_dtype(key, dtype), device=device)
             own.append(nn.Parameter(memory, requires_grad=False))
             write(key, own[-1])
+            if float8 and streamed is None and key.startswith(f"{kind.blocks}.") and kind.in_8_bits(key, shape, dtype):
+                round_matrix(own[-1])
             setattr(module, key.rpartition(".")[2], own[-1])
         if sharding is not None and own:
             sharding.take(own)

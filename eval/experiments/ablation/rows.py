@@ -141,12 +141,14 @@ FUSED = ("backbone.dtype=bfloat16", "backbone.compile=true")  # as the large rec
 
 
 def precision(read: Callable[[World], Sections]) -> Suite:
-    """The recipe's PhyGDPO in float32, in bfloat16 with fused blocks, and with 8-bit products besides."""
+    """The recipe's PhyGDPO in float32, in bfloat16 with fused blocks, with 8-bit products besides, and with the blocks'
+    matrices in 8 bits instead."""
     rows = [
         Row("base", "base model", "", against="gdpo"),
         gdpo("gdpo", "float32", against="base"),
         gdpo("gdpo_bf16", "bfloat16, fused blocks", *FUSED, against="gdpo"),
         gdpo("gdpo_float8", "+ float8", *FUSED, "train.float8=true", against="gdpo_bf16"),
+        gdpo("gdpo_stored_float8", "8-bit matrices", "backbone.dtype=float8", FUSED[1], against="gdpo_bf16"),
     ]
     return Suite({row.name: row for row in rows}, {}, "gdpo")
 

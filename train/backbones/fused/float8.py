@@ -1,15 +1,14 @@
 """Matrix products in 8 bits: e4m3 operands, scaled per row, for a linear layer's frozen weight.
 
-Every row of the input (a token) and every row of the weight (an output channel) is divided by its largest magnitude
-over 448, e4m3's largest number; the product is accumulated in the matrix unit and scaled back. Nothing is stored: a
-weight is quantised where it is used, which costs its bytes once and no memory, and works on weights that ZeRO-3
-gathers. An e4m3 number has 3 mantissa bits, so that a product of random rows is off by about 4 %.
+Rows are the input's tokens and the weight's output channels (`train.backbones.quantize`); the product is accumulated in
+the matrix unit and scaled back. Nothing is stored: a weight is quantised where it is used, which costs its bytes once
+and no memory, and works on weights that ZeRO-3 gathers. A product of random rows is off by about 4 %.
 """
 
 import torch
 from torch import Tensor
 
-LARGEST = 448.0  # of torch.float8_e4m3fn
+from train.backbones.quantize import quantize
 
 
 def check(device: torch.device) -> None:
@@ -19,13 +18,6 @@ def check(device: torch.device) -> None:
         raise ValueError(
             f"train.float8=true needs a GPU of compute capability 8.9 or more, not {name}: set it to false"
         )
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, K) -> e4m3 (M, K) and float32 scales (M, 1); x is about their product."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
-    return (x / scale).to(torch.float8_e4m3fn).contiguous(), scale  # both operands of a product must be row-major
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

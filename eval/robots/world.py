@@ -54,8 +54,14 @@ def load() -> tuple[ModuleType, ModuleType, ModuleType]:
         import metaworld
         import mujoco
         from metaworld import policies
-    except (ImportError, AttributeError, RuntimeError) as error:  # the last two: of MUJOCO_GL
+    except ImportError as error:
         raise ValueError(f"robots need Meta-World, which cannot be loaded ({error}): {INSTALL}") from error
+    except (AttributeError, RuntimeError) as error:  # MuJoCo found no library to draw with
+        kind = os.environ.get("MUJOCO_GL", "")
+        raise ValueError(
+            f"robots are drawn without a display, and MUJOCO_GL={kind} finds no library for it ({error}): apt-get"
+            " install libegl1 libgl1-mesa-dri, or libosmesa6 and set MUJOCO_GL=osmesa"
+        ) from error
     return mujoco, metaworld, policies
 
 

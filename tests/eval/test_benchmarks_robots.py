@@ -79,6 +79,15 @@ def test_an_empty_mujoco_gl_counts_as_unset(given, used, monkeypatch):
     assert os.environ["MUJOCO_GL"] == used
 
 
+def test_a_machine_without_a_library_to_draw_with_is_told_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "metaworld.py").write_text("None.eglQueryString")  # as MuJoCo's import ends without libEGL
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "metaworld", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(ValueError, match=r"MUJOCO_GL=egl finds no library for it .*: apt-get install libegl1"):
+        world.load()
+
+
 def test_it_says_what_to_install_and_refuses_bad_settings(benchmark, monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
     (needed,) = benchmark.requirements()

@@ -407,8 +407,10 @@ def test_the_papers_figures():
 
 def test_the_precision_rows_differ_in_precision_alone():
     rows = ablation_rows.precision(None).rows
-    plain, fused, eight = (set(rows[name].overrides) for name in ("gdpo", "gdpo_bf16", "gdpo_float8"))
+    names = ("gdpo", "gdpo_bf16", "gdpo_float8", "gdpo_stored_float8")
+    plain, fused, eight, stored = (set(rows[name].overrides) for name in names)
     assert plain == set() and eight - fused == {"train.float8=true"} and fused < eight
+    assert stored ^ fused == {"backbone.dtype=float8", "backbone.dtype=bfloat16"}
     assert {row.against for row in rows.values()} <= set(rows)
 
 

@@ -27,7 +27,7 @@ from train import checkpoint, export, parallel, resume
 from train.backbones import BACKBONES, load_backbone
 from train.backbones.architecture import latent_shape
 from train.backbones.base import BOTH, Backbone
-from train.backbones.fused.prepare import prepare_network
+from train.backbones.fused.prepare import fuses, prepare_network
 from train.data import Batches, GroupStream, Sample, Tensors, build_loader
 from train.full_parameters import FullParameters
 from train.groups import GroupSet
@@ -170,10 +170,14 @@ def check_frozen(config: Any, *, sharded: bool) -> None:
             "backbone.stream=true needs train.parameters=lora and a launch without ZeRO-3 (launch/ddp.yaml), for it"
             " streams a whole frozen network from host memory: change these, or set it to false"
         )
-    if config.backbone.stream and not (config.train.activation_checkpointing or config.backbone.compile):
+    if full and config.backbone.dtype != "float32":
+        raise ValueError(
+            f"train.parameters=full needs backbone.dtype=float32, not {config.backbone.dtype}: updates are lost in less"
+        )
+    if config.backbone.stream and not (config.train.activation_checkpointing or fuses(config)):
         raise ValueError(
             "backbone.stream=true keeps no block's weights for its backward pass: set"
-            " train.activation_checkpointing=true, or backbone.compile=true"
+            " train.activation_checkpointing=true"
         )
 
 

@@ -15,6 +15,7 @@ from train.backbones.architecture import (
 )
 from train.backbones.base import BOTH
 from train.backbones.fused.memory import GATHERED, INPUT_OFFLOADED, OFFLOADED, Sizes, choose_levels, predict
+from train.backbones.fused.prepare import fuses
 from train.backbones.streaming import SLOTS, BlockLayout
 from train.cost import bill
 from train.groups import GroupSet
@@ -186,21 +187,14 @@ def on_card(config: Any, size: int) -> Any:
     """The recipe on a card of `size` GB, as if they were GiB: a sixteenth is left to CUDA, and SLACK. Streamed where
     its step fits no other way, or not at all. ValueError for one that keeps to no budget."""
     if not fuses(config):
-        raise ValueError(
-            f"backbone.compile={str(config.backbone.compile).lower()}, train.parameters={config.train.parameters},"
-            f" backbone.family={config.backbone.family}: only compiled blocks with LoRA, of a family that has fused"
-            " ones, keep to a memory budget; set true and lora"
-        )
+        family = BACKBONES[config.backbone.family]
+        unfit = "" if family.kind.fused else f"backbone.family={config.backbone.family} has no fused blocks"
+        given = f"backbone.compile={str(config.backbone.compile).lower()}, train.parameters={config.train.parameters}"
+        raise ValueError(f"only fused blocks keep to a memory budget, but {unfit or f'{given}: set true and lora'}")
     budget = size * 15 / 16 - SLACK
     config = replace(config, train=replace(config.train, memory_budget_gib=budget))
     whole, streamed = (replace(config, backbone=replace(config.backbone, stream=stream)) for stream in (False, True))
     return whole if dearest_blocks(whole).peak <= budget * GIB else streamed
-
-
-def fuses(config: Any) -> bool:
-    """Whether the recipe's blocks are fused, which alone keep to a memory budget (`train.backbones.fused`)."""
-    kind = find_architecture(config.backbone)["kind"]
-    return config.backbone.compile and config.train.parameters == "lora" and kind.fused
 
 
 def card_arguments(config: Any) -> str:
@@ -223,7 +217,7 @@ def on_the_host(config: Any) -> str:
     """What streaming keeps in host memory."""
     weights = streamed_bytes(config) / GIB
     line = f"{weights:.1f} GiB of weights, page-locked, one copy for the processes of a host"
-    if config.backbone.compile:
+    if fuses(config):
         line += f"; up to {config.train.offload_gib:g} GiB of activations for each (train.offload_gib)"
     return f"{line}. A job may lock {HOST_SHARE * host_memory() / GIB:.1f} GiB on this one"
 

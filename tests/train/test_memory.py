@@ -24,6 +24,11 @@ def test_bytes_by_hand():
     levels = [hidden, 2 * hidden + logsumexp, 5 * hidden + logsumexp, 8 * hidden + wide + logsumexp]
     assert [sizes.kept(level) for level in range(4)] == levels
     assert predict(sizes, [0, 1, 1]) == levels[0] + 2 * levels[1] + sizes.workspace(1)
+    # The second block keeps less than the last and has more work, so that the peak can be there.
+    assert sizes.workspace(0) == 12.5 * 160 + 2.9 * 320 == 2928 and sizes.workspace(1) == 14.5 * 160 + 1.4 * 320 == 2768
+    assert predict(sizes, [0, 0, 1]) == max(2 * 160 + 2928, 2 * 160 + 400 + 2768)
+    wide = Sizes(tokens=10, width=8, ffn=80, heads=2, blocks=3)  # w is 1600
+    assert predict(wide, [0, 0, 1]) == 2 * 160 + 12.5 * 160 + 2.9 * 1600 > 2 * 160 + 400 + 14.5 * 160 + 1.4 * 1600
 
 
 def test_more_memory_never_keeps_less_and_the_prediction_fits():
@@ -43,8 +48,8 @@ def test_attention_is_kept_everywhere_before_anything_else_and_the_last_blocks_f
 
 
 def test_two_passes_that_wait_together_keep_less_each():
-    """By hand: inputs 2 x 40 x 0.3124 GiB, workspace 14.7 x 0.3124 + 2.4 x 0.8436, outside 1.1 x 0.3124."""
-    assert predict(WAN_14B, [0] * 40, 2) / GIB == pytest.approx(31.95, abs=0.05)
+    """By hand: inputs 2 x 40 x 0.3124 GiB, workspace 12.5 x 0.3124 + 2.9 x 0.8436, outside 1.1 x 0.3124."""
+    assert predict(WAN_14B, [0] * 40, 2) / GIB == pytest.approx(31.7, abs=0.05)
     one, two = choose_levels(WAN_14B, 47 * GIB), choose_levels(WAN_14B, 47 * GIB, passes=2)
     assert sum(two) < sum(one) and predict(WAN_14B, two, 2) <= 47 * GIB < predict(WAN_14B, one, 2)
     assert choose_levels(WAN_14B, 80 * GIB, 40 * GIB, passes=2).count(4) <= choose_levels(
@@ -79,13 +84,24 @@ def test_inputs_wait_on_the_host_only_where_they_do_not_fit_and_then_of_the_firs
             assert levels[:first] == [5] * first and levels[-1] < 4 and used <= host * GIB
             assert predict(WAN_14B, levels) <= gib * GIB or host < 13
             plain = choose_levels(WAN_14B, gib * GIB, host * GIB)
-            assert (predict(WAN_14B, plain) > gib * GIB) if first else levels == plain or min(plain) == 0
+            if first:  # or else fewer blocks could keep everything there
+                assert predict(WAN_14B, plain) > gib * GIB or plain.count(4) < levels.count(4)
+            else:
+                assert levels == plain or min(plain) == 0
+
+
+def test_the_host_takes_nothing_where_what_comes_back_would_not_fit():
+    """By hand: all inputs and the workspace are 18.9 GiB, a block's activations that come back 2.7 more."""
+    for gib in (19, 20, 21):
+        levels = choose_levels(WAN_14B, gib * GIB, 5 * GIB)
+        assert 4 not in levels and predict(WAN_14B, levels) <= gib * GIB
+    assert choose_levels(WAN_14B, 22 * GIB, 5 * GIB).count(4) == 1
 
 
 def test_the_least_that_a_step_can_take():
-    """By hand: one input and the workspace, 6.9 GiB, and an input on its way back; the others' 12.2 GiB on the host."""
+    """By hand: one input and the workspace, 6.7 GiB, and an input on its way back; the others' 12.2 GiB on the host."""
     levels = choose_levels(WAN_14B, 0, 12.3 * GIB, inputs=True)
-    assert levels == [5] * 39 + [0] and predict(WAN_14B, levels) / GIB == pytest.approx(7.24, abs=0.01)
+    assert levels == [5] * 39 + [0] and predict(WAN_14B, levels) / GIB == pytest.approx(6.98, abs=0.01)
     assert choose_levels(WAN_14B, 0, 12 * GIB, inputs=True).count(5) == 38
     two = choose_levels(WAN_14B, 0, 100 * GIB, passes=2, inputs=True)
     assert two.count(5) == 39 and choose_levels(WAN_14B, 0, 12.3 * GIB, passes=2, inputs=True).count(5) == 19
@@ -205,39 +221,40 @@ RESIDENT = {  # GiB: weights, whole and streamed, and adapters five times: thems
 @pytest.mark.parametrize(
     ("sizes", "streamed", "steps", "measured"),
     [
-        # Levels 0 to 5 of how many blocks, the last block's, and passes; of the two kinds of steps that a run had.
-        (WAN_14B, False, [((40, 0, 0, 0, 0, 0), 0, 1)], 47.19),
-        (WAN_5B, False, [((30, 0, 0, 0, 0, 0), 0, 1)], 18.70),
-        (WAN_1_3B, False, [((30, 0, 0, 0, 0, 0), 0, 1)], 8.47),
-        (WAN_14B, False, [((0, 22, 18, 0, 0, 0), 2, 1)], 75.75),
-        (WAN_1_3B, False, [((0, 0, 30, 0, 0, 0), 2, 1)], 18.85),
-        (WAN_14B, False, [((14, 26, 0, 0, 0, 0), 1, 2)], 75.91),
-        (WAN_14B, False, [((5, 22, 0, 0, 13, 0), 1, 2)], 76.29),
-        (WAN_14B, False, [((0, 0, 9, 5, 26, 0), 3, 1)], 74.37),
-        (WAN_14B, False, [((0, 0, 9, 5, 26, 0), 3, 1), ((8, 19, 0, 0, 13, 0), 1, 2)], 74.94),
-        (WAN_14B, True, [((19, 1, 0, 0, 8, 12), 1, 1)], 21.70),
-        (WAN_5B, True, [((0, 0, 5, 4, 21, 0), 3, 1)], 20.65),
-        (WAN_1_3B, True, [((8, 6, 0, 0, 16, 0), 1, 1)], 6.99),
+        # How many blocks have levels 0 to 5, and passes; of the two kinds of steps that a run had.
+        (WAN_14B, False, [((40, 0, 0, 0, 0, 0), 1)], 47.19),
+        (WAN_5B, False, [((30, 0, 0, 0, 0, 0), 1)], 18.70),
+        (WAN_1_3B, False, [((30, 0, 0, 0, 0, 0), 1)], 8.47),
+        (WAN_14B, False, [((0, 22, 18, 0, 0, 0), 1)], 75.75),
+        (WAN_1_3B, False, [((0, 0, 30, 0, 0, 0), 1)], 18.85),
+        (WAN_14B, False, [((14, 26, 0, 0, 0, 0), 2)], 75.91),
+        (WAN_14B, False, [((5, 22, 0, 0, 13, 0), 2)], 76.29),
+        (WAN_14B, False, [((0, 0, 9, 5, 26, 0), 1)], 74.37),
+        (WAN_14B, False, [((0, 0, 9, 5, 26, 0), 1), ((8, 19, 0, 0, 13, 0), 2)], 74.94),
+        (WAN_14B, True, [((19, 1, 0, 0, 8, 12), 1)], 21.70),
+        (WAN_5B, True, [((0, 0, 5, 4, 21, 0), 1)], 20.65),
+        (WAN_1_3B, True, [((8, 6, 0, 0, 16, 0), 1)], 6.99),
         # The cards of train/README.md.
-        (WAN_14B, True, [((0, 1, 0, 0, 2, 37), 1, 1), ((3, 1, 0, 0, 0, 36), 1, 2)], 13.9),
-        (WAN_14B, True, [((18, 1, 0, 0, 8, 13), 1, 1), ((9, 1, 0, 0, 2, 28), 1, 2)], 21.15),
-        (WAN_14B, True, [((19, 12, 0, 0, 9, 0), 1, 1), ((20, 1, 0, 0, 3, 16), 1, 2)], 27.93),
-        (WAN_14B, True, [((0, 22, 9, 0, 9, 0), 2, 1), ((28, 8, 0, 0, 4, 0), 1, 2)], 42.6),
-        (WAN_14B, False, [((0, 16, 15, 0, 9, 0), 2, 1), ((19, 17, 0, 0, 4, 0), 1, 2)], 72.8),
-        (WAN_1_3B, True, [((0, 7, 7, 0, 16, 0), 2, 1), ((21, 1, 0, 0, 8, 0), 1, 2)], 10.3),
-        (WAN_1_3B, False, [((0, 3, 11, 0, 16, 0), 2, 1), ((14, 8, 0, 0, 8, 0), 1, 2)], 13.8),
-        (WAN_1_3B, False, [((0, 0, 6, 8, 16, 0), 3, 1), ((0, 14, 8, 0, 8, 0), 2, 2)], 20.5),
-        (WAN_1_3B, False, [((0, 0, 0, 16, 14, 0), 3, 1), ((0, 0, 22, 0, 8, 0), 2, 2)], 28.4),
-        (WAN_1_3B, False, [((0, 0, 0, 30, 0, 0), 3, 1), ((0, 0, 13, 9, 8, 0), 3, 2)], 43.25),
-        (WAN_1_3B, False, [((0, 0, 0, 30, 0, 0), 3, 1), ((0, 0, 0, 25, 5, 0), 3, 2)], 71.68),
+        (WAN_14B, True, [((0, 1, 0, 0, 2, 37), 1), ((3, 1, 0, 0, 0, 36), 2)], 13.9),
+        (WAN_14B, True, [((18, 1, 0, 0, 8, 13), 1), ((9, 1, 0, 0, 2, 28), 2)], 21.15),
+        (WAN_14B, True, [((19, 12, 0, 0, 9, 0), 1), ((20, 1, 0, 0, 3, 16), 2)], 27.93),
+        (WAN_14B, True, [((0, 22, 9, 0, 9, 0), 1), ((28, 8, 0, 0, 4, 0), 2)], 42.6),
+        (WAN_14B, False, [((0, 16, 15, 0, 9, 0), 1), ((19, 17, 0, 0, 4, 0), 2)], 72.8),
+        (WAN_1_3B, True, [((0, 7, 7, 0, 16, 0), 1), ((21, 1, 0, 0, 8, 0), 2)], 10.3),
+        (WAN_1_3B, False, [((0, 3, 11, 0, 16, 0), 1), ((14, 8, 0, 0, 8, 0), 2)], 13.8),
+        (WAN_1_3B, False, [((0, 0, 6, 8, 16, 0), 1), ((0, 14, 8, 0, 8, 0), 2)], 20.5),
+        (WAN_1_3B, False, [((0, 0, 0, 16, 14, 0), 1), ((0, 0, 22, 0, 8, 0), 2)], 28.4),
+        (WAN_1_3B, False, [((0, 0, 0, 30, 0, 0), 1), ((0, 0, 13, 9, 8, 0), 2)], 43.25),
+        (WAN_1_3B, False, [((0, 0, 0, 30, 0, 0), 1), ((0, 0, 0, 25, 5, 0), 2)], 71.68),
     ],
 )
 def test_the_prediction_is_near_what_an_h200_measured(sizes, streamed, steps, measured):
     """Peaks that train.tools.benchmark measured, GiB. The plan is to be right within 0.5."""
     peaks = []
-    for counts, last, passes in steps:
-        counts = [count - (level == last) for level, count in enumerate(counts)]
-        levels = [level for level, count in enumerate(counts) for _ in range(count)] + [last]
-        assert len(levels) == sizes.blocks
+    for counts, passes in steps:
+        offloaded, inputs = counts[4:]
+        rest, others = iter([level for level in range(4) for _ in range(counts[level])]), sizes.blocks - 1 - inputs
+        spread = {inputs + (2 * n + 1) * others // (2 * offloaded) for n in range(offloaded)}
+        levels = [5] * inputs + [4 if place in spread else next(rest) for place in range(inputs, sizes.blocks)]
         peaks.append(RESIDENT[sizes][streamed] + predict(sizes, levels, passes) / GIB)
     assert max(peaks) == pytest.approx(measured, abs=0.4)

@@ -361,7 +361,7 @@ def test_what_cannot_stream_says_so(tiny, tmp_path):
     with pytest.raises(ValueError, match="backbone.stream=true needs train.parameters=lora and a launch without"):
         loop.check_frozen(tiny.config(tmp_path, STREAM), sharded=True)
     for more in ([], ["--dry-run"]):  # before anything is read
-        with pytest.raises(ValueError, match="keeps no block's weights .* set train.activation_checkpointing=true, or"):
+        with pytest.raises(ValueError, match="keeps no block's weights .* set train.activation_checkpointing=true"):
             tiny.train(tmp_path / "none", STREAM, "train.activation_checkpointing=false", "train.groups=/none", *more)
     config = tiny.config(tmp_path, STREAM).backbone
     with pytest.raises(ValueError, match="backbone.stream=true keeps the frozen network in host memory, and ZeRO-3"):

@@ -224,7 +224,7 @@ def choose_attention(kind: NetworkKind, network: nn.Module, name: str, device: t
             return
         shape = kind.shape(network.config)
         seconds = attention_seconds(shape.heads, shape.width // shape.heads, device)
-        if seconds:
+        if seconds and kind.fused:
             network.self_attention = min(seconds, key=seconds.get)
         if seconds.get("cudnn", math.inf) >= seconds.get("flash", math.inf):
             return

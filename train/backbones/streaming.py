@@ -212,7 +212,7 @@ class StreamedBlocks:
             if torch.is_grad_enabled() and inputs[0].requires_grad and not self.network.gradient_checkpointing:
                 raise ValueError(
                     "backbone.stream=true keeps no block's weights for its backward pass: set"
-                    " train.activation_checkpointing=true, or backbone.compile=true"
+                    " train.activation_checkpointing=true"
                 )
             self.fetch(index)
 

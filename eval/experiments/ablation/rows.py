@@ -2,7 +2,7 @@
 
 preference   the objectives of PhyGDPO's comparison, and sweeps of its hyperparameters
 physics      PhysisForcing's two terms and the self-score regulariser, on SFT and on PhyGDPO
-precision    the recipe in float32, bfloat16 and with 8-bit products
+precision    the recipe in float32, bfloat16, with 8-bit products, and with 8-bit matrices
 timesteps    where t is drawn: uniform, of the released code, and of this one
 losers       how losers are made, and what they cost in network passes
 transfer     whether the anchor's best weight stays where it is when beta, the number of losers or the loss change
@@ -137,7 +137,7 @@ def preference(read: Callable[[World], Sections]) -> Suite:
     return Suite({row.name: row for row in rows}, defaults, "gdpo")
 
 
-FUSED = ("backbone.dtype=bfloat16", "backbone.compile=true")  # as the large recipes; float8 needs a GPU
+FUSED = ("backbone.dtype=bfloat16", "backbone.compile=true")  # as the large recipes
 
 
 def precision(read: Callable[[World], Sections]) -> Suite:

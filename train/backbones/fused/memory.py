@@ -2,8 +2,8 @@
 
 Predicted in bytes, with u = batch x tokens x width x 2 (one bfloat16 hidden state) and w = u ffn / width:
 
-    peak = resident + gathered + (2 + gradients) adapters + passes x sum over blocks of kept(level)
-           + workspace(level of the last block) + coming + (passes - 1) x outside
+    peak = resident + gathered + (2 + gradients) adapters + coming + (passes - 1) x (sum over blocks of kept + outside)
+           + the largest, over blocks, of workspace(its level) + sum over the blocks up to it of kept
 
 `resident` is what is allocated before the first step, `gathered` what ZeRO-3 adds in it; the adapters' bytes come again
 for AdamW's two moments and for each set of gradients that waits, a clip's or the sum over earlier passes. Passes are
@@ -37,7 +37,7 @@ from train.host_memory import GIB
 
 OFFLOADED = 4  # the level of `fused_block` whose activations wait in host memory (`offload`)
 INPUT_OFFLOADED = 5  # the level whose input waits there
-WORKSPACE = ((14.7, 2.4), (16.8, 0.5), (13.5, 1.5), (14.2, 0.2))  # u and w, by level; the last block is not offloaded
+WORKSPACE = ((12.5, 2.9), (14.5, 1.4), (15.4, 0.8), (14.2, 0.15))  # u and w, by level
 OUTSIDE = 1.1  # hidden states u
 GATHERED = 2  # blocks whole at once under ZeRO-3: the one that runs and one that is not freed yet
 FLOAT8_WORKSPACE = 6.0  # hidden states u more with 8-bit products: their quantised operands
@@ -100,10 +100,15 @@ def check(config: Any) -> None:
 
 
 def predict(sizes: Sizes, levels: list[int], passes: int = 1) -> float:
-    """Bytes of activations at the peak, when the last block's backward pass runs and one block's come back."""
+    """Bytes of activations at the peak: in the backward pass of a block whose activations are on the device, while one
+    block's come back."""
+    kept = peak = 0.0
+    for level in levels:
+        kept += sizes.kept(level)
+        if level < OFFLOADED:
+            peak = max(peak, kept + sizes.workspace(level))
     coming = (OFFLOADED in levels) * sizes.offloaded + (INPUT_OFFLOADED in levels) * sizes.hidden
-    outside = (passes - 1) * OUTSIDE * sizes.hidden
-    return passes * sum(map(sizes.kept, levels)) + sizes.workspace(levels[-1]) + coming + outside
+    return (passes - 1) * (kept + OUTSIDE * sizes.hidden) + peak + coming
 
 
 def choose_levels(
@@ -121,11 +126,9 @@ def choose_levels(
     for count in range(most + 1):
         levels = _levels(sizes, available, passes, count)
         if min(levels) == 3:
-            break
-    if not inputs or predict(sizes, levels, passes) <= available:
-        return levels
+            return levels
     for count in range(most, -1, -1):
-        room = int((host / passes - count * sizes.offloaded) // sizes.hidden)
+        room = int((host / passes - count * sizes.offloaded) // sizes.hidden) if inputs else 0
         for first in range(min(room, sizes.blocks - 1 - count) + 1):
             levels = _levels(sizes, available, passes, count, first)
             if predict(sizes, levels, passes) <= available:

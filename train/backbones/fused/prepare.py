@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 from train import compile_cache
-from train.backbones import kind_of
+from train.backbones import BACKBONES, kind_of
 from train.backbones.fused import float8, memory
 from train.backbones.fused.fused_block import fuse_blocks, unfit
 from train.backbones.fused.offload import HostStore, affordable
+
+
+def fuses(config: Any) -> bool:
+    """Whether a recipe's blocks are fused, as far as it says: these alone keep to a memory budget."""
+    kind = BACKBONES[config.backbone.family].kind
+    return config.backbone.compile and config.train.parameters == "lora" and kind.fused
 
 
 def prepare_network(

@@ -117,10 +117,10 @@ def choose_levels(
     """A level for each block whose predicted activations of all `passes` fit `available` bytes on the device and `host`
     bytes there.
 
-    Blocks are offloaded, as many as the host has room for, until the others keep everything; they are spread over the
-    network so that copies have blocks to hide behind, and the last block never is. The other blocks' levels do not
-    fall as `available` grows; all are 0 where nothing fits. With `inputs` they then wait on the host, too, of as few
-    blocks as it takes.
+    Blocks are offloaded, as many as the host has room for and what comes back fits, until the others keep everything;
+    they are spread over the network so that copies have blocks to hide behind, and the last block never is. All levels
+    are 0 where nothing fits. With `inputs` the inputs of as few blocks as it takes wait on the host before fewer blocks
+    are offloaded.
     """
     most = min(int(host // (passes * sizes.offloaded)), sizes.blocks - 1)
     for count in range(most + 1):

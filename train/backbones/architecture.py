@@ -58,7 +58,7 @@ class NetworkKind:
         return torch.float32 if kept & set(key.split(".")) else dtype
 
     def in_8_bits(self, key: str, parameter: Tensor, dtype: torch.dtype) -> bool:
-        """Whether a block's parameter is rounded where its matrices are: not what is kept in float32."""
+        """Whether `backbone.dtype=float8` rounds a block's parameter: a matrix that is not kept in float32."""
         return parameter.dim() == 2 and self.parameter_dtype(key, dtype) == dtype
 
 

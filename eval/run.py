@@ -7,7 +7,7 @@
     <folder>/<benchmark>/clips/<model>/<key>-<seed>.mp4   a clip, its sidecar (.json) says what it was made from
     <folder>/<benchmark>/rows-<model>.jsonl               one row per clip (or episode), written as it is scored
     <folder>/<benchmark>/comparison.mp4, sheet.png        true | base | tuned, for the first prompts
-    <folder>/planner/episodes.html                        imagined | executed | true, for the first episodes
+    <folder>/planner/episodes.html, sheet.png             imagined | executed | true, for the first episodes
     <folder>/<benchmark>/official/<model>                 with run.layout: clips as the official code reads them
     <folder>/scores.jsonl                                 every clip of every model: what the results were made from
     <folder>/results.json, report.html, report.md         figures with intervals; the reports show those numbers

@@ -1,15 +1,17 @@
-"""The planner's page: of the first episodes what each model imagined, what came of it, and the expert, in step."""
+"""The planner's page and sheet: of the first episodes what each model imagined, what came of it, and the expert."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.clips import VideoConfig
+from train.clips import ClipError, VideoConfig, contact_sheet, read_clip
 from train.files import read_json, render, write_text
 
 TEMPLATE = Path(__file__).with_name("planner_page.html")
 PLAYED = ("imagined", "executed")  # clips of a model; the expert's, `true`, are the same of all
+ON_SHEET = 6  # episodes
 
 
 def write(
@@ -21,7 +23,8 @@ def write(
     horizon: int,
 ) -> None:
     """prompts: instructions by key of the episodes to show. scores: lines of scores.jsonl. clips: of each model the
-    folder of its episodes' clips, below the page's. horizon: frames that are executed at a look."""
+    folder of its episodes' clips, below the page's. horizon: frames that are executed at a look. The sheet lies beside
+    the page."""
     models = {model: {line["key"]: line for line in scores if line["model"] == model} for model in clips}
     episodes = []
     for key, prompt in prompts.items():
@@ -34,6 +37,21 @@ def write(
         episodes.append({"key": key, "prompt": prompt, "models": played, "true": true})
     totals = {model: count_solved(lines.values()) for model, lines in models.items()}
     write_text(path, render(TEMPLATE, episodes=episodes, totals=totals, played=PLAYED, video=video))
+    write_sheet(path.with_name("sheet.png"), episodes[:ON_SHEET], video)
+
+
+def write_sheet(path: Path, episodes: Sequence[Mapping[str, Any]], video: VideoConfig) -> None:
+    """A row of frames for each clip that `write` found and that can be read; no file where there is none."""
+    rows = []
+    for episode in episodes:
+        clips = {f"{one['name']} {name}": one["clips"].get(name) for one in episode["models"] for name in PLAYED}
+        for label, clip in (clips | {"true": episode["true"]}).items():
+            if clip:
+                with suppress(ClipError):
+                    frames = read_clip(path.parent / clip["source"], replace(video, num_frames=clip["frames"]))
+                    rows.append((f"{label}: {episode['prompt']}", frames))
+    if rows:
+        contact_sheet(path, rows)
 
 
 def find_clips(page: Path, folder: Path, key: str) -> dict[str, dict[str, Any]]:

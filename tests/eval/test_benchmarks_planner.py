@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import recipes
 from eval import run
@@ -176,6 +177,8 @@ def test_clips_of_the_first_episodes_are_on_a_page(played, tmp_path):
     assert text.count("<b>robots:reach:planner:0:0: the simulator failed: its process ended with status 7</b>") == 2
     assert "base: 3 of 5 episodes solved" in text and "http" not in text.replace("http-equiv", "")
     assert '<a href="../report.html">' in text
+    with Image.open(tmp_path / "sheet.png") as sheet:  # a label and six frames of each clip
+        assert sheet.size == (6 * 32, (18 + 32) * len(named))
 
 
 def test_clips_stay_with_their_rows(played, tmp_path):
